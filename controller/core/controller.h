@@ -1,0 +1,61 @@
+// The controller's brain: pure, deterministic, single-threaded. Events and time in, decisions out; no
+// IO, no clock, no threads, no randomness, no unordered iteration. The server (controller/server) and
+// the simulator (tests/sim) run this same class.
+//
+// It decides: which nodes are alive, which generation of each job runs where, from which step and
+// bytes a generation starts, when a checkpoint step is committed, when a job is over. It does not
+// know sockets, processes or files.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+
+#include "controller/core/decision.h"
+#include "controller/core/event.h"
+#include "controller/core/state.h"
+
+namespace everstep::controller {
+
+// Knobs, with defaults and why. docs/reference/knobs.md is made from this table.
+struct Options {
+  Duration heartbeat_interval = Milliseconds(250);
+  Duration lease = Milliseconds(1500);       // silence after which a node is lost; the floor
+  Duration max_lease = Seconds(15);          // the adaptive lease's ceiling
+  Duration prepare_timeout = Seconds(30);    // a node must stop its workers and report within
+  Duration activate_timeout = Seconds(120);  // ... and fork the new ones (a cold import included)
+  Duration stop_timeout = Seconds(60);       // ... and clean up at the job's end
+  Duration progress_age = Seconds(10);       // a generation that ran this long made progress, unless
+                                             // steps are reported and none was new
+  Duration rejoin_grace = Seconds(2);        // after a controller restart: lease of recovered nodes
+  Duration grow_delay = Milliseconds(500);   // joins within this window are one switch
+  std::size_t max_nodes = 20000;
+  std::size_t max_jobs = 1000;
+  std::size_t journal_limit = 10000;         // records kept
+  std::size_t fault_limit = 256;             // per job
+  // Seeded bugs for the simulator's own test (tests/sim/seeded_bugs_test.cc); never set elsewhere.
+  std::uint32_t bugs = 0;
+};
+
+class Controller {
+ public:
+  explicit Controller(Options options);
+  ~Controller();
+
+  // Rebuilds the state from what a store held, any order. Call once, first.
+  void Recover(Timestamp now, std::span<const Record> records, Decisions* out);
+
+  // Total: never fails, never blocks. Appends to *out.
+  void Step(Timestamp now, const Event& event, Decisions* out);
+
+  // When Step(Tick) must come at the latest; none: nothing is pending.
+  std::optional<Timestamp> NextWakeup() const;
+
+  const ClusterState& state() const;
+
+ private:
+  class Impl;
+  std::unique_ptr<Impl> impl_;
+};
+
+}  // namespace everstep::controller

@@ -1,0 +1,149 @@
+// Everything that can happen to a controller. Shells turn messages, timers and requests into these.
+#pragma once
+
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "controller/core/types.h"
+
+namespace everstep::controller {
+
+// Ties a request of the admin API to its Reply. Chosen by the shell, unique while in flight.
+using RequestId = std::uint64_t;
+
+// --- from agents; `incarnation` as the agent believes it (0 in NodeRegistered) ---
+
+struct NodeRegistered {
+  NodeId node;
+  std::uint64_t session = 0;        // the shell's handle of the stream, echoed in the reply command
+  std::uint64_t keeper_id = 0;      // hash of (boot id, pid namespace, keeper pid, keeper start time):
+                                    // equal across two registrations = nothing on the node was lost
+  Incarnation previous_incarnation = 0;
+  NodeFacts facts;
+  std::vector<JobOnNode> jobs;
+};
+struct SessionClosed {
+  NodeId node;
+  Incarnation incarnation = 0;
+  std::string evidence;  // "connection reset"
+};
+// The shell knows that the node's keeper process does not exist any more.
+struct NodeProcessDead {
+  NodeId node;
+  Incarnation incarnation = 0;
+  std::string evidence;  // "keeper pid 4711 is gone"
+};
+struct JobProgress {
+  JobId job;
+  Generation generation = 0;
+  Step step = kNoStep;
+  std::uint32_t running = 0;
+};
+struct Heartbeat {
+  NodeId node;
+  Incarnation incarnation = 0;
+  std::uint64_t sequence = 0;
+  Timestamp sent;  // the agent's clock: only differences between two beats of one agent are used
+  std::vector<JobProgress> jobs;
+};
+struct Prepared {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobOnNode holds;              // .job, .generation: which prepare this answers
+  std::uint32_t store_port = 0;
+  bool refused = false;
+  std::string message;
+};
+struct Activated {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobId job;
+  Generation generation = 0;
+  std::vector<WorkerOnNode> workers;
+  bool failed = false;
+  std::string message;
+};
+struct WorkerExited {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobId job;
+  Generation generation = 0;
+  Rank rank = 0;
+  std::int32_t local_rank = 0;
+  std::int32_t pid = 0;
+  ExitInfo exit;
+};
+enum class StallKind : std::uint8_t { kStopped = 1, kGroupNotFormed = 2 };
+struct WorkerStalled {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobId job;
+  Generation generation = 0;
+  Rank rank = 0;
+  StallKind kind = StallKind::kStopped;
+  std::string evidence;
+  Duration stalled = {};
+};
+struct ShardCopied {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobId job;
+  HeldShard shard;
+};
+struct Notice {
+  NodeId node;
+  Incarnation incarnation = 0;
+  std::string source;
+  Duration deadline = {};  // 0: unknown
+};
+struct NodeWarm {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobId job;
+  bool warm = false;
+  std::string message;
+};
+struct KeeperLost {
+  NodeId node;
+  Incarnation incarnation = 0;
+  std::uint64_t new_keeper_id = 0;
+  std::string message;
+};
+struct Stopped {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobId job;
+  Generation generation = 0;
+};
+
+// --- from people ---
+
+struct SubmitJob {
+  RequestId request = 0;
+  JobSpec spec;
+  std::string data_key;  // random, made by the shell
+};
+struct CancelJob {
+  RequestId request = 0;
+  JobId job;
+  std::string reason;
+};
+struct DrainNode {
+  RequestId request = 0;
+  NodeId node;
+  std::string reason;
+  bool allow_pause = false;
+};
+struct UndrainNode {
+  RequestId request = 0;
+  NodeId node;
+};
+
+struct Tick {};  // NextWakeup() has come
+
+using Event = std::variant<NodeRegistered, SessionClosed, NodeProcessDead, Heartbeat, Prepared,
+                           Activated, WorkerExited, WorkerStalled, ShardCopied, Notice, NodeWarm,
+                           KeeperLost, Stopped, SubmitJob, CancelJob, DrainNode, UndrainNode, Tick>;
+
+}  // namespace everstep::controller
