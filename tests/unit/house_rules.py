@@ -1,0 +1,72 @@
+"""House rules that a compiler does not check.
+
+1. A pure core (controller/core, checkpoint/core, worker/agent/core) includes proto/base, other cores and
+   the C++ standard library only, and uses no clock, thread, random device, file or environment.
+2. The keeper includes no gRPC (it must stay small and must not die).
+
+Prints each breach as file:line: text and exits 1; exits 0 with a count of what it looked at.
+"""
+
+import pathlib
+import re
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CORES = ("controller/core", "checkpoint/core", "worker/agent/core")
+ALLOWED = ("proto/base/", *(c + "/" for c in CORES))
+IMPURE_HEADERS = {
+    "thread", "mutex", "shared_mutex", "condition_variable", "future", "fstream", "iostream",
+    "filesystem", "ctime", "random", "cstdio", "csignal",
+}
+IMPURE_CALLS = re.compile(
+    r"\b(?:std::chrono::\w+_clock|std::this_thread|std::getenv|getenv|std::random_device|clock_gettime)\b"
+)
+INCLUDE = re.compile(r'^\s*#\s*include\s+([<"])([^>"]+)[>"]')
+
+
+def sources(folder: str) -> list[pathlib.Path]:
+    return sorted(p for p in (ROOT / folder).rglob("*") if p.suffix in (".h", ".cc") and p.is_file())
+
+
+def check_core(path: pathlib.Path) -> list[tuple[int, str]]:
+    breaches = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        found = INCLUDE.match(line)
+        if found:
+            quote, name = found.groups()
+            if quote == '"' and not name.startswith(ALLOWED):
+                breaches.append((number, f'a core may not include "{name}" (allowed: {", ".join(ALLOWED)})'))
+            if quote == "<" and (name in IMPURE_HEADERS or "/" in name and not name.startswith("fmt/")
+                                 or name.endswith(".h")):
+                breaches.append((number, f"a core may not include <{name}>: time, threads and I/O belong to the shell"))
+        elif IMPURE_CALLS.search(line.split("//")[0]):
+            breaches.append((number, "a core may not read clocks, threads or the environment: pass it in the event"))
+    return breaches
+
+
+def check_keeper(path: pathlib.Path) -> list[tuple[int, str]]:
+    return [
+        (number, "the keeper links no gRPC")
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if (found := INCLUDE.match(line)) and found.group(2).startswith(("grpc", "grpcpp"))
+    ]
+
+
+def main() -> int:
+    breaches, looked = 0, 0
+    jobs = [(p, check_core) for c in CORES for p in sources(c)]
+    jobs += [(p, check_keeper) for p in sources("worker/keeper")]
+    for path, check in jobs:
+        looked += 1
+        for number, text in check(path):
+            print(f"{path.relative_to(ROOT)}:{number}: {text}")
+            breaches += 1
+    print(f"house rules: {looked} files, {breaches} breaches")
+    if looked == 0:
+        print("error: no core found below the source folder; the rules looked at nothing", file=sys.stderr)
+        return 1
+    return 1 if breaches else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
