@@ -1,0 +1,159 @@
+// Which step is safe (a copy on min(2, nodes) nodes for each rank) and where a generation starts from.
+// GEMINI (SOSP '23) section 4 places the replicas; here they are counted.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "controller/core/impl.h"
+
+namespace everstep::controller {
+
+void Controller::Impl::On(const ShardCopied& e) {
+  if (Fresh(e.node, e.incarnation) == nullptr) return;
+  JobStateView* job = FindJob(e.job);
+  if (job == nullptr || IsTerminal(job->record.state)) return;
+  const bool current = e.shard.generation == job->record.generation &&
+                       (job->record.state == JobState::kRunning ||
+                        job->record.state == JobState::kActivating);
+  if (!current && !Bug(kBugMissingFence)) {
+    ++state_.stale_dropped;
+    return;
+  }
+  // A node keeps two slots per rank: the two newest steps.
+  std::vector<HeldShard>& held = job->holdings[e.node].shards;
+  std::erase_if(held, [&e](const HeldShard& s) {
+    return s.rank == e.shard.rank &&
+           (s.step + 2 <= e.shard.step ||
+            (s.step == e.shard.step && s.generation == e.shard.generation));
+  });
+  held.push_back(e.shard);
+
+  const everstep::Step step = e.shard.step;
+  if (!job->commits.commits.empty() && job->commits.commits.front().step >= step &&
+      job->commits.commits.front().generation == job->record.generation) {
+    return;  // committed already
+  }
+  Runtime& run = runtime_[e.job];
+  auto& by_rank = run.copies[step].by_rank;
+  by_rank[e.shard.rank][e.node] = e.shard;
+  const std::size_t world = job->plan.nodes.size() * job->record.spec.nproc_per_node;
+  if (by_rank.size() < world) return;
+  const std::size_t needed =
+      Bug(kBugPrematureCommit) ? 1 : std::min<std::size_t>(2, job->plan.nodes.size());
+  Commit commit{.generation = job->record.generation,
+                .step = step,
+                .world_size = static_cast<std::int32_t>(world),
+                .copies = static_cast<std::uint32_t>(needed),
+                .replicated_layout = e.shard.replicated_layout,
+                .shards = {}};
+  for (const auto& [rank, copies] : by_rank) {
+    std::map<std::uint32_t, std::size_t> equal;  // copies that agree, by checksum
+    for (const auto& [node, shard] : copies) ++equal[shard.crc_root];
+    const auto best = std::max_element(equal.begin(), equal.end(), [](const auto& a, const auto& b) {
+      return a.second < b.second;
+    });
+    if (best->second < needed) return;
+    const auto source = std::find_if(copies.begin(), copies.end(), [&best](const auto& c) {
+      return c.second.crc_root == best->first;
+    });
+    commit.shards.push_back(source->second);
+    commit.replicated_layout = commit.replicated_layout && source->second.replicated_layout;
+  }
+  job->commits.job = e.job;
+  auto& commits = job->commits.commits;
+  commits.insert(commits.begin(), std::move(commit));
+  if (commits.size() > 2) commits.resize(2);
+  dirty_commits_.insert(e.job);
+  run.copies.erase(run.copies.begin(), run.copies.upper_bound(step));
+  for (const NodePlan& node : job->plan.nodes) {
+    Send(node.node, CommittedCommand{e.job, job->record.generation, step});
+  }
+}
+
+void Controller::Impl::PlanRestore(JobStateView* job) {
+  struct Holder {
+    NodeId node;
+    HeldShard shard;
+  };
+  // One candidate is one consistent cut: shards of the same step, generation and world size.
+  std::map<std::tuple<everstep::Step, Generation, std::int32_t>, std::vector<Holder>> candidates;
+  for (const auto& [id, holds] : job->holdings) {
+    const auto node = state_.nodes.find(id);
+    if (node == state_.nodes.end() || node->second.record.health == NodeHealth::kLost) continue;
+    for (const HeldShard& shard : holds.shards) {
+      candidates[{shard.step, shard.generation, shard.world_size}].push_back({id, shard});
+    }
+  }
+  const auto world =
+      static_cast<std::int32_t>(job->plan.nodes.size() * job->record.spec.nproc_per_node);
+  for (auto it = candidates.rbegin(); it != candidates.rend(); ++it) {
+    const auto& [step, generation, captured_world] = it->first;
+    const std::vector<Holder>& holders = it->second;
+    const bool replicated = std::all_of(holders.begin(), holders.end(), [](const Holder& h) {
+      return h.shard.replicated_layout;
+    });
+    if (!replicated && captured_world != world) continue;
+    bool complete = true;
+    for (NodePlan& member : job->plan.nodes) {
+      for (WorkerPlan& worker : member.workers) {
+        const Holder* best = nullptr;
+        int best_score = -1;
+        for (const Holder& h : holders) {
+          if (!replicated && h.shard.rank != worker.rank) continue;
+          const int score = (h.node == member.node ? 2 : 0) + (h.shard.rank == worker.rank ? 1 : 0);
+          if (score > best_score) {
+            best = &h;
+            best_score = score;
+          }
+        }
+        if (best == nullptr) {
+          complete = false;
+          break;
+        }
+        const NodeFacts& facts = state_.nodes.at(best->node).record.facts;
+        worker.restore = {.step = step,
+                          .shard_rank = best->shard.rank,
+                          .shard_generation = generation,
+                          .crc_root = best->shard.crc_root,
+                          .bytes = best->shard.bytes,
+                          .source_node = best->node,
+                          .source_address = fmt::format("{}:{}", facts.address, facts.data_port)};
+      }
+    }
+    if (complete) {
+      job->plan.restore_step = step;
+      return;
+    }
+  }
+  job->plan.restore_step = kNoStep;
+  for (NodePlan& member : job->plan.nodes) {
+    for (WorkerPlan& worker : member.workers) worker.restore = {};
+  }
+}
+
+void Controller::Impl::Progress(JobStateView* job, everstep::Step step) {
+  if (step == kNoStep) return;
+  job->step = std::max(job->step, step);
+  Runtime& run = runtime_[job->record.spec.job];
+  const bool first_of_generation = step > job->plan.restore_step;
+  for (Fault& fault : job->record.faults) {
+    if (first_of_generation && fault.recovered.ns == 0 &&
+        fault.generation_after == job->record.generation) {
+      fault.recovered = now_;
+      fault.step_after = step;
+      dirty_jobs_.insert(job->record.spec.job);
+    }
+  }
+  if (step > job->record.best_step) {
+    const bool first = job->record.best_step <= run.step_at_start;
+    job->record.best_step = step;
+    if (first) {  // not each step: the store is for what recovery needs
+      job->record.no_progress = 0;
+      job->record.start_failures = 0;
+      dirty_jobs_.insert(job->record.spec.job);
+    }
+  }
+}
+
+}  // namespace everstep::controller

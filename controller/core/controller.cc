@@ -1,0 +1,162 @@
+#include "controller/core/controller.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "controller/core/impl.h"
+
+namespace everstep::controller {
+
+Controller::Controller(Options options) : impl_(std::make_unique<Impl>(options)) {}
+Controller::~Controller() = default;
+void Controller::Recover(Timestamp now, std::span<const Record> records, Decisions* out) {
+  impl_->Recover(now, records, out);
+}
+void Controller::Step(Timestamp now, const Event& event, Decisions* out) {
+  impl_->Handle(now, event, out);
+}
+std::optional<Timestamp> Controller::NextWakeup() const { return impl_->NextWakeup(); }
+const ClusterState& Controller::state() const { return impl_->state(); }
+
+void Controller::Impl::Handle(Timestamp now, const Event& event, Decisions* out) {
+  now_ = std::max(now, now_);
+  out_ = out;
+  std::visit([this](const auto& e) { On(e); }, event);
+  Flush();
+  out_ = nullptr;
+}
+
+void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, Decisions* out) {
+  now_ = now;
+  out_ = out;
+  for (const Record& record : records) {
+    if (const auto* node = std::get_if<NodeRecord>(&record)) {
+      state_.nodes[node->node].record = *node;
+    } else if (const auto* job = std::get_if<JobRecord>(&record)) {
+      state_.jobs[job->spec.job].record = *job;
+    } else if (const auto* plan = std::get_if<GenerationRecord>(&record)) {
+      // Older generations' records may still be there: the newest counts, whatever the order.
+      JobStateView& view = state_.jobs[plan->plan.job];
+      if (plan->plan.generation >= view.plan.generation) view.plan = plan->plan;
+    } else if (const auto* commit = std::get_if<CommitRecord>(&record)) {
+      state_.jobs[commit->job].commits = *commit;
+    } else if (const auto* line = std::get_if<JournalRecord>(&record)) {
+      state_.journal.push_back(*line);
+    }
+  }
+  std::sort(state_.journal.begin(), state_.journal.end(),
+            [](const auto& a, const auto& b) { return a.sequence < b.sequence; });
+  if (!state_.journal.empty()) {
+    state_.next_journal_sequence = state_.journal.back().sequence + 1;
+  }
+  for (auto& [id, node] : state_.nodes) {
+    node.lease = std::max(options_.lease, options_.rejoin_grace);
+    node.last_heard = now;
+    if (node.record.health == NodeHealth::kAlive) {
+      node.record.health = NodeHealth::kSuspect;
+      node.reason = Reason::kControllerRestarted;
+    }
+  }
+  for (auto& [id, job] : state_.jobs) {
+    Runtime& run = runtime_[id];
+    run.waiting_since = now;
+    run.running_since = now;
+    run.step_at_start = job.record.best_step;
+    run.ran = job.record.state == JobState::kRunning;
+    job.reason = job.plan.reason;
+    job.step = job.record.best_step;
+    if (job.record.state == JobState::kPreparing || job.record.state == JobState::kActivating ||
+        job.record.state == JobState::kStopping) {
+      // Each node is told again what it owes when it registers; one that does not is lost by lease.
+      for (const NodePlan& member : job.plan.nodes) {
+        const auto node = state_.nodes.find(member.node);
+        if (node != state_.nodes.end() && node->second.record.health != NodeHealth::kLost) {
+          job.waiting_for.insert(member.node);
+        }
+      }
+      job.deadline = now + options_.activate_timeout;
+    }
+  }
+  for (auto& [id, job] : state_.jobs) {
+    if (job.record.state == JobState::kStopping && job.waiting_for.empty()) FinishStop(&job);
+  }
+  Flush();
+  out_ = nullptr;
+}
+
+std::optional<Timestamp> Controller::Impl::NextWakeup() const {
+  std::optional<Timestamp> next;
+  const auto at = [&next](Timestamp t) {
+    if (t.ns != 0 && (!next || t < *next)) next = t;
+  };
+  for (const auto& [id, node] : state_.nodes) {
+    if (node.record.health != NodeHealth::kLost) at(node.last_heard + node.lease);
+  }
+  for (const auto& [id, job] : state_.jobs) {
+    if (IsTerminal(job.record.state)) continue;
+    if (!Bug(kBugLostWakeup)) at(job.deadline);
+    const Runtime& run = runtime_.at(id);
+    at(run.grow_at);
+    if (job.record.state == JobState::kWaiting) {
+      at(run.last_call);
+      if (job.record.spec.join_timeout.count() > 0) {
+        at(run.waiting_since + job.record.spec.join_timeout);
+      }
+    }
+  }
+  return next;
+}
+
+void Controller::Impl::Send(const NodeId& node, decltype(Command::body) body) {
+  NodeState& to = state_.nodes.at(node);
+  if (!to.connected) return;  // told again when it registers
+  out_->commands.push_back(
+      {node, to.record.incarnation, to.next_sequence++, std::move(body)});
+}
+
+void Controller::Impl::Answer(RequestId request, ReplyCode code, std::string message,
+                              std::string hint) {
+  if (request == 0) return;
+  out_->replies.push_back({request, code, std::move(message), std::move(hint)});
+}
+
+void Controller::Impl::Journal(JournalRecord record) {
+  record.sequence = state_.next_journal_sequence++;
+  record.time = now_;
+  state_.journal.push_back(record);
+  out_->records.emplace_back(std::move(record));
+  while (state_.journal.size() > options_.journal_limit) {
+    std::string key(8, '\0');  // big-endian sequence
+    for (unsigned i = 0; i < 8; ++i) {
+      key[i] = static_cast<char>((state_.journal.front().sequence >> (56 - 8 * i)) & 0xff);
+    }
+    out_->deletions.push_back({Deletion::Table::kJournal, std::move(key)});
+    state_.journal.pop_front();
+  }
+}
+
+void Controller::Impl::Flush() {
+  for (const NodeId& id : dirty_nodes_) out_->records.emplace_back(state_.nodes.at(id).record);
+  for (const JobId& id : dirty_jobs_) out_->records.emplace_back(state_.jobs.at(id).record);
+  for (const JobId& id : dirty_plans_) {
+    const GenerationPlan& plan = state_.jobs.at(id).plan;
+    out_->records.emplace_back(GenerationRecord{plan});
+    if (plan.phase == Phase::kPrepare && plan.generation > 2) {
+      out_->deletions.push_back({Deletion::Table::kGeneration,
+                                 fmt::format("{}/{}", id, plan.generation - 2)});
+    }
+  }
+  for (const JobId& id : dirty_commits_) out_->records.emplace_back(state_.jobs.at(id).commits);
+  dirty_nodes_.clear();
+  dirty_jobs_.clear();
+  dirty_plans_.clear();
+  dirty_commits_.clear();
+}
+
+JobStateView* Controller::Impl::FindJob(const JobId& id) {
+  const auto it = state_.jobs.find(id);
+  return it == state_.jobs.end() ? nullptr : &it->second;
+}
+
+}  // namespace everstep::controller

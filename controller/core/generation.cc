@@ -1,0 +1,332 @@
+// The two-phase switch: prepare (stop the old, report what is held), persist the plan, activate. A loss in
+// either phase supersedes the switch by generation g+1; nothing is half-applied.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <tuple>
+
+#include "controller/core/impl.h"
+
+namespace everstep::controller {
+
+bool Controller::Impl::IsMember(const JobStateView& job, const NodeId& node) const {
+  return std::any_of(job.plan.nodes.begin(), job.plan.nodes.end(),
+                     [&node](const NodePlan& n) { return n.node == node; });
+}
+
+bool Controller::Impl::Eligible(const JobStateView& job, const NodeState& node) const {
+  const JobSpec& spec = job.record.spec;
+  const NodeId& id = node.record.node;
+  if (node.record.draining || node.record.health == NodeHealth::kLost) return false;
+  const auto run = runtime_.find(spec.job);
+  if (run != runtime_.end() && run->second.excluded.count(id) > 0) return false;
+  if (!spec.only_nodes.empty() &&
+      std::find(spec.only_nodes.begin(), spec.only_nodes.end(), id) == spec.only_nodes.end()) {
+    return false;
+  }
+  // A suspect member keeps its place until its lease ends; a suspect stranger is not taken in.
+  if (node.record.health == NodeHealth::kSuspect && !IsMember(job, id)) return false;
+  if (node.record.facts.slots == 0) return true;
+  std::uint64_t used = spec.nproc_per_node;
+  for (const auto& [other, view] : state_.jobs) {
+    if (other == spec.job || IsTerminal(view.record.state) ||
+        view.record.state == JobState::kWaiting || !IsMember(view, id)) {
+      continue;
+    }
+    used += view.record.spec.nproc_per_node;
+  }
+  return used <= node.record.facts.slots;
+}
+
+std::vector<NodeId> Controller::Impl::ChooseNodes(const JobStateView& job) const {
+  const std::size_t max = job.record.spec.max_nodes;
+  std::vector<NodeId> chosen;  // by group rank; empty: a lost node's place
+  for (const NodePlan& member : job.plan.nodes) {
+    const auto node = state_.nodes.find(member.node);
+    const bool stays = node != state_.nodes.end() && Eligible(job, node->second);
+    chosen.push_back(stays ? member.node : NodeId());
+  }
+  std::vector<std::tuple<bool, NodeId>> spares;  // warm ones first, then by name
+  for (const auto& [id, node] : state_.nodes) {
+    if (IsMember(job, id) || !Eligible(job, node)) continue;
+    const auto warm = node.warm.find(job.record.spec.job);
+    spares.emplace_back(warm == node.warm.end() || !warm->second, id);
+  }
+  std::sort(spares.begin(), spares.end());
+  auto spare = spares.begin();
+  for (NodeId& place : chosen) {
+    if (place.empty() && spare != spares.end()) place = std::get<1>(*spare++);
+  }
+  std::erase(chosen, NodeId());
+  while (chosen.size() < max && spare != spares.end()) chosen.push_back(std::get<1>(*spare++));
+  if (chosen.size() > max) chosen.resize(max);
+  return chosen;
+}
+
+void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::string& evidence,
+                               bool failed, bool worker_failure) {
+  const JobId& id = job->record.spec.job;
+  Runtime& run = runtime_[id];
+  const std::vector<NodeId> nodes = ChooseNodes(*job);
+  const std::vector<NodePlan> old = job->plan.nodes;
+  run.copies.clear();
+  run.store_ports.clear();
+  run.last_call = {};
+  run.grow_at = {};
+  run.ran = false;
+  job->workers.clear();
+  job->waiting_for.clear();
+  dirty_jobs_.insert(id);
+  if (nodes.size() < job->record.spec.min_nodes) {
+    job->record.state = JobState::kWaiting;
+    job->reason = Reason::kWaitingForNodes;
+    job->message = fmt::format("{} of at least {} nodes", nodes.size(), job->record.spec.min_nodes);
+    job->deadline = {};
+    run.waiting_since = now_;
+    for (const NodePlan& member : old) {
+      Send(member.node, StopJobCommand{id, job->record.generation, false, failed, reason});
+    }
+    Journal({.type = "job_waiting",
+             .severity = Severity::kWarning,
+             .reason = Reason::kWaitingForNodes,
+             .job = id,
+             .generation = job->record.generation,
+             .message = fmt::format("job {} waits for nodes: {}", id, job->message),
+             .evidence = fmt::format("cause={} {}", ReasonName(reason), evidence)});
+    return;
+  }
+  const Generation before = job->record.generation;
+  const Generation generation = ++job->record.generation;
+  job->record.state = JobState::kPreparing;
+  job->reason = reason;
+  job->message = evidence;
+  job->deadline = now_ + options_.prepare_timeout;
+  const std::uint32_t restarts = job->plan.restart_count + (worker_failure ? 1 : 0);
+  job->plan = GenerationPlan{};
+  job->plan.job = id;
+  job->plan.generation = generation;
+  job->plan.restart_count = restarts;
+  job->plan.reason = reason;
+  job->plan.evidence = evidence;
+  for (const NodeId& node : nodes) {
+    const NodeFacts& facts = state_.nodes.at(node).record.facts;
+    NodePlan member;
+    member.node = node;
+    member.group_rank = static_cast<std::int32_t>(job->plan.nodes.size());
+    member.address = facts.address;
+    member.data_port = facts.data_port;
+    job->plan.nodes.push_back(std::move(member));
+    job->waiting_for.insert(node);
+  }
+  for (const NodePlan& member : old) {  // those that leave stop first, too
+    if (state_.nodes.at(member.node).record.health != NodeHealth::kLost) {
+      job->waiting_for.insert(member.node);
+    }
+  }
+  for (Fault& fault : job->record.faults) {
+    if (fault.recovered.ns != 0) continue;
+    fault.generation_after = generation;
+    const bool same = nodes.size() == old.size();
+    fault.action = !same ? fmt::format("continue on {} nodes", nodes.size())
+                   : std::equal(nodes.begin(), nodes.end(), old.begin(),
+                                [](const NodeId& a, const NodePlan& b) { return a == b.node; })
+                       ? "restart in place"
+                       : "a spare takes over";
+  }
+  dirty_plans_.insert(id);
+  Journal({.type = "generation_prepare",
+           .reason = reason,
+           .job = id,
+           .generation = generation,
+           .message = fmt::format("job {}: generation {} on {} nodes (was {})", id, generation,
+                                  nodes.size(), before),
+           .evidence = evidence});
+  for (const NodeId& node : job->waiting_for) SendPrepare(job, node, failed);
+  if (Bug(kBugDoubleActivation)) Activate(job);
+}
+
+void Controller::Impl::SendPrepare(JobStateView* job, const NodeId& node, bool failed) {
+  const JobSpec& spec = job->record.spec;
+  Send(node, PrepareCommand{spec.job, job->record.generation, spec.command, spec.nproc_per_node,
+                            job->plan.nodes.front().node == node, failed, job->record.data_key});
+}
+
+void Controller::Impl::On(const Prepared& e) {
+  if (Fresh(e.node, e.incarnation) == nullptr) return;
+  JobStateView* job = FindJob(e.holds.job);
+  if (job == nullptr || job->record.state != JobState::kPreparing ||
+      e.holds.generation != job->record.generation || job->waiting_for.count(e.node) == 0) {
+    ++state_.stale_dropped;
+    return;
+  }
+  Runtime& run = runtime_[e.holds.job];
+  if (e.refused && IsMember(*job, e.node)) {
+    run.excluded.insert(e.node);
+    AddFault(job, Reason::kPrepareRefused, fmt::format("node {}", e.node), e.message);
+    Prepare(job, Reason::kPrepareRefused, e.message, true);
+    return;
+  }
+  job->holdings[e.node] = e.holds;
+  run.store_ports[e.node] = e.store_port;
+  job->waiting_for.erase(e.node);
+  if (job->waiting_for.empty()) Activate(job);
+}
+
+void Controller::Impl::Activate(JobStateView* job) {
+  const JobSpec& spec = job->record.spec;
+  GenerationPlan& plan = job->plan;
+  plan.phase = Phase::kActivate;
+  plan.master_addr = plan.nodes.front().address;
+  plan.master_port =
+      spec.master_port != 0 ? spec.master_port : runtime_[spec.job].store_ports[plan.nodes.front().node];
+  const std::size_t count = plan.nodes.size();
+  for (std::size_t i = 0; i < count; ++i) {
+    NodePlan& member = plan.nodes[i];
+    member.workers.clear();
+    for (std::uint32_t local = 0; local < spec.nproc_per_node; ++local) {
+      WorkerPlan worker;
+      worker.rank = member.group_rank * static_cast<std::int32_t>(spec.nproc_per_node) +
+                    static_cast<std::int32_t>(local);
+      worker.local_rank = static_cast<std::int32_t>(local);
+      member.workers.push_back(worker);
+    }
+    if (count > 1) {
+      const NodePlan& peer = plan.nodes[(i + 1) % count];
+      member.replica_node = peer.node;
+      member.replica_address = fmt::format("{}:{}", peer.address, peer.data_port);
+    }
+  }
+  PlanRestore(job);
+  job->record.state = JobState::kActivating;
+  job->deadline = now_ + options_.activate_timeout;
+  job->waiting_for.clear();
+  dirty_jobs_.insert(spec.job);
+  dirty_plans_.insert(spec.job);
+  Journal({.type = "generation_activate",
+           .reason = plan.reason,
+           .job = spec.job,
+           .generation = plan.generation,
+           .message = fmt::format("job {}: generation {} starts after step {}", spec.job,
+                                  plan.generation, plan.restore_step),
+           .evidence = fmt::format("master={}:{}", plan.master_addr, plan.master_port)});
+  for (const NodePlan& member : plan.nodes) {
+    job->waiting_for.insert(member.node);
+    SendActivate(job, member.node);
+  }
+}
+
+void Controller::Impl::SendActivate(JobStateView* job, const NodeId& node) {
+  ActivateCommand command;
+  command.plan = job->plan;
+  command.node = node;
+  command.nproc_per_node = job->record.spec.nproc_per_node;
+  command.command = job->record.spec.command;
+  command.data_key = job->record.data_key;
+  if (!job->commits.commits.empty()) command.committed_step = job->commits.commits.front().step;
+  Send(node, std::move(command));
+}
+
+void Controller::Impl::On(const Activated& e) {
+  if (Fresh(e.node, e.incarnation) == nullptr) return;
+  JobStateView* job = FindJob(e.job);
+  if (job == nullptr || job->record.state != JobState::kActivating ||
+      e.generation != job->record.generation || job->waiting_for.count(e.node) == 0) {
+    ++state_.stale_dropped;
+    return;
+  }
+  if (e.failed) {
+    AddFault(job, Reason::kSpawnFailed, fmt::format("node {}", e.node), e.message);
+    if (++job->record.start_failures > job->record.spec.max_start_failures) {
+      Finish(job, JobState::kFailed, Reason::kSpawnFailed,
+             fmt::format("node {} could not start its workers: {}", e.node, e.message), 1);
+    } else {
+      Prepare(job, Reason::kSpawnFailed, e.message, true);
+    }
+    return;
+  }
+  for (const WorkerOnNode& worker : e.workers) {
+    job->workers.try_emplace(worker.rank, WorkerState{e.node, worker});  // an exit may be known already
+  }
+  job->waiting_for.erase(e.node);
+  if (job->waiting_for.empty()) Running(job);
+}
+
+void Controller::Impl::Running(JobStateView* job) {
+  const JobId& id = job->record.spec.job;
+  Runtime& run = runtime_[id];
+  job->record.state = JobState::kRunning;
+  job->plan.phase = Phase::kRun;
+  job->deadline = {};
+  run.running_since = now_;
+  run.step_at_start = job->record.best_step;
+  run.ran = true;
+  for (Fault& fault : job->record.faults) {
+    // Without reported steps, running again is all that can be known.
+    if (fault.recovered.ns == 0 && job->record.best_step == kNoStep) fault.recovered = now_;
+  }
+  dirty_jobs_.insert(id);
+  dirty_plans_.insert(id);
+  Journal({.type = "generation_running",
+           .reason = job->plan.reason,
+           .job = id,
+           .generation = job->record.generation,
+           .message = fmt::format("job {}: generation {} runs", id, job->record.generation)});
+  Consider(job);
+}
+
+void Controller::Impl::On(const Tick&) {
+  // A late tick means that the controller itself stood still: silence in that time proves nothing.
+  const std::optional<Timestamp> due = NextWakeup();
+  if (due && now_ - *due > options_.heartbeat_interval) {
+    const Duration late = now_ - *due;
+    for (auto& [id, node] : state_.nodes) {  // and one more beat to be heard in
+      node.last_heard = node.last_heard + late + options_.heartbeat_interval;
+    }
+  }
+  std::vector<NodeId> silent;
+  for (const auto& [id, node] : state_.nodes) {
+    if (node.record.health != NodeHealth::kLost && now_ >= node.last_heard + node.lease) {
+      silent.push_back(id);
+    }
+  }
+  for (const NodeId& id : silent) {
+    const NodeState& node = state_.nodes.at(id);
+    LoseNode(id, Reason::kNodeLost,
+             fmt::format("silent_ms={} lease_ms={}", ToMilliseconds(now_ - node.last_heard),
+                         ToMilliseconds(node.lease)));
+  }
+  for (auto& [id, job] : state_.jobs) {
+    if (IsTerminal(job.record.state)) continue;
+    Runtime& run = runtime_[id];
+    const JobSpec& spec = job.record.spec;
+    if (job.record.state == JobState::kWaiting) {
+      if (run.last_call.ns != 0 && now_ >= run.last_call) {
+        Prepare(&job, Reason::kCapacityReached, fmt::format("nodes={}", ChooseNodes(job).size()),
+                false);
+      } else if (spec.join_timeout.count() > 0 && now_ >= run.waiting_since + spec.join_timeout) {
+        Finish(&job, JobState::kFailed, Reason::kJoinTimeout,
+               fmt::format("fewer than {} nodes for {:.1f} s", spec.min_nodes,
+                           ToSeconds(spec.join_timeout)),
+               75);
+      }
+    } else if (job.deadline.ns != 0 && now_ >= job.deadline && !Bug(kBugLostWakeup)) {
+      // Who owes an answer is fenced: its workers cannot be in two generations.
+      const std::set<NodeId> late = job.waiting_for;
+      const Generation generation = job.record.generation;
+      for (const NodeId& node : late) {
+        if (job.record.generation != generation && job.waiting_for.count(node) == 0) continue;
+        run.excluded.insert(node);
+        LoseNode(node, Reason::kPrepareTimeout,
+                 fmt::format("owed generation {} of {} an answer", generation, id));
+      }
+    }
+    if (run.grow_at.ns != 0 && now_ >= run.grow_at && job.record.state == JobState::kRunning) {
+      run.grow_at = {};
+      if (ChooseNodes(job).size() > job.plan.nodes.size()) {
+        Prepare(&job, Reason::kNodeJoined, fmt::format("nodes={}", ChooseNodes(job).size()), false);
+      }
+    }
+  }
+}
+
+}  // namespace everstep::controller

@@ -1,0 +1,392 @@
+// A job's life, and who pays for a restart. The table: docs/internals/lifecycle.md, "Restarts: who pays".
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "controller/core/impl.h"
+
+namespace everstep::controller {
+namespace {
+
+bool Switching(JobState s) {
+  return s == JobState::kPreparing || s == JobState::kActivating || s == JobState::kRunning;
+}
+
+JobState Outcome(Reason end) {
+  if (end == Reason::kCompleted) return JobState::kSucceeded;
+  return end == Reason::kCancelled ? JobState::kCancelled : JobState::kFailed;
+}
+
+// A signal that a program raises itself by a fault of its own (as opposed to one sent from outside).
+bool OwnSignal(std::int32_t code) {
+  switch (-code) {
+    case 4: case 6: case 7: case 8: case 11: return true;  // ILL ABRT BUS FPE SEGV
+    default: return false;
+  }
+}
+
+}  // namespace
+
+void Controller::Impl::On(const SubmitJob& e) {
+  const JobSpec& spec = e.spec;
+  if (spec.job.empty() || spec.min_nodes == 0 || spec.max_nodes < spec.min_nodes ||
+      spec.nproc_per_node == 0 || spec.max_restarts < 0) {
+    Answer(e.request, ReplyCode::kInvalid,
+           fmt::format("job '{}' asks for {} to {} nodes with {} workers each and {} restarts", spec.job,
+                       spec.min_nodes, spec.max_nodes, spec.nproc_per_node, spec.max_restarts),
+           "1 <= MIN <= MAX nodes, at least 1 worker a node, restarts from 0 on");
+    return;
+  }
+  JobStateView* old = FindJob(spec.job);
+  if (old != nullptr && !IsTerminal(old->record.state)) {
+    Answer(e.request, ReplyCode::kAlreadyExists,
+           fmt::format("a job '{}' is {} here", spec.job, JobStateName(old->record.state)),
+           "choose another id, or everstep job cancel " + spec.job);
+    return;
+  }
+  if (old == nullptr && state_.jobs.size() >= options_.max_jobs) {
+    Answer(e.request, ReplyCode::kFailedPrecondition,
+           fmt::format("this controller remembers {} jobs, its limit", options_.max_jobs),
+           "start it with a larger limit or a new state directory");
+    return;
+  }
+  JobStateView& job = state_.jobs[spec.job];
+  JobRecord record;
+  record.spec = spec;
+  record.generation = job.record.generation;  // generations only grow, also when an id is used again
+  record.started = now_;
+  record.data_key = e.data_key;
+  job.record = std::move(record);
+  job.step = kNoStep;
+  job.reason = Reason::kSubmitted;
+  job.message.clear();
+  job.deadline = {};
+  Runtime& run = runtime_[spec.job];
+  run = Runtime{};
+  run.waiting_since = now_;
+  dirty_jobs_.insert(spec.job);
+  Journal({.type = "job_submitted",
+           .reason = Reason::kSubmitted,
+           .job = spec.job,
+           .message = fmt::format("job {} submitted: {} to {} nodes, {} workers each", spec.job,
+                                  spec.min_nodes, spec.max_nodes, spec.nproc_per_node)});
+  Answer(e.request, ReplyCode::kOk, fmt::format("job '{}' submitted", spec.job));
+  for (const auto& [id, node] : state_.nodes) {
+    if (Eligible(job, node)) Send(id, WarmCommand{spec.job, spec.command, spec.nproc_per_node});
+  }
+  Consider(&job);
+}
+
+void Controller::Impl::Consider(JobStateView* job) {
+  const JobId& id = job->record.spec.job;
+  Runtime& run = runtime_[id];
+  const JobSpec& spec = job->record.spec;
+  if (job->record.state == JobState::kWaiting) {
+    const std::size_t have = ChooseNodes(*job).size();
+    if (have < spec.min_nodes) {
+      run.last_call = {};
+    } else if (have >= spec.max_nodes) {
+      Prepare(job, Reason::kCapacityReached, fmt::format("nodes={}", have), false);
+    } else if (run.last_call.ns == 0) {
+      run.last_call =
+          now_ + (job->record.generation == 0 ? spec.last_call : options_.grow_delay);
+    }
+  } else if (job->record.state == JobState::kRunning && job->plan.nodes.size() < spec.max_nodes) {
+    if (ChooseNodes(*job).size() <= job->plan.nodes.size()) {
+      run.grow_at = {};
+    } else if (run.grow_at.ns == 0) {
+      run.grow_at = now_ + options_.grow_delay;
+    }
+  }
+}
+
+void Controller::Impl::On(const CancelJob& e) {
+  JobStateView* job = FindJob(e.job);
+  if (job == nullptr) {
+    Answer(e.request, ReplyCode::kNotFound, fmt::format("no job is called '{}'", e.job),
+           "everstep job list");
+    return;
+  }
+  if (IsTerminal(job->record.state) || job->record.state == JobState::kStopping) {
+    Answer(e.request, ReplyCode::kFailedPrecondition,
+           fmt::format("job '{}' is {} already", e.job, JobStateName(job->record.state)));
+    return;
+  }
+  Answer(e.request, ReplyCode::kOk, fmt::format("job '{}' is being cancelled", e.job));
+  Finish(job, JobState::kCancelled, Reason::kCancelled, e.reason, 1);
+}
+
+void Controller::Impl::AddFault(JobStateView* job, Reason reason, std::string subject,
+                                std::string evidence) {
+  auto& faults = job->record.faults;
+  Fault fault;
+  fault.id = faults.empty() ? 1 : faults.back().id + 1;
+  fault.reason = reason;
+  fault.subject = std::move(subject);
+  fault.evidence = std::move(evidence);
+  fault.detected = now_;
+  fault.generation_before = job->record.generation;
+  fault.step_before = job->step;
+  Journal({.type = "fault",
+           .severity = Severity::kWarning,
+           .reason = reason,
+           .job = job->record.spec.job,
+           .generation = job->record.generation,
+           .message = fmt::format("{}: {}", fault.subject, ReasonName(reason)),
+           .evidence = fault.evidence});
+  faults.push_back(std::move(fault));
+  if (faults.size() > options_.fault_limit) faults.erase(faults.begin());
+  dirty_jobs_.insert(job->record.spec.job);
+}
+
+bool Controller::Impl::EndOfGeneration(JobStateView* job, bool lost_capacity) {
+  Runtime& run = runtime_[job->record.spec.job];
+  if (!run.ran) return true;  // superseded before it ran: counts for nobody
+  run.ran = false;
+  dirty_jobs_.insert(job->record.spec.job);
+  const bool steps_reported = job->record.best_step != kNoStep;
+  const bool progressed = steps_reported ? job->record.best_step > run.step_at_start
+                                         : now_ - run.running_since >= options_.progress_age;
+  if (progressed) {
+    job->record.no_progress = 0;
+    return true;
+  }
+  ++job->record.no_progress;
+  const std::uint32_t limit = job->record.spec.max_no_progress;
+  if (lost_capacity && limit > 0 && job->record.no_progress >= limit) {
+    Finish(job, JobState::kFailed, Reason::kNoProgress,
+           fmt::format("{} generations in a row ended without a new step (limit {})",
+                       job->record.no_progress, limit),
+           93);
+    return false;
+  }
+  return true;
+}
+
+void Controller::Impl::On(const WorkerExited& e) {
+  if (Fresh(e.node, e.incarnation) == nullptr) return;
+  JobStateView* job = FindJob(e.job);
+  if (job == nullptr || (e.generation != job->record.generation && !Bug(kBugMissingFence))) {
+    ++state_.stale_dropped;
+    return;
+  }
+  const WorkerOnNode worker{e.rank, e.local_rank, e.pid, false, e.exit};
+  if (job->record.state == JobState::kStopping) {
+    // Other ranks of the generation that failed: the report shows who was first.
+    if (e.exit.code != 0 && !e.exit.by_everstep && job->record.end_reason != Reason::kCompleted) {
+      job->record.failures.push_back(worker);
+      dirty_jobs_.insert(e.job);
+    }
+    return;
+  }
+  if (job->record.state != JobState::kRunning && job->record.state != JobState::kActivating) return;
+  job->workers[e.rank] = {e.node, worker};
+  if (e.exit.code != 0) {
+    if (!e.exit.by_everstep) WorkerFailed(job, e);
+    return;
+  }
+  const std::size_t world = job->plan.nodes.size() * job->record.spec.nproc_per_node;
+  const bool all = job->workers.size() == world &&
+                   std::all_of(job->workers.begin(), job->workers.end(), [](const auto& w) {
+                     return !w.second.worker.running && w.second.worker.exit.code == 0;
+                   });
+  if (all) Finish(job, JobState::kSucceeded, Reason::kCompleted, "every worker exited 0", 0);
+}
+
+void Controller::Impl::WorkerFailed(JobStateView* job, const WorkerExited& e) {
+  const std::int32_t code = e.exit.code;
+  const bool own = !e.exit.oom_killed && (code > 0 || OwnSignal(code));
+  const Reason reason = e.exit.oom_killed ? Reason::kWorkerOutOfMemory
+                        : own             ? Reason::kWorkerExited
+                                          : Reason::kWorkerKilled;
+  const std::string evidence =
+      fmt::format("{}={} pid={} ran_ms={}", code < 0 ? "signal" : "exit_code", std::abs(code), e.pid,
+                  ToMilliseconds(e.exit.ran));
+  AddFault(job, reason, fmt::format("rank {} on {}", e.rank, e.node), evidence);
+  job->record.faults.back().occurred = e.exit.occurred;
+  const bool charged = own || job->record.spec.strict_restarts;
+  if (charged) {
+    if (job->record.restarts >= static_cast<std::uint32_t>(job->record.spec.max_restarts)) {
+      const bool ever = job->record.best_step != kNoStep ||
+                        now_ - runtime_[e.job].running_since >= options_.progress_age;
+      job->record.failures = {job->workers.at(e.rank).worker};
+      Finish(job, JobState::kFailed,
+             ever || own == false ? Reason::kRestartsExhausted : Reason::kCrashAtStart,
+             fmt::format("rank {} on {} failed ({}) after {} of {} restarts", e.rank, e.node, evidence,
+                         job->record.restarts, job->record.spec.max_restarts),
+             1);
+      return;
+    }
+    ++job->record.restarts;
+  } else {
+    ++job->record.lost_capacity;
+  }
+  dirty_jobs_.insert(e.job);
+  if (EndOfGeneration(job, !charged)) Prepare(job, reason, evidence, true, true);
+}
+
+void Controller::Impl::On(const WorkerStalled& e) {
+  if (Fresh(e.node, e.incarnation) == nullptr) return;
+  JobStateView* job = FindJob(e.job);
+  if (job == nullptr || e.generation != job->record.generation) {
+    ++state_.stale_dropped;
+    return;
+  }
+  if (job->record.state != JobState::kRunning && job->record.state != JobState::kActivating) return;
+  const std::string subject = fmt::format("rank {} on {}", e.rank, e.node);
+  if (e.kind == StallKind::kStopped) {
+    AddFault(job, Reason::kWorkerStopped, subject, e.evidence);
+    ++job->record.lost_capacity;
+    if (EndOfGeneration(job, true)) Prepare(job, Reason::kWorkerStopped, e.evidence, true, true);
+    return;
+  }
+  AddFault(job, Reason::kGroupNotFormed, subject, e.evidence);
+  if (++job->record.start_failures > job->record.spec.max_start_failures) {
+    Finish(job, JobState::kFailed, Reason::kStartFailures,
+           fmt::format("the process group did not form {} times in a row (limit {})",
+                       job->record.start_failures, job->record.spec.max_start_failures),
+           1);
+    return;
+  }
+  Prepare(job, Reason::kGroupNotFormed, e.evidence, true);
+}
+
+void Controller::Impl::Finish(JobStateView* job, JobState outcome, Reason reason,
+                              const std::string& message, std::int32_t exit_code) {
+  const JobId& id = job->record.spec.job;
+  JobRecord& record = job->record;
+  record.state = JobState::kStopping;
+  record.end_reason = reason;
+  record.end_message = message;
+  record.exit_code = exit_code;
+  job->reason = reason;
+  job->message = message;
+  job->deadline = now_ + options_.stop_timeout;
+  job->waiting_for.clear();
+  runtime_[id].grow_at = {};
+  runtime_[id].last_call = {};
+  dirty_jobs_.insert(id);
+  const bool forget = outcome != JobState::kFailed;
+  Journal({.type = "job_stopping",
+           .severity = outcome == JobState::kFailed ? Severity::kError : Severity::kInfo,
+           .reason = reason,
+           .job = id,
+           .generation = record.generation,
+           .message = fmt::format("job {} ends: {}", id, message)});
+  for (const NodePlan& member : job->plan.nodes) {
+    if (state_.nodes.at(member.node).record.health == NodeHealth::kLost) continue;
+    job->waiting_for.insert(member.node);
+    Send(member.node, StopJobCommand{id, record.generation, forget, !forget, reason});
+  }
+  for (const auto& [node_id, node] : state_.nodes) {  // spares: fork servers and stores
+    if (!IsMember(*job, node_id)) {
+      Send(node_id, StopJobCommand{id, record.generation, forget, !forget, reason});
+    }
+  }
+  if (forget) {
+    job->holdings.clear();
+    if (!job->commits.commits.empty()) out_->deletions.push_back({Deletion::Table::kCommit, id});
+    job->commits = {};
+    dirty_commits_.erase(id);
+  }
+  if (job->waiting_for.empty()) FinishStop(job);
+}
+
+void Controller::Impl::On(const Stopped& e) {
+  if (Fresh(e.node, e.incarnation) == nullptr) return;
+  JobStateView* job = FindJob(e.job);
+  if (job == nullptr || job->record.state != JobState::kStopping ||
+      e.generation != job->record.generation) {
+    return;
+  }
+  if (job->waiting_for.erase(e.node) > 0 && job->waiting_for.empty()) FinishStop(job);
+}
+
+void Controller::Impl::FinishStop(JobStateView* job) {
+  JobRecord& record = job->record;
+  const JobId& id = record.spec.job;
+  record.state = Outcome(record.end_reason);
+  record.ended = now_;
+  std::sort(record.failures.begin(), record.failures.end(),
+            [](const WorkerOnNode& a, const WorkerOnNode& b) {
+              const auto at = [](const WorkerOnNode& w) {
+                return w.exit.error_time.ns != 0 ? w.exit.error_time : w.exit.occurred;
+              };
+              return std::pair(at(a), a.rank) < std::pair(at(b), b.rank);
+            });
+  job->deadline = {};
+  job->workers.clear();
+  job->plan.phase = Phase::kEnded;
+  if (job->plan.generation != 0) dirty_plans_.insert(id);
+  dirty_jobs_.insert(id);
+  Journal({.type = "job_ended",
+           .severity = record.state == JobState::kFailed ? Severity::kError : Severity::kInfo,
+           .reason = record.end_reason,
+           .job = id,
+           .generation = record.generation,
+           .message = fmt::format("job {} is {}", id, JobStateName(record.state)),
+           .evidence = fmt::format("exit_code={}", record.exit_code)});
+  for (auto& [other, view] : state_.jobs) {
+    if (other != id) Consider(&view);
+  }
+}
+
+JobOnNode Controller::Impl::ReportedOrEmpty(const NodeRegistered& e, const JobId& job) const {
+  for (const JobOnNode& reported : e.jobs) {
+    if (reported.job == job) return reported;
+  }
+  JobOnNode none;
+  none.job = job;
+  return none;
+}
+
+void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
+  for (auto& [id, job] : state_.jobs) {
+    const JobOnNode holds = ReportedOrEmpty(e, id);
+    if (!holds.shards.empty()) job.holdings[e.node] = holds;
+    const JobState s = job.record.state;
+    const Generation generation = job.record.generation;
+    const bool current = holds.generation == generation && holds.activated;
+    if (s == JobState::kStopping && IsMember(job, e.node)) {
+      job.waiting_for.insert(e.node);
+      const bool forget = Outcome(job.record.end_reason) != JobState::kFailed;
+      Send(e.node, StopJobCommand{id, generation, forget, !forget, job.record.end_reason});
+    } else if (Switching(s) && job.waiting_for.count(e.node) > 0 && s == JobState::kPreparing) {
+      SendPrepare(&job, e.node, true);
+    } else if (s == JobState::kActivating && IsMember(job, e.node) && !current) {
+      SendActivate(&job, e.node);
+    } else if ((s == JobState::kActivating || s == JobState::kRunning) && IsMember(job, e.node) &&
+               current) {
+      for (const WorkerOnNode& worker : holds.workers) {
+        if (worker.running) job.workers[worker.rank] = {e.node, worker};
+      }
+      if (s == JobState::kActivating && job.waiting_for.erase(e.node) > 0 &&
+          job.waiting_for.empty()) {
+        Running(&job);
+      }
+      for (const WorkerOnNode& worker : holds.workers) {  // exits nobody heard of
+        if (worker.running || job.record.generation != generation) continue;
+        On(WorkerExited{e.node, node->record.incarnation, id, generation, worker.rank,
+                        worker.local_rank, worker.pid, worker.exit});
+      }
+    } else if (s == JobState::kRunning && IsMember(job, e.node)) {
+      const std::string why = fmt::format("reports generation {} of {}", holds.generation, generation);
+      AddFault(&job, Reason::kNodeReturned, fmt::format("node {}", e.node), why);
+      if (EndOfGeneration(&job, true)) Prepare(&job, Reason::kNodeReturned, why, true);
+    } else if (holds.generation != 0) {
+      // Not in this generation: what it still runs is over; what it holds may serve a restore.
+      Send(e.node, StopJobCommand{id, holds.generation, IsTerminal(s), true, Reason::kStale});
+    }
+    if (!IsTerminal(s) && s != JobState::kStopping && Eligible(job, *node)) {
+      Send(e.node, WarmCommand{id, job.record.spec.command, job.record.spec.nproc_per_node});
+    }
+  }
+  for (const JobOnNode& reported : e.jobs) {
+    if (FindJob(reported.job) == nullptr) {
+      Send(e.node,
+           StopJobCommand{reported.job, reported.generation, true, true, Reason::kStale});
+    }
+  }
+}
+
+}  // namespace everstep::controller

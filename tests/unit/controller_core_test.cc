@@ -1,0 +1,431 @@
+// The controller's brain against a cluster of nodes that answer (or do not): each rung of the recovery
+// ladder and the races in it.
+#include <gtest/gtest.h>
+
+#include <fmt/format.h>
+
+#include "controller/core/bugs.h"
+#include "controller/core/controller.h"
+
+namespace everstep::controller {
+namespace {
+
+class ControllerTest : public ::testing::Test {
+ protected:
+  void SetUp() override { controller_ = std::make_unique<Controller>(options_); }
+
+  Decisions Do(const Event& event) {
+    Decisions out;
+    controller_->Step(now_, event, &out);
+    for (const Record& record : out.records) Store(record);
+    return out;
+  }
+  void Store(const Record& record) {
+    if (const auto* r = std::get_if<NodeRecord>(&record)) store_["node/" + r->node] = record;
+    if (const auto* r = std::get_if<JobRecord>(&record)) store_["job/" + r->spec.job] = record;
+    if (const auto* r = std::get_if<GenerationRecord>(&record)) {
+      store_[fmt::format("generation/{}/{}", r->plan.job, r->plan.generation)] = record;
+    }
+    if (const auto* r = std::get_if<CommitRecord>(&record)) store_["commit/" + r->job] = record;
+    if (const auto* r = std::get_if<JournalRecord>(&record)) {
+      store_[fmt::format("journal/{:09}", r->sequence)] = record;
+    }
+  }
+  Decisions Join(const NodeId& node, std::uint64_t keeper = 0, std::vector<JobOnNode> jobs = {}) {
+    if (keeper == 0) keeper = std::hash<std::string>()(node);
+    NodeRegistered e{.node = node, .session = 1, .keeper_id = keeper, .jobs = std::move(jobs)};
+    e.facts.address = "10.0.0." + node.substr(1);
+    e.facts.data_port = 4000;
+    return Do(e);
+  }
+  Incarnation Inc(const NodeId& node) { return controller_->state().nodes.at(node).record.incarnation; }
+  const JobStateView& Job() { return controller_->state().jobs.at("j"); }
+  Generation G() { return Job().record.generation; }
+
+  void Submit(std::uint32_t min, std::uint32_t max, int restarts = 0) {
+    SubmitJob e{.request = 1, .data_key = "key"};
+    e.spec.job = "j";
+    e.spec.min_nodes = min;
+    e.spec.max_nodes = max;
+    e.spec.max_restarts = restarts;
+    const Decisions out = Do(e);
+    ASSERT_EQ(out.replies.size(), 1u);
+    ASSERT_EQ(out.replies[0].code, ReplyCode::kOk) << out.replies[0].message;
+  }
+  Decisions Prepare(const NodeId& node, Generation g, std::vector<HeldShard> shards = {}) {
+    Prepared e{.node = node, .incarnation = Inc(node), .store_port = 29500};
+    e.holds.job = "j";
+    e.holds.generation = g;
+    e.holds.shards = std::move(shards);
+    return Do(e);
+  }
+  Decisions Activate(const NodeId& node, Generation g) {
+    Activated e{.node = node, .incarnation = Inc(node), .job = "j", .generation = g};
+    for (const NodePlan& n : Job().plan.nodes) {
+      if (n.node != node) continue;
+      for (const WorkerPlan& w : n.workers) e.workers.push_back({w.rank, w.local_rank, 100 + w.rank, true, {}});
+    }
+    return Do(e);
+  }
+  void RunAll() {
+    const auto waiting = Job().waiting_for;
+    for (const NodeId& n : waiting) Prepare(n, G());
+    ASSERT_EQ(Job().record.state, JobState::kActivating);
+    const auto starting = Job().waiting_for;
+    for (const NodeId& n : starting) Activate(n, G());
+    ASSERT_EQ(Job().record.state, JobState::kRunning);
+  }
+  Decisions Exit(const NodeId& node, Rank rank, int code, Generation g) {
+    WorkerExited e{.node = node, .incarnation = Inc(node), .job = "j", .generation = g, .rank = rank, .pid = 100};
+    e.exit.code = code;
+    return Do(e);
+  }
+  Decisions Copied(const NodeId& node, Rank rank, Step step, std::uint32_t crc, bool replica) {
+    ShardCopied e{.node = node, .incarnation = Inc(node), .job = "j"};
+    e.shard = {.rank = rank, .world_size = 2, .generation = G(), .step = step, .crc_root = crc, .bytes = 8, .replica = replica};
+    return Do(e);
+  }
+  void Beat(const NodeId& node, Step step = kNoStep) {
+    Heartbeat e{.node = node, .incarnation = Inc(node)};
+    e.jobs.push_back({"j", G(), step, 1});
+    Do(e);
+  }
+  void Advance(Duration d) { now_ = now_ + d; }
+  template <typename T>
+  static int Count(const Decisions& out) {
+    int n = 0;
+    for (const Command& c : out.commands) n += std::holds_alternative<T>(c.body);
+    return n;
+  }
+
+  Options options_;
+  std::unique_ptr<Controller> controller_;
+  Timestamp now_{1'000'000'000};
+  std::map<std::string, Record> store_;
+};
+
+TEST_F(ControllerTest, JobRunsThroughBothPhasesAndSucceeds) {
+  Join("n1");
+  Join("n2");
+  Submit(2, 2);
+  EXPECT_EQ(Job().record.state, JobState::kPreparing);
+  Prepare("n1", 1);
+  EXPECT_EQ(Job().record.state, JobState::kPreparing) << "n2 has not stopped its workers yet";
+  const Decisions out = Prepare("n2", 1);
+  EXPECT_EQ(Count<ActivateCommand>(out), 2);
+  EXPECT_EQ(Job().plan.master_addr, "10.0.0.1");
+  EXPECT_EQ(Job().plan.master_port, 29500u);
+  Activate("n1", 1);
+  Activate("n2", 1);
+  EXPECT_EQ(Job().record.state, JobState::kRunning);
+  Exit("n1", 0, 0, 1);
+  EXPECT_EQ(Job().record.state, JobState::kRunning);
+  EXPECT_EQ(Count<StopJobCommand>(Exit("n2", 1, 0, 1)), 2);
+  Do(Stopped{"n1", Inc("n1"), "j", 1});
+  Do(Stopped{"n2", Inc("n2"), "j", 1});
+  EXPECT_EQ(Job().record.state, JobState::kSucceeded);
+  EXPECT_EQ(Job().record.exit_code, 0);
+}
+
+TEST_F(ControllerTest, TheBatchComesWithTheCommands) {
+  Join("n1");
+  Submit(1, 1);
+  const Decisions out = Prepare("n1", 1);
+  bool plan = false;
+  for (const Record& r : out.records) {
+    if (const auto* g = std::get_if<GenerationRecord>(&r)) plan = g->plan.phase == Phase::kActivate;
+  }
+  EXPECT_TRUE(plan) << "the plan is persisted in the batch before it is carried out";
+  EXPECT_EQ(Count<ActivateCommand>(out), 1);
+}
+
+TEST_F(ControllerTest, KilledWorkerRestartsInPlaceWithoutChargingTheScript) {
+  Join("n1");
+  Submit(1, 1);
+  RunAll();
+  Beat("n1", 5);
+  const Decisions out = Exit("n1", 0, -9, 1);
+  EXPECT_EQ(Count<PrepareCommand>(out), 1);
+  EXPECT_EQ(G(), 2u);
+  EXPECT_EQ(Job().record.restarts, 0u);
+  EXPECT_EQ(Job().record.lost_capacity, 1u);
+  ASSERT_EQ(Job().record.faults.size(), 1u);
+  EXPECT_EQ(Job().record.faults[0].reason, Reason::kWorkerKilled);
+  EXPECT_EQ(Job().record.faults[0].action, "restart in place");
+  RunAll();
+  EXPECT_EQ(Job().record.faults[0].recovered.ns, 0) << "recovered at the next step, not at the fork";
+  Beat("n1", 6);
+  EXPECT_EQ(Job().record.faults[0].step_after, 6);
+  EXPECT_EQ(Job().plan.restart_count, 1u);
+}
+
+TEST_F(ControllerTest, ScriptFailureSpendsTheBudgetThenEndsTheJob) {
+  Join("n1");
+  Submit(1, 1, /*restarts=*/1);
+  RunAll();
+  Exit("n1", 0, 3, 1);
+  EXPECT_EQ(G(), 2u);
+  RunAll();
+  Exit("n1", 0, 3, 2);
+  EXPECT_EQ(Job().record.state, JobState::kStopping);
+  Do(Stopped{"n1", Inc("n1"), "j", 2});
+  EXPECT_EQ(Job().record.state, JobState::kFailed);
+  EXPECT_EQ(Job().record.end_reason, Reason::kCrashAtStart);
+  EXPECT_EQ(Job().record.exit_code, 1);
+  ASSERT_EQ(Job().record.failures.size(), 1u);
+}
+
+TEST_F(ControllerTest, NoProgressEndsWithItsOwnCode) {
+  Join("n1");
+  Submit(1, 1);
+  for (Generation g = 1; g <= 5; ++g) {
+    RunAll();
+    Exit("n1", 0, -9, g);
+  }
+  EXPECT_EQ(Job().record.end_reason, Reason::kNoProgress);
+  EXPECT_EQ(Job().record.exit_code, 93);
+}
+
+TEST_F(ControllerTest, SpareTakesTheLostNodesRank) {
+  for (const char* n : {"n1", "n2", "n3"}) Join(n);
+  Submit(2, 2);
+  RunAll();
+  const Decisions out = Do(NodeProcessDead{"n1", Inc("n1"), "keeper pid 7 is gone"});
+  EXPECT_EQ(Count<PrepareCommand>(out), 2);
+  ASSERT_EQ(Job().plan.nodes.size(), 2u);
+  EXPECT_EQ(Job().plan.nodes[0].node, "n3");
+  EXPECT_EQ(Job().plan.nodes[1].node, "n2");
+  EXPECT_EQ(Job().record.faults[0].action, "a spare takes over");
+}
+
+TEST_F(ControllerTest, SilentNodeIsLostAfterItsLeaseAndTheJobShrinks) {
+  Join("n1");
+  Join("n2");
+  Submit(1, 2);
+  RunAll();
+  Do(SessionClosed{"n2", Inc("n2"), "connection reset"});
+  EXPECT_EQ(controller_->state().nodes.at("n2").record.health, NodeHealth::kSuspect);
+  EXPECT_EQ(Job().record.state, JobState::kRunning);
+  for (int i = 0; i < 6; ++i) {
+    Advance(Milliseconds(250));
+    Beat("n1", i);
+    Do(Tick{});
+  }
+  EXPECT_EQ(controller_->state().nodes.at("n2").record.health, NodeHealth::kLost);
+  EXPECT_EQ(Job().plan.nodes.size(), 1u);
+  EXPECT_EQ(controller_->state().nodes.at("n1").record.health, NodeHealth::kAlive);
+}
+
+TEST_F(ControllerTest, BelowMinimumTheJobWaitsAndComesBack) {
+  Join("n1");
+  Join("n2");
+  Submit(2, 2);
+  RunAll();
+  Do(NodeProcessDead{"n2", Inc("n2"), "gone"});
+  EXPECT_EQ(Job().record.state, JobState::kWaiting);
+  Join("n3");
+  EXPECT_EQ(Job().record.state, JobState::kPreparing);
+  RunAll();
+}
+
+TEST_F(ControllerTest, LossDuringPrepareSupersedesTheSwitch) {
+  for (const char* n : {"n1", "n2", "n3"}) Join(n);
+  Submit(1, 2);
+  Prepare("n1", 1);
+  Do(NodeProcessDead{"n2", Inc("n2"), "gone"});
+  EXPECT_EQ(G(), 2u);
+  EXPECT_EQ(Job().record.state, JobState::kPreparing);
+  EXPECT_EQ(Count<ActivateCommand>(Prepare("n1", 1)), 0) << "an answer to generation 1 is stale";
+  RunAll();
+}
+
+TEST_F(ControllerTest, LossDuringActivateSupersedesTheSwitch) {
+  for (const char* n : {"n1", "n2", "n3"}) Join(n);
+  Submit(2, 2);
+  Prepare("n1", 1);
+  Prepare("n2", 1);
+  Activate("n1", 1);
+  Do(NodeProcessDead{"n2", Inc("n2"), "gone"});
+  EXPECT_EQ(G(), 2u);
+  RunAll();
+  EXPECT_EQ(Job().plan.nodes[1].node, "n3");
+}
+
+TEST_F(ControllerTest, LateReportsOfAnOldGenerationOrIncarnationDie) {
+  Join("n1");
+  Submit(1, 1, 3);
+  RunAll();
+  Exit("n1", 0, 1, 1);
+  const auto dropped = controller_->state().stale_dropped;
+  Exit("n1", 0, 1, 1);
+  EXPECT_EQ(G(), 2u);
+  EXPECT_EQ(controller_->state().stale_dropped, dropped + 1);
+  Do(Heartbeat{.node = "n1", .incarnation = Inc("n1") + 7});
+  EXPECT_EQ(controller_->state().stale_dropped, dropped + 2);
+}
+
+TEST_F(ControllerTest, RestartedAgentIsAdoptedAndNothingRestarts) {
+  Join("n1", 42);
+  Submit(1, 1);
+  RunAll();
+  Do(SessionClosed{"n1", Inc("n1"), "reset"});
+  JobOnNode holds{.job = "j", .generation = 1, .activated = true};
+  holds.workers.push_back({0, 0, 100, true, {}});
+  const Decisions out = Join("n1", 42, {holds});
+  EXPECT_EQ(Count<PrepareCommand>(out) + Count<ActivateCommand>(out) + Count<StopJobCommand>(out), 0);
+  EXPECT_EQ(Job().record.state, JobState::kRunning);
+  EXPECT_EQ(controller_->state().nodes.at("n1").reattached, 1u);
+}
+
+TEST_F(ControllerTest, ExitDuringTheAgentsAbsenceIsSeenAtReattach) {
+  Join("n1", 42);
+  Submit(1, 1);
+  RunAll();
+  JobOnNode holds{.job = "j", .generation = 1, .activated = true};
+  WorkerOnNode dead{0, 0, 100, false, {}};
+  dead.exit.code = -9;
+  holds.workers.push_back(dead);
+  Join("n1", 42, {holds});
+  EXPECT_EQ(G(), 2u);
+  EXPECT_EQ(Job().record.faults.at(0).reason, Reason::kWorkerKilled);
+}
+
+TEST_F(ControllerTest, NewKeeperIsANodeLost) {
+  Join("n1", 42);
+  Submit(1, 1);
+  RunAll();
+  Join("n1", 43);
+  EXPECT_EQ(Job().record.faults.at(0).reason, Reason::kNodeReturned);
+  EXPECT_EQ(G(), 2u);
+  RunAll();
+}
+
+TEST_F(ControllerTest, CommitNeedsTwoEqualCopiesOfEveryRank) {
+  Join("n1");
+  Join("n2");
+  Submit(2, 2);
+  RunAll();
+  Copied("n1", 0, 7, 1, false);
+  Copied("n2", 0, 7, 1, true);
+  Copied("n2", 1, 7, 2, false);
+  EXPECT_TRUE(Job().commits.commits.empty());
+  Copied("n1", 1, 7, 99, true);
+  EXPECT_TRUE(Job().commits.commits.empty()) << "the copies of rank 1 differ";
+  const Decisions out = Copied("n1", 1, 7, 2, true);
+  EXPECT_EQ(Count<CommittedCommand>(out), 2);
+  ASSERT_EQ(Job().commits.commits.size(), 1u);
+  EXPECT_EQ(Job().commits.commits[0].step, 7);
+}
+
+TEST_F(ControllerTest, RestoreTakesTheNewestCompleteStepFromThePeer) {
+  for (const char* n : {"n1", "n2", "n3"}) Join(n);
+  Submit(2, 2);
+  RunAll();
+  for (const Step s : {7, 8}) {
+    Copied("n1", 0, s, 1, false);
+    Copied("n2", 1, s, 2, false);
+  }
+  Copied("n2", 0, 7, 1, true);
+  Copied("n1", 1, 7, 2, true);
+  Do(NodeProcessDead{"n1", Inc("n1"), "gone"});
+  Prepare("n2", 2, {{.rank = 1, .world_size = 2, .generation = 1, .step = 8, .crc_root = 2, .bytes = 8},
+                    {.rank = 1, .world_size = 2, .generation = 1, .step = 7, .crc_root = 2, .bytes = 8},
+                    {.rank = 0, .world_size = 2, .generation = 1, .step = 7, .crc_root = 1, .bytes = 8, .replica = true}});
+  Prepare("n3", 2);
+  EXPECT_EQ(Job().plan.restore_step, 7) << "step 8 of rank 0 died with its node";
+  EXPECT_EQ(Job().plan.nodes[0].node, "n3");
+  EXPECT_EQ(Job().plan.nodes[0].workers[0].restore.source_node, "n2");
+  EXPECT_EQ(Job().plan.nodes[0].workers[0].restore.source_address, "10.0.0.2:4000");
+}
+
+TEST_F(ControllerTest, RecoveryInEachPhaseContinues) {
+  for (int phase = 0; phase < 3; ++phase) {
+    SCOPED_TRACE(phase);
+    store_.clear();
+    controller_ = std::make_unique<Controller>(options_);
+    Join("n1", 42);
+    Submit(1, 1);
+    JobOnNode holds{.job = "j", .generation = 1};
+    if (phase >= 1) Prepare("n1", 1);
+    if (phase >= 2) {
+      Activate("n1", 1);
+      holds.activated = true;
+      holds.workers.push_back({0, 0, 100, true, {}});
+    }
+    std::vector<Record> records;
+    for (const auto& [key, record] : store_) records.push_back(record);
+    controller_ = std::make_unique<Controller>(options_);
+    Decisions out;
+    controller_->Recover(now_, records, &out);
+    EXPECT_EQ(controller_->state().nodes.at("n1").record.health, NodeHealth::kSuspect);
+    const Decisions join = Join("n1", 42, {holds});
+    EXPECT_EQ(Count<PrepareCommand>(join), phase == 0 ? 1 : 0);
+    EXPECT_EQ(Count<ActivateCommand>(join), phase == 1 ? 1 : 0);
+    if (phase == 0) Prepare("n1", 1);
+    if (phase <= 1) Activate("n1", 1);
+    EXPECT_EQ(Job().record.state, JobState::kRunning);
+    EXPECT_EQ(G(), 1u);
+  }
+}
+
+TEST_F(ControllerTest, PhaseThatIsNeverAnsweredEndsAtItsDeadline) {
+  Join("n1");
+  Join("n2");
+  Submit(1, 2);
+  Prepare("n1", 1);
+  for (int i = 0; i < 121; ++i) {  // n2 beats but never answers
+    Advance(Milliseconds(250));
+    Beat("n1");
+    if (controller_->state().nodes.at("n2").record.health != NodeHealth::kLost) Beat("n2");
+    Do(Tick{});
+  }
+  EXPECT_EQ(controller_->state().nodes.at("n2").record.health, NodeHealth::kLost);
+  EXPECT_EQ(controller_->state().nodes.at("n2").reason, Reason::kPrepareTimeout);
+  EXPECT_EQ(G(), 2u);
+  EXPECT_EQ(Job().plan.nodes.size(), 1u);
+}
+
+TEST_F(ControllerTest, DrainMovesTheJobOrSaysWhyNot) {
+  Join("n1");
+  Join("n2");
+  Submit(2, 2);
+  RunAll();
+  Decisions out = Do(DrainNode{.request = 9, .node = "n1", .reason = "disk"});
+  ASSERT_EQ(out.replies.size(), 1u);
+  EXPECT_EQ(out.replies[0].code, ReplyCode::kFailedPrecondition);
+  EXPECT_EQ(G(), 1u);
+  Join("n3");
+  out = Do(DrainNode{.request = 10, .node = "n1", .reason = "disk"});
+  EXPECT_EQ(out.replies[0].code, ReplyCode::kOk);
+  EXPECT_EQ(Job().plan.nodes[0].node, "n3");
+  EXPECT_EQ(Job().waiting_for.count("n1"), 1u) << "the leaving node stops its workers first";
+  RunAll();
+}
+
+TEST_F(ControllerTest, ElasticJobGrowsAfterTheDelay) {
+  Join("n1");
+  Submit(1, 2);
+  Advance(Seconds(1));
+  Beat("n1");
+  Do(Tick{});
+  RunAll();
+  Join("n2");
+  EXPECT_EQ(G(), 1u);
+  Advance(options_.grow_delay);
+  Do(Tick{});
+  EXPECT_EQ(G(), 2u);
+  EXPECT_EQ(Job().plan.nodes.size(), 2u);
+  RunAll();
+}
+
+TEST_F(ControllerTest, StoppedControllerBlamesNobody) {
+  Join("n1");
+  Submit(1, 1);
+  RunAll();
+  Advance(Seconds(60));
+  Do(Tick{});
+  EXPECT_EQ(controller_->state().nodes.at("n1").record.health, NodeHealth::kAlive);
+}
+
+}  // namespace
+}  // namespace everstep::controller
