@@ -1,0 +1,157 @@
+#include "worker/launcher/summary.h"
+
+#include <algorithm>
+#include <csignal>
+#include <string_view>
+
+#include <fmt/format.h>
+
+#include "worker/launcher/error_file.h"
+#include "worker/launcher/exit_codes.h"
+
+namespace everstep::launcher {
+namespace {
+
+constexpr std::size_t kWidth = 60;  // torchrun's
+
+// A fixed table: strsignal speaks the user's language and is not thread-safe.
+std::string_view SignalName(std::int32_t number) {
+  switch (number) {
+    case SIGHUP: return "SIGHUP";
+    case SIGINT: return "SIGINT";
+    case SIGQUIT: return "SIGQUIT";
+    case SIGILL: return "SIGILL";
+    case SIGTRAP: return "SIGTRAP";
+    case SIGABRT: return "SIGABRT";
+    case SIGBUS: return "SIGBUS";
+    case SIGFPE: return "SIGFPE";
+    case SIGKILL: return "SIGKILL";
+    case SIGUSR1: return "SIGUSR1";
+    case SIGSEGV: return "SIGSEGV";
+    case SIGUSR2: return "SIGUSR2";
+    case SIGPIPE: return "SIGPIPE";
+    case SIGALRM: return "SIGALRM";
+    case SIGTERM: return "SIGTERM";
+    case SIGXCPU: return "SIGXCPU";
+    case SIGXFSZ: return "SIGXFSZ";
+    default: return "";
+  }
+}
+
+// Lines after the first are indented below the first.
+std::string Indented(std::string_view text) {
+  std::string out;
+  for (const char c : text) {
+    out += c;
+    if (c == '\n') out += "  ";
+  }
+  while (!out.empty() && (out.back() == ' ' || out.back() == '\n')) out.pop_back();
+  return out;
+}
+
+std::string FormatFailure(std::size_t index, const WorkerFailure& f) {
+  std::string name;
+  if (f.exit_code < 0 && !SignalName(-f.exit_code).empty()) {
+    name = fmt::format(" ({})", SignalName(-f.exit_code));
+  }
+  return fmt::format(
+      "[{}]:\n"
+      "  time      : {}\n"
+      "  host      : {}\n"
+      "  rank      : {} (local_rank: {})\n"
+      "  exitcode  : {} (pid: {}){}\n"
+      "  error_file: {}\n"
+      "  traceback : {}\n",
+      index, f.time.empty() ? "<N/A>" : f.time, f.node, f.rank, f.local_rank, f.exit_code, f.pid, name,
+      f.error_file.empty() ? "<N/A>" : f.error_file, Indented(FailureMessage(f)));
+}
+
+std::string FormatFailures(const RunOutcome& o) {
+  const std::string border(kWidth, '=');
+  const std::string section(kWidth, '-');
+  std::string others;
+  for (std::size_t i = 1; i < o.failures.size() && i < kMaxListed; ++i) {
+    others += FormatFailure(i, o.failures[i]);
+  }
+  if (o.failures.size() > kMaxListed) {
+    others += fmt::format("  and {} more\n", o.failures.size() - kMaxListed);
+  }
+  if (others.empty()) others = "  <NO_OTHER_FAILURES>\n";
+  return fmt::format(
+      "{}\n{} FAILED\n{}\nFailures:\n{}{}\nRoot Cause (first observed failure):\n{}{}\n", border,
+      o.script, section, others, section, FormatFailure(0, o.failures.front()), border);
+}
+
+std::string FormatFaults(const std::vector<FaultLine>& faults) {
+  std::string text;
+  const std::size_t first = faults.size() > kMaxListed ? faults.size() - kMaxListed : 0;
+  if (first > 0) text += fmt::format("everstep:   {} earlier ones are not listed\n", first);
+  for (std::size_t i = first; i < faults.size(); ++i) {
+    const FaultLine& f = faults[i];
+    text += fmt::format("everstep:   {}: {}", f.subject, f.reason);
+    if (!f.action.empty()) text += fmt::format("; {}", f.action);
+    text += f.recovery_seconds < 0 ? std::string("; not recovered")
+                                   : fmt::format("; recovered in {:.2f} s", f.recovery_seconds);
+    if (f.steps_lost >= 0) text += fmt::format(", {} steps lost", f.steps_lost);
+    text += '\n';
+  }
+  return text;
+}
+
+}  // namespace
+
+std::string_view ExitMeaning(std::int32_t exit_code) {
+  switch (exit_code) {
+    case kExitSucceeded: return "every worker exited 0";
+    case kExitFailed: return "a worker failed and its restarts are spent, or the run was cancelled";
+    case kExitUsage: return "the command line was refused";
+    case kExitCapacity: return "too few nodes for too long";
+    case kExitNoProgress: return "the run cannot make progress";
+    default: return "an exit code that is not Everstep's";
+  }
+}
+
+std::string_view ExitAdvice(std::int32_t exit_code) {
+  switch (exit_code) {
+    case kExitFailed: return "see the root cause, correct the script, run again";
+    case kExitUsage: return "see `everstep-run --help`";
+    case kExitCapacity: return "submit it again when machines are free; its saved state is kept";
+    case kExitNoProgress: return "do not requeue it: look at the first worker's log";
+    default: return "";
+  }
+}
+
+std::string FailureMessage(const WorkerFailure& failure) {
+  std::string text = TextOfErrorFile(failure.error_json);
+  if (!text.empty()) return text;
+  if (failure.exit_code < 0) {
+    const std::string_view name = SignalName(-failure.exit_code);
+    return fmt::format("Signal {} ({}) received by PID {}", -failure.exit_code,
+                       name.empty() ? "<N/A>" : name, failure.pid);
+  }
+  return "To enable traceback see: https://pytorch.org/docs/stable/elastic/errors.html";
+}
+
+std::string FormatSummary(const RunOutcome& o) {
+  const bool succeeded = o.exit_code == kExitSucceeded;
+  std::string text;
+  if (!succeeded && !o.failures.empty()) text += FormatFailures(o);
+  if (!o.faults.empty()) {
+    text += fmt::format("everstep: {} fault{} in this run ({} restart{} charged to the script, {} not)\n",
+                        o.faults.size(), o.faults.size() == 1 ? "" : "s", o.restarts,
+                        o.restarts == 1 ? "" : "s", o.lost_capacity);
+    text += FormatFaults(o.faults);
+  }
+  if (succeeded) return text;
+  text += fmt::format("everstep: job {} {} ({})", o.job, o.state, o.reason);
+  if (!o.message.empty()) text += fmt::format(": {}", o.message);
+  text += fmt::format("\neverstep: {} of {} restarts used", o.restarts, o.max_restarts);
+  if (o.best_step != kNoStep) text += fmt::format(", best step {}", o.best_step);
+  if (!o.log_dir.empty()) text += fmt::format(", logs in {}", o.log_dir);
+  text += fmt::format("\neverstep: exit code {}: {}", o.exit_code, ExitMeaning(o.exit_code));
+  if (!ExitAdvice(o.exit_code).empty()) text += fmt::format("; {}", ExitAdvice(o.exit_code));
+  text += '\n';
+  return text;
+}
+
+}  // namespace everstep::launcher
