@@ -1,7 +1,12 @@
 // everstep-run reads torchrun's command line as torchrun does.
 #include "worker/launcher/flags.h"
 
+#include <fstream>
+#include <sstream>
+
 #include <gtest/gtest.h>
+
+#include "worker/launcher/flag_table.h"
 
 namespace everstep::launcher {
 namespace {
@@ -162,6 +167,21 @@ TEST(LauncherFlags, HelpAndVersionEndTheReading) {
   EXPECT_EQ(ParseFlags({"--nnodes=2", "--help"}, {}).kind, ParseKind::kHelp);
   EXPECT_EQ(ParseFlags({"--version"}, {}).kind, ParseKind::kVersion);
   EXPECT_TRUE(Has(HelpText(), "--nproc-per-node N|auto|cpu|gpu|xpu"));
+}
+
+TEST(LauncherFlags, TheReferencePageListsEveryFlag) {
+  std::ifstream file(EVERSTEP_SOURCE_DIR "/docs/reference/flags.md");
+  std::stringstream page;
+  page << file.rdbuf();
+  ASSERT_FALSE(page.str().empty());
+  for (const FlagRow& row : kFlagTable) {
+    const std::string cell = "`" + std::string(row.name) + (row.takes_value ? " " : "`");
+    EXPECT_TRUE(Has(page.str(), cell)) << row.name;
+    if (!row.variable.empty()) {
+      EXPECT_TRUE(Has(page.str(), "`" + std::string(row.variable) + "`")) << row.variable;
+    }
+    EXPECT_TRUE(Has(page.str(), row.help)) << row.name;
+  }
 }
 
 TEST(LauncherFlags, FlagsWithoutEffectAreWarnedAbout) {

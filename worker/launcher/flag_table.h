@@ -1,5 +1,5 @@
 // Every flag of everstep-run, one row each: how it is spelt, where its default comes from, what it means.
-// ParseFlags, --help and docs/reference/flags.md all read this one table (flags_test compares the page).
+// ParseFlags, --help and docs/reference/flags.md all read this one table (launcher_flags_test compares the page).
 #pragma once
 
 #include <cstdint>
