@@ -1,0 +1,152 @@
+#include "worker/launcher/log_follower.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <charconv>
+#include <filesystem>
+#include <system_error>
+
+#include <fmt/format.h>
+
+namespace everstep::launcher {
+
+struct LogFollower::File {
+  std::string path;
+  std::string prefix;   // empty: bytes pass as they are
+  bool from_stderr = false;
+  int descriptor = -1;
+  std::string line;     // unfinished, prefix mode only
+};
+
+LogFollower::LogFollower(FollowOptions options, Sink sink)
+    : options_(std::move(options)), sink_(std::move(sink)) {}
+
+LogFollower::~LogFollower() {
+  for (auto& [attempt, files] : attempts_) {
+    for (File& file : files) {
+      if (file.descriptor >= 0) ::close(file.descriptor);
+    }
+  }
+}
+
+void LogFollower::FindAttempts() {
+  constexpr std::string_view kPrefix = "attempt_";
+  std::vector<std::uint64_t> found;
+  std::error_code error;
+  std::filesystem::directory_iterator entries(options_.dir, error);
+  for (; !error && entries != std::filesystem::directory_iterator(); entries.increment(error)) {
+    const std::string name = entries->path().filename().string();
+    if (name.rfind(kPrefix, 0) != 0) continue;
+    std::uint64_t attempt = 0;
+    const char* end = name.data() + name.size();
+    const std::from_chars_result read =
+        std::from_chars(name.data() + kPrefix.size(), end, attempt);
+    if (read.ec != std::errc() || read.ptr != end) continue;
+    if (!any_ || attempt > newest_) found.push_back(attempt);
+  }
+  std::sort(found.begin(), found.end());
+  for (const std::uint64_t attempt : found) Open(attempt);
+}
+
+void LogFollower::Open(std::uint64_t attempt) {
+  any_ = true;
+  newest_ = attempt;
+  std::vector<File>& files = attempts_[attempt];
+  for (std::int32_t rank = 0; rank < static_cast<std::int32_t>(options_.workers); ++rank) {
+    const auto& filter = options_.local_ranks_filter;
+    if (!filter.empty() && std::find(filter.begin(), filter.end(), rank) == filter.end()) continue;
+    const std::uint8_t tee = options_.tee.For(rank);
+    const std::uint8_t redirects = options_.redirects.For(rank);
+    for (const std::uint8_t bit : {kStreamOut, kStreamErr}) {
+      if ((tee & bit) == 0 && (redirects & bit) != 0) continue;
+      File file;
+      file.from_stderr = bit == kStreamErr;
+      file.path = fmt::format("{}/attempt_{}/{}/{}.log", options_.dir, attempt, rank,
+                              file.from_stderr ? "stderr" : "stdout");
+      if ((tee & bit) != 0) file.prefix = fmt::format("[{}{}]:", options_.role, rank);
+      files.push_back(std::move(file));
+    }
+  }
+}
+
+void LogFollower::Emit(File* file, std::string_view bytes) {
+  if (file->prefix.empty()) {
+    sink_(file->from_stderr, bytes);
+    return;
+  }
+  std::string lines;
+  while (!bytes.empty()) {
+    const std::size_t end = bytes.find('\n');
+    if (end == std::string_view::npos) {
+      file->line += bytes;
+      if (file->line.size() >= kMaxLine) {
+        lines += file->prefix + file->line + '\n';
+        file->line.clear();
+      }
+      break;
+    }
+    lines += file->prefix;
+    lines += file->line;
+    lines += bytes.substr(0, end + 1);
+    file->line.clear();
+    bytes.remove_prefix(end + 1);
+  }
+  if (!lines.empty()) sink_(file->from_stderr, lines);
+}
+
+std::size_t LogFollower::Read(File* file) {
+  if (file->descriptor < 0) {
+    file->descriptor = ::open(file->path.c_str(), O_RDONLY | O_CLOEXEC);
+    if (file->descriptor < 0) return 0;
+  }
+  std::array<char, 32 * 1024> buffer;
+  std::size_t total = 0;
+  while (total < kMaxReadPerPoll) {
+    const ssize_t count = ::read(file->descriptor, buffer.data(), buffer.size());
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) break;
+    total += static_cast<std::size_t>(count);
+    Emit(file, {buffer.data(), static_cast<std::size_t>(count)});
+  }
+  return total;
+}
+
+void LogFollower::Close(File* file) {
+  while (Read(file) > 0) {
+  }
+  if (!file->line.empty()) {
+    sink_(file->from_stderr, file->prefix + file->line + '\n');
+    file->line.clear();
+  }
+  if (file->descriptor >= 0) ::close(file->descriptor);
+  file->descriptor = -1;
+}
+
+std::size_t LogFollower::Poll() {
+  FindAttempts();
+  std::size_t total = 0;
+  for (auto it = attempts_.begin(); it != attempts_.end();) {
+    if (it->first < newest_) {
+      for (File& file : it->second) Close(&file);
+      it = attempts_.erase(it);
+      continue;
+    }
+    for (File& file : it->second) total += Read(&file);
+    ++it;
+  }
+  return total;
+}
+
+void LogFollower::Finish() {
+  FindAttempts();
+  for (auto& [attempt, files] : attempts_) {
+    for (File& file : files) Close(&file);
+  }
+  attempts_.clear();
+}
+
+}  // namespace everstep::launcher
