@@ -1,4 +1,5 @@
-// Bugs that can be switched on, so that the simulator can show that it finds them. Never set outside tests.
+// Bugs that can be switched on, so that the simulator can show that it finds them. Never set
+// outside tests.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Which step is safe (a copy on min(2, nodes) nodes for each rank) and where a generation starts from.
-// GEMINI (SOSP '23) section 4 places the replicas; here they are counted.
+// Which step is safe (a copy on min(2, nodes) nodes for each rank) and where a generation starts
+// from. GEMINI (SOSP '23) section 4 places the replicas; here they are counted.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -13,9 +13,9 @@ void Controller::Impl::On(const ShardCopied& e) {
   if (Fresh(e.node, e.incarnation) == nullptr) return;
   JobStateView* job = FindJob(e.job);
   if (job == nullptr || IsTerminal(job->record.state)) return;
-  const bool current = e.shard.generation == job->record.generation &&
-                       (job->record.state == JobState::kRunning ||
-                        job->record.state == JobState::kActivating);
+  const bool current =
+      e.shard.generation == job->record.generation &&
+      (job->record.state == JobState::kRunning || job->record.state == JobState::kActivating);
   if (!current && !Bug(kBugMissingFence)) {
     ++state_.stale_dropped;
     return;
@@ -50,9 +50,9 @@ void Controller::Impl::On(const ShardCopied& e) {
   for (const auto& [rank, copies] : by_rank) {
     std::map<std::uint32_t, std::size_t> equal;  // copies that agree, by checksum
     for (const auto& [node, shard] : copies) ++equal[shard.crc_root];
-    const auto best = std::max_element(equal.begin(), equal.end(), [](const auto& a, const auto& b) {
-      return a.second < b.second;
-    });
+    const auto best =
+        std::max_element(equal.begin(), equal.end(),
+                         [](const auto& a, const auto& b) { return a.second < b.second; });
     if (best->second < needed) return;
     const auto source = std::find_if(copies.begin(), copies.end(), [&best](const auto& c) {
       return c.second.crc_root == best->first;
@@ -90,9 +90,8 @@ void Controller::Impl::PlanRestore(JobStateView* job) {
   for (auto it = candidates.rbegin(); it != candidates.rend(); ++it) {
     const auto& [step, generation, captured_world] = it->first;
     const std::vector<Holder>& holders = it->second;
-    const bool replicated = std::all_of(holders.begin(), holders.end(), [](const Holder& h) {
-      return h.shard.replicated_layout;
-    });
+    const bool replicated = std::all_of(holders.begin(), holders.end(),
+                                        [](const Holder& h) { return h.shard.replicated_layout; });
     if (!replicated && captured_world != world) continue;
     bool complete = true;
     for (NodePlan& member : job->plan.nodes) {

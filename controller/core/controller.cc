@@ -16,8 +16,12 @@ void Controller::Recover(Timestamp now, std::span<const Record> records, Decisio
 void Controller::Step(Timestamp now, const Event& event, Decisions* out) {
   impl_->Handle(now, event, out);
 }
-std::optional<Timestamp> Controller::NextWakeup() const { return impl_->NextWakeup(); }
-const ClusterState& Controller::state() const { return impl_->state(); }
+std::optional<Timestamp> Controller::NextWakeup() const {
+  return impl_->NextWakeup();
+}
+const ClusterState& Controller::state() const {
+  return impl_->state();
+}
 
 void Controller::Impl::Handle(Timestamp now, const Event& event, Decisions* out) {
   now_ = std::max(now, now_);
@@ -111,8 +115,7 @@ std::optional<Timestamp> Controller::Impl::NextWakeup() const {
 void Controller::Impl::Send(const NodeId& node, decltype(Command::body) body) {
   NodeState& to = state_.nodes.at(node);
   if (!to.connected) return;  // told again when it registers
-  out_->commands.push_back(
-      {node, to.record.incarnation, to.next_sequence++, std::move(body)});
+  out_->commands.push_back({node, to.record.incarnation, to.next_sequence++, std::move(body)});
 }
 
 void Controller::Impl::Answer(RequestId request, ReplyCode code, std::string message,
@@ -143,8 +146,8 @@ void Controller::Impl::Flush() {
     const GenerationPlan& plan = state_.jobs.at(id).plan;
     out_->records.emplace_back(GenerationRecord{plan});
     if (plan.phase == Phase::kPrepare && plan.generation > 2) {
-      out_->deletions.push_back({Deletion::Table::kGeneration,
-                                 fmt::format("{}/{}", id, plan.generation - 2)});
+      out_->deletions.push_back(
+          {Deletion::Table::kGeneration, fmt::format("{}/{}", id, plan.generation - 2)});
     }
   }
   for (const JobId& id : dirty_commits_) out_->records.emplace_back(state_.jobs.at(id).commits);

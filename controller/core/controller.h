@@ -1,6 +1,6 @@
-// The controller's brain: pure, deterministic, single-threaded. Events and time in, decisions out; no
-// IO, no clock, no threads, no randomness, no unordered iteration. The server (controller/server) and
-// the simulator (tests/sim) run this same class.
+// The controller's brain: pure, deterministic, single-threaded. Events and time in, decisions out;
+// no IO, no clock, no threads, no randomness, no unordered iteration. The server
+// (controller/server) and the simulator (tests/sim) run this same class.
 //
 // It decides: which nodes are alive, which generation of each job runs where, from which step and
 // bytes a generation starts, when a checkpoint step is committed, when a job is over. It does not
@@ -25,14 +25,14 @@ struct Options {
   Duration prepare_timeout = Seconds(30);    // a node must stop its workers and report within
   Duration activate_timeout = Seconds(120);  // ... and fork the new ones (a cold import included)
   Duration stop_timeout = Seconds(60);       // ... and clean up at the job's end
-  Duration progress_age = Seconds(10);       // a generation that ran this long made progress, unless
-                                             // steps are reported and none was new
-  Duration rejoin_grace = Seconds(2);        // after a controller restart: lease of recovered nodes
-  Duration grow_delay = Milliseconds(500);   // joins within this window are one switch
+  Duration progress_age = Seconds(10);      // a generation that ran this long made progress, unless
+                                            // steps are reported and none was new
+  Duration rejoin_grace = Seconds(2);       // after a controller restart: lease of recovered nodes
+  Duration grow_delay = Milliseconds(500);  // joins within this window are one switch
   std::size_t max_nodes = 20000;
   std::size_t max_jobs = 1000;
-  std::size_t journal_limit = 10000;         // records kept
-  std::size_t fault_limit = 256;             // per job
+  std::size_t journal_limit = 10000;  // records kept
+  std::size_t fault_limit = 256;      // per job
   // Seeded bugs for the simulator's own test (tests/sim/seeded_bugs_test.cc); never set elsewhere.
   std::uint32_t bugs = 0;
 };

@@ -41,8 +41,8 @@ struct JobRecord {
   Timestamp started;
   Timestamp ended;
   std::string data_key;
-  std::vector<Fault> faults;            // newest 256
-  std::vector<WorkerOnNode> failures;   // of the generation that ended the job, by error time
+  std::vector<Fault> faults;           // newest 256
+  std::vector<WorkerOnNode> failures;  // of the generation that ended the job, by error time
 };
 struct GenerationRecord {
   GenerationPlan plan;
@@ -97,7 +97,7 @@ struct PrepareCommand {
   std::string data_key;
 };
 struct ActivateCommand {
-  GenerationPlan plan;      // whole; the shell sends each node its part
+  GenerationPlan plan;  // whole; the shell sends each node its part
   NodeId node;
   std::uint32_t nproc_per_node = 1;
   CommandSpec command;
@@ -127,7 +127,13 @@ struct Command {
 
 // --- answers to people ---
 
-enum class ReplyCode : std::uint8_t { kOk, kNotFound, kAlreadyExists, kFailedPrecondition, kInvalid };
+enum class ReplyCode : std::uint8_t {
+  kOk,
+  kNotFound,
+  kAlreadyExists,
+  kFailedPrecondition,
+  kInvalid
+};
 struct Reply {
   RequestId request = 0;
   ReplyCode code = ReplyCode::kOk;

@@ -16,9 +16,9 @@ using RequestId = std::uint64_t;
 
 struct NodeRegistered {
   NodeId node;
-  std::uint64_t session = 0;        // the shell's handle of the stream, echoed in the reply command
-  std::uint64_t keeper_id = 0;      // hash of (boot id, pid namespace, keeper pid, keeper start time):
-                                    // equal across two registrations = nothing on the node was lost
+  std::uint64_t session = 0;    // the shell's handle of the stream, echoed in the reply command
+  std::uint64_t keeper_id = 0;  // hash of (boot id, pid namespace, keeper pid, keeper start time):
+                                // equal across two registrations = nothing on the node was lost
   Incarnation previous_incarnation = 0;
   NodeFacts facts;
   std::vector<JobOnNode> jobs;
@@ -50,7 +50,7 @@ struct Heartbeat {
 struct Prepared {
   NodeId node;
   Incarnation incarnation = 0;
-  JobOnNode holds;              // .job, .generation: which prepare this answers
+  JobOnNode holds;  // .job, .generation: which prepare this answers
   std::uint32_t store_port = 0;
   bool refused = false;
   std::string message;

@@ -1,5 +1,5 @@
-// The two-phase switch: prepare (stop the old, report what is held), persist the plan, activate. A loss in
-// either phase supersedes the switch by generation g+1; nothing is half-applied.
+// The two-phase switch: prepare (stop the old, report what is held), persist the plan, activate. A
+// loss in either phase supersedes the switch by generation g+1; nothing is half-applied.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -177,8 +177,9 @@ void Controller::Impl::Activate(JobStateView* job) {
   GenerationPlan& plan = job->plan;
   plan.phase = Phase::kActivate;
   plan.master_addr = plan.nodes.front().address;
-  plan.master_port =
-      spec.master_port != 0 ? spec.master_port : runtime_[spec.job].store_ports[plan.nodes.front().node];
+  plan.master_port = spec.master_port != 0
+                         ? spec.master_port
+                         : runtime_[spec.job].store_ports[plan.nodes.front().node];
   const std::size_t count = plan.nodes.size();
   for (std::size_t i = 0; i < count; ++i) {
     NodePlan& member = plan.nodes[i];
@@ -245,7 +246,8 @@ void Controller::Impl::On(const Activated& e) {
     return;
   }
   for (const WorkerOnNode& worker : e.workers) {
-    job->workers.try_emplace(worker.rank, WorkerState{e.node, worker});  // an exit may be known already
+    job->workers.try_emplace(worker.rank,
+                             WorkerState{e.node, worker});  // an exit may be known already
   }
   job->waiting_for.erase(e.node);
   if (job->waiting_for.empty()) Running(job);

@@ -1,6 +1,6 @@
-// The controller's inside. Split along its seams: controller.cc (dispatch, records, recovery), nodes.cc
-// (who is alive), jobs.cc (a job's life and who pays for a restart), generation.cc (the two-phase
-// switch), commit.cc (which step is safe, where a generation starts from).
+// The controller's inside. Split along its seams: controller.cc (dispatch, records, recovery),
+// nodes.cc (who is alive), jobs.cc (a job's life and who pays for a restart), generation.cc (the
+// two-phase switch), commit.cc (which step is safe, where a generation starts from).
 #pragma once
 
 #include <map>
@@ -30,9 +30,9 @@ class Controller::Impl {
     Timestamp grow_at;    // joined capacity is used then; ns == 0: none
     Timestamp running_since;
     everstep::Step step_at_start = kNoStep;
-    bool ran = false;                       // the newest generation reached RUNNING
+    bool ran = false;  // the newest generation reached RUNNING
     std::map<NodeId, std::uint32_t> store_ports;
-    std::set<NodeId> excluded;              // refused; until they register anew
+    std::set<NodeId> excluded;  // refused; until they register anew
     struct Copies {
       std::map<Rank, std::map<NodeId, HeldShard>> by_rank;
     };

@@ -1,4 +1,5 @@
-// A job's life, and who pays for a restart. The table: docs/internals/lifecycle.md, "Restarts: who pays".
+// A job's life, and who pays for a restart. The table: docs/internals/lifecycle.md, "Restarts: who
+// pays".
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -17,10 +18,15 @@ JobState Outcome(Reason end) {
   return end == Reason::kCancelled ? JobState::kCancelled : JobState::kFailed;
 }
 
-// A signal that a program raises itself by a fault of its own (as opposed to one sent from outside).
+// A signal that a program raises itself by a fault of its own (as opposed to one sent from
+// outside).
 bool OwnSignal(std::int32_t code) {
   switch (-code) {
-    case 4: case 6: case 7: case 8: case 11: return true;  // ILL ABRT BUS FPE SEGV
+    case 4:
+    case 6:
+    case 7:
+    case 8:
+    case 11: return true;  // ILL ABRT BUS FPE SEGV
     default: return false;
   }
 }
@@ -32,8 +38,9 @@ void Controller::Impl::On(const SubmitJob& e) {
   if (spec.job.empty() || spec.min_nodes == 0 || spec.max_nodes < spec.min_nodes ||
       spec.nproc_per_node == 0 || spec.max_restarts < 0) {
     Answer(e.request, ReplyCode::kInvalid,
-           fmt::format("job '{}' asks for {} to {} nodes with {} workers each and {} restarts", spec.job,
-                       spec.min_nodes, spec.max_nodes, spec.nproc_per_node, spec.max_restarts),
+           fmt::format("job '{}' asks for {} to {} nodes with {} workers each and {} restarts",
+                       spec.job, spec.min_nodes, spec.max_nodes, spec.nproc_per_node,
+                       spec.max_restarts),
            "1 <= MIN <= MAX nodes, at least 1 worker a node, restarts from 0 on");
     return;
   }
@@ -53,7 +60,8 @@ void Controller::Impl::On(const SubmitJob& e) {
   JobStateView& job = state_.jobs[spec.job];
   JobRecord record;
   record.spec = spec;
-  record.generation = job.record.generation;  // generations only grow, also when an id is used again
+  record.generation =
+      job.record.generation;  // generations only grow, also when an id is used again
   record.started = now_;
   record.data_key = e.data_key;
   job.record = std::move(record);
@@ -88,8 +96,7 @@ void Controller::Impl::Consider(JobStateView* job) {
     } else if (have >= spec.max_nodes) {
       Prepare(job, Reason::kCapacityReached, fmt::format("nodes={}", have), false);
     } else if (run.last_call.ns == 0) {
-      run.last_call =
-          now_ + (job->record.generation == 0 ? spec.last_call : options_.grow_delay);
+      run.last_call = now_ + (job->record.generation == 0 ? spec.last_call : options_.grow_delay);
     }
   } else if (job->record.state == JobState::kRunning && job->plan.nodes.size() < spec.max_nodes) {
     if (ChooseNodes(*job).size() <= job->plan.nodes.size()) {
@@ -200,8 +207,8 @@ void Controller::Impl::WorkerFailed(JobStateView* job, const WorkerExited& e) {
                         : own             ? Reason::kWorkerExited
                                           : Reason::kWorkerKilled;
   const std::string evidence =
-      fmt::format("{}={} pid={} ran_ms={}", code < 0 ? "signal" : "exit_code", std::abs(code), e.pid,
-                  ToMilliseconds(e.exit.ran));
+      fmt::format("{}={} pid={} ran_ms={}", code < 0 ? "signal" : "exit_code", std::abs(code),
+                  e.pid, ToMilliseconds(e.exit.ran));
   AddFault(job, reason, fmt::format("rank {} on {}", e.rank, e.node), evidence);
   job->record.faults.back().occurred = e.exit.occurred;
   const bool charged = own || job->record.spec.strict_restarts;
@@ -212,8 +219,8 @@ void Controller::Impl::WorkerFailed(JobStateView* job, const WorkerExited& e) {
       job->record.failures = {job->workers.at(e.rank).worker};
       Finish(job, JobState::kFailed,
              ever || own == false ? Reason::kRestartsExhausted : Reason::kCrashAtStart,
-             fmt::format("rank {} on {} failed ({}) after {} of {} restarts", e.rank, e.node, evidence,
-                         job->record.restarts, job->record.spec.max_restarts),
+             fmt::format("rank {} on {} failed ({}) after {} of {} restarts", e.rank, e.node,
+                         evidence, job->record.restarts, job->record.spec.max_restarts),
              1);
       return;
     }
@@ -370,7 +377,8 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
                         worker.local_rank, worker.pid, worker.exit});
       }
     } else if (s == JobState::kRunning && IsMember(job, e.node)) {
-      const std::string why = fmt::format("reports generation {} of {}", holds.generation, generation);
+      const std::string why =
+          fmt::format("reports generation {} of {}", holds.generation, generation);
       AddFault(&job, Reason::kNodeReturned, fmt::format("node {}", e.node), why);
       if (EndOfGeneration(&job, true)) Prepare(&job, Reason::kNodeReturned, why, true);
     } else if (holds.generation != 0) {
@@ -383,8 +391,7 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
   }
   for (const JobOnNode& reported : e.jobs) {
     if (FindJob(reported.job) == nullptr) {
-      Send(e.node,
-           StopJobCommand{reported.job, reported.generation, true, true, Reason::kStale});
+      Send(e.node, StopJobCommand{reported.job, reported.generation, true, true, Reason::kStale});
     }
   }
 }

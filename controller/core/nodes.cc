@@ -1,5 +1,5 @@
-// Who is alive. A broken stream makes a node SUSPECT at once; it is LOST after its lease, or at once when
-// its keeper is known dead. Docs: docs/internals/lifecycle.md, "Loss of a node".
+// Who is alive. A broken stream makes a node SUSPECT at once; it is LOST after its lease, or at
+// once when its keeper is known dead. Docs: docs/internals/lifecycle.md, "Loss of a node".
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -68,8 +68,10 @@ void Controller::Impl::On(const NodeRegistered& e) {
            .message = fmt::format("node {} {} as incarnation {}", e.node,
                                   reattached ? "is back" : "joined", node.record.incarnation),
            .evidence = fmt::format("keeper_id={:x} address={}", e.keeper_id, e.facts.address)});
-  RegisteredCommand answer{
-      .session = e.session, .heartbeat_interval = options_.heartbeat_interval, .lease = node.lease, .known_jobs = {}};
+  RegisteredCommand answer{.session = e.session,
+                           .heartbeat_interval = options_.heartbeat_interval,
+                           .lease = node.lease,
+                           .known_jobs = {}};
   for (const auto& [id, job] : state_.jobs) {
     if (!IsTerminal(job.record.state)) answer.known_jobs.push_back(id);
   }
@@ -202,7 +204,8 @@ void Controller::Impl::StartDrain(const NodeId& id, Reason reason, const std::st
   }
   for (auto& [job_id, job] : state_.jobs) {
     const JobState s = job.record.state;
-    if (s != JobState::kRunning && s != JobState::kActivating && s != JobState::kPreparing) continue;
+    if (s != JobState::kRunning && s != JobState::kActivating && s != JobState::kPreparing)
+      continue;
     if (IsMember(job, id) && ChooseNodes(job).size() >= job.record.spec.min_nodes) {
       Prepare(&job, reason, fmt::format("node {}: {}", id, why), false);
     }
@@ -262,8 +265,7 @@ void Controller::Impl::LoseNode(const NodeId& id, Reason reason, const std::stri
         AddFault(&job, reason, fmt::format("node {}", id), evidence);
         if (EndOfGeneration(&job, true)) Prepare(&job, reason, evidence, true);
         break;
-      default:
-        break;
+      default: break;
     }
   }
 }

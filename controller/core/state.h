@@ -10,15 +10,15 @@
 namespace everstep::controller {
 
 struct NodeState {
-  NodeRecord record;                    // as persisted
+  NodeRecord record;  // as persisted
   bool connected = false;
-  Reason reason = Reason::kNone;        // of the present health
+  Reason reason = Reason::kNone;  // of the present health
   std::string evidence;
   Timestamp last_heard;
-  Duration lease = {};                  // adaptive, of this node
-  std::uint32_t reattached = 0;         // registrations that kept the keeper's workers
-  std::uint64_t next_sequence = 1;      // of commands to this incarnation
-  std::map<JobId, bool> warm;           // fork server ready
+  Duration lease = {};              // adaptive, of this node
+  std::uint32_t reattached = 0;     // registrations that kept the keeper's workers
+  std::uint64_t next_sequence = 1;  // of commands to this incarnation
+  std::map<JobId, bool> warm;       // fork server ready
 };
 
 struct WorkerState {
@@ -28,16 +28,16 @@ struct WorkerState {
 };
 
 struct JobStateView {
-  JobRecord record;                        // as persisted
-  GenerationPlan plan;                     // newest; phase says how far
-  std::map<Rank, WorkerState> workers;     // of the running generation
-  std::set<NodeId> waiting_for;            // nodes that still owe Prepared, Activated or Stopped
-  std::map<NodeId, JobOnNode> holdings;    // from Prepared and registration
+  JobRecord record;                      // as persisted
+  GenerationPlan plan;                   // newest; phase says how far
+  std::map<Rank, WorkerState> workers;   // of the running generation
+  std::set<NodeId> waiting_for;          // nodes that still owe Prepared, Activated or Stopped
+  std::map<NodeId, JobOnNode> holdings;  // from Prepared and registration
   CommitRecord commits;
-  Step step = kNoStep;                     // newest reported by any rank
-  Reason reason = Reason::kNone;           // why it is in its state
+  Step step = kNoStep;            // newest reported by any rank
+  Reason reason = Reason::kNone;  // why it is in its state
   std::string message;
-  Timestamp deadline;                      // of the present phase; ns == 0: none
+  Timestamp deadline;  // of the present phase; ns == 0: none
 };
 
 struct ClusterState {
@@ -45,7 +45,7 @@ struct ClusterState {
   std::map<JobId, JobStateView> jobs;
   std::deque<JournalRecord> journal;  // newest journal_limit
   std::uint64_t next_journal_sequence = 1;
-  std::uint64_t stale_dropped = 0;    // messages that died at the door
+  std::uint64_t stale_dropped = 0;  // messages that died at the door
 };
 
 }  // namespace everstep::controller

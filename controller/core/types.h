@@ -1,6 +1,6 @@
 // The vocabulary of the controller's core: specs, plans, reasons. Plain values, no behaviour beyond
-// naming. The wire and record formats in proto/ mirror these one to one; controller/server/convert.cc
-// and controller/store/convert.cc are the only places that know both.
+// naming. The wire and record formats in proto/ mirror these one to one;
+// controller/server/convert.cc and controller/store/convert.cc are the only places that know both.
 #pragma once
 
 #include <compare>
@@ -20,47 +20,47 @@ namespace everstep::controller {
 enum class Reason : std::uint8_t {
   kNone = 0,
   // a job's progress through its life
-  kSubmitted,            // the job was handed in
-  kCapacityReached,      // enough nodes: the first generation may form
-  kWaitingForNodes,      // fewer nodes than min_nodes
-  kCompleted,            // every worker exited 0
-  kCancelled,            // an operator or the launcher asked
-  kJoinTimeout,          // fewer nodes than min_nodes for longer than join_timeout
+  kSubmitted,        // the job was handed in
+  kCapacityReached,  // enough nodes: the first generation may form
+  kWaitingForNodes,  // fewer nodes than min_nodes
+  kCompleted,        // every worker exited 0
+  kCancelled,        // an operator or the launcher asked
+  kJoinTimeout,      // fewer nodes than min_nodes for longer than join_timeout
   // faults
-  kWorkerExited,         // a worker ended with an exit code other than 0
-  kWorkerKilled,         // a worker was ended by a signal that neither it nor Everstep sent
-  kWorkerOutOfMemory,    // the kernel's memory killer took it
-  kWorkerStopped,        // process state T (SIGSTOP)
-  kGroupNotFormed,       // workers run, their process group never formed
-  kSpawnFailed,          // the agent could not start a worker
-  kNodeLost,             // lease expired
-  kNodeDied,             // its processes are known dead
-  kKeeperDied,           // the keeper and its workers are gone, the agent lives
-  kNodeReturned,         // a node came back with nothing (new keeper)
-  kPrepareTimeout,       // a node did not finish prepare or activate in time
-  kPrepareRefused,       // a node said it cannot take part
+  kWorkerExited,       // a worker ended with an exit code other than 0
+  kWorkerKilled,       // a worker was ended by a signal that neither it nor Everstep sent
+  kWorkerOutOfMemory,  // the kernel's memory killer took it
+  kWorkerStopped,      // process state T (SIGSTOP)
+  kGroupNotFormed,     // workers run, their process group never formed
+  kSpawnFailed,        // the agent could not start a worker
+  kNodeLost,           // lease expired
+  kNodeDied,           // its processes are known dead
+  kKeeperDied,         // the keeper and its workers are gone, the agent lives
+  kNodeReturned,       // a node came back with nothing (new keeper)
+  kPrepareTimeout,     // a node did not finish prepare or activate in time
+  kPrepareRefused,     // a node said it cannot take part
   // planned changes
   kNodeJoined,           // capacity grew
   kNodeDrained,          // an operator drains the node
   kNotice,               // the node said it will go away
   kControllerRestarted,  // recovery found the job in the middle of a switch
   // ends
-  kRestartsExhausted,    // the script failed more often than max_restarts
-  kCrashAtStart,         // ... and never got past its start
-  kNoProgress,           // generations end one after the other without a step of progress
-  kStartFailures,        // the process group never formed, too often
+  kRestartsExhausted,  // the script failed more often than max_restarts
+  kCrashAtStart,       // ... and never got past its start
+  kNoProgress,         // generations end one after the other without a step of progress
+  kStartFailures,      // the process group never formed, too often
   // nodes
   kRegistered,
-  kReattached,           // an agent or the controller restarted, nothing was lost
-  kStreamBroken,         // suspect
-  kHeartbeatOverdue,     // suspect
+  kReattached,        // an agent or the controller restarted, nothing was lost
+  kStreamBroken,      // suspect
+  kHeartbeatOverdue,  // suspect
   kUndrained,
-  kStale,                // a message of an old generation or incarnation was dropped
+  kStale,  // a message of an old generation or incarnation was dropped
   // checkpoints
   kCommitted,
   kRestoredFromLocal,
   kRestoredFromPeer,
-  kNoCommonStep,         // no step is complete: starts from nothing (or the script's own file)
+  kNoCommonStep,  // no step is complete: starts from nothing (or the script's own file)
   kCount
 };
 const char* ReasonName(Reason reason);  // "worker_killed"
@@ -71,7 +71,7 @@ enum class JobState : std::uint8_t {
   kPreparing,   // generation g: old workers are being stopped, holdings reported
   kActivating,  // plan of g persisted, workers are being forked
   kRunning,
-  kStopping,    // terminal outcome decided, nodes clean up
+  kStopping,  // terminal outcome decided, nodes clean up
   kSucceeded,
   kFailed,
   kCancelled
@@ -80,7 +80,9 @@ enum class Phase : std::uint8_t { kPrepare, kActivate, kRun, kEnded };
 const char* NodeHealthName(NodeHealth health);  // "ALIVE"
 const char* JobStateName(JobState state);       // "RUNNING"
 const char* PhaseName(Phase phase);             // "prepare"
-inline bool IsTerminal(JobState s) { return s >= JobState::kSucceeded; }
+inline bool IsTerminal(JobState s) {
+  return s >= JobState::kSucceeded;
+}
 
 // What a worker process is. The core carries it, it does not look inside: `opaque` is a serialised
 // everstep.v1.Command, made and read by shells only.
@@ -94,15 +96,15 @@ struct JobSpec {
   std::uint32_t min_nodes = 1;
   std::uint32_t max_nodes = 1;
   std::uint32_t nproc_per_node = 1;
-  std::uint32_t spares = 0;           // warm nodes held back beyond max_nodes
-  std::int32_t max_restarts = 0;      // charged to the script's own failures
-  bool strict_restarts = false;       // every worker failure is charged, whatever killed it
-  Duration join_timeout = {};         // WAITING for this long ends the job; 0: for ever
-  Duration last_call = Seconds(1);    // the first generation waits this long for more than min_nodes
+  std::uint32_t spares = 0;         // warm nodes held back beyond max_nodes
+  std::int32_t max_restarts = 0;    // charged to the script's own failures
+  bool strict_restarts = false;     // every worker failure is charged, whatever killed it
+  Duration join_timeout = {};       // WAITING for this long ends the job; 0: for ever
+  Duration last_call = Seconds(1);  // the first generation waits this long for more than min_nodes
   std::uint32_t max_no_progress = 5;  // consecutive generations without progress
   std::uint32_t max_start_failures = 5;
-  std::uint32_t master_port = 0;      // 0: the store host's port of the generation
-  std::vector<NodeId> only_nodes;     // empty: any
+  std::uint32_t master_port = 0;   // 0: the store host's port of the generation
+  std::vector<NodeId> only_nodes;  // empty: any
   Timestamp submitted;
   CommandSpec command;
   friend bool operator==(const JobSpec&, const JobSpec&) = default;
@@ -112,10 +114,10 @@ struct ExitInfo {
   std::int32_t code = 0;  // exit code, or -signal
   bool oom_killed = false;
   bool by_everstep = false;
-  Timestamp occurred;          // the node's clock
+  Timestamp occurred;  // the node's clock
   std::string error_json;
   std::string error_file;
-  Timestamp error_time;        // from the error file; ns == 0: none
+  Timestamp error_time;  // from the error file; ns == 0: none
   Duration ran = {};
   friend bool operator==(const ExitInfo&, const ExitInfo&) = default;
 };
@@ -194,7 +196,8 @@ struct GenerationPlan {
   JobId job;
   Generation generation = 0;
   Phase phase = Phase::kPrepare;
-  std::vector<NodePlan> nodes;  // by group rank; in kPrepare only node, group_rank, address, data_port
+  std::vector<NodePlan>
+      nodes;  // by group rank; in kPrepare only node, group_rank, address, data_port
   std::string master_addr;
   std::uint32_t master_port = 0;
   std::uint32_t restart_count = 0;
@@ -212,8 +215,8 @@ struct Fault {
   std::string evidence;  // "signal=9 pid=4711 ran_ms=5312"
   std::string action;    // "restart in place", "spare n4 takes over", "shrink to 2 nodes", ...
   Timestamp detected;
-  Timestamp occurred;    // ns == 0: unknown
-  Timestamp recovered;   // ns == 0: not yet
+  Timestamp occurred;   // ns == 0: unknown
+  Timestamp recovered;  // ns == 0: not yet
   Generation generation_before = 0;
   Generation generation_after = 0;
   Step step_before = kNoStep;

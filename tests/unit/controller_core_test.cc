@@ -1,5 +1,5 @@
-// The controller's brain against a cluster of nodes that answer (or do not): each rung of the recovery
-// ladder and the races in it.
+// The controller's brain against a cluster of nodes that answer (or do not): each rung of the
+// recovery ladder and the races in it.
 #include <gtest/gtest.h>
 
 #include <fmt/format.h>
@@ -38,7 +38,9 @@ class ControllerTest : public ::testing::Test {
     e.facts.data_port = 4000;
     return Do(e);
   }
-  Incarnation Inc(const NodeId& node) { return controller_->state().nodes.at(node).record.incarnation; }
+  Incarnation Inc(const NodeId& node) {
+    return controller_->state().nodes.at(node).record.incarnation;
+  }
   const JobStateView& Job() { return controller_->state().jobs.at("j"); }
   Generation G() { return Job().record.generation; }
 
@@ -63,7 +65,8 @@ class ControllerTest : public ::testing::Test {
     Activated e{.node = node, .incarnation = Inc(node), .job = "j", .generation = g};
     for (const NodePlan& n : Job().plan.nodes) {
       if (n.node != node) continue;
-      for (const WorkerPlan& w : n.workers) e.workers.push_back({w.rank, w.local_rank, 100 + w.rank, true, {}});
+      for (const WorkerPlan& w : n.workers)
+        e.workers.push_back({w.rank, w.local_rank, 100 + w.rank, true, {}});
     }
     return Do(e);
   }
@@ -76,13 +79,24 @@ class ControllerTest : public ::testing::Test {
     ASSERT_EQ(Job().record.state, JobState::kRunning);
   }
   Decisions Exit(const NodeId& node, Rank rank, int code, Generation g) {
-    WorkerExited e{.node = node, .incarnation = Inc(node), .job = "j", .generation = g, .rank = rank, .pid = 100};
+    WorkerExited e{.node = node,
+                   .incarnation = Inc(node),
+                   .job = "j",
+                   .generation = g,
+                   .rank = rank,
+                   .pid = 100};
     e.exit.code = code;
     return Do(e);
   }
   Decisions Copied(const NodeId& node, Rank rank, Step step, std::uint32_t crc, bool replica) {
     ShardCopied e{.node = node, .incarnation = Inc(node), .job = "j"};
-    e.shard = {.rank = rank, .world_size = 2, .generation = G(), .step = step, .crc_root = crc, .bytes = 8, .replica = replica};
+    e.shard = {.rank = rank,
+               .world_size = 2,
+               .generation = G(),
+               .step = step,
+               .crc_root = crc,
+               .bytes = 8,
+               .replica = replica};
     return Do(e);
   }
   void Beat(const NodeId& node, Step step = kNoStep) {
@@ -153,7 +167,8 @@ TEST_F(ControllerTest, KilledWorkerRestartsInPlaceWithoutChargingTheScript) {
   EXPECT_EQ(Job().record.faults[0].reason, Reason::kWorkerKilled);
   EXPECT_EQ(Job().record.faults[0].action, "restart in place");
   RunAll();
-  EXPECT_EQ(Job().record.faults[0].recovered.ns, 0) << "recovered at the next step, not at the fork";
+  EXPECT_EQ(Job().record.faults[0].recovered.ns, 0)
+      << "recovered at the next step, not at the fork";
   Beat("n1", 6);
   EXPECT_EQ(Job().record.faults[0].step_after, 6);
   EXPECT_EQ(Job().plan.restart_count, 1u);
@@ -272,7 +287,8 @@ TEST_F(ControllerTest, RestartedAgentIsAdoptedAndNothingRestarts) {
   JobOnNode holds{.job = "j", .generation = 1, .activated = true};
   holds.workers.push_back({0, 0, 100, true, {}});
   const Decisions out = Join("n1", 42, {holds});
-  EXPECT_EQ(Count<PrepareCommand>(out) + Count<ActivateCommand>(out) + Count<StopJobCommand>(out), 0);
+  EXPECT_EQ(Count<PrepareCommand>(out) + Count<ActivateCommand>(out) + Count<StopJobCommand>(out),
+            0);
   EXPECT_EQ(Job().record.state, JobState::kRunning);
   EXPECT_EQ(controller_->state().nodes.at("n1").reattached, 1u);
 }
@@ -328,9 +344,16 @@ TEST_F(ControllerTest, RestoreTakesTheNewestCompleteStepFromThePeer) {
   Copied("n2", 0, 7, 1, true);
   Copied("n1", 1, 7, 2, true);
   Do(NodeProcessDead{"n1", Inc("n1"), "gone"});
-  Prepare("n2", 2, {{.rank = 1, .world_size = 2, .generation = 1, .step = 8, .crc_root = 2, .bytes = 8},
-                    {.rank = 1, .world_size = 2, .generation = 1, .step = 7, .crc_root = 2, .bytes = 8},
-                    {.rank = 0, .world_size = 2, .generation = 1, .step = 7, .crc_root = 1, .bytes = 8, .replica = true}});
+  Prepare("n2", 2,
+          {{.rank = 1, .world_size = 2, .generation = 1, .step = 8, .crc_root = 2, .bytes = 8},
+           {.rank = 1, .world_size = 2, .generation = 1, .step = 7, .crc_root = 2, .bytes = 8},
+           {.rank = 0,
+            .world_size = 2,
+            .generation = 1,
+            .step = 7,
+            .crc_root = 1,
+            .bytes = 8,
+            .replica = true}});
   Prepare("n3", 2);
   EXPECT_EQ(Job().plan.restore_step, 7) << "step 8 of rank 0 died with its node";
   EXPECT_EQ(Job().plan.nodes[0].node, "n3");
