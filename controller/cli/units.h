@@ -1,0 +1,18 @@
+// Figures as people read them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace everstep::cli {
+
+// Two units at most: "840ms" "12.3s" "3m12s" "7h40m" "2d3h". Negative, NaN: "-".
+std::string HumanSeconds(double seconds);
+
+// "182,442"; negative: "-" (unknown).
+std::string HumanCount(std::int64_t count);
+
+// `text`, or "-" when empty.
+std::string OrDash(const std::string& text);
+
+}  // namespace everstep::cli
