@@ -1,0 +1,36 @@
+// The only place of the agent that knows both the wire (proto/agent.proto) and the core's values.
+#pragma once
+
+#include <optional>
+#include <string>
+
+#include "agent.pb.h"
+#include "worker/agent/core/effect.h"
+#include "worker/agent/core/event.h"
+
+namespace everstep::agent {
+
+// A command as the core's event. None: an unknown body (a newer controller), *error says which, or a
+// command whose names would not be safe as file names.
+std::optional<Event> FromWire(const everstep::v1::ControllerMessage& message, std::string* error);
+
+// What a CommandSpec holds. False: it is no Command.
+bool ParseCommand(const CommandSpec& spec, everstep::v1::Command* command);
+
+Activate ActivateFromWire(const everstep::v1::Activate& message);
+everstep::v1::Activate ToWire(const Activate& activate);
+
+// Reports, without the incarnation.
+everstep::v1::JobOnNode ToWire(const JobOnNode& job);
+everstep::v1::HeldShard ToWire(const HeldShard& shard);
+everstep::v1::AgentMessage ToWire(const SendHeartbeat& e);
+everstep::v1::AgentMessage ToWire(const SendPrepared& e);
+everstep::v1::AgentMessage ToWire(const SendActivated& e);
+everstep::v1::AgentMessage ToWire(const SendWorkerExited& e);
+everstep::v1::AgentMessage ToWire(const SendWorkerStalled& e);
+everstep::v1::AgentMessage ToWire(const SendShardCopied& e);
+everstep::v1::AgentMessage ToWire(const SendNotice& e);
+everstep::v1::AgentMessage ToWire(const SendNodeWarm& e);
+everstep::v1::AgentMessage ToWire(const SendStopped& e);
+
+}  // namespace everstep::agent

@@ -1,0 +1,59 @@
+#include "worker/agent/dial_backoff.h"
+
+#include <algorithm>
+#include <charconv>
+
+namespace everstep::agent {
+namespace {
+
+constexpr std::size_t kMaxAddresses = 16;
+
+bool IsHostPort(const std::string& s) {
+  const auto colon = s.rfind(':');
+  if (colon == std::string::npos || colon == 0) return false;
+  int port = 0;
+  const char* end = s.data() + s.size();
+  const auto parsed = std::from_chars(s.data() + colon + 1, end, port);
+  return parsed.ec == std::errc() && parsed.ptr == end && port > 0 && port < 65536;
+}
+
+}  // namespace
+
+Duration DialBackoff::Next() {
+  if (failures_ == 0) {
+    ++failures_;
+    return Duration{};
+  }
+  const std::uint32_t doublings = std::min(failures_ - 1, 20u);
+  if (failures_ < 1000) ++failures_;
+  const Duration whole = std::min(options_.max, options_.first * (std::int64_t{1} << doublings));
+  // xorshift64: half of the wait is drawn, so that no two agents keep step.
+  state_ ^= state_ << 13;
+  state_ ^= state_ >> 7;
+  state_ ^= state_ << 17;
+  const std::int64_t half = whole.count() / 2;
+  return Duration(half + static_cast<std::int64_t>(state_ % static_cast<std::uint64_t>(half + 1)));
+}
+
+std::vector<std::string> ParseAddresses(const std::string& text, std::vector<std::string>* bad) {
+  std::vector<std::string> out;
+  std::string word;
+  bool comment = false;
+  for (const char c : text + "\n") {
+    if (c == '#') comment = true;
+    const bool ends = c == ',' || c == ' ' || c == '\t' || c == '\r' || c == '\n' || comment;
+    if (!ends) word += c;
+    if (ends && !word.empty()) {
+      if (!IsHostPort(word)) {
+        bad->push_back(word);
+      } else if (out.size() < kMaxAddresses && std::find(out.begin(), out.end(), word) == out.end()) {
+        out.push_back(word);
+      }
+      word.clear();
+    }
+    if (c == '\n') comment = false;
+  }
+  return out;
+}
+
+}  // namespace everstep::agent
