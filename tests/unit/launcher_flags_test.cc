@@ -145,7 +145,7 @@ TEST(LauncherFlags, ErrorsNameTheFlagAndTheWayOut) {
   EXPECT_TRUE(Has(Bad({"--master-port=70000", "t.py"}), "65535"));
   EXPECT_TRUE(Has(Bad({"--signals-to-handle=SIGKILL", "t.py"}), "SIGKILL"));
   EXPECT_TRUE(Has(Bad({"--start-method=thread", "t.py"}), "forkserver"));
-  EXPECT_TRUE(Has(Bad({"--job=a/b", "t.py"}), "128 characters"));
+  EXPECT_TRUE(Has(Bad({"--name=a/b", "t.py"}), "128 characters"));
   EXPECT_TRUE(Has(Bad({""}), "empty"));
 }
 
@@ -188,6 +188,8 @@ TEST(LauncherFlags, FlagsWithoutEffectAreWarnedAbout) {
   const ParseResult result = ParseFlags({"--rdzv-backend=c10d", "--node-rank=1", "t.py"}, {});
   ASSERT_EQ(result.warnings.size(), 1U);
   EXPECT_TRUE(Has(result.warnings[0], "--node-rank"));
+  const ParseResult once = ParseFlags({"--monitor-interval=1", "--monitor-interval=2", "t.py"}, {});
+  ASSERT_EQ(once.warnings.size(), 1U);  // said once
 }
 
 }  // namespace

@@ -12,7 +12,8 @@ enum class FlagId : std::uint8_t {
   kMonitorInterval, kStartMethod, kEventLogHandler, kRole, kModule, kNoPython, kRunPath, kLogDir,
   kRedirects, kTee, kLocalRanksFilter, kDuplicateStdoutFilters, kDuplicateStderrFilters, kNodeRank,
   kMasterAddr, kMasterPort, kLocalAddr, kLogsSpecs, kNumaBinding, kSignalsToHandle, kShutdownTimeout,
-  kVirtualLocalRank, kController, kStateDir, kJob, kSpares, kNoPreload, kHelp, kVersion
+  kVirtualLocalRank, kController, kStateDir, kName, kSpares, kNoPreload,
+  kDryRun, kHelp, kVersion
 };
 
 struct FlagRow {
@@ -87,11 +88,14 @@ inline constexpr FlagRow kFlagTable[] = {
      "run on the cluster of this controller", false},
     {FlagId::kStateDir, "--state-dir", 0, true, "EVERSTEP_STATE_DIR", "DIR",
      "controller, logs and sockets of this run", false},
-    {FlagId::kJob, "--job", 0, true, "EVERSTEP_JOB_NAME", "NAME", "the job's name", false},
+    {FlagId::kName, "--name", 0, true, "EVERSTEP_JOB_NAME", "NAME",
+     "the job's name; --rdzv-id or the script's name by default", false},
     {FlagId::kSpares, "--spares", 0, true, "EVERSTEP_SPARES", "N",
      "warm nodes kept beyond the maximum; 0 by default", false},
     {FlagId::kNoPreload, "--no-preload", 0, false, "EVERSTEP_NO_PRELOAD", "",
      "start workers cold, without the fork server", false},
+    {FlagId::kDryRun, "--dry-run", 0, false, "", "",
+     "print the job as JSON, start nothing", false},
     {FlagId::kHelp, "--help", 'h', false, "", "", "this text", true},
     {FlagId::kVersion, "--version", 0, false, "", "", "the version", false},
 };

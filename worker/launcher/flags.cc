@@ -102,6 +102,10 @@ class Parser {
     }
     if (!ReadWords()) return result_.kind == ParseKind::kError ? Failed() : std::move(result_);
     if (!Settle()) return Failed();
+    std::vector<std::string>& warnings = result_.warnings;
+    for (auto it = warnings.begin(); it != warnings.end();) {  // each is said once
+      it = std::find(warnings.begin(), it, *it) != it ? warnings.erase(it) : it + 1;
+    }
     result_.kind = ParseKind::kRun;
     return std::move(result_);
   }
@@ -228,6 +232,8 @@ class Parser {
         f.max_restarts_given = true;
         return wrong;
       case FlagId::kMonitorInterval:
+        result_.warnings.emplace_back(
+            "--monitor-interval has no effect: exits are noticed when they happen");
         return ReadSeconds(value, &f.monitor_interval_seconds);
       case FlagId::kStartMethod:
         return OneOf(value, {"spawn", "fork", "forkserver"}, &f.start_method);
@@ -297,14 +303,17 @@ class Parser {
       case FlagId::kStateDir:
         f.state_dir = value;
         return {};
-      case FlagId::kJob:
-        return ReadJobName(value, &f.job);
+      case FlagId::kName:
+        return ReadJobName(value, &f.name);
       case FlagId::kSpares:
         wrong = ReadInteger(value, 0, kMaxNodes, &number);
         f.spares = static_cast<std::uint32_t>(number);
         return wrong;
       case FlagId::kNoPreload:
         f.preload = false;
+        return {};
+      case FlagId::kDryRun:
+        f.dry_run = true;
         return {};
       case FlagId::kHelp:
         result_.kind = ParseKind::kHelp;

@@ -90,9 +90,10 @@ struct LaunchFlags {
   // --- ours ---
   std::string controller;  // --controller HOST:PORT[,HOST:PORT]: submit to this cluster
   std::string state_dir;   // --state-dir; empty: a directory of this run, see state.h
-  std::string job;         // --job; empty: made from rdzv_id
+  std::string name;        // --name; empty: made from rdzv_id or the script
   std::uint32_t spares = 0;
   bool preload = true;     // --no-preload: workers start cold
+  bool dry_run = false;
 };
 
 enum class ParseKind : std::uint8_t { kRun, kHelp, kVersion, kError };
