@@ -36,7 +36,7 @@ labelled() {
 # pytests PART FOLDER [pytest flags]: the Python tests of FOLDER.
 pytests() {
   local part=$1 folder=$2; shift 2
-  if compgen -G "$folder/test_*.py" > /dev/null; then
+  if compgen -G "$folder/*_test.py" > /dev/null; then
     $python -m pytest -q "$folder" "$@"
     ran+=("$part")
   else

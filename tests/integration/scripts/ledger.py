@@ -1,0 +1,63 @@
+"""A data-parallel job that keeps a ledger: what the soak and the recovery tests train.
+
+Every rank appends one JSON line a step to $LEDGER/RANK-PID.jsonl: step, generation, a CRC of its weights after
+the step, the wall clock. The weights after step n are a function of n and the world size alone, so two entries of
+one step with different CRCs mean that somebody went on from a wrong state.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+
+import everstep
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def weights_crc(model: nn.Module) -> int:
+    crc = 0
+    for value in model.state_dict().values():
+        crc = zlib.crc32(value.detach().contiguous().numpy().tobytes(), crc)
+    return crc
+
+
+def main() -> None:
+    steps = int(os.environ.get("STEPS", "1000000"))
+    stop_file = os.environ.get("STOP_FILE", "")
+    pace = float(os.environ.get("STEP_SECONDS", "0.05"))
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = DistributedDataParallel(nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    checkpoint = everstep.Checkpointer({"model": model.module, "optimizer": optimizer})
+    first = checkpoint.restore()
+    with open(f"{os.environ['LEDGER']}/{rank}-{os.getpid()}.jsonl", "w", buffering=1) as ledger:
+        for step in range(first, steps):
+            until = time.time() + pace
+            batch = torch.randn(8, 128, generator=torch.Generator().manual_seed(step * 64 + rank))
+            # Every rank must leave at the same step: rank 0 looks, the others hear it from the reduction.
+            leave = torch.tensor(float(rank == 0 and bool(stop_file) and os.path.exists(stop_file)))
+            optimizer.zero_grad()
+            model(batch).square().mean().backward()
+            optimizer.step()
+            dist.all_reduce(leave)
+            checkpoint.step(step)
+            entry = {"step": step, "rank": rank, "world": dist.get_world_size(), "crc": weights_crc(model.module),
+                     "generation": int(os.environ.get("EVERSTEP_GENERATION", "0")), "at": time.time(), "pid": os.getpid()}
+            ledger.write(json.dumps(entry) + "\n")
+            if leave.item():
+                break
+            time.sleep(max(0.0, until - time.time()))
+    checkpoint.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
