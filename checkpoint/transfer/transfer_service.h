@@ -1,0 +1,137 @@
+// The checkpoint plane of one agent: watches the local arenas, pushes captured slots to the plan's
+// peer, receives peers' slots, fetches what a restore lacks, and tells the agent what happened.
+//
+// The agent's shell owns one. Every method is thread-safe and returns at once, but Survey (reads
+// memory, about 10 GB/s) and Stop. What happens is told through Listener, from the service's own
+// threads: a listener only pushes to a mailbox.
+//
+//   trainer --slot, eventfd--> [watch] --Captured, Copied--> agent
+//                                 |push
+//                                 v
+//                            peer's [serve] --Copied(replica)--> peer's agent
+//
+// It keeps no state that must outlive it: after a restart the agent calls Begin and Activate again
+// with what the keeper remembered, and the arenas tell the rest.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "checkpoint/core/shard.h"
+#include "checkpoint/store/result.h"
+#include "proto/base/ids.h"
+
+namespace everstep::checkpoint {
+
+struct ArenaFds {
+  int memfd = -1;    // owned by the receiver of this struct
+  int eventfd = -1;  // likewise; rung by the trainer after each capture
+};
+struct ArenaName {
+  Rank rank = 0;
+  bool replica = false;
+  friend auto operator<=>(const ArenaName&, const ArenaName&) = default;
+};
+
+// The keeper's arenas (KeeperArena), as the agent can reach them. Called from the service's threads,
+// also several at once; each call blocks for a bounded time (say 5 s).
+class ArenaHost {
+ public:
+  virtual ~ArenaHost() = default;
+  // What the keeper holds of the job.
+  virtual Result<std::vector<ArenaName>> List(const JobId& job) = 0;
+  // Opens the arena, making it with room for slot_bytes a slot when it is not there. An arena that is
+  // there is handed out as it is, whatever its size: the service grows it itself.
+  // slot_bytes 0: only when it is there, else kNotFound.
+  virtual Result<ArenaFds> Open(const JobId& job, const ArenaName& name,
+                                std::uint64_t slot_bytes) = 0;
+  virtual void Drop(const JobId& job, const ArenaName& name) = 0;
+};
+
+class Listener {
+ public:
+  virtual ~Listener() = default;
+  // A local rank captured a step (event StepCaptured of the agent's core).
+  virtual void OnCaptured(const JobId& job, Generation generation, Rank rank, Step step) = 0;
+  // This node verified and holds a copy: its own capture or a peer's (event ShardCopied).
+  virtual void OnCopied(const JobId& job, const Shard& shard) = 0;
+  // A slot could not be pushed, fetched or verified; for the log. The service goes on by itself.
+  virtual void OnTrouble(const JobId& job, const std::string& what) = 0;
+};
+
+struct RestorePart {
+  Step step = kNoStep;  // kNoStep: starts from nothing
+  Rank shard_rank = 0;
+  Generation shard_generation = 0;
+  std::uint32_t crc_root = 0;
+  std::uint64_t bytes = 0;
+  std::string source_address;  // host:port of a data plane; empty or this node's own: local memory
+};
+struct WorkerPart {
+  Rank rank = 0;
+  RestorePart restore;
+};
+// This node's part of an activated generation.
+struct Part {
+  JobId job;
+  Generation generation = 0;
+  std::int32_t world_size = 0;
+  std::string data_key;
+  std::vector<WorkerPart> workers;
+  std::string replica_address;  // host:port; empty: no peer
+  Step committed_step = kNoStep;
+};
+
+struct TransferOptions {
+  std::string bind_address = "127.0.0.1";
+  std::uint16_t port = 0;           // 0: any
+  int push_threads = 2;
+  int max_connections = 64;         // beyond: refused, the peer tries again
+  std::uint64_t max_payload_bytes = std::uint64_t{1} << 40;
+  std::chrono::milliseconds connect_timeout{2000};
+  std::chrono::milliseconds io_timeout{5000};  // no byte moved for so long: the connection is given up
+  std::chrono::milliseconds retry_first{50};   // doubles up to retry_last
+  std::chrono::milliseconds retry_last{2000};
+  std::chrono::milliseconds restore_timeout{120000};  // a fetch, all attempts together
+};
+
+class TransferService {
+ public:
+  // Binds and starts its threads. `host` and `listener` must outlive the service.
+  static Result<std::unique_ptr<TransferService>> Start(const TransferOptions& options,
+                                                        ArenaHost* host, Listener* listener);
+  virtual ~TransferService() = default;  // as Stop()
+
+  virtual std::uint16_t port() const = 0;
+
+  // At Prepare: from here on, pushes of older generations are refused and nothing of an older one is
+  // pushed. data_key: what peers must prove to know.
+  virtual void Begin(const JobId& job, Generation generation, const std::string& data_key) = 0;
+
+  // What lies verified in this node's memory of the job (effect Survey).
+  virtual std::vector<Shard> Survey(const JobId& job) = 0;
+
+  // At Activate, before the workers are forked: marks each local rank's arena as "restore pending" of
+  // this generation (so that a worker waits for its bytes), fetches in the background, then watches the
+  // arenas and pushes what is captured. False with *error: an arena could not be made; the workers
+  // must not be forked. After an agent's restart call it again with the same part: a generation whose
+  // restore is done is only watched again.
+  // Blocks for the arenas of the local ranks alone.
+  virtual bool Activate(const Part& part, std::string* error) = 0;
+
+  // Effect MarkCommitted, ControllerAway, ForgetJob (the keeper's arenas are the caller's to drop).
+  virtual void MarkCommitted(const JobId& job, Generation generation, Step step) = 0;
+  virtual void SetControllerAway(bool away) = 0;
+  virtual void Forget(const JobId& job) = 0;
+
+  // The keeper died: every descriptor is of a dead arena. As Forget for all jobs, keys are kept.
+  virtual void KeeperGone() = 0;
+
+  // Ends every connection and joins every thread; at most a second or two.
+  virtual void Stop() = 0;
+};
+
+}  // namespace everstep::checkpoint
