@@ -56,6 +56,11 @@ class SessionClient::Stream final
     return true;
   }
 
+  std::size_t waiting_bytes() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return queued_bytes_;
+  }
+
   void Cancel(const std::string& why) {
     std::lock_guard<std::mutex> lock(mutex_);
     if (why_.empty()) why_ = why;
@@ -154,6 +159,15 @@ bool SessionClient::Send(everstep::v1::AgentMessage message) {
     stream = current_;
   }
   return stream != nullptr && stream->Write(std::move(message));
+}
+
+std::size_t SessionClient::waiting_bytes() {
+  std::shared_ptr<Stream> stream;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stream = current_;
+  }
+  return stream == nullptr ? 0 : stream->waiting_bytes();
 }
 
 void SessionClient::Close(const std::string& why) {

@@ -42,6 +42,9 @@ class SessionClient {
   // False: there is no stream, or its queue is full (then the stream ends).
   bool Send(everstep::v1::AgentMessage message);
 
+  // Bytes that wait for the wire; 0 without a stream.
+  std::size_t waiting_bytes();
+
   // Ends the stream; on_lost follows with `why`.
   void Close(const std::string& why);
 
