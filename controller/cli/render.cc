@@ -1,0 +1,235 @@
+#include "controller/cli/render.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include <fmt/format.h>
+#include <google/protobuf/util/json_util.h>
+
+#include "controller/cli/table.h"
+#include "controller/cli/units.h"
+
+namespace everstep::cli {
+namespace {
+
+std::string Count(std::int64_t n) { return HumanCount(n); }
+
+std::string Reason(const std::string& reason) {
+  return reason.empty() || reason == "none" ? "-" : reason;
+}
+
+template <typename Strings>
+std::string JoinWords(const Strings& items, const char* separator) {
+  std::string out;
+  for (const auto& item : items) {
+    if (!out.empty()) out += separator;
+    out += item;
+  }
+  return out;
+}
+
+std::string NodesOf(const v1::JobStatus& job) {
+  std::string out = fmt::format("{}/{}", job.nodes(), job.max_nodes());
+  if (job.min_nodes() != job.max_nodes()) {
+    out = fmt::format("{}/{}:{}", job.nodes(), job.min_nodes(), job.max_nodes());
+  }
+  return out;
+}
+
+std::string RestartsOf(const v1::JobStatus& job) {
+  if (job.max_restarts() < 0) return fmt::format("{}", job.restarts());
+  return fmt::format("{}/{}", job.restarts(), job.max_restarts());
+}
+
+std::string RenderFaults(const v1::JobStatus& job, const RenderOptions& options) {
+  Table table({{"FAULT", Align::kRight}, {"DETECTED"}, {"REASON"}, {"SUBJECT"},
+               {"AFTER", Align::kRight}, {"RECOVERY", Align::kRight}, {"GENERATION"},
+               {"STEP"}, {"LOST", Align::kRight}, {"ACTION"}, {"EVIDENCE"}});
+  for (const v1::FaultStatus& f : job.faults()) {
+    table.Add({std::to_string(f.id()), f.detected(), Reason(f.reason()), f.subject(),
+               HumanSeconds(f.detect_seconds()), HumanSeconds(f.recovery_seconds()),
+               f.generation_after() == f.generation_before()
+                   ? std::to_string(f.generation_before())
+                   : fmt::format("{} -> {}", f.generation_before(), f.generation_after()),
+               fmt::format("{} -> {}", Count(f.step_before()), Count(f.step_after())),
+               Count(f.steps_lost()), f.action(), f.evidence()});
+  }
+  return table.Format(options.headers, options.max_width);
+}
+
+std::string RenderRootCause(const v1::RootCause& cause) {
+  std::vector<std::pair<std::string, std::string>> pairs = {
+      {"Root cause", fmt::format("rank {} (local {}) on {}, pid {}", cause.rank(),
+                                 cause.local_rank(), OrDash(cause.node()), cause.pid())},
+      {"  Exit", cause.exit_code() < 0 ? fmt::format("signal {}", -cause.exit_code())
+                                       : fmt::format("code {}", cause.exit_code())},
+      {"  Time", cause.time()},
+      {"  Message", cause.message()}};
+  if (!cause.error_file().empty()) pairs.push_back({"  Error file", cause.error_file()});
+  if (cause.others_size() > 0) {
+    pairs.push_back({"  Others", fmt::format("{} more workers failed", cause.others_size())});
+  }
+  return FormatPairs(pairs);
+}
+
+template <typename Nodes>
+Table NodesTable(const Nodes& nodes) {
+  Table table({{"NODE"}, {"STATE"}, {"ADDRESS"}, {"BEAT", Align::kRight},
+               {"LEASE", Align::kRight}, {"WARM"}, {"AGENT RESTARTS", Align::kRight},
+               {"JOBS"}, {"REASON"}});
+  for (const v1::NodeStatus& n : nodes) {
+    table.Add({n.node(), n.state(), n.address(), HumanSeconds(n.heartbeat_age_seconds()),
+               HumanSeconds(n.lease_ms() / 1000.0), n.warm() ? "yes" : "no",
+               std::to_string(n.agent_restarts()), JoinWords(n.jobs(), " "), Reason(n.reason())});
+  }
+  return table;
+}
+
+template <typename Jobs>
+Table JobsTable(const Jobs& jobs) {
+  Table table({{"JOB"}, {"STATE"}, {"NODES"}, {"SPARES", Align::kRight},
+               {"WORLD", Align::kRight}, {"GENERATION", Align::kRight},
+               {"STEP", Align::kRight}, {"COMMITTED", Align::kRight}, {"RESTARTS"},
+               {"LOST CAPACITY", Align::kRight}, {"AGE", Align::kRight}, {"REASON"}});
+  for (const v1::JobStatus& j : jobs) {
+    table.Add({j.job(), j.state(), NodesOf(j), std::to_string(j.spares()),
+               std::to_string(j.world_size()), std::to_string(j.generation()), Count(j.step()),
+               Count(j.committed_step()), RestartsOf(j), std::to_string(j.lost_capacity()),
+               HumanSeconds(j.age_seconds()), Reason(j.reason())});
+  }
+  return table;
+}
+
+google::protobuf::util::JsonPrintOptions JsonOptions() {
+  google::protobuf::util::JsonPrintOptions options;
+  options.preserve_proto_field_names = true;
+  options.always_print_primitive_fields = true;
+  return options;
+}
+
+}  // namespace
+
+std::string RenderStatus(const v1::ClusterStatus& status, const RenderOptions& options) {
+  std::string out = FormatPairs(
+      {{"Cluster", status.cluster()},
+       {"Controller", fmt::format("pid {}, version {}, up {}", status.controller_pid(),
+                                  OrDash(status.version()),
+                                  HumanSeconds(status.uptime_seconds()))},
+       {"Store", fmt::format("{}, opened {} {}", OrDash(status.store()), status.starts(),
+                             status.starts() == 1 ? "time" : "times")}});
+  out += "\n" + (status.nodes().empty()
+                     ? "No nodes have registered.\n"
+                     : NodesTable(status.nodes()).Format(options.headers, options.max_width));
+  out += "\n" + (status.jobs().empty()
+                     ? "No jobs.\n"
+                     : JobsTable(status.jobs()).Format(options.headers, options.max_width));
+  return out;
+}
+
+std::string RenderJobs(const v1::JobList& jobs, const RenderOptions& options) {
+  if (jobs.items().empty() && options.headers) return "No jobs.\n";
+  return JobsTable(jobs.items()).Format(options.headers, options.max_width);
+}
+
+std::string RenderNodes(const v1::NodeList& nodes, const RenderOptions& options) {
+  if (nodes.items().empty() && options.headers) return "No nodes have registered.\n";
+  return NodesTable(nodes.items()).Format(options.headers, options.max_width);
+}
+
+std::string RenderNode(const v1::NodeStatus& node, const RenderOptions&) {
+  std::vector<std::string> labels;
+  for (const auto& [key, value] : std::vector<std::pair<std::string, std::string>>(
+           node.labels().begin(), node.labels().end())) {
+    labels.push_back(key + "=" + value);
+  }
+  std::sort(labels.begin(), labels.end());
+  return FormatPairs(
+      {{"Node", node.node()},
+       {"State", node.state()},
+       {"Reason", Reason(node.reason())},
+       {"Evidence", node.evidence()},
+       {"Address", node.address()},
+       {"Incarnation", std::to_string(node.incarnation())},
+       {"Last heartbeat", HumanSeconds(node.heartbeat_age_seconds()) + " ago"},
+       {"Lease", HumanSeconds(node.lease_ms() / 1000.0)},
+       {"Slots", node.slots() == 0 ? "no limit" : std::to_string(node.slots())},
+       {"Warm", node.warm() ? "yes" : "no"},
+       {"Agent restarts", std::to_string(node.agent_restarts())},
+       {"Jobs", JoinWords(node.jobs(), " ")},
+       {"Labels", JoinWords(labels, " ")}});
+}
+
+std::string RenderJob(const v1::JobStatus& job, const RenderOptions& options) {
+  std::vector<std::pair<std::string, std::string>> pairs = {
+      {"Job", job.job()},
+      {"State", job.state()},
+      {"Reason", Reason(job.reason())}};
+  if (!job.message().empty()) pairs.push_back({"Message", job.message()});
+  const bool ended =
+      job.state() == "SUCCEEDED" || job.state() == "FAILED" || job.state() == "CANCELLED";
+  if (ended) pairs.push_back({"Exit code", std::to_string(job.exit_code())});
+  pairs.insert(
+      pairs.end(),
+      {{"Generation", std::to_string(job.generation())},
+       {"Nodes", fmt::format("{} ({} warm spares)", NodesOf(job), job.spares())},
+       {"Members", JoinWords(job.members(), " ")},
+       {"World size", std::to_string(job.world_size())},
+       {"Step", fmt::format("{} (committed {})", Count(job.step()), Count(job.committed_step()))},
+       {"Restarts", fmt::format("{}, lost capacity {}, start failures {}", RestartsOf(job),
+                                job.lost_capacity(), job.start_failures())},
+       {"Lost in faults", fmt::format("{}, {} steps", HumanSeconds(job.seconds_lost()),
+                                      Count(job.steps_lost()))},
+       {"Submitted", fmt::format("{} ({} ago)", OrDash(job.submitted()),
+                                 HumanSeconds(job.age_seconds()))},
+       {"Command", job.command()},
+       {"Logs", job.log_dir()}});
+  std::string out = FormatPairs(pairs);
+  if (job.has_root_cause()) out += "\n" + RenderRootCause(job.root_cause());
+  if (!job.ranks().empty()) {
+    Table ranks({{"RANK", Align::kRight}, {"LOCAL", Align::kRight}, {"NODE"},
+                 {"PID", Align::kRight}, {"STATE"}, {"EXIT", Align::kRight}});
+    for (const v1::RankStatus& r : job.ranks()) {
+      ranks.Add({std::to_string(r.rank()), std::to_string(r.local_rank()), r.node(),
+                 r.pid() > 0 ? std::to_string(r.pid()) : "-", r.state(),
+                 r.state() == "EXITED" ? std::to_string(r.exit_code()) : "-"});
+    }
+    out += "\n" + ranks.Format(options.headers, options.max_width);
+  }
+  if (!job.faults().empty()) out += "\n" + RenderFaults(job, options);
+  return out;
+}
+
+std::string RenderEvent(const v1::Event& event, const RenderOptions& options) {
+  // The day is said by -o jsonl; a person at a terminal wants the time.
+  std::string time = event.time();
+  if (time.size() >= 20 && time[10] == 'T') time = time.substr(11, time.size() - 12);
+  std::string who = event.job();
+  if (!event.node().empty()) who += (who.empty() ? "" : "@") + event.node();
+  if (event.rank() >= 0) who += fmt::format("#{}", event.rank());
+  if (event.generation() > 0) who += fmt::format(" g{}", event.generation());
+  std::string line = fmt::format("{} {:<7} {} {} {}", time, event.severity(), event.type(),
+                                 Reason(event.reason()), OrDash(who));
+  if (!event.message().empty()) line += ": " + event.message();
+  if (!event.evidence().empty()) line += " [" + event.evidence() + "]";
+  Table one({{""}});
+  one.Add({line});
+  return one.Format(/*headers=*/false, options.max_width);
+}
+
+std::string ToJsonLine(const google::protobuf::Message& message) {
+  std::string out;
+  const auto status = google::protobuf::util::MessageToJsonString(message, &out, JsonOptions());
+  if (!status.ok()) return R"({"error":"a reply that is no UTF-8"})" "\n";
+  while (!out.empty() && out.back() == '\n') out.pop_back();
+  return out + "\n";
+}
+
+std::string ToJson(const std::string& kind, const google::protobuf::Message& message) {
+  const std::string body = ToJsonLine(message);
+  const std::string head = fmt::format(R"({{"apiVersion":"everstep/v1","kind":"{}")", kind);
+  return head + (body == "{}\n" ? "" : ",") + body.substr(1);
+}
+
+}  // namespace everstep::cli
