@@ -17,8 +17,8 @@ enum class ErrorCode : std::uint8_t {
   kStale,        // fenced: an older generation, step or writer
   kUnavailable,  // a peer or the agent does not answer; trying again may help
   kTimedOut,
-  kRefused,      // the peer knows better: wrong key, wrong job, too many connections
-  kInternal,     // the operating system refused; the text has errno's name
+  kRefused,   // the peer knows better: wrong key, wrong job, too many connections
+  kInternal,  // the operating system refused; the text has errno's name
 };
 const char* ErrorCodeName(ErrorCode code);  // "no_memory"
 
@@ -34,9 +34,9 @@ class [[nodiscard]] Result {
   Result(Error error) : state_(std::move(error)) {}  // NOLINT: an error is a result
 
   bool ok() const { return state_.index() == 0; }
-  T& value() { return std::get<0>(state_); }                 // REQUIRES ok()
-  const T& value() const { return std::get<0>(state_); }     // REQUIRES ok()
-  const Error& error() const { return std::get<1>(state_); } // REQUIRES !ok()
+  T& value() { return std::get<0>(state_); }                  // REQUIRES ok()
+  const T& value() const { return std::get<0>(state_); }      // REQUIRES ok()
+  const Error& error() const { return std::get<1>(state_); }  // REQUIRES !ok()
 
  private:
   std::variant<T, Error> state_;

@@ -36,16 +36,16 @@ struct ArenaName {
   friend auto operator<=>(const ArenaName&, const ArenaName&) = default;
 };
 
-// The keeper's arenas (KeeperArena), as the agent can reach them. Called from the service's threads,
-// also several at once; each call blocks for a bounded time (say 5 s).
+// The keeper's arenas (KeeperArena), as the agent can reach them. Called from the service's
+// threads, also several at once; each call blocks for a bounded time (say 5 s).
 class ArenaHost {
  public:
   virtual ~ArenaHost() = default;
   // What the keeper holds of the job.
   virtual Result<std::vector<ArenaName>> List(const JobId& job) = 0;
-  // Opens the arena, making it with room for slot_bytes a slot when it is not there. An arena that is
-  // there is handed out as it is, whatever its size: the service grows it itself.
-  // slot_bytes 0: only when it is there, else kNotFound.
+  // Opens the arena, making it with room for slot_bytes a slot when it is not there. An arena that
+  // is there is handed out as it is, whatever its size: the service grows it itself. slot_bytes 0:
+  // only when it is there, else kNotFound.
   virtual Result<ArenaFds> Open(const JobId& job, const ArenaName& name,
                                 std::uint64_t slot_bytes) = 0;
   virtual void Drop(const JobId& job, const ArenaName& name) = 0;
@@ -87,13 +87,14 @@ struct Part {
 
 struct TransferOptions {
   std::string bind_address = "127.0.0.1";
-  std::uint16_t port = 0;           // 0: any
+  std::uint16_t port = 0;  // 0: any
   int push_threads = 2;
-  int max_connections = 64;         // beyond: refused, the peer tries again
+  int max_connections = 64;  // beyond: refused, the peer tries again
   std::uint64_t max_payload_bytes = std::uint64_t{1} << 40;
   std::chrono::milliseconds connect_timeout{2000};
-  std::chrono::milliseconds io_timeout{5000};  // no byte moved for so long: the connection is given up
-  std::chrono::milliseconds retry_first{50};   // doubles up to retry_last
+  std::chrono::milliseconds io_timeout{
+      5000};  // no byte moved for so long: the connection is given up
+  std::chrono::milliseconds retry_first{50};  // doubles up to retry_last
   std::chrono::milliseconds retry_last{2000};
   std::chrono::milliseconds restore_timeout{120000};  // a fetch, all attempts together
 };
@@ -107,19 +108,19 @@ class TransferService {
 
   virtual std::uint16_t port() const = 0;
 
-  // At Prepare: from here on, pushes of older generations are refused and nothing of an older one is
-  // pushed. data_key: what peers must prove to know.
+  // At Prepare: from here on, pushes of older generations are refused and nothing of an older one
+  // is pushed. data_key: what peers must prove to know.
   virtual void Begin(const JobId& job, Generation generation, const std::string& data_key) = 0;
 
   // What lies verified in this node's memory of the job (effect Survey).
   virtual std::vector<Shard> Survey(const JobId& job) = 0;
 
-  // At Activate, before the workers are forked: marks each local rank's arena as "restore pending" of
-  // this generation (so that a worker waits for its bytes), fetches in the background, then watches the
-  // arenas and pushes what is captured. False with *error: an arena could not be made; the workers
-  // must not be forked. After an agent's restart call it again with the same part: a generation whose
-  // restore is done is only watched again.
-  // Blocks for the arenas of the local ranks alone.
+  // At Activate, before the workers are forked: marks each local rank's arena as "restore pending"
+  // of this generation (so that a worker waits for its bytes), fetches in the background, then
+  // watches the arenas and pushes what is captured. False with *error: an arena could not be made;
+  // the workers must not be forked. After an agent's restart call it again with the same part: a
+  // generation whose restore is done is only watched again. Blocks for the arenas of the local
+  // ranks alone.
   virtual bool Activate(const Part& part, std::string* error) = 0;
 
   // Effect MarkCommitted, ControllerAway, ForgetJob (the keeper's arenas are the caller's to drop).

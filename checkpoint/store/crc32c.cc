@@ -1,0 +1,251 @@
+// Three streams hide the latency of the crc32 instruction (3 cycles, one a cycle); their results
+// are joined by tables that advance a CRC over a fixed count of zero bytes (M. Adler, crc32c.c,
+// 2013).
+#include "checkpoint/store/crc32c.h"
+
+#include <array>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_acle.h>
+#include <sys/auxv.h>
+#endif
+
+namespace everstep::checkpoint {
+namespace {
+
+constexpr std::uint32_t kPolynomial = 0x82F63B78;  // reflected
+
+using Matrix = std::array<std::uint32_t, 32>;  // over GF(2), one column a bit
+
+constexpr std::uint32_t Times(const Matrix& m, std::uint32_t v) {
+  std::uint32_t sum = 0;
+  for (std::size_t i = 0; v != 0; ++i, v >>= 1) {
+    if ((v & 1) != 0) sum ^= m[i];
+  }
+  return sum;
+}
+constexpr Matrix Square(const Matrix& m) {
+  Matrix out{};
+  for (std::size_t i = 0; i < 32; ++i) out[i] = Times(m, m[i]);
+  return out;
+}
+// Advances a CRC over one zero byte.
+constexpr Matrix OneByte() {
+  Matrix bit{};
+  bit[0] = kPolynomial;
+  for (std::size_t i = 1; i < 32; ++i) bit[i] = 1u << (i - 1);
+  return Square(Square(Square(bit)));
+}
+// kPowers[k] advances over 2^k zero bytes.
+constexpr std::array<Matrix, 64> Powers() {
+  std::array<Matrix, 64> out{};
+  out[0] = OneByte();
+  for (std::size_t k = 1; k < 64; ++k) out[k] = Square(out[k - 1]);
+  return out;
+}
+const std::array<Matrix, 64>& PowerTable() {
+  static const std::array<Matrix, 64> table = Powers();
+  return table;
+}
+
+struct SliceTables {
+  std::uint32_t t[8][256];
+};
+constexpr SliceTables MakeSlices() {
+  SliceTables s{};
+  for (std::uint32_t n = 0; n < 256; ++n) {
+    std::uint32_t c = n;
+    for (int k = 0; k < 8; ++k) c = (c & 1) != 0 ? (c >> 1) ^ kPolynomial : c >> 1;
+    s.t[0][n] = c;
+  }
+  for (std::uint32_t n = 0; n < 256; ++n) {
+    for (int k = 1; k < 8; ++k) s.t[k][n] = (s.t[k - 1][n] >> 8) ^ s.t[0][s.t[k - 1][n] & 0xFF];
+  }
+  return s;
+}
+constexpr SliceTables kSlices = MakeSlices();
+
+std::uint64_t Load64(const unsigned char* p) {
+  std::uint64_t v;
+  std::memcpy(&v, p, 8);
+  return v;
+}
+
+std::uint32_t TableRaw(std::uint32_t c, const unsigned char* p, std::size_t n) {
+  while (n >= 8) {
+    const std::uint64_t v = Load64(p) ^ c;  // little-endian hosts only, as the format itself
+    c = kSlices.t[7][v & 0xFF] ^ kSlices.t[6][(v >> 8) & 0xFF] ^ kSlices.t[5][(v >> 16) & 0xFF] ^
+        kSlices.t[4][(v >> 24) & 0xFF] ^ kSlices.t[3][(v >> 32) & 0xFF] ^
+        kSlices.t[2][(v >> 40) & 0xFF] ^ kSlices.t[1][(v >> 48) & 0xFF] ^ kSlices.t[0][v >> 56];
+    p += 8;
+    n -= 8;
+  }
+  for (; n > 0; --n, ++p) c = kSlices.t[0][(c ^ *p) & 0xFF] ^ (c >> 8);
+  return c;
+}
+
+#if defined(__x86_64__) || defined(__aarch64__)
+
+constexpr std::size_t kLong = 8192;
+constexpr std::size_t kShort = 256;
+
+// Advances a CRC over a fixed count of zero bytes, by four table look-ups.
+struct Shift {
+  std::uint32_t t[4][256];
+  explicit Shift(std::size_t bytes) {  // REQUIRES a power of two
+    std::size_t k = 0;
+    while ((std::size_t{1} << k) < bytes) ++k;
+    const Matrix& m = PowerTable()[k];
+    for (std::uint32_t n = 0; n < 256; ++n) {
+      for (unsigned b = 0; b < 4; ++b) t[b][n] = Times(m, n << (8 * b));
+    }
+  }
+  std::uint32_t operator()(std::uint32_t c) const {
+    return t[0][c & 0xFF] ^ t[1][(c >> 8) & 0xFF] ^ t[2][(c >> 16) & 0xFF] ^ t[3][c >> 24];
+  }
+};
+const Shift& LongShift() {
+  static const Shift shift(kLong);
+  return shift;
+}
+const Shift& ShortShift() {
+  static const Shift shift(kShort);
+  return shift;
+}
+
+#if defined(__x86_64__)
+#define EVERSTEP_CRC_TARGET __attribute__((target("sse4.2")))
+EVERSTEP_CRC_TARGET inline std::uint64_t Crc8(std::uint64_t c, std::uint64_t v) {
+  return _mm_crc32_u64(c, v);
+}
+EVERSTEP_CRC_TARGET inline std::uint32_t Crc1(std::uint32_t c, unsigned char v) {
+  return _mm_crc32_u8(c, v);
+}
+inline void Stream8(unsigned char* to, std::uint64_t v) {
+  _mm_stream_si64(reinterpret_cast<long long*>(to), static_cast<long long>(v));
+}
+bool HasHardware() {
+  return __builtin_cpu_supports("sse4.2") != 0;
+}
+constexpr const char* kMethod = "sse4.2";
+#else
+#define EVERSTEP_CRC_TARGET __attribute__((target("+crc")))
+EVERSTEP_CRC_TARGET inline std::uint64_t Crc8(std::uint64_t c, std::uint64_t v) {
+  return __crc32cd(static_cast<std::uint32_t>(c), v);
+}
+EVERSTEP_CRC_TARGET inline std::uint32_t Crc1(std::uint32_t c, unsigned char v) {
+  return __crc32cb(c, v);
+}
+inline void Stream8(unsigned char* to, std::uint64_t v) {
+  std::memcpy(to, &v, 8);
+}
+bool HasHardware() {
+  return (getauxval(AT_HWCAP) & (1ul << 7)) != 0;
+}  // HWCAP_CRC32
+constexpr const char* kMethod = "armv8";
+#endif
+
+// One block of three streams of `kBlock` bytes each, copied when Copy.
+template <std::size_t kBlock, bool kCopy>
+EVERSTEP_CRC_TARGET std::uint32_t Block(std::uint32_t crc, unsigned char* to,
+                                        const unsigned char* from, const Shift& shift) {
+  std::uint64_t a = crc, b = 0, c = 0;
+  for (std::size_t i = 0; i < kBlock; i += 8) {
+    const std::uint64_t x = Load64(from + i);
+    const std::uint64_t y = Load64(from + i + kBlock);
+    const std::uint64_t z = Load64(from + i + 2 * kBlock);
+    a = Crc8(a, x);
+    b = Crc8(b, y);
+    c = Crc8(c, z);
+    if constexpr (kCopy) {
+      Stream8(to + i, x);
+      Stream8(to + i + kBlock, y);
+      Stream8(to + i + 2 * kBlock, z);
+    }
+  }
+  const auto joined = shift(static_cast<std::uint32_t>(a)) ^ static_cast<std::uint32_t>(b);
+  return shift(joined) ^ static_cast<std::uint32_t>(c);
+}
+
+template <bool kCopy>
+EVERSTEP_CRC_TARGET std::uint32_t HardwareRaw(std::uint32_t c, unsigned char* to,
+                                              const unsigned char* from, std::size_t n) {
+  const auto forward = [&](std::size_t bytes) {
+    from += bytes;
+    if constexpr (kCopy) to += bytes;
+    n -= bytes;
+  };
+  while (n >= 3 * kLong) {
+    c = Block<kLong, kCopy>(c, to, from, LongShift());
+    forward(3 * kLong);
+  }
+  while (n >= 3 * kShort) {
+    c = Block<kShort, kCopy>(c, to, from, ShortShift());
+    forward(3 * kShort);
+  }
+  if constexpr (kCopy) std::memcpy(to, from, n);
+  while (n >= 8) {
+    c = static_cast<std::uint32_t>(Crc8(c, Load64(from)));
+    from += 8;
+    n -= 8;
+  }
+  for (; n > 0; --n) c = Crc1(c, *from++);
+  return c;
+}
+
+const bool kHardware = HasHardware();
+#endif
+
+}  // namespace
+
+namespace internal {
+std::uint32_t Crc32cTable(std::uint32_t crc, const void* data, std::size_t size) {
+  return ~TableRaw(~crc, static_cast<const unsigned char*>(data), size);
+}
+}  // namespace internal
+
+std::uint32_t Crc32cExtend(std::uint32_t crc, const void* data, std::size_t size) {
+#if defined(__x86_64__) || defined(__aarch64__)
+  if (kHardware) {
+    return ~HardwareRaw<false>(~crc, nullptr, static_cast<const unsigned char*>(data), size);
+  }
+#endif
+  return internal::Crc32cTable(crc, data, size);
+}
+
+std::uint32_t Crc32cCopy(std::uint32_t crc, void* to, const void* from, std::size_t size) {
+  auto* out = static_cast<unsigned char*>(to);
+  const auto* in = static_cast<const unsigned char*>(from);
+#if defined(__x86_64__) || defined(__aarch64__)
+  if (kHardware) return ~HardwareRaw<true>(~crc, out, in, size);
+#endif
+  std::memcpy(out, in, size);
+  return internal::Crc32cTable(crc, out, size);
+}
+
+void StoreFence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#else
+  __atomic_thread_fence(__ATOMIC_RELEASE);
+#endif
+}
+
+std::uint32_t Crc32cCombine(std::uint32_t crc_a, std::uint32_t crc_b, std::uint64_t size_b) {
+  for (std::size_t k = 0; size_b != 0; ++k, size_b >>= 1) {
+    if ((size_b & 1) != 0) crc_a = Times(PowerTable()[k], crc_a);
+  }
+  return crc_a ^ crc_b;
+}
+
+const char* Crc32cMethod() {
+#if defined(__x86_64__) || defined(__aarch64__)
+  if (kHardware) return kMethod;
+#endif
+  return "table";
+}
+
+}  // namespace everstep::checkpoint

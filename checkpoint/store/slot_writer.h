@@ -1,0 +1,59 @@
+// Fills one slot of an arena. From Begin to Publish the slot is torn (odd sequence): whoever dies
+// in between leaves the other slot, which is whole.
+//
+// Two ways to fill: Append (the trainer; bytes come in order, copied and checksummed in one pass),
+// or chunk by chunk (the agent; bytes come from a peer straight into Chunk(i)).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "checkpoint/store/arena.h"
+
+namespace everstep::checkpoint {
+
+class SlotWriter {
+ public:
+  // Gives the slot room for `payload_bytes` and takes that memory now, page by page. A slot with
+  // content keeps it; only one that must grow loses it. kNoMemory when the machine has not got it.
+  // REQUIRES: the caller is the arena's one writer, and the slot may be overwritten when it is too
+  // small.
+  static Outcome Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes);
+
+  // Tears the slot and gives it room for `payload_bytes`. `arena` must outlive the writer.
+  static Result<SlotWriter> Begin(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes);
+
+  // --- in order ---
+  // kInvalid when the bytes do not fit.
+  Outcome Append(const void* data, std::uint64_t size);
+  // Zero bytes up to a multiple of kTensorAlignment.
+  Outcome Align();
+  std::uint64_t offset() const { return offset_; }
+  // Ends the payload here; its last `table_bytes` are the table. `fields`: what the caller knows
+  // (generation, step, rank, world_size, flags, captured_ns); the rest is filled in.
+  Result<SlotView> Finish(SlotFields fields, std::uint64_t table_bytes);
+
+  // --- by chunk ---
+  unsigned char* Chunk(std::uint64_t chunk) { return data_ + chunk * kChunkBytes; }
+  void SetChunkCrc(std::uint64_t chunk, std::uint32_t crc) { crcs_[chunk] = crc; }
+  // kCorrupt when the chunk CRCs and `fields` do not give `crc_root`; the slot stays torn.
+  Result<SlotView> Publish(const SlotFields& fields, std::uint32_t crc_root);
+
+  std::uint32_t slot() const { return slot_; }
+
+ private:
+  SlotWriter(Arena* arena, std::uint32_t slot, unsigned char* data, std::uint64_t capacity,
+             std::uint32_t* crcs)
+      : arena_(arena), slot_(slot), data_(data), capacity_(capacity), crcs_(crcs) {}
+  SlotView Expose(const SlotFields& fields, std::uint32_t crc_root);
+
+  Arena* arena_;
+  std::uint32_t slot_;
+  unsigned char* data_;
+  std::uint64_t capacity_;
+  std::uint32_t* crcs_;
+  std::uint64_t offset_ = 0;
+  std::uint32_t chunk_crc_ = 0;  // of the chunk that offset_ is in
+};
+
+}  // namespace everstep::checkpoint

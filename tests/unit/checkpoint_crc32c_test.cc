@@ -1,0 +1,85 @@
+// CRC32C against published vectors, and every implementation against every other.
+#include "checkpoint/store/crc32c.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "proto/base/random.h"
+
+namespace everstep::checkpoint {
+namespace {
+
+std::vector<unsigned char> RandomBytes(std::size_t n, std::uint64_t seed) {
+  Random random(seed);
+  std::vector<unsigned char> out(n);
+  for (auto& b : out) b = static_cast<unsigned char>(random.Next());
+  return out;
+}
+
+// RFC 3720, section B.4, and the check value of the polynomial's catalogue entry.
+TEST(Crc32c, AgreesWithPublishedVectors) {
+  EXPECT_EQ(Crc32c("123456789", 9), 0xE3069283u);
+  EXPECT_EQ(Crc32c("", 0), 0u);
+  const std::string zeros(32, '\0'), ones(32, '\xff');
+  EXPECT_EQ(Crc32c(zeros.data(), 32), 0x8A9136AAu);
+  EXPECT_EQ(Crc32c(ones.data(), 32), 0x62A8AB43u);
+  std::string up(32, '\0'), down(32, '\0');
+  for (int i = 0; i < 32; ++i) {
+    up[static_cast<std::size_t>(i)] = static_cast<char>(i);
+    down[static_cast<std::size_t>(i)] = static_cast<char>(31 - i);
+  }
+  EXPECT_EQ(Crc32c(up.data(), 32), 0x46DD794Eu);
+  EXPECT_EQ(Crc32c(down.data(), 32), 0x113FDB5Cu);
+}
+
+TEST(Crc32c, HardwareTableAndCopyAgreeAtEveryLengthAndAlignment) {
+  const auto bytes = RandomBytes(70'000, 1);
+  std::vector<unsigned char> copy(bytes.size() + 64);
+  std::vector<std::size_t> sizes;
+  for (std::size_t n = 0; n < 80; ++n) sizes.push_back(n);
+  for (std::size_t n : {255, 256, 767, 768, 769, 8191, 24'575, 24'576, 24'577, 65'000})
+    sizes.push_back(n);
+  for (std::size_t size : sizes) {
+    for (std::size_t from : {0, 1, 7, 8, 63}) {
+      const std::uint32_t expected = internal::Crc32cTable(0, bytes.data() + from, size);
+      EXPECT_EQ(Crc32c(bytes.data() + from, size), expected) << size << "+" << from;
+      std::fill(copy.begin(), copy.end(), 0xEE);
+      const std::size_t to = (from * 3) % 64;
+      EXPECT_EQ(Crc32cCopy(0, copy.data() + to, bytes.data() + from, size), expected);
+      StoreFence();
+      EXPECT_TRUE(std::equal(copy.begin() + static_cast<long>(to),
+                             copy.begin() + static_cast<long>(to + size),
+                             bytes.begin() + static_cast<long>(from)));
+      EXPECT_EQ(copy[to + size], 0xEE) << "wrote past the end";
+    }
+  }
+}
+
+TEST(Crc32c, ExtendsAndCombinesAtAnyCut) {
+  const auto bytes = RandomBytes(30'000, 2);
+  const std::uint32_t whole = Crc32c(bytes.data(), bytes.size());
+  Random random(3);
+  for (int i = 0; i < 200; ++i) {
+    const std::size_t cut = random.Below(bytes.size() + 1);
+    const std::uint32_t a = Crc32c(bytes.data(), cut);
+    const std::uint32_t b = Crc32c(bytes.data() + cut, bytes.size() - cut);
+    EXPECT_EQ(Crc32cExtend(a, bytes.data() + cut, bytes.size() - cut), whole);
+    EXPECT_EQ(Crc32cCombine(a, b, bytes.size() - cut), whole);
+  }
+}
+
+TEST(Crc32c, EverySingleBitFlipIsSeen) {
+  auto bytes = RandomBytes(300, 4);
+  const std::uint32_t good = Crc32c(bytes.data(), bytes.size());
+  for (std::size_t bit = 0; bit < bytes.size() * 8; ++bit) {
+    bytes[bit / 8] ^= static_cast<unsigned char>(1u << (bit % 8));
+    EXPECT_NE(Crc32c(bytes.data(), bytes.size()), good);
+    bytes[bit / 8] ^= static_cast<unsigned char>(1u << (bit % 8));
+  }
+}
+
+}  // namespace
+}  // namespace everstep::checkpoint
