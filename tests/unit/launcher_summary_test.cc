@@ -49,11 +49,13 @@ TEST(LauncherSummary, TheRootCauseIsInTorchrunsLayout) {
 }
 
 TEST(LauncherSummary, FaultsThatWereSurvivedAreTold) {
-  RunOutcome o{.job = "j", .script = "t.py", .state = "SUCCEEDED", .lost_capacity = 1};
+  RunOutcome o{.job = "j", .script = "t.py", .state = "SUCCEEDED", .lost_capacity = 1,
+               .seconds_lost = 0.314};
   o.faults = {{.reason = "worker_killed", .subject = "rank 1 on n1", .action = "restart in place",
                .recovery_seconds = 0.314, .steps_lost = 1}};
   EXPECT_EQ(FormatSummary(o),
-            "everstep: 1 fault in this run (0 restarts charged to the script, 1 not)\n"
+            "everstep: 1 fault in this run (0 restarts charged to the script, 1 not); "
+            "0.31 s lost, 1 step\n"
             "everstep:   rank 1 on n1: worker_killed; restart in place; recovered in 0.31 s, 1 steps "
             "lost\n");
 }

@@ -137,9 +137,18 @@ std::string FormatSummary(const RunOutcome& o) {
   std::string text;
   if (!succeeded && !o.failures.empty()) text += FormatFailures(o);
   if (!o.faults.empty()) {
-    text += fmt::format("everstep: {} fault{} in this run ({} restart{} charged to the script, {} not)\n",
+    std::int64_t steps = 0;
+    bool known = false;
+    for (const FaultLine& fault : o.faults) {
+      known = known || fault.steps_lost >= 0;
+      steps += std::max<std::int64_t>(fault.steps_lost, 0);
+    }
+    text += fmt::format("everstep: {} fault{} in this run ({} restart{} charged to the script, {} not)",
                         o.faults.size(), o.faults.size() == 1 ? "" : "s", o.restarts,
                         o.restarts == 1 ? "" : "s", o.lost_capacity);
+    text += fmt::format("; {:.2f} s lost", o.seconds_lost);
+    if (known) text += fmt::format(", {} step{}", steps, steps == 1 ? "" : "s");
+    text += '\n';
     text += FormatFaults(o.faults);
   }
   if (succeeded) return text;

@@ -1,0 +1,96 @@
+// What a launcher brings and supervises: this node's agent (which brings the keeper) and, on the node that owns
+// the endpoint, the controller. One that dies is started again, at the same address; workers run on meanwhile.
+//
+// One owner thread, the same for all calls. Every wait is bounded.
+#pragma once
+
+#include <poll.h>
+
+#include <chrono>
+#include <functional>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "worker/launcher/process.h"
+#include "worker/launcher/state_dir.h"
+
+namespace everstep::launcher {
+
+inline constexpr std::chrono::seconds kControllerStartLimit{20};
+inline constexpr std::chrono::seconds kControllerStopLimit{5};
+// A program that ended this often in a row, each time within kShortLife, is not started again.
+inline constexpr int kMaxShortLives = 5;
+inline constexpr std::chrono::seconds kShortLife{3};
+
+struct BroughtOptions {
+  std::string programs;  // folder of everstep-controller and everstep-agent
+  Environment environment;
+  const StateDir* state = nullptr;  // outlives this
+  std::string address = "127.0.0.1";  // of this node, for the others
+  std::map<std::string, std::string> labels;  // of the node
+  std::chrono::milliseconds leave_timeout{0};  // SIGTERM: time to move workers away
+  std::chrono::milliseconds stop_grace{30'000};  // then, workers' SIGTERM to SIGKILL
+  std::function<void(const std::string& line)> say;  // one sentence for the person
+};
+
+class Brought {
+ public:
+  explicit Brought(BroughtOptions options);
+  // Ends everything, hard.
+  ~Brought();
+  Brought(const Brought&) = delete;
+  Brought& operator=(const Brought&) = delete;
+
+  // Starts a controller and waits until it answers at an address. `listen` is host:port, port 0 any; `snapshot`
+  // a file with a StoreSnapshot to start from, or empty. Empty on success, else a sentence.
+  std::string StartController(const std::string& listen, const std::string& snapshot);
+  // Starts the agent, which dials `controllers` ("host:port,..."). Does not wait.
+  std::string StartAgent(const std::string& controllers);
+  // The agent finds its controllers here from its next dial on.
+  std::string SetControllers(const std::string& controllers);
+
+  bool has_controller() const { return controller_.wanted; }
+  const std::string& controller_address() const { return controller_address_; }
+
+  // Readable when a program ended: then call Tend.
+  void AddTo(std::vector<pollfd>* polled) const;
+  // Starts again what ended. Empty, or the sentence that says why there is no more trying.
+  std::string Tend();
+  // When Tend wants to be called at the latest; max(): no need.
+  std::chrono::steady_clock::time_point next_tend() const;
+
+  // Ends the node (agent, keeper, workers), then the controller. In order if `orderly`, else at once. False: it
+  // took force where order was asked for.
+  bool StopNode(bool orderly);
+  bool StopController(bool orderly);
+
+ private:
+  struct Program {
+    std::string name;
+    std::vector<std::string> argv;
+    std::string log;
+    bool wanted = false;
+    Process process;
+    std::chrono::steady_clock::time_point started;
+    std::chrono::steady_clock::time_point again;  // not running: when to start it
+    int short_lives = 0;
+  };
+
+  std::string Launch(Program* program);
+  std::string Mind(Program* program);
+  std::string WaitForAddress();
+  std::string Trouble(const Program& program, const std::string& what) const;
+  void EndKeeper();
+
+  const BroughtOptions options_;
+  Environment environment_;
+  Program controller_;
+  Program agent_;
+  std::string controller_address_;
+  int lifeline_read_ = -1;
+  int lifeline_write_ = -1;
+};
+
+}  // namespace everstep::launcher

@@ -1,0 +1,370 @@
+#include "worker/launcher/run.h"
+
+#include <poll.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <filesystem>
+#include <memory>
+#include <optional>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "proto/base/clock.h"
+#include "worker/launcher/admin_client.h"
+#include "worker/launcher/brought.h"
+#include "worker/launcher/console.h"
+#include "worker/launcher/endpoint.h"
+#include "worker/launcher/exit_codes.h"
+#include "worker/launcher/inbox.h"
+#include "worker/launcher/job_spec.h"
+#include "worker/launcher/log_follower.h"
+#include "worker/launcher/machine.h"
+#include "worker/launcher/signals.h"
+#include "worker/launcher/state_dir.h"
+#include "worker/launcher/story.h"
+#include "worker/launcher/summary.h"
+
+namespace everstep::launcher {
+namespace {
+
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+constexpr milliseconds kLogPoll{20};       // how late a worker's line may show
+constexpr milliseconds kIdlePoll{200};
+constexpr milliseconds kSubmitLimit{20'000};
+constexpr milliseconds kCancelLimit{2'000};
+constexpr milliseconds kCancelSlack{10'000};  // beyond the workers' own grace
+constexpr milliseconds kSilenceIsNews{2'000};
+
+enum class Place : std::uint8_t {
+  kAlone,    // one node, its controller on loopback
+  kNodes,    // one of several launchers that meet at an endpoint
+  kCluster,  // a standing controller
+};
+
+class Runner {
+ public:
+  explicit Runner(const RunRequest& request)
+      : request_(request),
+        flags_(request.flags),
+        console_(::isatty(STDERR_FILENO) != 0),
+        signals_(flags_.signals_to_handle) {
+    place_ = !flags_.controller.empty() && !flags_.standalone ? Place::kCluster
+             : flags_.max_nodes > 1 || flags_.spares > 0      ? Place::kNodes
+                                                              : Place::kAlone;
+  }
+
+  int Run() {
+    if (std::string wrong = Describe(); !wrong.empty()) return Refuse(wrong);
+    if (flags_.dry_run) {
+      fmt::print("{}\n", JobSpecJson(spec_));
+      return kExitSucceeded;
+    }
+    std::string wrong = place_ == Place::kCluster ? Reach() : Bring();
+    if (!wrong.empty()) return failure_;
+    return FollowToTheEnd();
+  }
+
+ private:
+  int Refuse(const std::string& sentence, int code = kExitUsage) {
+    console_.Text(sentence + "\n");
+    failure_ = code;
+    return code;
+  }
+  std::string Fail(const std::string& sentence) {
+    Refuse("everstep-run: " + sentence, kExitFailed);
+    return sentence;
+  }
+
+  // The job as it will be handed in. Looks at the machine, starts nothing.
+  std::string Describe() {
+    SubmitterFacts facts;
+    facts.environment = request_.environment;
+    std::error_code error;
+    facts.cwd = std::filesystem::current_path(error).string();
+    if (error) return "everstep-run: the working directory is gone; change to one that exists";
+    std::string wrong;
+    if (flags_.script_kind != ScriptKind::kProgram) {
+      facts.python = FindPython(request_.environment, request_.command, &wrong);
+      if (facts.python.empty()) return wrong;
+    }
+    const bool file =
+        flags_.script_kind == ScriptKind::kPython || flags_.script_kind == ScriptKind::kRunPath;
+    if (file && place_ != Place::kCluster && !std::filesystem::exists(flags_.script, error)) {
+      return fmt::format(
+          "everstep-run: there is no script {} in {}; correct the path, or use -m for a module and "
+          "--no-python for a program",
+          flags_.script, facts.cwd);
+    }
+    const Resolved workers = ResolveWorkers(flags_.workers, ProbeMachine(request_.environment));
+    if (!workers.error.empty()) return workers.error;
+    facts.workers = workers.workers;
+    facts.umask = ::umask(022);
+    ::umask(static_cast<mode_t>(facts.umask));
+    facts.terminal = ::isatty(STDOUT_FILENO) != 0;
+    facts.random = RandomHex(6);
+    facts.now_ns = RealClock().Now().ns;
+    random_ = facts.random;
+    return MakeJobSpec(flags_, facts, &spec_);
+  }
+
+  // Brings this node's agent, and the controller where that is this launcher's part.
+  std::string Bring() {
+    Endpoint endpoint{"127.0.0.1", 0, true, true, {}};
+    if (place_ == Place::kNodes) {
+      endpoint = FindEndpoint(flags_);
+      if (!endpoint.error.empty()) {
+        Refuse(endpoint.error);
+        return endpoint.error;
+      }
+    }
+    const std::string node =
+        place_ == Place::kAlone ? HostLabel() : fmt::format("{}-{}", HostLabel(), random_);
+    if (std::string wrong = state_.Open(flags_.state_dir, node, request_.environment, random_);
+        !wrong.empty()) {
+      Refuse(wrong, kExitFailed);
+      return wrong;
+    }
+    BroughtOptions options;
+    options.programs = request_.programs;
+    options.environment = request_.environment;
+    options.state = &state_;
+    options.address = place_ == Place::kAlone ? "127.0.0.1" : LocalAddress(flags_, endpoint);
+    options.leave_timeout = milliseconds(place_ == Place::kAlone ? 0 : 5'000);
+    options.stop_grace = milliseconds(flags_.shutdown_timeout_seconds * 1000);
+    options.say = [this](const std::string& line) { console_.Say(line); };
+    brought_ = std::make_unique<Brought>(std::move(options));
+    std::string address = endpoint.text();
+    if (endpoint.here) {
+      if (!endpoint.loopback) {
+        console_.Say(fmt::format("the controller listens on {}; its channel is not encrypted", address));
+      }
+      if (std::string wrong = brought_->StartController(address, {}); !wrong.empty()) {
+        return Fail(wrong);
+      }
+      address = brought_->controller_address();
+    }
+    if (std::string wrong = brought_->StartAgent(address); !wrong.empty()) return Fail(wrong);
+    client_ = std::make_unique<AdminClient>(address);
+    return endpoint.here ? Submit() : Join(address);
+  }
+
+  std::string Reach() {
+    client_ = std::make_unique<AdminClient>(flags_.controller);
+    return Submit();
+  }
+
+  std::string Submit() {
+    const CallResult result = client_->Submit(spec_, &job_, kSubmitLimit);
+    if (result.ok()) return {};
+    if (result.kind == CallResult::Kind::kUnreachable) {
+      return Fail(fmt::format("the controller {} does not answer: {}; is it running?",
+                              place_ == Place::kCluster ? flags_.controller
+                                                        : brought_->controller_address(),
+                              result.message));
+    }
+    return Fail(fmt::format("the job was refused: {}", result.message));
+  }
+
+  // Another launcher brings the controller and hands the job in: waits for both.
+  std::string Join(const std::string& address) {
+    const auto deadline = steady_clock::now() + milliseconds(std::max(spec_.join_timeout_ms(), 1000U));
+    bool said = false;
+    while (steady_clock::now() < deadline) {
+      v1::JobList jobs;
+      const CallResult result = client_->List(&jobs, kLogPoll * 10);
+      for (const v1::JobStatus& job : jobs.items()) {
+        if (!flags_.name.empty() && job.job() != flags_.name) continue;
+        job_ = job.job();
+        return {};
+      }
+      if (!result.ok() && !said) {
+        console_.Say(fmt::format("waiting for the controller at {}", address));
+        said = true;
+      }
+      if (signals_.Take()) return Fail("stopped by a signal before the job was found");
+      if (std::string wrong = brought_->Tend(); !wrong.empty()) return Fail(wrong);
+    }
+    Refuse(fmt::format("everstep-run: no job at {} within {} s; start the launcher of that machine, or raise "
+                       "join_timeout in --rdzv-conf",
+                       address, spec_.join_timeout_ms() / 1000),
+           kExitCapacity);
+    return "no job";
+  }
+
+  int FollowToTheEnd() {
+    client_->Follow(
+        job_, /*with_snapshot=*/place_ == Place::kNodes,
+        [this](v1::JobStatus status) { inbox_.PutStatus(std::move(status)); },
+        [this](const CallResult& why) { inbox_.PutLost(why.message); });
+    FollowOptions follow;
+    follow.workers = spec_.nproc_per_node();
+    follow.redirects = flags_.redirects;
+    follow.tee = flags_.tee;
+    follow.local_ranks_filter = flags_.local_ranks_filter;
+    follow.role = flags_.role;
+    if (place_ == Place::kCluster) {
+      client_->Tail(job_, [this](const v1::JobLogLines& lines) { inbox_.PutLines(lines); });
+    } else {
+      const v1::Command& command = spec_.command();
+      follow.dir = command.log_dir().empty()
+                       ? fmt::format("{}/jobs/{}", state_.node_dir(), job_)
+                       : fmt::format("{}/{}_{}", command.log_dir(), job_, state_.node());
+      logs_ = std::make_unique<LogFollower>(follow, [this](bool err, std::string_view bytes) {
+        console_.Worker(err, bytes);
+      });
+    }
+    while (!over_) {
+      std::vector<pollfd> polled = {{signals_.descriptor(), POLLIN, 0},
+                                    {inbox_.descriptor(), POLLIN, 0}};
+      if (brought_ != nullptr) brought_->AddTo(&polled);
+      ::poll(polled.data(), polled.size(), static_cast<int>(PollTime().count()));
+      if (logs_ != nullptr) {
+        busy_ = logs_->Poll() > 0;
+      }
+      while (const std::optional<int> signal = signals_.Take()) OnSignal(*signal);
+      OnInbox(inbox_.Take());
+      if (brought_ != nullptr && !over_) {
+        if (std::string wrong = brought_->Tend(); !wrong.empty()) {
+          console_.Say(wrong);
+          over_ = true;
+        }
+      }
+      CheckDeadlines();
+    }
+    return Finish();
+  }
+
+  milliseconds PollTime() const {
+    if (busy_) return milliseconds(0);
+    return logs_ != nullptr ? kLogPoll : kIdlePoll;
+  }
+
+  void OnInbox(Inbox::Content content) {
+    for (const v1::JobLogLines& lines : content.lines) ShowLines(lines);
+    if (!content.lost.empty() && !lost_since_) lost_since_ = steady_clock::now();
+    if (!content.status) return;
+    lost_since_.reset();
+    lost_said_ = false;
+    newest_ = std::move(*content.status);
+    for (const std::string& line : story_.News(newest_)) console_.Say(line);
+    console_.SetLive(LiveLine(newest_));
+    over_ = over_ || IsTerminal(newest_);
+  }
+
+  void ShowLines(const v1::JobLogLines& lines) {
+    const std::int32_t local = lines.rank() % static_cast<std::int32_t>(spec_.nproc_per_node());
+    const auto& filter = flags_.local_ranks_filter;
+    if (!filter.empty() && std::find(filter.begin(), filter.end(), local) == filter.end()) return;
+    const std::uint8_t bit = lines.from_stderr() ? kStreamErr : kStreamOut;
+    const bool tee = (flags_.tee.For(local) & bit) != 0;
+    if (!tee && (flags_.redirects.For(local) & bit) != 0) return;
+    if (!tee) {
+      console_.Worker(lines.from_stderr(), lines.data());
+      return;
+    }
+    std::string text;
+    std::string_view rest = lines.data();
+    while (!rest.empty()) {
+      const std::size_t end = std::min(rest.find('\n'), rest.size() - 1);
+      text += fmt::format("[{}{}]:{}", flags_.role, lines.rank(), rest.substr(0, end + 1));
+      rest.remove_prefix(end + 1);
+    }
+    console_.Worker(lines.from_stderr(), text);
+  }
+
+  void OnSignal(int signal) {
+    if (cancelled_) {
+      console_.Say(fmt::format("{} again: stopping at once", SignalLabel(signal)));
+      forced_ = true;
+      over_ = true;
+      return;
+    }
+    cancelled_ = true;
+    console_.Say(fmt::format("{}: stopping the workers, at most {} s; once more stops them at once",
+                             SignalLabel(signal), flags_.shutdown_timeout_seconds));
+    cancel_deadline_ = steady_clock::now() + milliseconds(flags_.shutdown_timeout_seconds * 1000) +
+                       kCancelSlack;
+    const CallResult result = client_->Cancel(job_, SignalLabel(signal), kCancelLimit);
+    if (result.ok()) return;
+    console_.Say(fmt::format("the controller does not take the cancel ({})", result.message));
+    over_ = brought_ != nullptr;
+  }
+
+  void CheckDeadlines() {
+    const auto now = steady_clock::now();
+    if (cancelled_ && now > cancel_deadline_ && !over_) {
+      console_.Say("the workers did not end in time; stopping them at once");
+      forced_ = true;
+      over_ = true;
+    }
+    if (lost_since_ && !lost_said_ && now - *lost_since_ > kSilenceIsNews) {
+      lost_said_ = true;
+      console_.Say("the controller does not answer; the workers run on, trying again");
+    }
+  }
+
+  int Finish() {
+    const bool known = IsTerminal(newest_);
+    if (brought_ != nullptr && !brought_->StopNode(/*orderly=*/!forced_) && !forced_) {
+      console_.Say("the agent did not end in time and was killed");
+    }
+    if (logs_ != nullptr) logs_->Finish();
+    console_.SetLive({});
+    client_->EndFollow();
+    if (brought_ != nullptr) brought_->StopController(/*orderly=*/!forced_);
+    int code = kExitFailed;
+    std::string log_dir;
+    if (known) {
+      const RunOutcome outcome = OutcomeOf(newest_, flags_.script, state_.node_dir());
+      code = outcome.exit_code;
+      console_.Text(FormatSummary(outcome));
+    } else {
+      console_.Say(fmt::format("the run was cut off, exit code {}", code));
+    }
+    const bool asked_for_logs = flags_.redirects != StreamSpec() || flags_.tee != StreamSpec();
+    if (code == kExitSucceeded && !(asked_for_logs && flags_.log_dir.empty())) {
+      state_.Clean();
+    } else {
+      state_.CleanButLogs();
+    }
+    return code;
+  }
+
+  const RunRequest& request_;
+  const LaunchFlags& flags_;
+  Place place_;
+  Console console_;
+  Signals signals_;
+  int failure_ = kExitFailed;
+  std::string random_;
+  v1::JobSpec spec_;
+  std::string job_;
+  StateDir state_;
+  std::unique_ptr<Brought> brought_;
+  Inbox inbox_;
+  std::unique_ptr<AdminClient> client_;  // its threads write to inbox_: ends first
+  std::unique_ptr<LogFollower> logs_;
+  Story story_;
+  v1::JobStatus newest_;
+  bool busy_ = false;
+  bool over_ = false;
+  bool cancelled_ = false;
+  bool forced_ = false;
+  steady_clock::time_point cancel_deadline_;
+  std::optional<steady_clock::time_point> lost_since_;
+  bool lost_said_ = false;
+};
+
+}  // namespace
+
+int Run(const RunRequest& request) { return Runner(request).Run(); }
+
+}  // namespace everstep::launcher
