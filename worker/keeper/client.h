@@ -82,6 +82,7 @@ struct StartOptions {
   std::string node;
   std::string log_file;     // appended to
   Duration timeout = Seconds(10);  // until it answers
+  int lifeline = -1;        // >= 0: inherited by the keeper as `--lifeline FD` (docs/internals/lifecycle.md)
 };
 
 // Starts a keeper in a session of its own: it outlives the caller and everything the caller's
