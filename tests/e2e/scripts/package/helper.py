@@ -1,0 +1,3 @@
+"""Imported relatively by the module, as packages do."""
+
+GREETING = "from the package"
