@@ -1,6 +1,6 @@
-// A running hash of everything that happened in a simulated world, in order. Two runs of one seed must
-// end with equal digests; that is how determinism itself is tested. FNV-1a, 64 bits: fixed by this
-// file, so a digest printed on one machine can be compared with one printed on another.
+// A running hash of everything that happened in a simulated world, in order. Two runs of one seed
+// must end with equal digests; that is how determinism itself is tested. FNV-1a, 64 bits: fixed by
+// this file, so a digest printed on one machine can be compared with one printed on another.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 // The simulated disk of one process: a key-value table with a write cache. Write goes to the cache,
-// Sync makes the cache durable, Crash loses what was not synced: as one batch, or torn (each unsynced
-// write survives by chance), as a real disk without a write-ahead log would.
+// Sync makes the cache durable, Crash loses what was not synced: as one batch, or torn (each
+// unsynced write survives by chance), as a real disk without a write-ahead log would.
 //
 // Single-threaded, no time of its own.
 #pragma once
@@ -9,6 +9,7 @@
 #include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "proto/base/random.h"
@@ -48,6 +49,8 @@ class Disk {
   }
 
   const std::map<std::string, Value>& durable() const { return durable_; }
+  // The durable table, which is empty afterwards: for a log that was folded into something else.
+  std::map<std::string, Value> TakeDurable() { return std::exchange(durable_, {}); }
   std::size_t unsynced() const { return cache_.size(); }
   std::uint64_t syncs() const { return syncs_; }
 

@@ -11,8 +11,7 @@ struct Unit {
   std::string_view name;
   std::int64_t ns;
 };
-constexpr Unit kUnits[] = {
-    {"s", 1'000'000'000}, {"ms", 1'000'000}, {"us", 1'000}, {"ns", 1}};
+constexpr Unit kUnits[] = {{"s", 1'000'000'000}, {"ms", 1'000'000}, {"us", 1'000}, {"ns", 1}};
 
 std::vector<std::string_view> Split(std::string_view text, char separator) {
   std::vector<std::string_view> parts;
@@ -89,7 +88,8 @@ std::optional<std::vector<Fault>> ParseFaults(std::string_view text, std::string
 
 std::string ReproduceCommand(std::uint64_t seed, const std::vector<Fault>& faults,
                              std::string_view bug) {
-  std::string command = fmt::format("everstep_sim --seed {} --faults {}", seed, FormatFaults(faults));
+  std::string command =
+      fmt::format("everstep_sim --seed {} --faults {}", seed, FormatFaults(faults));
   if (!bug.empty()) command += fmt::format(" --bug {}", bug);
   return command;
 }

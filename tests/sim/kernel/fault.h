@@ -1,5 +1,6 @@
-// A fault of a simulated run as a value: when, what, whom, how long. A run's faults are a list, drawn
-// from its seed or written by hand, and print to one word, so that a failing run is one command:
+// A fault of a simulated run as a value: when, what, whom, how long. A run's faults are a list,
+// drawn from its seed or written by hand, and print to one word, so that a failing run is one
+// command:
 //
 //   everstep_sim --seed 17 --faults 1250ms:node_crash:n2,3s:partition:n1:800ms
 #pragma once
@@ -15,10 +16,10 @@
 namespace everstep::sim {
 
 struct Fault {
-  Duration at = {};      // since the run's start
-  std::string kind;      // [a-z_]+
-  std::string target;    // a node, "controller", "n2/1" for local rank 1; may be empty
-  Duration lasts = {};   // 0: for an instant, or for good
+  Duration at = {};     // since the run's start
+  std::string kind;     // [a-z_]+
+  std::string target;   // a node, "controller", "n2/1" for local rank 1; may be empty
+  Duration lasts = {};  // 0: for an instant, or for good
   friend bool operator==(const Fault&, const Fault&) = default;
 };
 

@@ -1,8 +1,9 @@
 // The simulated network: named endpoints, messages as actions. Two services over the same links:
 //   datagrams  may be late, lost, doubled, overtaken;
-//   streams    keep their order and lose nothing until they break, as TCP does. A break loses what is
-//              in flight, but for what had already arrived in the receiver's mailbox: late_per_mille
-//              of it is still delivered, after the break.
+//   streams    keep their order and lose nothing until they break, as TCP does. A break loses what
+//   is
+//              in flight, but for what had already arrived in the receiver's mailbox:
+//              late_per_mille of it is still delivered, after the break.
 // A partition is directed pairs of endpoints: datagrams across it vanish, streams across it stall.
 //
 //   n1 ──Send──▶ [delay, drop, double, reorder] ──▶ deliver()
@@ -27,9 +28,9 @@ struct NetworkOptions {
   Duration max_delay = Milliseconds(2);
   std::uint32_t drop_per_mille = 0;       // datagrams
   std::uint32_t duplicate_per_mille = 0;  // datagrams
-  std::uint32_t slow_per_mille = 0;       // messages that take up to slow_delay: datagrams overtake them
+  std::uint32_t slow_per_mille = 0;  // messages that take up to slow_delay: datagrams overtake them
   Duration slow_delay = Milliseconds(200);
-  std::uint32_t late_per_mille = 300;     // of a broken stream's messages in flight
+  std::uint32_t late_per_mille = 300;  // of a broken stream's messages in flight
 };
 
 using StreamId = std::uint64_t;
@@ -42,7 +43,8 @@ class Network {
 
   NetworkOptions& options() { return options_; }
 
-  void Send(const std::string& from, const std::string& to, const std::string& label, Deliver deliver);
+  void Send(const std::string& from, const std::string& to, const std::string& label,
+            Deliver deliver);
 
   // A stream between two endpoints; both directions keep their own order.
   StreamId Open(const std::string& a, const std::string& b);
@@ -71,7 +73,7 @@ class Network {
     Deliver deliver;
   };
   struct Direction {
-    Timestamp last;                          // delivery time of the newest message sent
+    Timestamp last;                           // delivery time of the newest message sent
     std::map<std::uint64_t, InFlight> queue;  // by sequence
     std::uint64_t next = 1;
   };

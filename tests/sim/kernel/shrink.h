@@ -1,6 +1,7 @@
 // Makes a failing list of faults small: delta debugging (Zeller and Hildebrandt, "Simplifying and
 // Isolating Failure-Inducing Input", 2002, algorithm ddmin). The result still fails, and taking any
-// single fault out of it makes the failure go away (1-minimal), unless the budget of runs ended first.
+// single fault out of it makes the failure go away (1-minimal), unless the budget of runs ended
+// first.
 #pragma once
 
 #include <functional>

@@ -1,8 +1,9 @@
-// Virtual time and the one queue of everything that is still to happen. Nothing in a simulated world
-// runs but from here, so a seed fixes the whole run.
+// Virtual time and the one queue of everything that is still to happen. Nothing in a simulated
+// world runs but from here, so a seed fixes the whole run.
 //
-// Single-threaded. Events of one instant run in an order drawn from the seed, so that a run explores
-// interleavings a first-in-first-out queue would never show; it is still the same order each time.
+// Single-threaded. Events of one instant run in an order drawn from the seed, so that a run
+// explores interleavings a first-in-first-out queue would never show; it is still the same order
+// each time.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +27,8 @@ class Timeline {
 
   // `max_events` bounds a run: a world that schedules for ever at one instant stops there, and
   // exhausted() tells.
-  explicit Timeline(std::uint64_t seed, Timestamp start = {}, std::uint64_t max_events = 50'000'000);
+  explicit Timeline(std::uint64_t seed, Timestamp start = {},
+                    std::uint64_t max_events = 50'000'000);
   Timeline(const Timeline&) = delete;
   Timeline& operator=(const Timeline&) = delete;
 

@@ -1,0 +1,411 @@
+#include "tests/sim/world/checkers.h"
+
+#include <algorithm>
+
+#include <fmt/format.h>
+
+#include "tests/sim/world/node.h"
+
+namespace everstep::sim {
+namespace {
+
+using controller::ClusterState;
+using controller::NodeHealth;
+
+// Node, incarnation, job and generation of an agent's report; generation 0: it carries none.
+struct Origin {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobId job;
+  Generation generation = 0;
+};
+
+std::optional<Origin> OriginOf(const controller::Event& event) {
+  return std::visit(
+      [](const auto& e) -> std::optional<Origin> {
+        if constexpr (requires { e.incarnation; }) {
+          Origin origin{e.node, e.incarnation, {}, 0};
+          if constexpr (requires { e.generation; }) {
+            origin.job = e.job;
+            origin.generation = e.generation;
+          } else if constexpr (requires { e.holds; }) {
+            origin.job = e.holds.job;
+            origin.generation = e.holds.generation;
+          } else if constexpr (requires { e.shard; }) {
+            origin.job = e.job;
+            origin.generation = e.shard.generation;
+          }
+          return origin;
+        } else {
+          return std::nullopt;
+        }
+      },
+      event);
+}
+
+}  // namespace
+
+void Checkers::BeforeStep(const ClusterState& state, const controller::Event& event) {
+  stale_.clear();
+  heard_before_.reset();
+  const std::optional<Origin> origin = OriginOf(event);
+  if (!origin) return;
+  const auto node = state.nodes.find(origin->node);
+  if (node == state.nodes.end()) {
+    stale_ = "an unknown node";
+    return;
+  }
+  heard_before_ = node->second.last_heard;
+  const controller::NodeRecord& record = node->second.record;
+  if (record.incarnation != origin->incarnation) {
+    stale_ = fmt::format("incarnation {} of {}", origin->incarnation, record.incarnation);
+  } else if (record.health == NodeHealth::kLost) {
+    stale_ = "a lost node";
+  } else if (!origin->job.empty()) {
+    const auto job = state.jobs.find(origin->job);
+    if (job == state.jobs.end()) {
+      stale_ = "an unknown job";
+    } else if (job->second.record.generation != origin->generation) {
+      stale_ =
+          fmt::format("generation {} of {}", origin->generation, job->second.record.generation);
+    }
+    heard_before_.reset();  // the node itself is heard
+  }
+}
+
+void Checkers::AfterStep(Timestamp now, const ClusterState& state, const controller::Event& event,
+                         const controller::Decisions& decisions) {
+  if (!stale_.empty()) {
+    const std::optional<Origin> origin = OriginOf(event);
+    const auto node = state.nodes.find(origin->node);
+    const bool heard =
+        heard_before_ && node != state.nodes.end() && node->second.last_heard != *heard_before_;
+    if (!decisions.empty() || heard) {
+      Violate(now, "stale_obeyed",
+              fmt::format("a message (kind {}) of {} from {} was obeyed", event.index(), stale_,
+                          origin->node));
+    }
+  }
+  for (const controller::Record& record : decisions.records) {
+    if (const auto* generation = std::get_if<controller::GenerationRecord>(&record)) {
+      CheckPlan(now, state, generation->plan);
+    } else if (const auto* commit = std::get_if<controller::CommitRecord>(&record)) {
+      CheckCommit(now, state, *commit);
+    }
+  }
+}
+
+// --- plans ---
+
+void Checkers::CheckPlan(Timestamp now, const ClusterState& state,
+                         const controller::GenerationPlan& plan) {
+  const std::string name = fmt::format("job {} generation {}", plan.job, plan.generation);
+  if (plan.reason == controller::Reason::kNone)
+    Violate(now, "reason", name + ": a plan without a reason");
+  Generation& newest = planned_[plan.job];
+  if (plan.generation < newest) {
+    Violate(now, "grows", fmt::format("{} is planned after generation {}", name, newest));
+  }
+  newest = std::max(newest, plan.generation);
+  if (plan.phase != controller::Phase::kActivate) return;
+  const controller::JobSpec& spec = state.jobs.at(plan.job).record.spec;
+  if (plan.nodes.size() < spec.min_nodes || plan.nodes.size() > spec.max_nodes) {
+    Violate(now, "one_plan",
+            fmt::format("{} has {} nodes of {} to {}", name, plan.nodes.size(), spec.min_nodes,
+                        spec.max_nodes));
+  }
+  Rank next = 0;
+  std::set<NodeId> seen;
+  for (const controller::NodePlan& node : plan.nodes) {
+    if (!seen.insert(node.node).second) {
+      Violate(now, "one_plan", fmt::format("{} names {} twice", name, node.node));
+    }
+    if (node.replica_node == node.node) {
+      Violate(now, "one_plan", fmt::format("{}: {} is its own replica", name, node.node));
+    }
+    for (const controller::WorkerPlan& worker : node.workers) {
+      if (worker.rank != next++) {
+        Violate(now, "one_plan", fmt::format("{}: rank {} on {}", name, worker.rank, node.node));
+      }
+    }
+    for (const Generation live : env_.nodes->at(node.node)->LiveGenerations(plan.job)) {
+      if (live < plan.generation) {
+        Violate(now, "one_active",
+                fmt::format("{} is activated while a worker of generation {} lives on {}", name,
+                            live, node.node));
+      }
+    }
+  }
+  CheckRestore(now, state, plan);
+}
+
+// The node is there, and the controller knows this very keeper as one of its own.
+bool Checkers::Reachable(const ClusterState& state, const NodeId& node,
+                         std::uint64_t keeper) const {
+  const auto known = state.nodes.find(node);
+  return env_.nodes->at(node)->keeper_id() == keeper && known != state.nodes.end() &&
+         known->second.record.health != NodeHealth::kLost &&
+         known->second.record.keeper_id == keeper;
+}
+
+void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
+                            const controller::GenerationPlan& plan) {
+  const std::string name = fmt::format("job {} generation {}", plan.job, plan.generation);
+  std::optional<Lineage> start;
+  for (const controller::NodePlan& node : plan.nodes) {
+    for (const controller::WorkerPlan& worker : node.workers) {
+      const std::optional<Lineage> state_of = worker.restore.step == kNoStep
+                                                  ? kFromNothing
+                                                  : env_.truth->OfChecksum(worker.restore.crc_root);
+      if (worker.restore.step != plan.restore_step || !state_of || (start && *start != *state_of)) {
+        Violate(now, "one_state",
+                fmt::format("{}: rank {} starts from step {} crc {:08x}, the plan from step {}",
+                            name, worker.rank, worker.restore.step, worker.restore.crc_root,
+                            plan.restore_step));
+        return;
+      }
+      start = state_of;
+    }
+  }
+  const auto& commits = state.jobs.at(plan.job).commits.commits;
+  if (commits.empty() || !start) return;
+  const controller::Commit& commit = commits.front();
+  const std::optional<Lineage> committed = env_.truth->OfChecksum(commit.shards.front().crc_root);
+  if (!committed || env_.truth->Descends(*start, *committed)) return;
+  // It went back behind a committed step: were the copies really out of reach?
+  std::size_t ranks_at_hand = 0;
+  std::string where;
+  for (const controller::HeldShard& shard : commit.shards) {
+    bool at_hand = false;
+    for (const auto& [node, keeper] :
+         env_.truth->Holders(plan.job, shard.rank, shard.step, shard.generation, shard.crc_root)) {
+      if (!Reachable(state, node, keeper)) continue;
+      at_hand = true;
+      where += fmt::format(" rank {} on {}", shard.rank, node);
+    }
+    ranks_at_hand += at_hand ? 1 : 0;
+  }
+  const bool same_world = static_cast<std::size_t>(commit.world_size) ==
+                          plan.nodes.size() * plan.nodes.front().workers.size();
+  const bool whole = commit.replicated_layout ? ranks_at_hand > 0
+                                              : same_world && ranks_at_hand == commit.shards.size();
+  if (whole) {
+    Violate(
+        now, "commit_kept",
+        fmt::format("{} starts after step {}, step {} of generation {} is committed and at hand:{}",
+                    name, plan.restore_step, commit.step, commit.generation, where));
+  } else {
+    env_.truth->Count("committed steps lost with all copies of a shard");
+  }
+}
+
+void Checkers::CheckCommit(Timestamp now, const ClusterState& state,
+                           const controller::CommitRecord& record) {
+  if (record.commits.empty()) return;
+  const controller::Commit& commit = record.commits.front();
+  const controller::JobStateView& job = state.jobs.at(record.job);
+  const std::string name =
+      fmt::format("job {} step {} of generation {}", record.job, commit.step, commit.generation);
+  env_.truth->Count("commits");
+  if (commit.generation != job.record.generation) {
+    Violate(
+        now, "stale_obeyed",
+        fmt::format("{} is committed, the job is at generation {}", name, job.record.generation));
+  }
+  const std::size_t world = job.plan.nodes.size() * job.record.spec.nproc_per_node;
+  if (commit.shards.size() != world) {
+    Violate(now, "commit_has_copies",
+            fmt::format("{} is committed with {} of {} ranks", name, commit.shards.size(), world));
+    return;
+  }
+  std::optional<Lineage> lineage;
+  for (const controller::HeldShard& shard : commit.shards) {
+    std::set<NodeId> nodes;
+    for (const auto& [node, keeper] : env_.truth->Holders(record.job, shard.rank, shard.step,
+                                                          shard.generation, shard.crc_root)) {
+      nodes.insert(node);
+    }
+    const std::size_t wanted = std::min<std::size_t>(2, job.plan.nodes.size());
+    if (nodes.size() < wanted || commit.copies < wanted) {
+      Violate(now, "commit_has_copies",
+              fmt::format("{} is committed, rank {} has {} copies of {}", name, shard.rank,
+                          nodes.size(), wanted));
+    }
+    const std::optional<Lineage> of = env_.truth->OfChecksum(shard.crc_root);
+    if (!of || (lineage && *lineage != *of) || shard.step != commit.step) {
+      Violate(now, "one_state", fmt::format("{}: rank {} is of another state", name, shard.rank));
+    }
+    lineage = of;
+  }
+}
+
+// --- what was said, and what the store knows ---
+
+void Checkers::OnDecisions(Timestamp now, const controller::Decisions& decisions) {
+  for (const controller::Record& record : decisions.records) {
+    if (const auto* line = std::get_if<controller::JournalRecord>(&record)) {
+      if (env_.truth->told()) {
+        env_.truth->Note(now, fmt::format("journal: {} ({}) {}", line->message,
+                                          controller::ReasonName(line->reason), line->evidence));
+      }
+      if (line->severity != controller::Severity::kInfo &&
+          line->reason == controller::Reason::kNone && line->type != "node_refused") {
+        Violate(now, "reason", fmt::format("'{}' has no reason", line->message));
+      }
+      if (line->type == "node_lost") {
+        env_.truth->Count(std::string("lost: ") + controller::ReasonName(line->reason));
+        if (line->evidence.empty())
+          Violate(now, "reason", fmt::format("'{}' has no evidence", line->message));
+        if (!env_.disturbed()) {
+          Violate(now, "reason",
+                  fmt::format("'{}' ({}) and nothing had happened to it", line->message,
+                              line->evidence));
+        }
+      }
+    } else if (const auto* job = std::get_if<controller::JobRecord>(&record)) {
+      for (const controller::Fault& fault : job->faults) {
+        if (fault.reason == controller::Reason::kNone || fault.subject.empty()) {
+          Violate(now, "reason",
+                  fmt::format("fault {} of job {} has no reason", fault.id, job->spec.job));
+        }
+      }
+      if (controller::IsTerminal(job->state) && job->end_reason == controller::Reason::kNone) {
+        Violate(now, "reason", fmt::format("job {} ended without a reason", job->spec.job));
+      }
+    }
+  }
+}
+
+void Checkers::OnCommand(Timestamp now, const controller::Command& command) {
+  Incarnation& newest = incarnations_[command.node];
+  if (command.incarnation < newest) {
+    Violate(now, "grows",
+            fmt::format("{} gets a command for incarnation {} after {}", command.node,
+                        command.incarnation, newest));
+  } else if (command.incarnation == newest &&
+             std::holds_alternative<controller::RegisteredCommand>(command.body)) {
+    Violate(now, "grows", fmt::format("{} gets registration {} twice", command.node, newest));
+  }
+  newest = std::max(newest, command.incarnation);
+  JobId job;
+  Generation generation = 0;
+  if (const auto* p = std::get_if<controller::PrepareCommand>(&command.body)) {
+    job = p->job;
+    generation = p->generation;
+  } else if (const auto* a = std::get_if<controller::ActivateCommand>(&command.body)) {
+    job = a->plan.job;
+    generation = a->plan.generation;
+  } else if (const auto* c = std::get_if<controller::CommittedCommand>(&command.body)) {
+    auto& said = commits_[c->job];
+    said = std::max(said, {c->generation, c->step});
+  }
+  if (generation == 0) return;
+  Generation& said = generations_[job];
+  if (generation < said) {
+    Violate(now, "grows",
+            fmt::format("{} gets a command for generation {} of job {} after {}", command.node,
+                        generation, job, said));
+  }
+  said = std::max(said, generation);
+}
+
+void Checkers::OnRecovered(Timestamp now, const ClusterState& state) {
+  planned_.clear();  // a decision whose batch died with the process never was
+  for (const auto& [id, job] : state.jobs) planned_[id] = job.record.generation;
+  for (const auto& [node, incarnation] : incarnations_) {
+    const auto it = state.nodes.find(node);
+    if (it == state.nodes.end() || it->second.record.incarnation < incarnation) {
+      Violate(now, "stored",
+              fmt::format("{} was given incarnation {}, the store knows {}", node, incarnation,
+                          it == state.nodes.end() ? 0 : it->second.record.incarnation));
+    }
+  }
+  for (const auto& [id, generation] : generations_) {
+    const auto it = state.jobs.find(id);
+    if (it == state.jobs.end() || it->second.record.generation < generation) {
+      Violate(now, "stored",
+              fmt::format("generation {} of job {} was commanded, the store knows {}", generation,
+                          id, it == state.jobs.end() ? 0 : it->second.record.generation));
+    }
+  }
+  for (const auto& [id, said] : commits_) {
+    const auto it = state.jobs.find(id);
+    if (it == state.jobs.end() || it->second.record.end_reason == controller::Reason::kCompleted ||
+        it->second.record.end_reason == controller::Reason::kCancelled) {
+      continue;  // its bytes are gone on purpose
+    }
+    const auto& commits = it->second.commits.commits;
+    if (commits.empty() || std::pair(commits.front().generation, commits.front().step) < said) {
+      Violate(now, "stored",
+              fmt::format("step {} of job {} was called committed, the store does not know it",
+                          said.second, id));
+    }
+  }
+  for (const JobId& job : acknowledged_) {
+    if (!state.jobs.contains(job)) {
+      Violate(now, "stored",
+              fmt::format("job {} was acknowledged, the store does not know it", job));
+    }
+  }
+}
+
+void Checkers::CompareStore(Timestamp now, const ClusterState& state, const SimStore& store) {
+  controller::Controller again(env_.options->controller);
+  controller::Decisions ignored;
+  const std::vector<controller::Record> records = store.Load();
+  again.Recover(now, records, &ignored);
+  const auto differs = [&](const std::string& what) {
+    Violate(now, "stored", "the store would rebuild another state: " + what);
+  };
+  const ClusterState& is = again.state();
+  if (is.nodes.size() != state.nodes.size()) differs("the number of nodes");
+  if (is.jobs.size() != state.jobs.size()) differs("the number of jobs");
+  if (is.next_journal_sequence != state.next_journal_sequence) differs("the journal's end");
+  for (const auto& [id, node] : state.nodes) {
+    const auto it = is.nodes.find(id);
+    if (it == is.nodes.end()) {
+      differs("node " + id);
+      continue;
+    }
+    const controller::NodeRecord& a = node.record;
+    const controller::NodeRecord& b = it->second.record;
+    if (a.incarnation != b.incarnation || a.keeper_id != b.keeper_id || a.draining != b.draining ||
+        (a.health == NodeHealth::kLost) != (b.health == NodeHealth::kLost) || a.facts != b.facts) {
+      differs("node " + id);
+    }
+  }
+  for (const auto& [id, job] : state.jobs) {
+    const auto it = is.jobs.find(id);
+    if (it == is.jobs.end()) {
+      differs("job " + id);
+      continue;
+    }
+    const controller::JobRecord& a = job.record;
+    const controller::JobRecord& b = it->second.record;
+    if (a.generation != b.generation || a.state != b.state || a.restarts != b.restarts ||
+        a.lost_capacity != b.lost_capacity || a.no_progress != b.no_progress ||
+        a.start_failures != b.start_failures || a.end_reason != b.end_reason ||
+        a.exit_code != b.exit_code || a.faults != b.faults || a.spec != b.spec) {
+      differs(fmt::format("job {}: generation {} {} in memory, {} {} in the store", id,
+                          a.generation, controller::JobStateName(a.state), b.generation,
+                          controller::JobStateName(b.state)));
+    }
+    if (job.plan != it->second.plan) differs(fmt::format("the plan of job {}", id));
+    if (job.commits.commits != it->second.commits.commits)
+      differs(fmt::format("the commits of job {}", id));
+  }
+}
+
+void Checkers::CheckDeadlines(Timestamp now, const ClusterState& state) {
+  for (const auto& [id, job] : state.jobs) {
+    if (job.deadline.ns == 0 || controller::IsTerminal(job.record.state)) continue;
+    if (now > job.deadline + Seconds(2)) {
+      Violate(now, "deadline",
+              fmt::format("job {} is {} {} ms after its deadline", id,
+                          controller::JobStateName(job.record.state),
+                          ToMilliseconds(now - job.deadline)));
+    }
+  }
+}
+
+}  // namespace everstep::sim

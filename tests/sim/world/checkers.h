@@ -1,0 +1,89 @@
+// The truths a simulated cluster must keep, checked at every decision against what really happened.
+// Rules, by the name a violation carries:
+//
+//   stale_obeyed       a message of an old incarnation or generation changes nothing
+//   grows              generations, incarnations and registrations given out only grow, over
+//   restarts too one_active         no worker of an older generation lives where a generation is
+//   activated one_plan           a plan names each rank once, on nodes that may run it, and says
+//   why one_state          every rank of a generation starts from one state of one step
+//   commit_has_copies  a step is committed when each rank's shard has min(2, nodes) verified equal
+//   copies commit_kept        a committed step is what a generation starts from, or a descendant of
+//   it is, unless
+//                      every copy of some shard it needs is dead or out of reach
+//   stored             what the store holds rebuilds the state; nothing said was not stored first
+//   reason             every loss, fault, plan and end says why, and a loss had a cause in the
+//   world deadline           no switch outlives its deadline live               once faults stop
+//   every job runs on, to its end
+#pragma once
+
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "controller/core/controller.h"
+#include "tests/sim/world/options.h"
+#include "tests/sim/world/sim_store.h"
+#include "tests/sim/world/truth.h"
+
+namespace everstep::sim {
+
+class SimNode;
+
+class Checkers {
+ public:
+  struct Env {
+    Truth* truth = nullptr;
+    const WorldOptions* options = nullptr;
+    const std::map<NodeId, std::unique_ptr<SimNode>>* nodes = nullptr;
+    std::function<bool()> disturbed;  // some fault could still cost a node its lease
+  };
+  explicit Checkers(Env env) : env_(std::move(env)) {}
+
+  // Around each Controller::Step.
+  void BeforeStep(const controller::ClusterState& state, const controller::Event& event);
+  void AfterStep(Timestamp now, const controller::ClusterState& state,
+                 const controller::Event& event, const controller::Decisions& decisions);
+  // Every decision, recovery's too, before anything of it is carried out.
+  void OnDecisions(Timestamp now, const controller::Decisions& decisions);
+  // A command leaves the controller's process.
+  void OnCommand(Timestamp now, const controller::Command& command);
+  // A new controller process has read its store.
+  void OnRecovered(Timestamp now, const controller::ClusterState& state);
+  // The running state is what its store would rebuild. REQUIRES: nothing is unsynced.
+  void CompareStore(Timestamp now, const controller::ClusterState& state, const SimStore& store);
+  // Regularly, while the controller runs undisturbed.
+  void CheckDeadlines(Timestamp now, const controller::ClusterState& state);
+
+  void Acknowledged(const JobId& job) { acknowledged_.insert(job); }
+
+ private:
+  struct Promise {  // newest that was said to the outside
+    Incarnation incarnation = 0;
+  };
+  void CheckPlan(Timestamp now, const controller::ClusterState& state,
+                 const controller::GenerationPlan& plan);
+  void CheckRestore(Timestamp now, const controller::ClusterState& state,
+                    const controller::GenerationPlan& plan);
+  void CheckCommit(Timestamp now, const controller::ClusterState& state,
+                   const controller::CommitRecord& record);
+  bool Reachable(const controller::ClusterState& state, const NodeId& node,
+                 std::uint64_t keeper) const;
+  void Violate(Timestamp now, const std::string& rule, const std::string& what) {
+    env_.truth->Violate(now, rule, what);
+  }
+
+  const Env env_;
+  // of the event in hand
+  std::string stale_;  // why it is stale; empty: it is not
+  std::optional<Timestamp> heard_before_;
+  // over the whole run
+  std::map<NodeId, Incarnation> incarnations_;            // newest said to a node
+  std::map<JobId, Generation> generations_;               // newest said to any node
+  std::map<JobId, std::pair<Generation, Step>> commits_;  // newest said to any node
+  std::map<JobId, Generation> planned_;                   // newest decided
+  std::set<JobId> acknowledged_;
+};
+
+}  // namespace everstep::sim

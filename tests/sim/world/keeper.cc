@@ -1,0 +1,459 @@
+// The keeper's half of a simulated node: processes, stores, slots, and the plane that moves slots.
+#include <algorithm>
+
+#include <fmt/format.h>
+
+#include "tests/sim/world/node.h"
+#include "tests/sim/world/sim_controller.h"
+
+namespace everstep::sim {
+namespace {
+
+constexpr Duration kRestoreTimeout = Seconds(20);
+constexpr Duration kFormTimeout = Seconds(20);
+constexpr Duration kCaptureWait = Milliseconds(500);
+
+}  // namespace
+
+void SimNode::CarryOutInKeeper(const agent::Effect& effect) {
+  if (const auto* f = std::get_if<agent::StartForkServer>(&effect)) {
+    keeper_->jobs[f->job].command = f->command;
+    AfterKeeper(Draw(200, 3000), "fork server", [this, job = f->job] {
+      if (KeeperJob* j = FindJob(job)) j->fork_server = true;
+      Tell(agent::ForkServerState{job, true, ""});
+    });
+  } else if (const auto* s = std::get_if<agent::StartStore>(&effect)) {
+    keeper_->jobs[s->job].command = s->command;
+    AfterKeeper(Draw(10, 200), "store", [this, job = s->job, generation = s->generation] {
+      KeeperJob* j = FindJob(job);
+      if (j == nullptr || j->killed >= generation) return;
+      if (env_.timeline->now() < stores_fail_until_) {
+        Tell(agent::StoreFailed{job, generation, "address in use"});
+      } else {
+        Tell(agent::StoreReady{
+            job, generation,
+            static_cast<std::uint32_t>(20000 + env_.timeline->random().Below(20000))});
+      }
+    });
+  } else if (const auto* w = std::get_if<agent::StartWorkers>(&effect)) {
+    StartWorkers(w->activate);
+  } else if (const auto* k = std::get_if<agent::KillWorkers>(&effect)) {
+    Kill(k->job, k->generation, k->grace);
+  } else if (const auto* g = std::get_if<agent::ForgetJob>(&effect)) {
+    if (const KeeperJob* job = FindJob(g->job); job != nullptr && job->processes.empty()) {
+      keeper_->jobs.erase(g->job);
+    }
+  } else if (const auto* i = std::get_if<agent::RememberIncarnation>(&effect)) {
+    keeper_->remembered = i->incarnation;
+  } else if (const auto* p = std::get_if<agent::RememberPrepared>(&effect)) {
+    KeeperJob& job = keeper_->jobs[p->job];
+    job.generation = p->generation;
+    job.command = p->command;
+    job.activate.reset();
+    job.exited.clear();
+    job.step = kNoStep;
+  } else if (const auto* a = std::get_if<agent::RememberActivated>(&effect)) {
+    KeeperJob& job = keeper_->jobs[a->activate.job];
+    job.generation = a->activate.generation;
+    job.activate = a->activate;
+    job.exited.clear();
+    if (a->activate.committed_step != kNoStep)
+      job.memory.MarkCommitted(0, a->activate.committed_step);
+  } else if (const auto* v = std::get_if<agent::Survey>(&effect)) {
+    AfterKeeper(Draw(1, 40), "survey", [this, job = v->job, generation = v->generation] {
+      Tell(agent::Surveyed{job, generation, Verified(job)});
+    });
+  } else if (const auto* m = std::get_if<agent::MarkCommitted>(&effect)) {
+    if (KeeperJob* job = FindJob(m->job)) job->memory.MarkCommitted(m->generation, m->step);
+  } else if (const auto* c = std::get_if<agent::ControllerAway>(&effect)) {
+    keeper_->controller_away = c->away;
+  }
+}
+
+void SimNode::DropKeeper() {
+  if (!keeper_) return;
+  for (const auto& [id, job] : keeper_->jobs) {
+    for (const auto& [key, process] : job.processes)
+      env_.training->Leave(id, key.first, key.second);
+  }
+  const std::uint64_t id = keeper_->id;
+  ++keeper_life_;
+  keeper_.reset();
+  env_.controller->KeeperDied(name_, id);
+}
+
+SimNode::KeeperJob* SimNode::FindJob(const JobId& job) {
+  if (!keeper_) return nullptr;
+  const auto it = keeper_->jobs.find(job);
+  return it == keeper_->jobs.end() ? nullptr : &it->second;
+}
+
+SimNode::Process* SimNode::FindProcess(const JobId& job, ProcessKey key) {
+  KeeperJob* j = FindJob(job);
+  if (j == nullptr) return nullptr;
+  const auto it = j->processes.find(key);
+  return it == j->processes.end() ? nullptr : &it->second;
+}
+
+std::vector<agent::AdoptedJob> SimNode::Adopted() const {
+  std::vector<agent::AdoptedJob> all;
+  for (const auto& [id, job] : keeper_->jobs) {
+    agent::AdoptedJob adopted;
+    adopted.holds.job = id;
+    adopted.holds.generation = job.generation;
+    adopted.holds.activated = job.activate.has_value();
+    adopted.command = job.command;
+    adopted.fork_server_ready = job.fork_server;
+    adopted.step = job.step;
+    if (job.activate) {
+      adopted.group_rank = job.activate->plan.group_rank;
+      for (const controller::WorkerPlan& w : job.activate->plan.workers) {
+        const ProcessKey key{job.generation, w.rank};
+        controller::WorkerOnNode worker;
+        worker.rank = w.rank;
+        worker.local_rank = w.local_rank;
+        if (const auto p = job.processes.find(key); p != job.processes.end()) {
+          worker.pid = p->second.pid;
+          worker.running = true;
+        } else if (const auto x = job.exited.find(key); x != job.exited.end()) {
+          worker = x->second;
+        }
+        adopted.holds.workers.push_back(worker);
+      }
+    }
+    for (const auto& [key, process] : job.processes) {
+      if (job.activate && key.first == job.generation) continue;
+      controller::WorkerOnNode worker;
+      worker.rank = key.second;
+      worker.local_rank = process.local_rank;
+      worker.pid = process.pid;
+      worker.running = true;
+      adopted.old_workers.emplace_back(key.first, worker);
+    }
+    all.push_back(std::move(adopted));
+  }
+  return all;
+}
+
+// --- processes ---
+
+void SimNode::StartWorkers(const agent::Activate& activate) {
+  KeeperJob& job = keeper_->jobs[activate.job];
+  if (activate.generation < job.generation || activate.generation <= job.killed) {
+    env_.truth->Violate(
+        env_.timeline->now(), "stale_obeyed",
+        fmt::format("{} starts generation {} of job {}, it knew {} and ended {}", name_,
+                    activate.generation, activate.job, job.generation, job.killed));
+  }
+  for (const controller::WorkerPlan& worker : activate.plan.workers) {
+    job.starting.emplace(activate.generation, worker.rank);
+    AfterKeeper(Draw(10, 250), "fork", [this, activate, worker] { Fork(activate, worker); });
+  }
+}
+
+void SimNode::Fork(const agent::Activate& activate, const controller::WorkerPlan& worker) {
+  KeeperJob* job = FindJob(activate.job);
+  const ProcessKey key{activate.generation, worker.rank};
+  if (job == nullptr || job->starting.erase(key) == 0) return;
+  if (env_.timeline->now() < forks_fail_until_) {
+    Tell(agent::WorkerStartFailed{activate.job, activate.generation, worker.rank,
+                                  "fork: resource temporarily unavailable"});
+    return;
+  }
+  for (const auto& [other, process] : job->processes) {
+    if (other.first >= key.first) continue;
+    env_.truth->Violate(
+        env_.timeline->now(), "one_generation_per_node",
+        fmt::format("{} forks rank {} of job {} generation {} while rank {} of "
+                    "generation {} lives",
+                    name_, worker.rank, activate.job, key.first, other.second, other.first));
+  }
+  Process process;
+  process.pid = next_pid_++;
+  process.local_rank = worker.local_rank;
+  process.world_size = static_cast<std::int32_t>(activate.world_size);
+  process.started = env_.timeline->now();
+  job->processes.emplace(key, process);
+  Tell(agent::WorkerStarted{activate.job, activate.generation, worker.rank, worker.local_rank,
+                            process.pid});
+  if (job->killed >= activate.generation) {
+    return Die(activate.job, key, process.pid, -9, /*by_everstep=*/true);
+  }
+  WatchStart(activate.job, key);
+  AfterKeeper(Draw(5, 100), "restore", [this, id = activate.job, key, plan = worker.restore] {
+    Restore(id, key, plan, env_.timeline->now() + kRestoreTimeout);
+  });
+}
+
+// Says again and again that a worker's group did not form; the agent passes it on.
+void SimNode::WatchStart(const JobId& job, ProcessKey key) {
+  AfterKeeper(kFormTimeout, "group check", [this, job, key] {
+    if (FindProcess(job, key) == nullptr || env_.training->Formed(job, key.first)) return;
+    Tell(agent::WorkerStalled{job, key.first, key.second, agent::StallKind::kGroupNotFormed,
+                              "no process group", kFormTimeout});
+    WatchStart(job, key);
+  });
+}
+
+void SimNode::Restore(const JobId& job, ProcessKey key, const controller::RestorePlan& plan,
+                      Timestamp give_up) {
+  const Process* process = FindProcess(job, key);
+  if (process == nullptr) return;
+  if (plan.step == kNoStep) return JoinGroup(job, key, kFromNothing, 0);
+  if (const auto mine = Offer(job, plan)) return Restored(job, key, plan, *mine);
+  if (env_.timeline->now() >= give_up) {
+    env_.truth->Count("restores failed");
+    return Die(job, key, process->pid, 1, false);
+  }
+  const auto again = [this, job, key, plan, give_up] { Restore(job, key, plan, give_up); };
+  AfterKeeper(Milliseconds(500), "restore again", again);
+  SimNode* source = env_.peer(plan.source_node);
+  if (source == nullptr || source == this) return;
+  // Request and answer; either may be lost.
+  env_.network->Send(name_, source->name_, name_ + " fetches", [this, source, job, key, plan] {
+    const auto shard = source->Offer(job, plan);
+    if (!shard) return;
+    env_.network->Send(source->name_, name_, "fetched",
+                       [this, job, key, plan, s = *shard] { Restored(job, key, plan, s); });
+  });
+}
+
+// The shard lies in this node's memory now, as the rank's own.
+void SimNode::Restored(const JobId& job, ProcessKey key, const controller::RestorePlan& plan,
+                       const controller::HeldShard& shard) {
+  if (FindProcess(job, key) == nullptr || env_.training->Joined(job, key.first, key.second)) return;
+  const std::optional<Lineage> state = env_.truth->OfChecksum(shard.crc_root);
+  if (!state || shard.crc_root != plan.crc_root) {
+    env_.truth->Violate(env_.timeline->now(), "verified_restore",
+                        fmt::format("{} restores checksum {:08x}, the plan names {:08x}", name_,
+                                    shard.crc_root, plan.crc_root));
+    return;
+  }
+  controller::HeldShard own = shard;
+  own.rank = key.second;
+  own.replica = false;
+  if (FindJob(job)->memory.Put(own, false)) env_.truth->Copied(name_, keeper_->id, job, own);
+  JoinGroup(job, key, *state, shard.step);
+}
+
+void SimNode::JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step step) {
+  const Process& process = *FindProcess(job, key);
+  const std::int32_t pid = process.pid;
+  const auto is = [this, job, key, pid] {
+    const Process* p = FindProcess(job, key);
+    return p != nullptr && p->pid == pid;
+  };
+  Training::Member member;
+  member.node = name_;
+  member.restored = state;
+  member.restored_step = step;
+  member.runs = [this, is, job, key] { return is() && !FindProcess(job, key)->stopped; };
+  member.capture = [this, job, key, pid](Lineage s, Step n) {
+    Capture(job, key, pid, s, n, env_.timeline->now() + kCaptureWait);
+  };
+  member.leave = [this, is, job, key, pid](std::int32_t code) {
+    if (is()) Die(job, key, pid, code, false);
+  };
+  env_.training->Join(job, key.first, process.world_size, key.second, std::move(member));
+}
+
+void SimNode::Kill(const JobId& job, Generation generation, Duration grace) {
+  KeeperJob* j = FindJob(job);
+  if (j == nullptr) return;
+  j->killed = std::max(j->killed, generation);
+  for (const auto& [key, process] : j->processes) {
+    if (key.first > generation) continue;
+    // Most end on SIGTERM, some only on SIGKILL; a stopped process takes no SIGTERM.
+    const bool term = !process.stopped && env_.timeline->random().Chance(800);
+    const Duration after =
+        term ? std::min(grace, Draw(1, 300)) : grace + std::chrono::microseconds(100);
+    AfterKeeper(after, "kill", [this, job, k = key, pid = process.pid, term] {
+      Die(job, k, pid, term ? -15 : -9, /*by_everstep=*/true);
+    });
+  }
+}
+
+void SimNode::Die(const JobId& job, ProcessKey key, std::int32_t pid, std::int32_t code,
+                  bool by_everstep) {
+  const Process* process = FindProcess(job, key);
+  if (process == nullptr || process->pid != pid) return;
+  const Timestamp now = env_.timeline->now();
+  if (now < process->unkillable_until) {
+    AfterKeeper(
+        process->unkillable_until - now, "dies at last",
+        [this, job, key, pid, code, by_everstep] { Die(job, key, pid, code, by_everstep); });
+    return;
+  }
+  controller::WorkerOnNode worker;
+  worker.rank = key.second;
+  worker.local_rank = process->local_rank;
+  worker.pid = pid;
+  worker.running = false;
+  worker.exit.code = code;
+  worker.exit.by_everstep = by_everstep;
+  worker.exit.occurred = now;
+  worker.exit.ran = now - process->started;
+  KeeperJob& j = *FindJob(job);
+  j.processes.erase(key);
+  if (j.activate && j.generation == key.first) j.exited[key] = worker;
+  env_.training->Leave(job, key.first, key.second);
+  Tell(agent::WorkerExited{job, key.first, key.second, pid, worker.exit});
+}
+
+std::optional<std::pair<JobId, SimNode::ProcessKey>> SimNode::Pick(std::int32_t local_rank) const {
+  if (!keeper_) return std::nullopt;
+  for (const auto& [id, job] : keeper_->jobs) {
+    for (const auto& [key, process] : job.processes) {
+      if (process.local_rank == local_rank) return std::pair(id, key);
+    }
+  }
+  return std::nullopt;
+}
+
+void SimNode::Signal(std::int32_t local_rank, std::int32_t code) {
+  if (const auto p = Pick(local_rank)) {
+    Die(p->first, p->second, FindProcess(p->first, p->second)->pid, code, false);
+  }
+}
+
+void SimNode::StopWorker(std::int32_t local_rank) {
+  const auto p = Pick(local_rank);
+  if (!p) return;
+  Process* process = FindProcess(p->first, p->second);
+  process->stopped = true;
+  ReportStopped(p->first, p->second, process->pid);
+}
+
+void SimNode::ReportStopped(const JobId& job, ProcessKey key, std::int32_t pid) {
+  AfterKeeper(Draw(1000, 2000), "state T", [this, job, key, pid] {
+    const Process* process = FindProcess(job, key);
+    if (process == nullptr || process->pid != pid) return;
+    Tell(agent::WorkerStalled{job, key.first, key.second, agent::StallKind::kStopped, "state T",
+                              Seconds(1)});
+    ReportStopped(job, key, pid);
+  });
+}
+
+void SimNode::MakeUnkillable(std::int32_t local_rank, Timestamp until) {
+  if (const auto p = Pick(local_rank)) {
+    Process* process = FindProcess(p->first, p->second);
+    process->unkillable_until = until;
+  }
+}
+
+// --- the checkpoint plane ---
+
+void SimNode::Capture(const JobId& job, ProcessKey key, std::int32_t pid, Lineage state, Step step,
+                      Timestamp give_up) {
+  const Process* process = FindProcess(job, key);
+  if (process == nullptr || process->pid != pid) return;
+  KeeperJob& j = *FindJob(job);
+  controller::HeldShard shard;
+  shard.rank = key.second;
+  shard.world_size = process->world_size;
+  shard.generation = key.first;
+  shard.step = step;
+  shard.replicated_layout = env_.options->replicated_layout;
+  shard.crc_root = env_.truth->Checksum(state, key.second, shard.replicated_layout);
+  shard.bytes = 1 << 20;
+  if (!j.memory.Put(shard, keeper_->controller_away && shard.replicated_layout)) {
+    if (env_.timeline->now() >= give_up) {
+      env_.truth->Count("captures skipped");
+      return;
+    }
+    AfterKeeper(Milliseconds(20), "capture waits", [this, job, key, pid, state, step, give_up] {
+      Capture(job, key, pid, state, step, give_up);
+    });
+    return;
+  }
+  env_.truth->Count("captures");
+  j.step = std::max(j.step, step);
+  env_.truth->Copied(name_, keeper_->id, job, shard);
+  Tell(agent::StepCaptured{job, key.first, step});
+  Tell(agent::ShardCopied{job, shard});
+  Push(job, key.second, key.first);
+}
+
+// Sends the rank's newest slot to the plan's replica node until it is acknowledged or another came.
+void SimNode::Push(const JobId& job, Rank rank, Generation generation) {
+  KeeperJob* j = FindJob(job);
+  if (j == nullptr || !agent_ || !j->activate || j->activate->generation != generation) return;
+  const NodeId to = j->activate->plan.replica_node;
+  const Memory::Slot* slot = j->memory.Newest(rank, generation);
+  if (to.empty() || slot == nullptr || slot->replicated) return;
+  const controller::HeldShard shard = slot->shard;
+  AfterKeeper(Draw(300, 600), "push again", [this, job, rank, generation, step = shard.step] {
+    KeeperJob* again = FindJob(job);
+    if (again == nullptr) return;
+    const Memory::Slot* newest = again->memory.Newest(rank, generation);
+    if (newest != nullptr && newest->shard.step == step) Push(job, rank, generation);
+  });
+  env_.network->Send(name_, to, name_ + " pushes", [this, to, job, shard] {
+    SimNode* peer = env_.peer(to);
+    if (peer == nullptr || !peer->Receive(job, shard)) return;
+    env_.network->Send(to, name_, to + " acknowledges", [this, job, shard] {
+      if (KeeperJob* owner = FindJob(job)) owner->memory.MarkReplicated(shard);
+    });
+  });
+}
+
+// A restarted agent goes on with what its keeper holds: copies that were never reported, slots that
+// were never pushed.
+void SimNode::PushAll() {
+  if (!keeper_) return;
+  std::vector<std::pair<JobId, ProcessKey>> all;
+  for (const auto& [id, job] : keeper_->jobs) {
+    for (const auto& [key, process] : job.processes) all.emplace_back(id, key);
+  }
+  for (const auto& [id, key] : all) Push(id, key.second, key.first);
+}
+
+bool SimNode::Receive(const JobId& job, controller::HeldShard shard) {
+  KeeperJob* j = FindJob(job);
+  if (j == nullptr || !Responsive() || j->generation != shard.generation ||
+      j->killed >= shard.generation) {
+    return false;
+  }
+  shard.replica = true;
+  if (!j->memory.Put(shard, keeper_->controller_away && shard.replicated_layout)) return false;
+  env_.truth->Copied(name_, keeper_->id, job, shard);
+  Tell(agent::ShardCopied{job, shard});
+  return true;
+}
+
+std::optional<controller::HeldShard> SimNode::Offer(const JobId& job,
+                                                    const controller::RestorePlan& wanted) const {
+  if (!Responsive()) return std::nullopt;
+  const auto it = keeper_->jobs.find(job);
+  if (it == keeper_->jobs.end()) return std::nullopt;
+  return it->second.memory.Find(wanted.step, wanted.shard_generation, wanted.shard_rank,
+                                wanted.crc_root);
+}
+
+std::vector<controller::HeldShard> SimNode::Verified(const JobId& job) const {
+  if (!keeper_) return {};
+  const auto it = keeper_->jobs.find(job);
+  if (it == keeper_->jobs.end()) return {};
+  return it->second.memory.Verified();
+}
+
+void SimNode::Corrupt(std::uint64_t n) {
+  if (!keeper_ || keeper_->jobs.empty()) return;
+  auto& [id, job] = *keeper_->jobs.begin();
+  if (const auto spoiled = job.memory.Corrupt(n)) {
+    env_.truth->Count("slots corrupted");
+    env_.truth->Spoiled(name_, keeper_->id, id, *spoiled);
+  }
+}
+
+std::set<Generation> SimNode::LiveGenerations(const JobId& job) const {
+  std::set<Generation> live;
+  if (!keeper_) return live;
+  const auto it = keeper_->jobs.find(job);
+  if (it == keeper_->jobs.end()) return live;
+  for (const auto& [key, process] : it->second.processes) live.insert(key.first);
+  for (const ProcessKey& key : it->second.starting) live.insert(key.first);
+  return live;
+}
+
+}  // namespace everstep::sim

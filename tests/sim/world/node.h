@@ -1,0 +1,176 @@
+// One machine of the simulated cluster: a keeper with its workers and memory, and an agent around
+// the real AgentCore. Keeper, agent and machine crash apart from each other.
+//
+//   controller ══stream══ agent (AgentCore) ──inbox── keeper: workers, slots ──datagrams── other
+//   nodes
+//
+// keeper.cc plays the keeper and the checkpoint plane, node.cc the machine and the agent's shell.
+#pragma once
+
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "controller/core/decision.h"
+#include "tests/sim/kernel/network.h"
+#include "tests/sim/world/memory.h"
+#include "tests/sim/world/training.h"
+#include "tests/sim/world/truth.h"
+#include "worker/agent/core/agent_core.h"
+
+namespace everstep::sim {
+
+class SimController;
+class SimNode;
+
+// What a node reaches. All must outlive it.
+struct NodeEnv {
+  Timeline* timeline = nullptr;
+  Network* network = nullptr;
+  Truth* truth = nullptr;
+  Training* training = nullptr;
+  SimController* controller = nullptr;
+  const WorldOptions* options = nullptr;
+  std::function<SimNode*(const NodeId&)> peer;
+};
+
+inline constexpr const char* kControllerName = "controller";
+
+class SimNode {
+ public:
+  SimNode(NodeId name, NodeEnv env);
+
+  const NodeId& name() const { return name_; }
+  bool booted() const { return booted_; }
+  bool agent_up() const { return agent_ != nullptr; }
+  bool keeper_up() const { return keeper_ != nullptr; }
+  std::uint64_t keeper_id() const { return keeper_ ? keeper_->id : 0; }
+  Incarnation keeper_remembers() const { return keeper_ ? keeper_->remembered : 0; }
+
+  // --- faults ---
+  void Boot();   // the machine starts; its agent follows
+  void Crash();  // power loss: nothing says goodbye
+  void CrashAgent();
+  void StartAgent();
+  void PauseAgent(Timestamp until) { agent_paused_until_ = until; }  // SIGSTOP
+  void CrashKeeper();
+  void Signal(std::int32_t local_rank, std::int32_t code);  // the worker ends with this code
+  void StopWorker(std::int32_t local_rank);                 // SIGSTOP
+  void MakeUnkillable(std::int32_t local_rank, Timestamp until);
+  void FailForksUntil(Timestamp until) { forks_fail_until_ = until; }
+  void FailStoresUntil(Timestamp until) { stores_fail_until_ = until; }
+  void Corrupt(std::uint64_t n);
+  void Notice(Duration deadline);
+  // The stream is gone as far as this node can tell.
+  void OnStreamLost(StreamId stream, const std::string& why);
+  StreamId stream() const { return stream_; }
+
+  // --- from the controller ---
+  void OnCommand(StreamId stream, const controller::Command& command);
+
+  // --- from other nodes' data planes ---
+  bool Receive(const JobId& job,
+               controller::HeldShard shard);  // a peer's slot; true: verified, kept
+  std::optional<controller::HeldShard> Offer(const JobId& job,
+                                             const controller::RestorePlan& wanted) const;
+
+  // --- for checkers ---
+  // Generations of the job with a live process or one about to be.
+  std::set<Generation> LiveGenerations(const JobId& job) const;
+  std::vector<controller::HeldShard> Verified(const JobId& job) const;
+
+ private:
+  using ProcessKey = std::pair<Generation, Rank>;
+  struct Process {
+    std::int32_t pid = 0;
+    std::int32_t local_rank = 0;
+    std::int32_t world_size = 0;
+    bool stopped = false;
+    Timestamp unkillable_until;
+    Timestamp started;
+  };
+  struct KeeperJob {
+    agent::CommandSpec command;
+    Generation generation = 0;  // newest prepared or activated
+    std::optional<agent::Activate> activate;
+    std::map<ProcessKey, Process> processes;
+    std::set<ProcessKey> starting;
+    std::map<ProcessKey, controller::WorkerOnNode> exited;
+    Generation killed = 0;  // processes of generations up to this die as soon as they are forked
+    bool fork_server = false;
+    Step step = kNoStep;
+    Memory memory;
+  };
+  struct Keeper {
+    std::uint64_t id = 0;
+    Incarnation remembered = 0;
+    bool controller_away = true;
+    std::map<JobId, KeeperJob> jobs;
+  };
+
+  // node.cc
+  void AttachKeeper();
+  void Connect();
+  void Tell(agent::Event event);  // into the agent's inbox, in order
+  void Pump();
+  void StepAgent(const agent::Event& event);
+  bool Responsive() const;  // its data plane answers
+  void CheckStep(const agent::Event& event, Incarnation before,
+                 const agent::Effects& effects) const;
+  void ScheduleTick();
+  void CarryOut(const agent::Effect& effect);
+  void Say(const std::string& what, controller::Event event);
+  void AfterAgent(Duration delay, std::string label, std::function<void()> action);
+  void AfterKeeper(Duration delay, std::string label, std::function<void()> action);
+  Duration Draw(std::int64_t low_ms, std::int64_t high_ms);
+
+  // keeper.cc
+  void CarryOutInKeeper(const agent::Effect& effect);
+  std::vector<agent::AdoptedJob> Adopted() const;
+  KeeperJob* FindJob(const JobId& job);
+  Process* FindProcess(const JobId& job, ProcessKey key);
+  void StartWorkers(const agent::Activate& activate);
+  void Fork(const agent::Activate& activate, const controller::WorkerPlan& worker);
+  void WatchStart(const JobId& job, ProcessKey key);
+  void Restore(const JobId& job, ProcessKey key, const controller::RestorePlan& plan,
+               Timestamp give_up);
+  void Restored(const JobId& job, ProcessKey key, const controller::RestorePlan& plan,
+                const controller::HeldShard& shard);
+  void JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step step);
+  void Kill(const JobId& job, Generation generation, Duration grace);
+  void Die(const JobId& job, ProcessKey key, std::int32_t pid, std::int32_t code, bool by_everstep);
+  void ReportStopped(const JobId& job, ProcessKey key, std::int32_t pid);
+  void Capture(const JobId& job, ProcessKey key, std::int32_t pid, Lineage state, Step step,
+               Timestamp give_up);
+  void Push(const JobId& job, Rank rank, Generation generation);
+  void PushAll();
+  void DropKeeper();
+  std::optional<std::pair<JobId, ProcessKey>> Pick(std::int32_t local_rank) const;
+
+  const NodeId name_;
+  const NodeEnv env_;
+  bool booted_ = false;
+  std::unique_ptr<Keeper> keeper_;
+  std::uint64_t keeper_life_ = 0;
+  std::unique_ptr<agent::AgentCore> agent_;
+  std::uint64_t agent_life_ = 0;
+  StreamId stream_ = 0;
+  std::set<StreamId> streams_;  // of this agent process
+  bool connecting_ = false;
+  std::deque<agent::Event> inbox_;
+  bool pumping_ = false;
+  EventId tick_ = 0;
+  Timestamp tick_at_;
+  Timestamp agent_paused_until_;
+  const Duration clock_skew_;  // this machine's clock against true time
+  std::int32_t next_pid_ = 1000;
+  Timestamp forks_fail_until_;
+  Timestamp stores_fail_until_;
+};
+
+}  // namespace everstep::sim

@@ -1,0 +1,137 @@
+#include "tests/sim/world/options.h"
+
+#include <algorithm>
+
+#include <fmt/format.h>
+
+#include "proto/base/random.h"
+
+namespace everstep::sim {
+namespace {
+
+// kind, weight, longest duration in ms (0: an instant), what the target is
+enum class Target { kNode, kRank, kNone };
+struct Kind {
+  const char* name;
+  std::uint32_t weight;
+  std::int64_t longest_ms;
+  Target target;
+};
+constexpr Kind kKinds[] = {
+    {"node_crash", 10, 8000, Target::kNode},   // power loss: silence; boots again after `lasts`
+    {"agent_crash", 10, 4000, Target::kNode},  // the agent's process; its keeper lives
+    {"agent_stop", 6, 6000, Target::kNode},    // SIGSTOP, SIGCONT
+    {"keeper_crash", 6, 0, Target::kNode},     // ... and its workers and memory
+    {"worker_kill", 12, 0, Target::kRank},     // SIGKILL from outside
+    {"worker_exit", 4, 0, Target::kRank},      // exit code 1
+    {"worker_abort", 4, 0, Target::kRank},     // SIGABRT
+    {"worker_stop", 4, 0, Target::kRank},      // SIGSTOP, seen by the keeper
+    {"worker_unkillable", 3, 30000, Target::kRank},  // state D: SIGKILL waits
+    {"partition", 10, 9000, Target::kNode},          // node and controller do not hear each other
+    {"isolate", 6, 9000, Target::kNode},             // the node hears nobody
+    {"deaf", 4, 9000, Target::kNode},                // the node does not hear the controller
+    {"mute", 4, 9000, Target::kNode},                // ... the controller does not hear the node
+    {"stream_break", 10, 0, Target::kNode},          // reset; reconnects at once
+    {"controller_crash", 12, 3000, Target::kNone},
+    {"controller_stop", 5, 5000, Target::kNone},  // SIGSTOP, SIGCONT
+    {"disk_fail", 4, 0, Target::kNone},  // a sync of the controller's store fails: it aborts
+    {"drain", 3, 6000, Target::kNode},   // and undrain
+    {"notice", 3, 5000, Target::kNode},  // the node goes away after `lasts`
+    {"corrupt", 4, 0, Target::kNode},    // one slot's bytes
+    {"fork_fail", 3, 2000, Target::kNode},
+    {"store_host_fail", 2, 2000, Target::kNode},  // the TCPStore does not come up
+    {"slow_disk", 4, 4000, Target::kNone},        // the controller's syncs take up to 400 ms
+    {"slow_network", 4, 4000, Target::kNone},
+    {"packet_loss", 4, 4000, Target::kNone},  // half of the checkpoint plane's messages
+};
+
+}  // namespace
+
+const std::vector<std::string>& FaultKinds() {
+  static const std::vector<std::string> names = [] {
+    std::vector<std::string> all;
+    for (const Kind& kind : kKinds) all.emplace_back(kind.name);
+    return all;
+  }();
+  return names;
+}
+
+WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
+  Random random(seed ^ 0xE57E95EEDULL);
+  WorldOptions o;
+  o.seed = seed;
+  o.nodes = static_cast<std::uint32_t>(random.Between(2, 6));
+  o.controller.bugs = bugs;
+  o.controller.prepare_timeout = Seconds(30);
+  o.network.max_delay = Milliseconds(random.Between(1, 40));
+  o.network.late_per_mille = static_cast<std::uint32_t>(random.Between(0, 600));
+  o.network.drop_per_mille =
+      random.Chance(500) ? static_cast<std::uint32_t>(random.Between(0, 100)) : 0;
+  o.network.duplicate_per_mille = static_cast<std::uint32_t>(random.Between(0, 100));
+  o.network.slow_per_mille =
+      random.Chance(300) ? static_cast<std::uint32_t>(random.Between(0, 50)) : 0;
+  o.step_time = Milliseconds(random.Between(80, 600));
+  o.total_steps = random.Between(20, 80);
+  o.replicated_layout = random.Chance(650);
+  o.peers_exit = random.Chance(400);
+  o.same_machine = random.Chance(300);
+  const std::int64_t jobs = random.Chance(250) ? 2 : 1;
+  for (std::int64_t i = 0; i < jobs; ++i) {
+    controller::JobSpec spec;
+    spec.job = fmt::format("j{}", i + 1);
+    spec.max_nodes = static_cast<std::uint32_t>(random.Between(1, o.nodes));
+    spec.min_nodes = static_cast<std::uint32_t>(random.Between(1, spec.max_nodes));
+    // Shards of one world size serve no other: such a job keeps its size.
+    if (!o.replicated_layout) spec.min_nodes = spec.max_nodes;
+    spec.nproc_per_node = static_cast<std::uint32_t>(random.Between(1, 2));
+    spec.max_restarts = 1000;
+    spec.max_no_progress = 1000;
+    spec.max_start_failures = 1000;
+    spec.command.opaque = spec.job;
+    o.jobs.push_back(spec);
+  }
+  return o;
+}
+
+std::string Describe(const WorldOptions& o) {
+  std::string text =
+      fmt::format("{} nodes, links up to {} ms, step {} ms, {} steps, {} layout, a lost peer {}",
+                  o.nodes, ToMilliseconds(o.network.max_delay), ToMilliseconds(o.step_time),
+                  o.total_steps, o.replicated_layout ? "replicated" : "sharded",
+                  o.peers_exit ? "ends a worker" : "hangs a worker");
+  for (const controller::JobSpec& job : o.jobs) {
+    text += fmt::format("\njob {}: {} to {} nodes, {} workers each", job.job, job.min_nodes,
+                        job.max_nodes, job.nproc_per_node);
+  }
+  return text;
+}
+
+std::vector<Fault> DrawFaults(const WorldOptions& o) {
+  Random random(o.seed ^ 0xFA0175ULL);
+  std::uint32_t total = 0;
+  for (const Kind& kind : kKinds) total += kind.weight;
+  std::vector<Fault> faults;
+  const std::int64_t count = random.Between(0, 14);
+  for (std::int64_t i = 0; i < count; ++i) {
+    std::uint64_t pick = random.Below(total);
+    const Kind* kind = kKinds;
+    while (pick >= kind->weight) pick -= (kind++)->weight;
+    Fault fault;
+    fault.at = Milliseconds(random.Between(500, ToMilliseconds(o.fault_phase)));
+    fault.kind = kind->name;
+    if (kind->longest_ms > 0) fault.lasts = Milliseconds(random.Between(50, kind->longest_ms));
+    if (kind->target != Target::kNone)
+      fault.target = fmt::format("n{}", random.Between(1, o.nodes));
+    if (kind->target == Target::kRank) fault.target += fmt::format("/{}", random.Below(2));
+    // Now and then faults come in a burst: a second failure while the first is being repaired.
+    if (!faults.empty() && random.Chance(400)) {
+      fault.at = faults.back().at + Milliseconds(random.Between(0, 800));
+    }
+    faults.push_back(std::move(fault));
+  }
+  std::stable_sort(faults.begin(), faults.end(),
+                   [](const Fault& a, const Fault& b) { return a.at < b.at; });
+  return faults;
+}
+
+}  // namespace everstep::sim

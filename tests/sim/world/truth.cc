@@ -1,0 +1,75 @@
+#include "tests/sim/world/truth.h"
+
+#include <fmt/format.h>
+
+#include "proto/base/check.h"
+#include "tests/sim/kernel/digest.h"
+
+namespace everstep::sim {
+
+Lineage Truth::Extend(const JobId& job, Lineage parent, Step step, Generation generation) {
+  Digest digest;
+  digest.Add(job);
+  digest.Add(parent);
+  digest.Add(static_cast<std::uint64_t>(step));
+  digest.Add(generation);
+  const Lineage lineage = digest.value();
+  states_.emplace(lineage, State{job, step, generation, parent});
+  return lineage;
+}
+
+const Truth::State* Truth::Find(Lineage lineage) const {
+  const auto it = states_.find(lineage);
+  return it == states_.end() ? nullptr : &it->second;
+}
+
+bool Truth::Descends(Lineage lineage, Lineage ancestor) const {
+  if (ancestor == kFromNothing) return true;
+  while (lineage != kFromNothing) {
+    if (lineage == ancestor) return true;
+    lineage = states_.at(lineage).parent;
+  }
+  return false;
+}
+
+std::uint32_t Truth::Checksum(Lineage lineage, Rank rank, bool replicated) {
+  Digest digest;
+  digest.Add(lineage);
+  digest.Add(replicated ? 0 : static_cast<std::uint64_t>(rank) + 1);
+  const auto crc = static_cast<std::uint32_t>(digest.value() >> 32);
+  const auto [it, fresh] = by_checksum_.emplace(crc, lineage);
+  EVERSTEP_CHECK(fresh || it->second == lineage, "two states share a checksum: draw another seed");
+  return crc;
+}
+
+std::optional<Lineage> Truth::OfChecksum(std::uint32_t crc_root) const {
+  const auto it = by_checksum_.find(crc_root);
+  if (it == by_checksum_.end()) return std::nullopt;
+  return it->second;
+}
+
+void Truth::Copied(const NodeId& node, std::uint64_t keeper, const JobId& job,
+                   const controller::HeldShard& s) {
+  copies_[{job, s.rank, s.step, s.generation, s.crc_root}].emplace(node, keeper);
+}
+
+void Truth::Spoiled(const NodeId& node, std::uint64_t keeper, const JobId& job,
+                    const controller::HeldShard& s) {
+  const auto it = copies_.find({job, s.rank, s.step, s.generation, s.crc_root});
+  if (it != copies_.end()) it->second.erase({node, keeper});
+}
+
+std::set<std::pair<NodeId, std::uint64_t>> Truth::Holders(const JobId& job, Rank rank, Step step,
+                                                          Generation generation,
+                                                          std::uint32_t crc_root) const {
+  const auto it = copies_.find({job, rank, step, generation, crc_root});
+  if (it == copies_.end()) return {};
+  return it->second;
+}
+
+void Truth::Violate(Timestamp now, const std::string& rule, const std::string& what) {
+  violations_.push_back(fmt::format("{}: at {} ms: {}", rule, now.ns / 1'000'000, what));
+  Note(now, "VIOLATION " + violations_.back());
+}
+
+}  // namespace everstep::sim

@@ -1,0 +1,77 @@
+// What really happened, as only a simulator can know it: which bytes descend from which, who
+// verified a copy of what, and every truth that was found broken. Processes of the world never read
+// it; checkers do.
+//
+// A state of training is named by its lineage: a hash over (parent, step, generation that computed
+// it). Two runs of one step in two generations are different states, as two reductions of floats
+// are.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <optional>
+#include <set>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "controller/core/types.h"
+
+namespace everstep::sim {
+
+using Lineage = std::uint64_t;
+inline constexpr Lineage kFromNothing = 0;
+
+class Truth {
+ public:
+  struct State {
+    JobId job;
+    Step step = kNoStep;
+    Generation generation = 0;
+    Lineage parent = kFromNothing;
+  };
+
+  Lineage Extend(const JobId& job, Lineage parent, Step step, Generation generation);
+  const State* Find(Lineage lineage) const;
+  // `ancestor` is `lineage` itself or one of those it was computed from.
+  bool Descends(Lineage lineage, Lineage ancestor) const;
+
+  // The checksum of rank's shard of a state; with a replicated layout the same for every rank.
+  std::uint32_t Checksum(Lineage lineage, Rank rank, bool replicated);
+  std::optional<Lineage> OfChecksum(std::uint32_t crc_root) const;
+
+  // `keeper` verified a copy of the shard, and nobody spoiled it since.
+  void Copied(const NodeId& node, std::uint64_t keeper, const JobId& job,
+              const controller::HeldShard& shard);
+  std::set<std::pair<NodeId, std::uint64_t>> Holders(const JobId& job, Rank rank, Step step,
+                                                     Generation generation,
+                                                     std::uint32_t crc_root) const;
+
+  // A holder's slot was spoiled by a fault: that copy is dead.
+  void Spoiled(const NodeId& node, std::uint64_t keeper, const JobId& job,
+               const controller::HeldShard& shard);
+
+  void Count(const std::string& what) { ++counts_[what]; }
+  const std::map<std::string, std::uint64_t>& counts() const { return counts_; }
+
+  // A truth is broken. `rule` is the checker's name; the first one ends the run.
+  void Violate(Timestamp now, const std::string& rule, const std::string& what);
+  const std::vector<std::string>& violations() const { return violations_; }
+
+  // The story of the run, for people; silent unless somebody listens.
+  std::function<void(Timestamp now, const std::string& line)> storyteller;
+  bool told() const { return storyteller != nullptr; }
+  void Note(Timestamp now, const std::string& line) const {
+    if (storyteller) storyteller(now, line);
+  }
+
+ private:
+  using CopyKey = std::tuple<JobId, Rank, Step, Generation, std::uint32_t>;
+  std::map<Lineage, State> states_;
+  std::map<std::uint32_t, Lineage> by_checksum_;
+  std::map<CopyKey, std::set<std::pair<NodeId, std::uint64_t>>> copies_;
+  std::map<std::string, std::uint64_t> counts_;
+  std::vector<std::string> violations_;
+};
+
+}  // namespace everstep::sim

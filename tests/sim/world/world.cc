@@ -1,0 +1,331 @@
+#include "tests/sim/world/world.h"
+
+#include <algorithm>
+#include <memory>
+
+#include <fmt/format.h>
+
+#include "proto/base/check.h"
+#include "tests/sim/world/checkers.h"
+#include "tests/sim/world/node.h"
+#include "tests/sim/world/sim_controller.h"
+
+namespace everstep::sim {
+namespace {
+
+// Consequences of a fault may show this much later: a lease at its longest, a switch's deadline.
+constexpr Duration kAftermath = Seconds(60);
+constexpr Duration kInspection = Seconds(2);
+
+class World {
+ public:
+  World(const WorldOptions& options, const std::vector<Fault>& faults)
+      : options_(options),
+        faults_(faults),
+        timeline_(options.seed, Timestamp{1'700'000'000'000'000'000}, 5'000'000),
+        start_(timeline_.now()),
+        network_(&timeline_, options.network),
+        training_(&timeline_, &network_, &truth_, &options_),
+        checkers_({&truth_, &options_, &nodes_, [this] { return Disturbed(); }}),
+        controller_({&timeline_, &network_, &truth_, &checkers_, &options_,
+                     [this](const NodeId& id) { return nodes_.at(id).get(); }}) {}
+
+  RunResult Run(const Storyteller& storyteller, bool every_event);
+
+ private:
+  void Build();
+  void Apply(const Fault& fault);
+  void EndFaults();
+  void Submit(const controller::JobSpec& spec);
+  void Undrain(const NodeId& node);
+  void Inspect();
+  bool Disturbed() const;
+  bool Over() const;
+  void CheckEnd();
+  void At(Duration at, std::string label, std::function<void()> action) {
+    timeline_.At(start_ + at, std::move(label), std::move(action));
+  }
+  // Faults end with the fault phase at the latest.
+  Timestamp Until(Duration lasts) const {
+    return std::min(timeline_.now() + lasts, start_ + options_.fault_phase);
+  }
+  std::pair<SimNode*, std::int32_t> Target(const std::string& target);
+
+  const WorldOptions options_;
+  const std::vector<Fault> faults_;
+  Timeline timeline_;
+  const Timestamp start_;
+  Truth truth_;
+  Network network_;
+  Training training_;
+  std::map<NodeId, std::unique_ptr<SimNode>> nodes_;
+  Checkers checkers_;
+  SimController controller_;
+  Timestamp paused_or_slow_until_;
+};
+
+void World::Build() {
+  for (std::uint32_t i = 1; i <= options_.nodes; ++i) {
+    const NodeId name = fmt::format("n{}", i);
+    NodeEnv env;
+    env.timeline = &timeline_;
+    env.network = &network_;
+    env.truth = &truth_;
+    env.training = &training_;
+    env.controller = &controller_;
+    env.options = &options_;
+    env.peer = [this](const NodeId& id) -> SimNode* {
+      const auto it = nodes_.find(id);
+      return it == nodes_.end() ? nullptr : it->second.get();
+    };
+    nodes_.emplace(name, std::make_unique<SimNode>(name, std::move(env)));
+  }
+  Random& random = timeline_.random();
+  At(Milliseconds(random.Between(0, 500)), "controller starts", [this] { controller_.Start(); });
+  for (auto& [id, node] : nodes_) {
+    At(Milliseconds(random.Between(0, 2000)), id + " boots", [n = node.get()] { n->Boot(); });
+  }
+  for (const controller::JobSpec& spec : options_.jobs) {
+    At(Milliseconds(random.Between(0, 4000)), "submit", [this, spec] { Submit(spec); });
+  }
+  for (const Fault& fault : faults_) {
+    At(fault.at, "fault " + fault.kind, [this, fault] { Apply(fault); });
+  }
+  At(options_.fault_phase, "faults end", [this] { EndFaults(); });
+  timeline_.After(kInspection, "inspection", [this] { Inspect(); });
+}
+
+// A person submits until somebody says that the job is there.
+void World::Submit(const controller::JobSpec& spec) {
+  if (const auto* state = controller_.state(); state != nullptr && state->jobs.contains(spec.job))
+    return;
+  controller_.Request(
+      [&spec](controller::RequestId id) {
+        return controller::SubmitJob{id, spec, "key"};
+      },
+      [this, job = spec.job](const controller::Reply& reply) {
+        if (reply.code == controller::ReplyCode::kOk) checkers_.Acknowledged(job);
+      });
+  timeline_.After(Milliseconds(1500), "submit again", [this, spec] { Submit(spec); });
+}
+
+void World::Undrain(const NodeId& node) {
+  if (const auto* state = controller_.state(); state != nullptr) {
+    const auto it = state->nodes.find(node);
+    if (it == state->nodes.end() || !it->second.record.draining) return;
+  }
+  controller_.Request(
+      [&node](controller::RequestId id) {
+        return controller::UndrainNode{id, node};
+      },
+      [](const controller::Reply&) {});
+  timeline_.After(Milliseconds(1500), "undrain again", [this, node] { Undrain(node); });
+}
+
+std::pair<SimNode*, std::int32_t> World::Target(const std::string& target) {
+  const std::size_t slash = target.find('/');
+  const auto it = nodes_.find(target.substr(0, slash));
+  const std::int32_t rank = slash == std::string::npos ? 0 : std::atoi(target.c_str() + slash + 1);
+  return {it == nodes_.end() ? nodes_.begin()->second.get() : it->second.get(), rank};
+}
+
+void World::Apply(const Fault& fault) {
+  if (timeline_.now() >= start_ + options_.fault_phase) return;
+  truth_.Note(timeline_.now(), "fault " + FormatFault(fault));
+  truth_.Count("fault " + fault.kind);
+  const Timestamp until = Until(fault.lasts);
+  const auto then = [&](std::string label, std::function<void()> action) {
+    timeline_.At(until, std::move(label), std::move(action));
+  };
+  auto [node, rank] = Target(fault.target);
+  const std::string& kind = fault.kind;
+  if (kind == "node_crash") {
+    node->Crash();
+    then("boots", [n = node] { n->Boot(); });
+  } else if (kind == "agent_crash") {
+    node->CrashAgent();
+    then("agent starts", [n = node] { n->StartAgent(); });
+  } else if (kind == "agent_stop") {
+    node->PauseAgent(until);
+  } else if (kind == "keeper_crash") {
+    node->CrashKeeper();
+  } else if (kind == "worker_kill") {
+    node->Signal(rank, -9);
+  } else if (kind == "worker_exit") {
+    node->Signal(rank, 1);
+  } else if (kind == "worker_abort") {
+    node->Signal(rank, -6);
+  } else if (kind == "worker_stop") {
+    node->StopWorker(rank);
+  } else if (kind == "worker_unkillable") {
+    node->MakeUnkillable(rank, until);
+  } else if (kind == "partition" || kind == "deaf" || kind == "mute") {
+    if (kind != "mute") network_.PartitionOneWay(kControllerName, node->name());
+    if (kind != "deaf") network_.PartitionOneWay(node->name(), kControllerName);
+    then("heals", [this, n = node] { network_.Heal(n->name(), kControllerName); });
+  } else if (kind == "isolate") {
+    for (const auto& [other, unused] : nodes_) {
+      if (other != node->name()) network_.Partition(node->name(), other);
+    }
+    network_.Partition(node->name(), kControllerName);
+    then("heals", [this, n = node] {
+      for (const auto& [other, unused] : nodes_) network_.Heal(n->name(), other);
+      network_.Heal(n->name(), kControllerName);
+    });
+  } else if (kind == "stream_break") {
+    if (const StreamId stream = node->stream(); stream != 0) {
+      network_.Break(stream);
+      controller_.StreamGone(stream, "connection reset");
+      timeline_.After(std::chrono::microseconds(timeline_.random().Between(0, 300'000)), "reset",
+                      [n = node, stream] { n->OnStreamLost(stream, "connection reset"); });
+    }
+  } else if (kind == "controller_crash") {
+    controller_.Crash();
+    then("controller starts", [this] { controller_.Start(); });
+  } else if (kind == "controller_stop") {
+    controller_.PauseUntil(until);
+  } else if (kind == "disk_fail") {
+    controller_.FailDiskOnce();
+  } else if (kind == "slow_disk") {
+    controller_.SlowDiskUntil(until);
+  } else if (kind == "drain") {
+    controller_.Request(
+        [&, n = node](controller::RequestId id) {
+          return controller::DrainNode{id, n->name(), "maintenance",
+                                       timeline_.random().Chance(300)};
+        },
+        [](const controller::Reply&) {});
+    then("undrain", [this, n = node] { Undrain(n->name()); });
+  } else if (kind == "notice") {
+    node->Notice(until - timeline_.now());
+    then("goes away", [this, n = node] {
+      n->Crash();
+      timeline_.After(Milliseconds(timeline_.random().Between(200, 4000)), "boots",
+                      [n] { n->Boot(); });
+    });
+  } else if (kind == "corrupt") {
+    node->Corrupt(timeline_.random().Below(64));
+  } else if (kind == "fork_fail") {
+    node->FailForksUntil(until);
+  } else if (kind == "store_host_fail") {
+    node->FailStoresUntil(until);
+  } else if (kind == "slow_network") {
+    network_.options().slow_per_mille = 300;
+    then("network is itself",
+         [this] { network_.options().slow_per_mille = options_.network.slow_per_mille; });
+  } else if (kind == "packet_loss") {
+    network_.options().drop_per_mille = 500;
+    then("network is itself",
+         [this] { network_.options().drop_per_mille = options_.network.drop_per_mille; });
+  } else {
+    EVERSTEP_CHECK(false, "a fault of an unknown kind");
+  }
+  if (kind == "controller_stop" || kind == "slow_disk") {
+    paused_or_slow_until_ = std::max(paused_or_slow_until_, until + Seconds(2));
+  }
+}
+
+// From here on the world is kind: everything that can come back is back.
+void World::EndFaults() {
+  truth_.Note(timeline_.now(), "faults end");
+  network_.HealAll();
+  network_.options().drop_per_mille = 0;
+  controller_.Start();
+  for (auto& [id, node] : nodes_) {
+    node->Boot();
+    node->StartAgent();
+  }
+  for (auto& [id, node] : nodes_) Undrain(id);
+}
+
+bool World::Disturbed() const {
+  const Duration now = timeline_.now() - start_;
+  return std::any_of(faults_.begin(), faults_.end(), [&](const Fault& f) {
+    return f.at <= now && now <= std::min(f.at + f.lasts, options_.fault_phase) + kAftermath;
+  });
+}
+
+void World::Inspect() {
+  const Timestamp now = timeline_.now();
+  if (controller_.up() && controller_.idle()) {
+    checkers_.CompareStore(now, *controller_.state(), controller_.store());
+    if (now > paused_or_slow_until_ && now > controller_.started() + Seconds(5)) {
+      checkers_.CheckDeadlines(now, *controller_.state());
+    }
+  }
+  timeline_.After(kInspection, "inspection", [this] { Inspect(); });
+}
+
+bool World::Over() const {
+  if (!truth_.violations().empty()) return true;
+  const controller::ClusterState* state = controller_.state();
+  if (state == nullptr || timeline_.now() < start_ + options_.fault_phase) return false;
+  return std::all_of(
+      options_.jobs.begin(), options_.jobs.end(), [&](const controller::JobSpec& spec) {
+        const auto it = state->jobs.find(spec.job);
+        return it != state->jobs.end() && controller::IsTerminal(it->second.record.state);
+      });
+}
+
+void World::CheckEnd() {
+  if (!truth_.violations().empty()) return;
+  const Timestamp now = timeline_.now();
+  const controller::ClusterState* state = controller_.state();
+  for (const controller::JobSpec& spec : options_.jobs) {
+    const controller::JobStateView* job = nullptr;
+    if (state != nullptr) {
+      const auto it = state->jobs.find(spec.job);
+      if (it != state->jobs.end()) job = &it->second;
+    }
+    if (job == nullptr) {
+      truth_.Violate(now, "live", fmt::format("job {} is not there", spec.job));
+    } else if (job->record.state != controller::JobState::kSucceeded) {
+      std::string owed;
+      for (const NodeId& node : job->waiting_for) owed += " " + node;
+      truth_.Violate(
+          now, "live",
+          fmt::format("job {} is {} (reason {}, {}) at generation {}, step {} of {}; waits for:{}",
+                      spec.job, controller::JobStateName(job->record.state),
+                      controller::ReasonName(job->reason), job->message, job->record.generation,
+                      training_.best_step(spec.job), options_.total_steps,
+                      owed.empty() ? " nobody" : owed));
+    } else if (!training_.Finished(spec.job)) {
+      truth_.Violate(now, "live",
+                     fmt::format("job {} succeeded and no generation came to its end", spec.job));
+    }
+  }
+  if (timeline_.exhausted())
+    truth_.Violate(now, "live", "the world spins: the bound on events is reached");
+}
+
+RunResult World::Run(const Storyteller& storyteller, bool every_event) {
+  if (storyteller) {
+    truth_.storyteller = [&](Timestamp now, const std::string& line) {
+      storyteller(Timestamp{(now - start_).count()}, line);
+    };
+    if (every_event) {
+      timeline_.set_tracer(
+          [this](Timestamp now, const std::string& label) { truth_.Note(now, label); });
+    }
+  }
+  Build();
+  timeline_.RunUntil(start_ + options_.fault_phase + options_.settle, [this] { return Over(); });
+  CheckEnd();
+  RunResult result;
+  result.violations = truth_.violations();
+  result.digest = timeline_.digest().value();
+  result.events = timeline_.events_run();
+  result.virtual_seconds = ToSeconds(timeline_.now() - start_);
+  result.counts = truth_.counts();
+  return result;
+}
+
+}  // namespace
+
+RunResult RunWorld(const WorldOptions& options, const std::vector<Fault>& faults,
+                   const Storyteller& storyteller, bool every_event) {
+  World world(options, faults);
+  return world.Run(storyteller, every_event);
+}
+
+}  // namespace everstep::sim
