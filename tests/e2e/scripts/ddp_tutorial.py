@@ -1,4 +1,4 @@
-# ruff: noqa: SIM115, PLW1508 - written as people write it
+# ruff: noqa: SIM115 - written as people write it
 """In the shape of the DDP tutorial's multigpu_torchrun.py, on the CPU."""
 
 import argparse
