@@ -81,7 +81,7 @@ struct AdminClient::Impl {
     std::lock_guard<std::mutex> lock(mutex);
     if (addresses.empty()) return;
     current = (current + 1) % addresses.size();
-    stub = nullptr;
+    stub = nullptr;  // also where there is one address only: a new channel has no back-off
   }
 
   // Tries the addresses in turn until one answers or `limit` passed.
@@ -152,13 +152,25 @@ AdminClient::~AdminClient() { impl_->End(); }
 void AdminClient::SetAddresses(const std::string& addresses) {
   std::lock_guard<std::mutex> lock(impl_->mutex);
   std::vector<std::string> split = SplitAddresses(addresses);
-  if (split == impl_->addresses) return;
+  if (split == impl_->addresses || split.empty()) return;
+  std::string in_use;
+  if (!impl_->addresses.empty()) in_use = impl_->addresses[impl_->current];
   impl_->addresses = std::move(split);
+  const auto kept = std::find(impl_->addresses.begin(), impl_->addresses.end(), in_use);
+  if (kept != impl_->addresses.end()) {  // what runs there runs on
+    impl_->current = static_cast<std::size_t>(kept - impl_->addresses.begin());
+    return;
+  }
   impl_->current = 0;
   impl_->stub = nullptr;
   for (grpc::ClientContext* context : impl_->streams) {
     if (context != nullptr) context->TryCancel();
   }
+}
+
+std::string AdminClient::address() const {
+  std::lock_guard<std::mutex> lock(impl_->mutex);
+  return impl_->addresses.empty() ? std::string() : impl_->addresses[impl_->current];
 }
 
 CallResult AdminClient::Status(v1::ClusterStatus* status, milliseconds limit) {

@@ -38,6 +38,8 @@ class AdminClient {
 
   // Calls go here from now on; a Follow moves over.
   void SetAddresses(const std::string& addresses);
+  // The one of them that is in use.
+  std::string address() const;
 
   CallResult Status(v1::ClusterStatus* status, std::chrono::milliseconds limit);
   CallResult Submit(const v1::JobSpec& spec, std::string* job, std::chrono::milliseconds limit);

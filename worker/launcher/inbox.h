@@ -63,6 +63,11 @@ class Inbox {
     room_.notify_all();
     return taken;
   }
+  // Something elsewhere wants the main thread.
+  void Wake() {
+    const std::uint64_t one = 1;
+    [[maybe_unused]] const ssize_t n = ::write(wake_, &one, sizeof(one));
+  }
   // Writers no longer wait.
   void Close() {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -71,11 +76,6 @@ class Inbox {
   }
 
  private:
-  void Wake() {
-    const std::uint64_t one = 1;
-    [[maybe_unused]] const ssize_t n = ::write(wake_, &one, sizeof(one));
-  }
-
   const int wake_;
   std::mutex mutex_;
   std::condition_variable room_;

@@ -25,6 +25,7 @@
 #include "worker/launcher/job_spec.h"
 #include "worker/launcher/log_follower.h"
 #include "worker/launcher/machine.h"
+#include "worker/launcher/meeting.h"
 #include "worker/launcher/signals.h"
 #include "worker/launcher/state_dir.h"
 #include "worker/launcher/story.h"
@@ -132,11 +133,18 @@ class Runner {
       Refuse(wrong, kExitFailed);
       return wrong;
     }
+    const std::string own = place_ == Place::kAlone ? "127.0.0.1" : LocalAddress(flags_, endpoint);
+    if (place_ == Place::kNodes) {
+      meeting_ = std::make_unique<Meeting>(Meeting::Options{
+          node, own, endpoint.text(), endpoint.here, [this] { inbox_.Wake(); }});
+      if (std::string wrong = meeting_->Open(); !wrong.empty()) return Fail(wrong);
+    }
     BroughtOptions options;
     options.programs = request_.programs;
     options.environment = request_.environment;
     options.state = &state_;
-    options.address = place_ == Place::kAlone ? "127.0.0.1" : LocalAddress(flags_, endpoint);
+    options.address = own;
+    if (meeting_ != nullptr) options.labels = meeting_->Labels();
     options.leave_timeout = milliseconds(place_ == Place::kAlone ? 0 : 5'000);
     options.stop_grace = milliseconds(flags_.shutdown_timeout_seconds * 1000);
     options.say = [this](const std::string& line) { console_.Say(line); };
@@ -200,6 +208,7 @@ class Runner {
   }
 
   int FollowToTheEnd() {
+    if (meeting_ != nullptr) meeting_->Start();
     client_->Follow(
         job_, /*with_snapshot=*/place_ == Place::kNodes,
         [this](v1::JobStatus status) { inbox_.PutStatus(std::move(status)); },
@@ -231,6 +240,7 @@ class Runner {
       }
       while (const std::optional<int> signal = signals_.Take()) OnSignal(*signal);
       OnInbox(inbox_.Take());
+      if (meeting_ != nullptr) OnMeeting(meeting_->TakeNews());
       if (brought_ != nullptr && !over_) {
         if (std::string wrong = brought_->Tend(); !wrong.empty()) {
           console_.Say(wrong);
@@ -249,14 +259,38 @@ class Runner {
 
   void OnInbox(Inbox::Content content) {
     for (const v1::JobLogLines& lines : content.lines) ShowLines(lines);
-    if (!content.lost.empty() && !lost_since_) lost_since_ = steady_clock::now();
+    if (!content.lost.empty() && !lost_since_) {
+      lost_since_ = steady_clock::now();
+      if (meeting_ != nullptr) meeting_->SetFollowed(false);
+    }
     if (!content.status) return;
+    if (meeting_ != nullptr) {
+      if (const auto controllers = meeting_->OnStatus(*content.status, client_->address())) {
+        client_->SetAddresses(*controllers);
+        if (std::string wrong = brought_->SetControllers(*controllers); !wrong.empty()) {
+          console_.Say(wrong);
+        }
+      }
+    }
     lost_since_.reset();
     lost_said_ = false;
     newest_ = std::move(*content.status);
     for (const std::string& line : story_.News(newest_)) console_.Say(line);
     console_.SetLive(LiveLine(newest_));
     over_ = over_ || IsTerminal(newest_);
+  }
+
+  // The controller died with its machine, and it is this launcher's turn.
+  void OnMeeting(const Meeting::News& news) {
+    if (!news.say.empty()) console_.Say(news.say);
+    if (!news.take_over || over_) return;
+    console_.Say(fmt::format("{}; starting a controller here", news.take_over->why));
+    const std::string file = state_.controller() + "/snapshot";
+    const std::string address = meeting_->ReleaseControllerAddress();
+    std::string wrong;
+    if (!WriteFileAtomically(file, meeting_->snapshot())) wrong = "cannot write " + file;
+    if (wrong.empty()) wrong = brought_->StartController(address, file);
+    if (!wrong.empty()) console_.Say(wrong);
   }
 
   void ShowLines(const v1::JobLogLines& lines) {
@@ -350,6 +384,7 @@ class Runner {
   StateDir state_;
   std::unique_ptr<Brought> brought_;
   Inbox inbox_;
+  std::unique_ptr<Meeting> meeting_;
   std::unique_ptr<AdminClient> client_;  // its threads write to inbox_: ends first
   std::unique_ptr<LogFollower> logs_;
   Story story_;
