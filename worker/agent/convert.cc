@@ -164,7 +164,7 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
       const v1::Prepare& p = m.prepare();
       return Prepare{header,         p.job(),
                      p.generation(), Opaque(p.command()),
-                     p.host_store(), Grace(p.command(), p.failed())};
+                     p.host_store(), Grace(p.command(), p.failed()), p.data_key()};
     }
     case v1::ControllerMessage::kActivate: {
       Activate e = ActivateFromWire(m.activate());

@@ -71,6 +71,7 @@ v1::KeeperRemember Remember(const RememberPrepared& e) {
   v1::Prepare prepare;
   prepare.set_job(e.job);
   prepare.set_generation(e.generation);
+  prepare.set_data_key(e.data_key);
   prepare.mutable_command()->ParseFromString(e.command.opaque);
   v1::KeeperRemember m;
   m.set_key(PreparedKey(e.job));
@@ -98,8 +99,9 @@ ExitInfo FromKeeper(const v1::KeeperExited& e) {
   return out;
 }
 
-KeeperAttached Adopt(const v1::KeeperState& state) {
-  KeeperAttached out;
+Adopted Adopt(const v1::KeeperState& state) {
+  Adopted adopted;
+  KeeperAttached& out = adopted.attached;
   out.fresh = false;
   const auto incarnation = state.memory().find(kIncarnationKey);
   if (incarnation != state.memory().end()) {
@@ -107,14 +109,14 @@ KeeperAttached Adopt(const v1::KeeperState& state) {
     std::from_chars(text.data(), text.data() + text.size(), out.remembered);
   }
   std::map<JobId, AdoptedJob> jobs;
-  std::map<JobId, Activate> activates;
-  for (const auto& [key, value] : state.memory()) {
+    for (const auto& [key, value] : state.memory()) {
     v1::Prepare prepare;
     if (!key.starts_with(kJobPrefix) || !key.ends_with("/prepared")) continue;
     if (!prepare.ParseFromString(value) || key != PreparedKey(prepare.job())) continue;
     AdoptedJob& job = jobs[prepare.job()];
     job.holds.generation = prepare.generation();
     job.command = CommandSpec{prepare.command().SerializeAsString()};
+    adopted.begun[prepare.job()] = {prepare.generation(), prepare.data_key()};
   }
   for (const auto& [key, value] : state.memory()) {
     v1::Activate activate;
@@ -125,7 +127,7 @@ KeeperAttached Adopt(const v1::KeeperState& state) {
     job.holds.generation = activate.generation();
     job.holds.activated = true;
     job.group_rank = activate.plan().group_rank();
-    activates[activate.job()] = ActivateFromWire(activate);
+    adopted.activates[activate.job()] = ActivateFromWire(activate);
   }
   for (const v1::KeeperProcess& p : state.processes()) jobs[p.job()];
   for (const v1::KeeperArenaInfo& a : state.arenas()) jobs[a.job()];
@@ -134,11 +136,11 @@ KeeperAttached Adopt(const v1::KeeperState& state) {
   }
   for (auto& [id, job] : jobs) {
     job.holds.job = id;
-    const auto activate = activates.find(id);
-    AddProcesses(state, activate == activates.end() ? nullptr : &activate->second, &job);
+    const auto activate = adopted.activates.find(id);
+    AddProcesses(state, activate == adopted.activates.end() ? nullptr : &activate->second, &job);
     out.jobs.push_back(std::move(job));
   }
-  return out;
+  return adopted;
 }
 
 std::vector<WorkerSpawn> BuildSpawns(const Activate& activate, const v1::Command& command,
@@ -216,6 +218,9 @@ v1::KeeperForkServer BuildForkServer(const JobId& job, const v1::Command& comman
   m.set_python(command.python());
   *m.mutable_env() = command.env();
   m.set_cwd(command.cwd());
+  m.set_command_kind(static_cast<std::uint32_t>(command.kind()));
+  m.set_target(command.target());
+  for (const std::string& arg : command.args()) m.add_args(ExpandLocalRank(arg, 0));
   return m;
 }
 

@@ -3,6 +3,7 @@
 
 #include <map>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "agent.pb.h"
@@ -25,7 +26,12 @@ everstep::v1::KeeperRemember Remember(const RememberActivated& e);
 
 // What an agent that starts finds at its keeper. Exits carry no error file's content yet
 // (FillError, error_file.h); `fresh` is the caller's to set.
-KeeperAttached Adopt(const everstep::v1::KeeperState& state);
+struct Adopted {
+  KeeperAttached attached;
+  std::map<JobId, Activate> activates;  // of jobs whose newest generation is activated
+  std::map<JobId, std::pair<Generation, std::string>> begun;  // newest prepared, and its data key
+};
+Adopted Adopt(const everstep::v1::KeeperState& state);
 
 ExitInfo FromKeeper(const everstep::v1::KeeperExited& exited);
 

@@ -1,6 +1,7 @@
 #include "worker/agent/core/agent_core.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include <fmt/format.h>
 
@@ -85,8 +86,13 @@ std::optional<Timestamp> AgentCore::NextWakeup() const {
 
 template <typename T>
 void AgentCore::Say(T message, Effects* out) {
-  // Without a registration nothing is said: the next one carries the state itself.
-  if (registered_) out->push_back(std::move(message));
+  // Without a registration nothing is said: the next one carries the state itself. What happens while
+  // its answer is under way is in neither, and waits.
+  if (registered_) {
+    out->push_back(std::move(message));
+  } else if (register_sent_ && unsaid_.size() < options_.max_unsaid) {
+    unsaid_.push_back(std::move(message));
+  }
 }
 
 bool AgentCore::Current(const Header& header, const char* what, Effects* out) {
@@ -126,6 +132,7 @@ void AgentCore::SendRegistration(Effects* out) {
     if (job.generation > 0) message.jobs.push_back(Holds(id, job));
   }
   register_sent_ = true;
+  unsaid_.clear();
   out->push_back(std::move(message));
 }
 
@@ -160,6 +167,9 @@ void AgentCore::On(Timestamp now, const Registered& e, Effects* out) {
   out->push_back(RememberIncarnation{incarnation_});
   out->push_back(ControllerAway{false});
   Beat(now, out);
+  out->insert(out->end(), std::make_move_iterator(unsaid_.begin()),
+              std::make_move_iterator(unsaid_.end()));
+  unsaid_.clear();
   if (!keeper_loss_.empty() && keeper_attached_) keeper_loss_.clear();  // Register said it
 
   std::vector<JobId> unknown;
@@ -263,7 +273,7 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
   job->forget = false;
   job->deadline = now + std::max(e.grace + options_.reap_slack,
                                  e.host_store ? options_.store_timeout : Duration{});
-  out->push_back(RememberPrepared{e.job, e.generation, e.command});
+  out->push_back(RememberPrepared{e.job, e.generation, e.command, e.data_key});
   if (e.host_store) out->push_back(StartStore{e.job, e.generation, e.command});
   Advance(e.job, out);
 }

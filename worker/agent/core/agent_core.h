@@ -28,6 +28,7 @@ struct CoreOptions {
   Duration store_timeout = Seconds(25);  // a store host must listen within
   Duration start_timeout = Seconds(60);  // the keeper must fork the workers within
   std::size_t max_jobs = 64;             // on one node
+  std::size_t max_unsaid = 4096;         // reports kept while a registration is under way
 };
 
 // One job on this node.
@@ -129,6 +130,7 @@ class AgentCore {
   bool session_open_ = false;
   bool register_sent_ = false;
   bool registered_ = false;
+  Effects unsaid_;  // reports made after Register was sent and before it was answered
   Incarnation incarnation_ = 0;    // newest registration that stood
   std::uint64_t last_sequence_ = 0;
   Duration interval_ = {};

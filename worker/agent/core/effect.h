@@ -118,6 +118,7 @@ struct RememberPrepared {
   JobId job;
   Generation generation = 0;
   CommandSpec command;
+  std::string data_key;
 };
 struct RememberActivated {
   Activate activate;

@@ -57,6 +57,7 @@ struct Prepare {
   CommandSpec command;
   bool host_store = false;
   Duration grace = {};  // SIGTERM to SIGKILL
+  std::string data_key;  // authenticates this job's checkpoint sessions
 };
 struct Activate {
   Header header;

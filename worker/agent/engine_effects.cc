@@ -1,0 +1,316 @@
+// How each effect of the core is carried out. Order matters only within one destination, and each
+// destination (the stream, the keeper's link, a serial worker) keeps it.
+#include <fmt/format.h>
+#include <signal.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+#include "proto/base/log.h"
+#include "proto/base/version.h"
+#include "worker/agent/convert.h"
+#include "worker/agent/engine.h"
+#include "worker/agent/part.h"
+
+namespace everstep::agent {
+namespace {
+namespace v1 = everstep::v1;
+}  // namespace
+
+void Engine::Carry(const Effect& effect) {
+  std::visit([this](const auto& e) { On(e); }, effect);
+}
+
+// --- to the controller ---
+
+void Engine::On(const SendRegister& e) {
+  v1::AgentMessage m;
+  v1::Register* r = m.mutable_register_();
+  r->set_protocol_version(kProtocolVersion);
+  r->set_version(kVersion);
+  r->set_node(options_.node);
+  r->set_address(address_);
+  r->set_data_port(transfer_ == nullptr ? 0 : transfer_->port());
+  r->set_slots(options_.slots);
+  r->set_boot_id(boot_id_);
+  r->set_pid_namespace(pid_namespace_);
+  r->set_keeper_pid(keeper_pid_);
+  r->set_keeper_start_time(keeper_start_time_);
+  r->set_previous_incarnation(e.previous);
+  for (const auto& [key, value] : options_.labels) (*r->mutable_labels())[key] = value;
+  for (JobOnNode job : e.jobs) {
+    job.shards = held_.Of(job.job);
+    *r->add_jobs() = ToWire(job);
+  }
+  Send(std::move(m));
+}
+
+void Engine::On(const SendHeartbeat& e) { Send(ToWire(e)); }
+void Engine::On(const SendPrepared& e) {
+  LogInfo("prepared", {{"job", e.holds.job},
+                       {"generation", e.holds.generation},
+                       {"store_port", e.store_port},
+                       {"shards", static_cast<std::uint64_t>(e.holds.shards.size())},
+                       {"refused", e.refused ? e.message : "no"}});
+  Send(ToWire(e));
+}
+void Engine::On(const SendActivated& e) {
+  LogInfo("activated", {{"job", e.job},
+                        {"generation", e.generation},
+                        {"workers", static_cast<std::uint64_t>(e.workers.size())},
+                        {"failed", e.failed ? e.message : "no"}});
+  Send(ToWire(e));
+}
+void Engine::On(const SendWorkerExited& e) { Send(ToWire(e)); }
+void Engine::On(const SendWorkerStalled& e) { Send(ToWire(e)); }
+void Engine::On(const SendShardCopied& e) { Send(ToWire(e)); }
+void Engine::On(const SendNotice& e) { Send(ToWire(e)); }
+void Engine::On(const SendNodeWarm& e) { Send(ToWire(e)); }
+void Engine::On(const SendStopped& e) {
+  LogInfo("stopped", {{"job", e.job}, {"generation", e.generation}});
+  Send(ToWire(e));
+}
+void Engine::On(const SendKeeperLost& e) {
+  v1::AgentMessage m;
+  m.mutable_keeper_lost()->set_message(e.message);
+  m.mutable_keeper_lost()->set_new_keeper_pid(keeper_pid_);
+  m.mutable_keeper_lost()->set_new_keeper_start_time(keeper_start_time_);
+  Send(std::move(m));
+}
+void Engine::On(const CloseSession& e) {
+  LogError("session_refused", {{"node", options_.node}, {"why", e.why}});
+  session_->Close(e.why);
+}
+
+// --- to the keeper ---
+
+void Engine::On(const StartForkServer& e) {
+  v1::Command command;
+  if (!ParseCommand(e.command, &command)) {
+    return Feed(ForkServerState{e.job, false, "the job's command is damaged"});
+  }
+  if (!command.preload() || command.kind() == v1::Command::PROGRAM) {
+    return Feed(ForkServerState{e.job, false, "the job runs without a fork server"});
+  }
+  v1::KeeperRequest request;
+  *request.mutable_fork_server() = BuildForkServer(e.job, command);
+  Ask(std::move(request), [this, job = e.job](const v1::KeeperReply& reply) {
+    if (reply.error() != 0) Feed(ForkServerState{job, false, reply.message()});
+  });
+}
+
+void Engine::On(const StartStore& e) {
+  v1::Command command;
+  if (!ParseCommand(e.command, &command)) {
+    return Feed(StoreFailed{e.job, e.generation, "the job's command is damaged"});
+  }
+  v1::KeeperRequest request;
+  *request.mutable_store_host() = BuildStoreHost(e.job, e.generation, address_, command);
+  Ask(std::move(request), [this, job = e.job, generation = e.generation](const v1::KeeperReply& reply) {
+    if (reply.error() != 0) return Feed(StoreFailed{job, generation, reply.message()});
+    Feed(StoreReady{job, generation, reply.store_ready().port()});
+  });
+}
+
+std::string Engine::LogRoot(const JobId& job, const CommandSpec& spec) const {
+  v1::Command command;
+  ParseCommand(spec, &command);
+  return JobLogRoot(options_.node_dir, command.log_dir().empty() ? options_.log_dir : command.log_dir(),
+                    job, options_.node);
+}
+
+void Engine::On(const StartWorkers& e) {
+  const Activate& a = e.activate;
+  v1::Command command;
+  std::string error;
+  std::vector<WorkerSpawn> spawns;
+  if (ParseCommand(a.command, &command)) {
+    if (command.log_dir().empty()) command.set_log_dir(options_.log_dir);
+    const auto job = core_.jobs().find(a.job);
+    const std::uint32_t store = job == core_.jobs().end() ? 0 : job->second.store_port;
+    spawns = BuildSpawns(a, command, identity_, store, &error);
+  } else {
+    error = "the job's command is damaged; submit the job again";
+  }
+  if (!error.empty()) {
+    for (const WorkerPlan& w : a.plan.workers) {
+      Feed(WorkerStartFailed{a.job, a.generation, w.rank, error});
+    }
+    return;
+  }
+  for (const auto& [request, tail] : follows_) {
+    if (tail.job != a.job) continue;
+    std::vector<TailFile> files;
+    for (const WorkerSpawn& s : spawns) {
+      if (tail.rank >= 0 && tail.rank != s.request.rank()) continue;
+      files.push_back({a.job, a.generation, s.request.rank(), false, s.paths.stdout_log});
+      files.push_back({a.job, a.generation, s.request.rank(), true, s.paths.stderr_log});
+    }
+    tailer_->Add(request, std::move(files));
+  }
+  const std::string root = LogRoot(a.job, a.command);
+  auto shared = std::make_shared<std::vector<WorkerSpawn>>(std::move(spawns));
+  const bool posted = files_.Post([this, root, shared, part = PartOf(a)] {
+    std::string why;
+    for (const WorkerSpawn& s : *shared) {
+      if (why.empty()) MakeLogDirectory(s.paths, &why);
+    }
+    if (why.empty() && transfer_ != nullptr) transfer_->Activate(part, &why);
+    Post([this, shared, why, job = part.job, generation = part.generation] {
+      Spawn(job, generation, std::move(*shared), why);
+    });
+    PruneAttempts(root, kKeepAttempts);  // while the workers start
+  });
+  if (!posted) FailStart(a.job, a.generation, *shared, "the agent's queue for files is full");
+}
+
+void Engine::FailStart(const JobId& job, Generation generation, const std::vector<WorkerSpawn>& spawns,
+                       const std::string& error) {
+  for (const WorkerSpawn& s : spawns) {
+    Feed(WorkerStartFailed{job, generation, s.request.rank(), error});
+  }
+}
+
+void Engine::Spawn(const JobId& job, Generation generation, std::vector<WorkerSpawn> spawns,
+                   const std::string& error) {
+  const auto view = core_.jobs().find(job);
+  if (!error.empty()) return FailStart(job, generation, spawns, error);
+  if (view == core_.jobs().end() || view->second.generation != generation ||
+      view->second.phase != JobView::Phase::kStarting) {
+    return FailStart(job, generation, spawns, "the generation is over");
+  }
+  for (WorkerSpawn& s : spawns) {
+    const Rank rank = s.request.rank();
+    const std::int32_t local_rank = s.request.local_rank();
+    v1::KeeperRequest request;
+    *request.mutable_spawn() = std::move(s.request);
+    Ask(std::move(request), [this, job, generation, rank, local_rank](const v1::KeeperReply& reply) {
+      if (reply.error() == ENOTCONN) return;  // the next attachment tells what became of it
+      if (reply.error() != 0) {
+        return Feed(WorkerStartFailed{job, generation, rank, reply.message()});
+      }
+      LogInfo("worker_started", {{"job", job},
+                                 {"generation", generation},
+                                 {"rank", rank},
+                                 {"pid", reply.spawned().pid()},
+                                 {"forked", reply.spawned().from_fork_server()}});
+      Feed(WorkerStarted{job, generation, rank, local_rank, reply.spawned().pid()});
+      // A kill may have passed the spawn on its way.
+      const auto now = core_.jobs().find(job);
+      if (now == core_.jobs().end() || now->second.generation != generation ||
+          now->second.phase == JobView::Phase::kStopping) {
+        AskKill(job, generation, -1, SIGKILL, Duration{}, false);
+      }
+    });
+  }
+}
+
+void Engine::On(const KillWorkers& e) {
+  AskKill(e.job, e.generation, -1, e.grace > Duration{} ? SIGTERM : SIGKILL, e.grace, e.stores);
+}
+
+// A drill is a real fault: the signal does not go through the keeper, which would take the death for
+// one that Everstep asked for.
+void Engine::On(const KillRank& e) {
+  const auto job = core_.jobs().find(e.job);
+  if (job == core_.jobs().end()) return;
+  for (const WorkerOnNode& w : job->second.workers) {
+    if (w.rank != e.rank || !w.running || w.pid <= 1) continue;
+    const int failed = kill(w.pid, e.signal) == 0 ? 0 : errno;
+    LogInfo("drill", {{"job", e.job},
+                      {"rank", e.rank},
+                      {"pid", w.pid},
+                      {"signal", e.signal},
+                      {"result", failed == 0 ? "sent" : strerror(failed)}});
+  }
+}
+
+void Engine::On(const ForgetJob& e) {
+  if (transfer_ != nullptr) transfer_->Forget(e.job);
+  held_.Forget(e.job);
+  for (const std::string& key : {PreparedKey(e.job), ActivatedKey(e.job)}) {
+    v1::KeeperRequest request;
+    request.mutable_remember()->set_key(key);
+    Ask(std::move(request), nullptr);
+  }
+  v1::KeeperRequest request;
+  request.mutable_forget()->set_job(e.job);
+  Ask(std::move(request), nullptr);
+  LogInfo("job_forgotten", {{"job", e.job}});
+}
+
+void Engine::On(const RememberIncarnation& e) {
+  v1::KeeperRequest request;
+  *request.mutable_remember() = Remember(e);
+  Ask(std::move(request), nullptr);
+}
+void Engine::On(const RememberPrepared& e) {
+  if (transfer_ != nullptr) transfer_->Begin(e.job, e.generation, e.data_key);
+  v1::KeeperRequest request;
+  *request.mutable_remember() = Remember(e);
+  Ask(std::move(request), nullptr);
+}
+void Engine::On(const RememberActivated& e) {
+  v1::KeeperRequest request;
+  *request.mutable_remember() = Remember(e);
+  Ask(std::move(request), nullptr);
+}
+
+// --- to the checkpoint plane and the logs ---
+
+void Engine::On(const Survey& e) {
+  if (transfer_ == nullptr) return Feed(Surveyed{e.job, e.generation, {}});
+  const bool posted = memory_.Post([this, e] {
+    std::vector<HeldShard> shards;
+    for (const checkpoint::Shard& s : transfer_->Survey(e.job)) shards.push_back(FromCheckpoint(s));
+    Post([this, e, shards = std::move(shards)] {
+      held_.Set(e.job, shards);
+      Feed(Surveyed{e.job, e.generation, shards});
+    });
+  });
+  if (!posted) LogWarning("survey_dropped", {{"job", e.job}, {"generation", e.generation}});
+}
+
+void Engine::On(const MarkCommitted& e) {
+  if (transfer_ != nullptr) transfer_->MarkCommitted(e.job, e.generation, e.step);
+}
+void Engine::On(const ControllerAway& e) {
+  if (transfer_ != nullptr) transfer_->SetControllerAway(e.away);
+}
+
+std::vector<TailFile> Engine::TailFiles(const JobId& job, Generation generation,
+                                        const std::vector<WorkerOnNode>& workers) const {
+  std::vector<TailFile> files;
+  const auto view = core_.jobs().find(job);
+  if (view == core_.jobs().end()) return files;
+  const std::string root = LogRoot(job, view->second.command);
+  for (const WorkerOnNode& w : workers) {
+    const LogPaths paths = WorkerLogPaths(root, generation, w.local_rank);
+    files.push_back({job, generation, w.rank, false, paths.stdout_log});
+    files.push_back({job, generation, w.rank, true, paths.stderr_log});
+  }
+  return files;
+}
+
+void Engine::On(const Tail& e) {
+  const TailLogs& t = e.request;
+  if (t.cancel) {
+    follows_.erase(t.request);
+    return tailer_->Cancel(t.request);
+  }
+  if (t.follow) follows_[t.request] = t;
+  if (tailer_->Start(t.request, TailFiles(t.job, e.generation, e.workers), t.follow, t.tail_lines)) {
+    return;
+  }
+  follows_.erase(t.request);
+  v1::AgentMessage m;
+  m.mutable_log_lines()->set_request(t.request);
+  m.mutable_log_lines()->set_job(t.job);
+  m.mutable_log_lines()->set_end(true);
+  Send(std::move(m));
+}
+
+void Engine::On(const Dropped& e) { LogInfo("message_dropped", {{"what", e.what}, {"why", e.why}}); }
+
+}  // namespace everstep::agent

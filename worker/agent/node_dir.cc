@@ -1,0 +1,175 @@
+#include "worker/agent/node_dir.h"
+
+#include <arpa/inet.h>
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <netdb.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <system_error>
+
+#include "worker/agent/dial_backoff.h"
+
+namespace everstep::agent {
+namespace {
+
+constexpr std::size_t kMaxAddressFile = 64u << 10;
+
+std::string ReadFile(const std::string& path, std::size_t limit) {
+  std::ifstream file(path, std::ios::binary);
+  std::string text(limit, '\0');
+  file.read(text.data(), static_cast<std::streamsize>(text.size()));
+  text.resize(static_cast<std::size_t>(file.gcount()));
+  return text;
+}
+
+}  // namespace
+
+NodeDirLock::~NodeDirLock() {
+  if (fd_ < 0) return;
+  unlink(path_.c_str());
+  close(fd_);
+}
+
+bool NodeDirLock::Take(const std::string& node_dir, std::string* error) {
+  std::error_code ec;
+  std::filesystem::create_directories(node_dir, ec);
+  if (ec) {
+    *error = fmt::format("cannot make the node's directory {}: {}; choose another --state-dir", node_dir,
+                         ec.message());
+    return false;
+  }
+  path_ = node_dir + "/agent.pid";
+  for (int attempt = 0; attempt < 16; ++attempt) {
+    const int fd = open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
+    if (fd < 0) {
+      *error = fmt::format("cannot write {}: {}; choose another --state-dir", path_, strerror(errno));
+      return false;
+    }
+    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+      const std::string pid = ReadFile(path_, 32);
+      *error = fmt::format("another agent (pid {}) runs this node in {}; end it, or choose another "
+                           "--node or --state-dir",
+                           pid.substr(0, pid.find('\n')), node_dir);
+      close(fd);
+      return false;
+    }
+    // The one before may have unlinked the file between our open and our lock.
+    struct stat ours = {}, there = {};
+    if (fstat(fd, &ours) != 0 || stat(path_.c_str(), &there) != 0 || ours.st_ino != there.st_ino) {
+      close(fd);
+      continue;
+    }
+    const std::string pid = fmt::format("{}\n", getpid());
+    if (ftruncate(fd, 0) != 0 || write(fd, pid.data(), pid.size()) != static_cast<ssize_t>(pid.size())) {
+      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir", path_,
+                           strerror(errno));
+      close(fd);
+      return false;
+    }
+    fd_ = fd;
+    return true;
+  }
+  *error = fmt::format("{} is made and removed by others all the time; choose another --node", path_);
+  return false;
+}
+
+std::vector<std::string> ReadControllers(const std::string& node_dir) {
+  std::vector<std::string> bad;
+  return ParseAddresses(ReadFile(node_dir + "/controller", kMaxAddressFile), &bad);
+}
+
+bool WriteControllers(const std::string& node_dir, const std::vector<std::string>& addresses,
+                      std::string* error) {
+  const std::string path = node_dir + "/controller";
+  const std::string temporary = fmt::format("{}.{}", path, getpid());
+  {
+    std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
+    for (const std::string& address : addresses) file << address << '\n';
+    file.flush();
+    if (!file) {
+      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir", temporary,
+                           strerror(errno));
+      return false;
+    }
+  }
+  std::error_code ec;
+  std::filesystem::rename(temporary, path, ec);
+  if (ec) *error = fmt::format("cannot write {}: {}; choose another --state-dir", path, ec.message());
+  return !ec;
+}
+
+std::string BootId() {
+  std::string id = ReadFile("/proc/sys/kernel/random/boot_id", 64);
+  while (!id.empty() && id.back() == '\n') id.pop_back();
+  return id;
+}
+
+std::uint64_t PidNamespace() {
+  struct stat st = {};
+  return stat("/proc/self/ns/pid", &st) == 0 ? st.st_ino : 0;
+}
+
+std::uint64_t ProcessStartTime(std::int32_t pid) {
+  if (pid <= 0) return 0;
+  const std::string text = ReadFile(fmt::format("/proc/{}/stat", pid), 4096);
+  const auto name_end = text.rfind(')');
+  if (name_end == std::string::npos || name_end + 2 >= text.size()) return 0;
+  const char state = text[name_end + 2];
+  if (state == 'Z' || state == 'X') return 0;
+  std::size_t at = name_end + 2;  // field 3; fields are separated by one blank
+  for (int field = 3; field < 22; ++field) {
+    at = text.find(' ', at);
+    if (at == std::string::npos) return 0;
+    ++at;
+  }
+  std::uint64_t value = 0;
+  std::from_chars(text.data() + at, text.data() + text.size(), value);
+  return value;
+}
+
+std::string LocalAddressTowards(const std::string& controller) {
+  const auto colon = controller.rfind(':');
+  std::string host = controller.substr(0, colon);
+  if (host.size() > 2 && host.front() == '[') host = host.substr(1, host.size() - 2);
+  const std::string port = colon == std::string::npos ? "1" : controller.substr(colon + 1);
+  addrinfo hints = {};
+  hints.ai_socktype = SOCK_DGRAM;  // connect() of it sends nothing
+  addrinfo* found = nullptr;
+  std::string out = "127.0.0.1";
+  if (getaddrinfo(host.c_str(), port.c_str(), &hints, &found) != 0) return out;
+  for (const addrinfo* a = found; a != nullptr; a = a->ai_next) {
+    const int fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, 0);
+    if (fd < 0) continue;
+    sockaddr_storage local = {};
+    socklen_t size = sizeof local;
+    char text[NI_MAXHOST];
+    const bool done =
+        connect(fd, a->ai_addr, a->ai_addrlen) == 0 &&
+        getsockname(fd, reinterpret_cast<sockaddr*>(&local), &size) == 0 &&
+        getnameinfo(reinterpret_cast<sockaddr*>(&local), size, text, sizeof text, nullptr, 0,
+                    NI_NUMERICHOST) == 0;
+    close(fd);
+    if (done) {
+      out = text;
+      break;
+    }
+  }
+  freeaddrinfo(found);
+  return out;
+}
+
+bool IsLoopback(const std::string& address) {
+  return address == "localhost" || address == "::1" || address.starts_with("127.");
+}
+
+}  // namespace everstep::agent

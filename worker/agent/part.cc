@@ -1,0 +1,29 @@
+#include "worker/agent/part.h"
+
+#include <utility>
+
+namespace everstep::agent {
+
+checkpoint::Part PartOf(const Activate& a) {
+  checkpoint::Part part;
+  part.job = a.job;
+  part.generation = a.generation;
+  part.world_size = static_cast<std::int32_t>(a.world_size);
+  part.data_key = a.data_key;
+  part.replica_address = a.plan.replica_address;
+  part.committed_step = a.committed_step;
+  for (const WorkerPlan& w : a.plan.workers) {
+    checkpoint::WorkerPart worker;
+    worker.rank = w.rank;
+    worker.restore.step = w.restore.step;
+    worker.restore.shard_rank = w.restore.shard_rank;
+    worker.restore.shard_generation = w.restore.shard_generation;
+    worker.restore.crc_root = w.restore.crc_root;
+    worker.restore.bytes = w.restore.bytes;
+    if (w.restore.source_node != a.plan.node) worker.restore.source_address = w.restore.source_address;
+    part.workers.push_back(std::move(worker));
+  }
+  return part;
+}
+
+}  // namespace everstep::agent
