@@ -1,0 +1,141 @@
+/* libeverstep.so: how a trainer process keeps its state in its node's memory. C ABI, version 1.
+ *
+ * Conventions:
+ *  1. Handles are opaque; who opens closes.
+ *  2. Functions answer an int: 0 (EVERSTEP_OK), a positive outcome, or a negative error. After an
+ * error everstep_last_error gives one sentence: who, what, the limit, what to do next.
+ *  3. Structs begin with their size in bytes, set by the caller; a newer library fills no more than
+ * that.
+ *  4. Buffers are the caller's. Pointers that the library gives stay valid until the next call on
+ * the same handle that says otherwise.
+ *  5. One thread at a time per handle. A handle does not work in a forked child (EVERSTEP_EINVAL).
+ *  6. Nothing is thrown across, nothing is printed, no signal is handled, no thread is started.
+ *  7. Within one ABI version functions and trailing struct fields are only added.
+ *
+ * A capture: begin, write ..., commit. From begin to commit the slot is torn; whoever dies in
+ * between leaves the other slot, which is whole. docs/internals/arena.md has the bytes.
+ */
+#ifndef EVERSTEP_EVERSTEP_H_
+#define EVERSTEP_EVERSTEP_H_
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define EVERSTEP_ABI_VERSION 1u
+
+/* Outcomes. */
+#define EVERSTEP_OK 0
+#define EVERSTEP_SKIPPED 1 /* capture_begin: nothing may be overwritten now; see everstep_stats */
+#define EVERSTEP_NONE 2    /* restore, find: there is no such step; start from nothing */
+
+/* Errors. */
+#define EVERSTEP_EINVAL (-1)       /* an argument or the order of calls makes no sense */
+#define EVERSTEP_ENOMEM (-2)       /* the machine has not got the memory for the arena */
+#define EVERSTEP_ECORRUPT (-3)     /* a checksum disagrees */
+#define EVERSTEP_ESTALE (-4)       /* this process belongs to a generation that is over */
+#define EVERSTEP_EUNAVAILABLE (-5) /* no agent answers */
+#define EVERSTEP_ETIMEDOUT (-6)
+#define EVERSTEP_EREFUSED (-7)  /* the agent said no, or could not get the bytes */
+#define EVERSTEP_EINTERNAL (-8) /* the operating system refused; the text has its reason */
+
+/* Flags of a capture. */
+#define EVERSTEP_REPLICATED_LAYOUT 1u /* every rank's state is the same (data parallel) */
+
+typedef struct everstep_client everstep_client;
+
+typedef struct everstep_options {
+  uint32_t size; /* sizeof(everstep_options) */
+  int32_t rank;
+  int32_t world_size;
+  uint32_t connect_timeout_ms; /* 0: 5000 */
+  uint32_t commit_wait_ms; /* longest wait for a commit in capture_begin; 0: 500. Halved after each
+                              wait in vain, full again after a commit. */
+  uint32_t reserved;
+  uint64_t generation; /* EVERSTEP_GENERATION */
+  const char* job;     /* EVERSTEP_JOB */
+  const char* keeper;  /* EVERSTEP_KEEPER: path of the keeper's socket */
+} everstep_options;
+
+typedef struct everstep_slot {
+  uint32_t size; /* sizeof(everstep_slot) */
+  uint32_t slot;
+  uint64_t sequence;
+  int64_t step;
+  uint64_t generation; /* that captured it */
+  int32_t rank;        /* that captured it; another than one's own with a replicated layout */
+  int32_t world_size;
+  uint32_t flags;
+  uint32_t crc_root;
+  uint64_t payload_bytes; /* tensors, then the table */
+  uint64_t table_offset;
+  uint64_t table_bytes;
+} everstep_slot;
+
+typedef struct everstep_piece {
+  const void* data;
+  uint64_t bytes;
+} everstep_piece;
+
+typedef struct everstep_stats {
+  uint32_t size; /* sizeof(everstep_stats) */
+  uint32_t agent_alive;
+  uint64_t captured;
+  uint64_t skipped;
+  uint64_t replaced;      /* a captured, never committed step gave way to a newer one */
+  uint64_t waited_ns;     /* for commits */
+  uint64_t copy_ns;       /* between begin and commit */
+  int64_t newest_step;    /* whole in this arena; -1: none */
+  int64_t committed_step; /* newest that the agent reported; -1: none */
+  char last_skip[32];     /* why: "peer_slow", "no_controller", "realign", ... */
+} everstep_stats;
+
+/* EVERSTEP_ABI_VERSION of the library; refuse another than the one compiled against. */
+uint32_t everstep_abi_version(void);
+/* "0.1.0" */
+const char* everstep_version(void);
+
+/* Attaches to this rank's arena at the node's keeper. On error *out is a handle that only serves
+ * everstep_last_error and everstep_close, or NULL without memory. */
+int everstep_open(const everstep_options* options, everstep_client** out);
+void everstep_close(everstep_client* client);
+/* Of the newest call that failed. Valid until the next call on the handle. Never NULL. */
+const char* everstep_last_error(const everstep_client* client);
+
+/* Takes the memory for two slots of payload_bytes each, now. A slot with content that is too small
+ * grows when it is next overwritten. Without it the first capture does so. */
+int everstep_reserve(everstep_client* client, uint64_t payload_bytes);
+
+/* Waits until the agent has put into the arena what this generation starts from, and checks every
+ * byte. EVERSTEP_OK: *slot is what to load. EVERSTEP_NONE: start from nothing. */
+int everstep_restore(everstep_client* client, uint32_t timeout_ms, everstep_slot* slot);
+/* The newest whole and checked slot at or under max_step, whatever generation captured it. */
+int everstep_find(everstep_client* client, int64_t max_step, everstep_slot* slot);
+/* Address of a slot's payload, payload_bytes long, read-only by contract. Valid until the next
+ * capture_begin or reserve. EVERSTEP_ESTALE: overwritten since. */
+int everstep_payload(everstep_client* client, const everstep_slot* slot, const void** data);
+
+/* Chooses the slot to overwrite and tears it. payload_bytes: at most what will be written, table
+ * and padding included. May wait, bounded, for the commit of the step before. */
+int everstep_capture_begin(everstep_client* client, int64_t step, uint64_t payload_bytes,
+                           uint32_t flags);
+/* Appends each piece at the next multiple of 64. offsets (may be NULL): where each came to lie. */
+int everstep_capture_write(everstep_client* client, const everstep_piece* pieces, uint32_t count,
+                           uint64_t* offsets);
+/* Appends the table, publishes the slot and rings the agent. */
+int everstep_capture_commit(everstep_client* client, const void* table, uint64_t table_bytes);
+/* Gives the capture up; the slot stays torn. */
+void everstep_capture_abort(everstep_client* client);
+
+/* Tells the agent about a step that was not captured. */
+int everstep_report_step(everstep_client* client, int64_t step);
+
+int everstep_get_stats(everstep_client* client, everstep_stats* stats);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif /* EVERSTEP_EVERSTEP_H_ */
