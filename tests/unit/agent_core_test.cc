@@ -40,6 +40,9 @@ class Node {
 
   void Up(Incarnation i = 1, std::vector<JobId> known = {"j"}) {
     if (!core.registered()) Do(SessionOpened{});
+    Answered(i, std::move(known));
+  }
+  void Answered(Incarnation i, std::vector<JobId> known = {"j"}) {
     incarnation = i;
     sequence = 0;
     Do(Registered{Next(), Milliseconds(250), Milliseconds(1500), std::move(known)});
@@ -230,6 +233,31 @@ TEST(AgentCore, AfterABrokenStreamTheRegistrationCarriesEverything) {
   EXPECT_FALSE(r->jobs[0].workers[0].running);
   EXPECT_EQ(r->jobs[0].workers[0].exit.code, 3);
   EXPECT_TRUE(r->jobs[0].workers[1].running);
+}
+
+// Found by the simulator, seed 68: the job waited for ever for an exit that nobody told.
+TEST(AgentCore, WhatHappensWhileARegistrationIsAnsweredIsToldAfterIt) {
+  Node n;
+  n.Boot();
+  n.Run(1);
+  n.Do(SessionLost{"reset"});
+  n.Do(SessionOpened{});
+  ASSERT_NE(n.Find<SendRegister>(), nullptr);
+  n.Exits(1, 0, 10, 0);
+  EXPECT_TRUE(n.last.empty()) << "nothing is said on a stream that is not registered";
+  n.Answered(2);
+  ASSERT_EQ(n.Count<SendWorkerExited>(), 1);
+  EXPECT_EQ(n.Find<SendWorkerExited>()->worker.rank, 0);
+
+  n.Do(SessionLost{"reset"});
+  n.Do(SessionOpened{});
+  n.Exits(1, 1, 11, 0);
+  n.Do(SessionLost{"reset"});
+  n.Do(SessionOpened{});
+  ASSERT_NE(n.Find<SendRegister>(), nullptr);
+  EXPECT_FALSE(n.Find<SendRegister>()->jobs[0].workers[1].running);
+  n.Answered(3);
+  EXPECT_EQ(n.Count<SendWorkerExited>(), 0) << "the second registration said it";
 }
 
 TEST(AgentCore, AnAnswerThatABrokenStreamSwallowedIsGivenAgain) {
