@@ -1,4 +1,5 @@
-// A RecordStore in memory: what tests and single-process uses need. Same order, same semantics, no file.
+// A RecordStore in memory: what tests and single-process uses need. Same order, same semantics, no
+// file.
 #pragma once
 
 #include <map>
@@ -30,9 +31,9 @@ class FaultStore final : public RecordStore {
  public:
   explicit FaultStore(RecordStore* inner) : inner_(inner) {}
 
-  // After `writes` more good ones, the next Write answers `status`. `applied`: the batch reached the
-  // disk all the same (the error came after it), which a caller cannot tell. It then goes on failing
-  // until Heal().
+  // After `writes` more good ones, the next Write answers `status`. `applied`: the batch reached
+  // the disk all the same (the error came after it), which a caller cannot tell. It then goes on
+  // failing until Heal().
   void FailAfter(std::uint64_t writes, StoreStatus status, bool applied = false);
   void Heal() { armed_ = false; }
 

@@ -1,7 +1,8 @@
-// Where a controller keeps its durable state: whole records, one per key, written in synced batches.
+// Where a controller keeps its durable state: whole records, one per key, written in synced
+// batches.
 //
-// The brain (controller/server) is the only caller. Implementations: MemoryStore (tests, simulator),
-// RocksStore (production), FaultStore (wraps either and fails on demand).
+// The brain (controller/server) is the only caller. Implementations: MemoryStore (tests,
+// simulator), RocksStore (production), FaultStore (wraps either and fails on demand).
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,8 @@ struct [[nodiscard]] StoreStatus {
 
 // Said once, when a store is opened.
 struct StoreInfo {
-  std::string cluster;        // random id, made when the store was
-  std::uint64_t starts = 0;   // times this store was opened for writing, this one included
+  std::string cluster;       // random id, made when the store was
+  std::uint64_t starts = 0;  // times this store was opened for writing, this one included
   std::string product_version;
 };
 
@@ -47,7 +48,8 @@ RecordKey KeyOf(const Record& record);
 // The journal's key: eight bytes, most significant first, so that key order is history's order.
 std::string JournalKey(std::uint64_t sequence);
 
-// Not thread-safe: one owner thread (the brain), except Describe(). Writes block until the bytes are durable.
+// Not thread-safe: one owner thread (the brain), except Describe(). Writes block until the bytes
+// are durable.
 class RecordStore {
  public:
   virtual ~RecordStore() = default;
@@ -55,10 +57,11 @@ class RecordStore {
   // Every record, ordered by table and key. REQUIRES: called before the first Write.
   virtual StoreStatus Load(std::vector<Record>* out) = 0;
 
-  // All records, then all deletions, as one atomic batch; durable when it returns ok. After an error the
-  // batch is either whole or absent and the caller must not go on as if it knew which: the process ends
-  // and recovery reads the store again.
-  virtual StoreStatus Write(std::span<const Record> records, std::span<const Deletion> deletions) = 0;
+  // All records, then all deletions, as one atomic batch; durable when it returns ok. After an
+  // error the batch is either whole or absent and the caller must not go on as if it knew which:
+  // the process ends and recovery reads the store again.
+  virtual StoreStatus Write(std::span<const Record> records,
+                            std::span<const Deletion> deletions) = 0;
 
   virtual const StoreInfo& info() const = 0;
 

@@ -1,4 +1,5 @@
-// The stores: what was written is read back, in order; a deletion deletes; a fault is told, not hidden.
+// The stores: what was written is read back, in order; a deletion deletes; a fault is told, not
+// hidden.
 #include <gtest/gtest.h>
 
 #include "controller/store/memory_store.h"

@@ -1,0 +1,511 @@
+#include "controller/store/convert.h"
+
+#include <array>
+#include <utility>
+
+#include <fmt/format.h>
+
+namespace everstep::controller {
+namespace {
+
+// Accepts [0, last].
+template <typename Enum>
+bool ToEnum(std::uint32_t number, Enum last, Enum* to) {
+  if (number > static_cast<std::uint32_t>(last)) return false;
+  *to = static_cast<Enum>(number);
+  return true;
+}
+
+bool ToReason(std::uint32_t number, Reason* to) {
+  return number < static_cast<std::uint32_t>(Reason::kCount) && ToEnum(number, Reason::kCount, to);
+}
+
+template <typename Enum>
+std::uint32_t Number(Enum e) {
+  return static_cast<std::uint32_t>(e);
+}
+
+constexpr std::array<std::uint32_t, 256> MakeCrcTable() {
+  std::array<std::uint32_t, 256> table{};
+  for (std::uint32_t i = 0; i < 256; ++i) {
+    std::uint32_t crc = i;
+    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) != 0 ? 0x82F63B78u : 0u);
+    table[i] = crc;
+  }
+  return table;
+}
+constexpr std::array<std::uint32_t, 256> kCrcTable = MakeCrcTable();
+
+void ToProto(const ExitInfo& from, v1::ExitInfo* to) {
+  to->set_code(from.code);
+  to->set_oom_killed(from.oom_killed);
+  to->set_by_everstep(from.by_everstep);
+  to->set_exit_ns(from.occurred.ns);
+  to->set_error_json(from.error_json);
+  to->set_error_file(from.error_file);
+  to->set_error_time_ns(from.error_time.ns);
+  to->set_ran_ms(ToMilliseconds(from.ran));
+}
+
+void ToProto(const Fault& from, v1::FaultSummary* to) {
+  to->set_id(from.id);
+  to->set_reason(Number(from.reason));
+  to->set_subject(from.subject);
+  to->set_evidence(from.evidence);
+  to->set_action(from.action);
+  to->set_detected_ns(from.detected.ns);
+  to->set_occurred_ns(from.occurred.ns);
+  to->set_recovered_ns(from.recovered.ns);
+  to->set_generation_before(from.generation_before);
+  to->set_generation_after(from.generation_after);
+  to->set_step_before(from.step_before);
+  to->set_step_after(from.step_after);
+}
+
+bool FromProto(const v1::FaultSummary& from, Fault* to) {
+  to->id = from.id();
+  to->subject = from.subject();
+  to->evidence = from.evidence();
+  to->action = from.action();
+  to->detected = {from.detected_ns()};
+  to->occurred = {from.occurred_ns()};
+  to->recovered = {from.recovered_ns()};
+  to->generation_before = from.generation_before();
+  to->generation_after = from.generation_after();
+  to->step_before = from.step_before();
+  to->step_after = from.step_after();
+  return ToReason(from.reason(), &to->reason);
+}
+
+std::uint32_t Milliseconds32(Duration d) {
+  return static_cast<std::uint32_t>(ToMilliseconds(d));
+}
+
+template <typename Proto, typename Value>
+StoreStatus Parse(const RecordKey& key, std::string_view payload, Record* out) {
+  Proto proto;
+  Value value;
+  if (!proto.ParseFromArray(payload.data(), static_cast<int>(payload.size())) ||
+      !FromProto(proto, &value)) {
+    return {StoreCode::kCorrupt,
+            fmt::format("record {} of the store has a good checksum but does not parse: it was "
+                        "written by another version; start that version, or restore the state "
+                        "directory from a copy",
+                        key.table == Deletion::Table::kJournal ? "journal" : key.key)};
+  }
+  *out = std::move(value);
+  return {};
+}
+
+std::uint32_t RecordCrc(const RecordKey& key, std::string_view payload) {
+  const char table = static_cast<char>(key.table);
+  return Crc32c(payload, Crc32c(key.key, Crc32c({&table, 1})));
+}
+
+}  // namespace
+
+std::uint32_t Crc32c(std::string_view data, std::uint32_t seed) {
+  std::uint32_t crc = ~seed;
+  for (const char c : data) {
+    crc = (crc >> 8) ^ kCrcTable[(crc ^ static_cast<unsigned char>(c)) & 0xFF];
+  }
+  return ~crc;
+}
+
+void ToProto(const NodeRecord& from, v1::NodeRecord* to) {
+  to->set_node(from.node);
+  to->set_incarnation(from.incarnation);
+  to->set_keeper_id(from.keeper_id);
+  to->set_health(Number(from.health));
+  to->set_draining(from.draining);
+  to->set_drain_reason(from.drain_reason);
+  to->set_address(from.facts.address);
+  to->set_data_port(from.facts.data_port);
+  to->set_slots(from.facts.slots);
+  for (const auto& [name, value] : from.facts.labels) (*to->mutable_labels())[name] = value;
+}
+
+bool FromProto(const v1::NodeRecord& from, NodeRecord* to) {
+  to->node = from.node();
+  to->incarnation = from.incarnation();
+  to->keeper_id = from.keeper_id();
+  to->draining = from.draining();
+  to->drain_reason = from.drain_reason();
+  to->facts.address = from.address();
+  to->facts.data_port = from.data_port();
+  to->facts.slots = from.slots();
+  for (const auto& [name, value] : from.labels()) to->facts.labels[name] = value;
+  return ToEnum(from.health(), NodeHealth::kLost, &to->health);
+}
+
+void ToProto(const JobSpec& from, v1::JobSpec* to) {
+  to->set_job(from.job);
+  to->set_min_nodes(from.min_nodes);
+  to->set_max_nodes(from.max_nodes);
+  to->set_nproc_per_node(from.nproc_per_node);
+  to->set_spares(from.spares);
+  to->set_max_restarts(from.max_restarts);
+  to->set_strict_restarts(from.strict_restarts);
+  to->set_join_timeout_ms(Milliseconds32(from.join_timeout));
+  to->set_last_call_ms(Milliseconds32(from.last_call));
+  to->set_max_no_progress(from.max_no_progress);
+  to->set_max_start_failures(from.max_start_failures);
+  to->set_master_port(from.master_port);
+  to->set_only_nodes(fmt::format("{}", fmt::join(from.only_nodes, ",")));
+  to->set_submitted_ns(from.submitted.ns);
+  // An unreadable command was refused at submission.
+  to->mutable_command()->ParseFromString(from.command.opaque);
+}
+
+void FromProto(const v1::JobSpec& from, JobSpec* to) {
+  to->job = from.job();
+  to->min_nodes = from.min_nodes();
+  to->max_nodes = from.max_nodes();
+  to->nproc_per_node = from.nproc_per_node();
+  to->spares = from.spares();
+  to->max_restarts = from.max_restarts();
+  to->strict_restarts = from.strict_restarts();
+  to->join_timeout = Milliseconds(from.join_timeout_ms());
+  to->last_call = Milliseconds(from.last_call_ms());
+  to->max_no_progress = from.max_no_progress();
+  to->max_start_failures = from.max_start_failures();
+  to->master_port = from.master_port();
+  to->only_nodes.clear();
+  const std::string& nodes = from.only_nodes();
+  for (std::size_t begin = 0; begin < nodes.size();) {
+    std::size_t end = nodes.find(',', begin);
+    if (end == std::string::npos) end = nodes.size();
+    if (end > begin) to->only_nodes.push_back(nodes.substr(begin, end - begin));
+    begin = end + 1;
+  }
+  to->submitted = {from.submitted_ns()};
+  from.command().SerializeToString(&to->command.opaque);
+}
+
+void ToProto(const HeldShard& from, v1::HeldShard* to) {
+  to->set_rank(from.rank);
+  to->set_world_size(from.world_size);
+  to->set_generation(from.generation);
+  to->set_step(from.step);
+  to->set_crc_root(from.crc_root);
+  to->set_bytes(from.bytes);
+  to->set_replica(from.replica);
+  to->set_replicated_layout(from.replicated_layout);
+}
+
+HeldShard FromProto(const v1::HeldShard& from) {
+  return {.rank = from.rank(),
+          .world_size = from.world_size(),
+          .generation = from.generation(),
+          .step = from.step(),
+          .crc_root = from.crc_root(),
+          .bytes = from.bytes(),
+          .replica = from.replica(),
+          .replicated_layout = from.replicated_layout()};
+}
+
+void ToProto(const WorkerOnNode& from, v1::WorkerOnNode* to) {
+  to->set_rank(from.rank);
+  to->set_local_rank(from.local_rank);
+  to->set_pid(from.pid);
+  to->set_running(from.running);
+  if (!from.running) ToProto(from.exit, to->mutable_exit());
+}
+
+ExitInfo FromProto(const v1::ExitInfo& from) {
+  return {.code = from.code(),
+          .oom_killed = from.oom_killed(),
+          .by_everstep = from.by_everstep(),
+          .occurred = {from.exit_ns()},
+          .error_json = from.error_json(),
+          .error_file = from.error_file(),
+          .error_time = {from.error_time_ns()},
+          .ran = Milliseconds(from.ran_ms())};
+}
+
+WorkerOnNode FromProto(const v1::WorkerOnNode& from) {
+  return {.rank = from.rank(),
+          .local_rank = from.local_rank(),
+          .pid = from.pid(),
+          .running = from.running(),
+          .exit = FromProto(from.exit())};
+}
+
+void ToProto(const NodePlan& from, v1::NodePlan* to) {
+  to->set_node(from.node);
+  to->set_group_rank(from.group_rank);
+  to->set_address(from.address);
+  to->set_data_port(from.data_port);
+  to->set_replica_node(from.replica_node);
+  to->set_replica_address(from.replica_address);
+  for (const WorkerPlan& worker : from.workers) {
+    v1::WorkerPlan* w = to->add_workers();
+    w->set_rank(worker.rank);
+    w->set_local_rank(worker.local_rank);
+    w->set_role_rank(worker.rank);
+    v1::Restore* restore = w->mutable_restore();
+    restore->set_step(worker.restore.step);
+    restore->set_shard_rank(worker.restore.shard_rank);
+    restore->set_shard_generation(worker.restore.shard_generation);
+    restore->set_crc_root(worker.restore.crc_root);
+    restore->set_bytes(worker.restore.bytes);
+    restore->set_source_node(worker.restore.source_node);
+    restore->set_source_address(worker.restore.source_address);
+  }
+}
+
+void FromProto(const v1::NodePlan& from, NodePlan* to) {
+  to->node = from.node();
+  to->group_rank = from.group_rank();
+  to->address = from.address();
+  to->data_port = from.data_port();
+  to->replica_node = from.replica_node();
+  to->replica_address = from.replica_address();
+  to->workers.clear();
+  for (const v1::WorkerPlan& worker : from.workers()) {
+    const v1::Restore& restore = worker.restore();
+    to->workers.push_back({.rank = worker.rank(),
+                           .local_rank = worker.local_rank(),
+                           .restore = {.step = restore.step(),
+                                       .shard_rank = restore.shard_rank(),
+                                       .shard_generation = restore.shard_generation(),
+                                       .crc_root = restore.crc_root(),
+                                       .bytes = restore.bytes(),
+                                       .source_node = restore.source_node(),
+                                       .source_address = restore.source_address()}});
+  }
+}
+
+void ToProto(const JobRecord& from, v1::JobRecord* to) {
+  ToProto(from.spec, to->mutable_spec());
+  to->set_state(Number(from.state));
+  to->set_generation(from.generation);
+  to->set_restarts(from.restarts);
+  to->set_lost_capacity(from.lost_capacity);
+  to->set_start_failures(from.start_failures);
+  to->set_no_progress(from.no_progress);
+  to->set_best_step(from.best_step);
+  to->set_end_reason(Number(from.end_reason));
+  to->set_end_message(from.end_message);
+  to->set_exit_code(from.exit_code);
+  to->set_started_ns(from.started.ns);
+  to->set_ended_ns(from.ended.ns);
+  to->set_data_key(from.data_key);
+  for (const Fault& fault : from.faults) ToProto(fault, to->add_faults());
+  for (const WorkerOnNode& worker : from.failures) ToProto(worker, to->add_failures());
+}
+
+bool FromProto(const v1::JobRecord& from, JobRecord* to) {
+  FromProto(from.spec(), &to->spec);
+  to->generation = from.generation();
+  to->restarts = from.restarts();
+  to->lost_capacity = from.lost_capacity();
+  to->start_failures = from.start_failures();
+  to->no_progress = from.no_progress();
+  to->best_step = from.best_step();
+  to->end_message = from.end_message();
+  to->exit_code = from.exit_code();
+  to->started = {from.started_ns()};
+  to->ended = {from.ended_ns()};
+  to->data_key = from.data_key();
+  for (const v1::FaultSummary& fault : from.faults()) {
+    if (!FromProto(fault, &to->faults.emplace_back())) return false;
+  }
+  for (const v1::WorkerOnNode& worker : from.failures()) to->failures.push_back(FromProto(worker));
+  return ToEnum(from.state(), JobState::kCancelled, &to->state) &&
+         ToReason(from.end_reason(), &to->end_reason);
+}
+
+void ToProto(const GenerationRecord& from, v1::GenerationRecord* to) {
+  const GenerationPlan& plan = from.plan;
+  to->set_job(plan.job);
+  to->set_generation(plan.generation);
+  to->set_phase(Number(plan.phase));
+  for (const NodePlan& node : plan.nodes) ToProto(node, to->add_nodes());
+  to->set_master_addr(plan.master_addr);
+  to->set_master_port(plan.master_port);
+  to->set_restart_count(plan.restart_count);
+  to->set_restore_step(plan.restore_step);
+  to->set_reason(Number(plan.reason));
+  to->set_evidence(plan.evidence);
+}
+
+bool FromProto(const v1::GenerationRecord& from, GenerationRecord* to) {
+  GenerationPlan& plan = to->plan;
+  plan.job = from.job();
+  plan.generation = from.generation();
+  for (const v1::NodePlan& node : from.nodes()) FromProto(node, &plan.nodes.emplace_back());
+  plan.master_addr = from.master_addr();
+  plan.master_port = from.master_port();
+  plan.restart_count = from.restart_count();
+  plan.restore_step = from.restore_step();
+  plan.evidence = from.evidence();
+  return ToEnum(from.phase(), Phase::kEnded, &plan.phase) && ToReason(from.reason(), &plan.reason);
+}
+
+void ToProto(const CommitRecord& from, v1::CommitRecord* to) {
+  to->set_job(from.job);
+  for (const Commit& commit : from.commits) {
+    v1::CommitRecord::Commit* c = to->add_commits();
+    c->set_generation(commit.generation);
+    c->set_step(commit.step);
+    c->set_world_size(static_cast<std::uint32_t>(commit.world_size));
+    c->set_copies(commit.copies);
+    c->set_replicated_layout(commit.replicated_layout);
+    for (const HeldShard& shard : commit.shards) ToProto(shard, c->add_shards());
+  }
+}
+
+bool FromProto(const v1::CommitRecord& from, CommitRecord* to) {
+  to->job = from.job();
+  for (const v1::CommitRecord::Commit& c : from.commits()) {
+    Commit& commit = to->commits.emplace_back();
+    commit.generation = c.generation();
+    commit.step = c.step();
+    commit.world_size = static_cast<std::int32_t>(c.world_size());
+    commit.copies = c.copies();
+    commit.replicated_layout = c.replicated_layout();
+    for (const v1::HeldShard& shard : c.shards()) commit.shards.push_back(FromProto(shard));
+  }
+  return true;
+}
+
+void ToProto(const JournalRecord& from, v1::JournalRecord* to) {
+  to->set_sequence(from.sequence);
+  to->set_time_ns(from.time.ns);
+  to->set_type_name(from.type);
+  to->set_severity(Number(from.severity));
+  to->set_reason(Number(from.reason));
+  to->set_job(from.job);
+  to->set_node(from.node);
+  to->set_rank(from.rank);
+  to->set_generation(from.generation);
+  to->set_message(from.message);
+  to->set_evidence(from.evidence);
+}
+
+bool FromProto(const v1::JournalRecord& from, JournalRecord* to) {
+  to->sequence = from.sequence();
+  to->time = {from.time_ns()};
+  to->type = from.type_name();
+  to->job = from.job();
+  to->node = from.node();
+  to->rank = from.rank();
+  to->generation = from.generation();
+  to->message = from.message();
+  to->evidence = from.evidence();
+  return ToEnum(from.severity(), Severity::kError, &to->severity) &&
+         ToReason(from.reason(), &to->reason);
+}
+
+std::string EncodeRecord(const Record& record) {
+  std::string payload;
+  const auto serialise = [&payload](const auto& proto) { proto.SerializeToString(&payload); };
+  struct {
+    decltype(serialise)& out;
+    void operator()(const NodeRecord& r) const {
+      v1::NodeRecord p;
+      ToProto(r, &p);
+      out(p);
+    }
+    void operator()(const JobRecord& r) const {
+      v1::JobRecord p;
+      ToProto(r, &p);
+      out(p);
+    }
+    void operator()(const GenerationRecord& r) const {
+      v1::GenerationRecord p;
+      ToProto(r, &p);
+      p.set_plan_crc(PlanCrc(r.plan));
+      out(p);
+    }
+    void operator()(const CommitRecord& r) const {
+      v1::CommitRecord p;
+      ToProto(r, &p);
+      out(p);
+    }
+    void operator()(const JournalRecord& r) const {
+      v1::JournalRecord p;
+      ToProto(r, &p);
+      out(p);
+    }
+  } encode{serialise};
+  std::visit(encode, record);
+  const std::uint32_t crc = RecordCrc(KeyOf(record), payload);
+  std::string value(5, '\0');
+  value[0] = static_cast<char>(kRecordFormat);
+  for (std::size_t i = 0; i < 4; ++i) value[1 + i] = static_cast<char>((crc >> (8 * i)) & 0xFF);
+  return value + payload;
+}
+
+StoreStatus DecodeRecord(const RecordKey& key, std::string_view value, Record* out) {
+  const std::string_view name = key.table == Deletion::Table::kJournal ? "journal" : key.key;
+  if (value.size() < 5) {
+    return {StoreCode::kCorrupt,
+            fmt::format("record {} of the store is {} bytes long, at least 5 are needed: restore "
+                        "the state directory from a copy",
+                        name, value.size())};
+  }
+  if (static_cast<unsigned char>(value[0]) > kRecordFormat) {
+    return {StoreCode::kTooNew,
+            fmt::format("record {} has format {}, this version reads up to {}: "
+                        "start the newer version",
+                        name, static_cast<unsigned char>(value[0]), kRecordFormat)};
+  }
+  std::uint32_t crc = 0;
+  for (std::size_t i = 0; i < 4; ++i) {
+    crc |= static_cast<std::uint32_t>(static_cast<unsigned char>(value[1 + i])) << (8 * i);
+  }
+  const std::string_view payload = value.substr(5);
+  if (crc != RecordCrc(key, payload)) {
+    return {StoreCode::kCorrupt,
+            fmt::format("record {} of the store fails its checksum: the disk or a program changed "
+                        "it; restore the state directory from a copy",
+                        name)};
+  }
+  switch (key.table) {
+    case Deletion::Table::kNode: return Parse<v1::NodeRecord, NodeRecord>(key, payload, out);
+    case Deletion::Table::kJob: return Parse<v1::JobRecord, JobRecord>(key, payload, out);
+    case Deletion::Table::kGeneration:
+      return Parse<v1::GenerationRecord, GenerationRecord>(key, payload, out);
+    case Deletion::Table::kCommit: return Parse<v1::CommitRecord, CommitRecord>(key, payload, out);
+    case Deletion::Table::kJournal:
+      return Parse<v1::JournalRecord, JournalRecord>(key, payload, out);
+  }
+  return {StoreCode::kCorrupt, fmt::format("record {} is in an unknown table", name)};
+}
+
+std::uint32_t PlanCrc(const GenerationPlan& plan) {
+  v1::GenerationRecord proto;
+  ToProto(GenerationRecord{plan}, &proto);
+  proto.clear_phase();  // a plan keeps its number as it goes from activate to run
+  return Crc32c(proto.SerializeAsString());
+}
+
+void ToSnapshot(const std::vector<Record>& records, v1::StoreSnapshot* to) {
+  for (const Record& record : records) {
+    if (const auto* node = std::get_if<NodeRecord>(&record)) ToProto(*node, to->add_nodes());
+    if (const auto* job = std::get_if<JobRecord>(&record)) ToProto(*job, to->add_jobs());
+    if (const auto* plan = std::get_if<GenerationRecord>(&record)) {
+      ToProto(*plan, to->add_generations());
+    }
+    if (const auto* commit = std::get_if<CommitRecord>(&record))
+      ToProto(*commit, to->add_commits());
+  }
+}
+
+bool FromSnapshot(const v1::StoreSnapshot& from, std::vector<Record>* out) {
+  out->clear();
+  const auto all = [out](const auto& items, auto value) {
+    for (const auto& item : items) {
+      auto one = value;
+      if (!FromProto(item, &one)) return false;
+      out->push_back(std::move(one));
+    }
+    return true;
+  };
+  return all(from.nodes(), NodeRecord{}) && all(from.jobs(), JobRecord{}) &&
+         all(from.generations(), GenerationRecord{}) && all(from.commits(), CommitRecord{});
+}
+
+}  // namespace everstep::controller

@@ -1,0 +1,58 @@
+// The core's records as proto/record.proto, and back. With controller/server/convert.h the only
+// places that know both. Pure functions, thread-safe.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "admin.pb.h"
+#include "controller/store/record_store.h"
+#include "record.pb.h"
+
+namespace everstep::controller {
+
+inline constexpr std::uint32_t kRecordFormat = 1;
+
+void ToProto(const NodeRecord& from, v1::NodeRecord* to);
+void ToProto(const JobRecord& from, v1::JobRecord* to);
+void ToProto(const GenerationRecord& from, v1::GenerationRecord* to);
+void ToProto(const CommitRecord& from, v1::CommitRecord* to);
+void ToProto(const JournalRecord& from, v1::JournalRecord* to);
+
+// False: a number names nothing this version knows (health, state, phase, reason): the record is
+// corrupt.
+bool FromProto(const v1::NodeRecord& from, NodeRecord* to);
+bool FromProto(const v1::JobRecord& from, JobRecord* to);
+bool FromProto(const v1::GenerationRecord& from, GenerationRecord* to);
+bool FromProto(const v1::CommitRecord& from, CommitRecord* to);
+bool FromProto(const v1::JournalRecord& from, JournalRecord* to);
+
+// Parts that the wire shares with the records.
+void ToProto(const JobSpec& from, v1::JobSpec* to);
+void FromProto(const v1::JobSpec& from, JobSpec* to);
+void ToProto(const NodePlan& from, v1::NodePlan* to);
+void FromProto(const v1::NodePlan& from, NodePlan* to);
+void ToProto(const HeldShard& from, v1::HeldShard* to);
+HeldShard FromProto(const v1::HeldShard& from);
+void ToProto(const WorkerOnNode& from, v1::WorkerOnNode* to);
+WorkerOnNode FromProto(const v1::WorkerOnNode& from);
+ExitInfo FromProto(const v1::ExitInfo& from);
+
+// One record's value in the store: format byte, CRC32C (little-endian, over table, key and
+// payload), payload. The key is in the checksum so that a value under another's key is not taken
+// for its own.
+std::string EncodeRecord(const Record& record);
+// `key` as KeyOf gave it. Not ok: kCorrupt or kTooNew, with a text that names the record.
+StoreStatus DecodeRecord(const RecordKey& key, std::string_view value, Record* out);
+
+// CRC32C (Castagnoli), table-driven: records are small.
+std::uint32_t Crc32c(std::string_view data, std::uint32_t seed = 0);
+
+// The CRC32C of a plan as persisted: agents echo it in logs, two plans with one number are equal.
+std::uint32_t PlanCrc(const GenerationPlan& plan);
+
+// All but the journal. False: a record in it is not understood.
+void ToSnapshot(const std::vector<Record>& records, v1::StoreSnapshot* to);
+bool FromSnapshot(const v1::StoreSnapshot& from, std::vector<Record>* out);
+
+}  // namespace everstep::controller
