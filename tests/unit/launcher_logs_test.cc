@@ -97,5 +97,27 @@ TEST_F(LauncherLogs, ALongLineIsCutNotKept) {
   EXPECT_EQ(out_.rfind("[default0]:x", 0), 0U);
 }
 
+TEST_F(LauncherLogs, APrefixTemplateKnowsTheRank) {
+  LogFollower follower = Follow({.workers = 2,
+                                 .tee = {.all = 3, .by_local_rank = {}},
+                                 .role = "r",
+                                 .prefix_template = "<${role_name} ${rank}/${local_rank}> ",
+                                 .rank_of = [](std::int32_t local) { return local + 4; }});
+  Write(1, 1, "stdout", "one\n");
+  follower.Poll();
+  EXPECT_EQ(out_, "<r 5/1> one\n");
+}
+
+TEST_F(LauncherLogs, PickedLinesAreCopiedToAFile) {
+  LogFollower follower =
+      Follow({.workers = 1, .tee = {.all = 1, .by_local_rank = {}}, .stdout_filters = {"loss", "step"}});
+  Write(1, 0, "stdout", "hello\nloss 3\nbye\nstep 4\n");
+  follower.Poll();
+  std::ifstream in(dir_ / "attempt_1" / "filtered_stdout.log");
+  EXPECT_EQ(std::string(std::istreambuf_iterator<char>(in), {}),
+            "[default0]:loss 3\n[default0]:step 4\n");
+  EXPECT_NE(out_.find("hello"), std::string::npos);
+}
+
 }  // namespace
 }  // namespace everstep::launcher

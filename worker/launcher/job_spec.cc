@@ -76,10 +76,10 @@ std::string MakeJobSpec(const LaunchFlags& flags, const SubmitterFacts& facts, v
   spec->set_strict_restarts(flags.max_restarts_given && flags.max_restarts == 0);
   spec->set_join_timeout_ms(ConfigMilliseconds(flags, "join_timeout", kDefaultJoinTimeoutMs));
   spec->set_last_call_ms(ConfigMilliseconds(flags, "last_call_timeout", kDefaultLastCallMs));
-  // A port the user chose is where scripts of other programs may look; without one, any is right.
-  spec->set_master_port(flags.rdzv_backend == "static" && !flags.standalone
-                            ? flags.master_port.value_or(0)
-                            : 0);
+  // A port the user chose is where scripts of other programs may look. With more nodes the controller stands
+  // there: it is the one port that all of them know.
+  const bool chosen = flags.rdzv_backend == "static" && !flags.standalone && flags.max_nodes == 1;
+  spec->set_master_port(chosen ? flags.master_port.value_or(0) : 0);
   spec->set_submitted_ns(facts.now_ns);
 
   v1::Command* command = spec->mutable_command();

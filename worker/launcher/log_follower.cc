@@ -16,7 +16,10 @@ namespace everstep::launcher {
 
 struct LogFollower::File {
   std::string path;
-  std::string prefix;   // empty: bytes pass as they are
+  std::int32_t local_rank = 0;
+  bool tee = false;     // false: bytes pass as they are
+  std::string prefix;   // made with the first line
+  std::string filtered;  // file for the lines that a filter picks; empty: none
   bool from_stderr = false;
   int descriptor = -1;
   std::string line;     // unfinished, prefix mode only
@@ -67,33 +70,67 @@ void LogFollower::Open(std::uint64_t attempt) {
       file.from_stderr = bit == kStreamErr;
       file.path = fmt::format("{}/attempt_{}/{}/{}.log", options_.dir, attempt, rank,
                               file.from_stderr ? "stderr" : "stdout");
-      if ((tee & bit) != 0) file.prefix = fmt::format("[{}{}]:", options_.role, rank);
+      file.local_rank = rank;
+      file.tee = (tee & bit) != 0;
+      const auto& filters = file.from_stderr ? options_.stderr_filters : options_.stdout_filters;
+      if (file.tee && !filters.empty()) {
+        file.filtered = fmt::format("{}/attempt_{}/filtered_{}.log", options_.dir, attempt,
+                                    file.from_stderr ? "stderr" : "stdout");
+      }
       files.push_back(std::move(file));
     }
   }
 }
 
+const std::string& LogFollower::Prefix(File* file) {
+  if (!file->prefix.empty()) return file->prefix;
+  const std::int32_t rank =
+      options_.rank_of == nullptr ? file->local_rank : options_.rank_of(file->local_rank);
+  file->prefix = options_.prefix_template.empty() ? std::string("[${role_name}${local_rank}]:")
+                                                  : options_.prefix_template;
+  const std::pair<std::string_view, std::string> values[] = {
+      {"${role_name}", options_.role},
+      {"${local_rank}", std::to_string(file->local_rank)},
+      {"${rank}", std::to_string(rank)}};
+  for (const auto& [name, value] : values) {
+    for (std::size_t at = file->prefix.find(name); at != std::string::npos;
+         at = file->prefix.find(name, at + value.size())) {
+      file->prefix.replace(at, name.size(), value);
+    }
+  }
+  return file->prefix;
+}
+
+// `line` without its end.
+void LogFollower::ShowLine(File* file, std::string_view line, std::string* lines) {
+  const std::string whole = fmt::format("{}{}\n", Prefix(file), line);
+  *lines += whole;
+  if (file->filtered.empty()) return;
+  const auto& filters = file->from_stderr ? options_.stderr_filters : options_.stdout_filters;
+  const bool picked = std::any_of(filters.begin(), filters.end(), [line](const std::string& needle) {
+    return line.find(needle) != std::string_view::npos;
+  });
+  if (!picked) return;
+  const int out =
+      ::open(file->filtered.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+  if (out < 0) return;  // a full disk must not end the console
+  [[maybe_unused]] const ssize_t written = ::write(out, whole.data(), whole.size());
+  ::close(out);
+}
+
 void LogFollower::Emit(File* file, std::string_view bytes) {
-  if (file->prefix.empty()) {
+  if (!file->tee) {
     sink_(file->from_stderr, bytes);
     return;
   }
   std::string lines;
   while (!bytes.empty()) {
     const std::size_t end = bytes.find('\n');
-    if (end == std::string_view::npos) {
-      file->line += bytes;
-      if (file->line.size() >= kMaxLine) {
-        lines += file->prefix + file->line + '\n';
-        file->line.clear();
-      }
-      break;
-    }
-    lines += file->prefix;
-    lines += file->line;
-    lines += bytes.substr(0, end + 1);
+    file->line += bytes.substr(0, end);
+    if (end == std::string_view::npos && file->line.size() < kMaxLine) break;
+    ShowLine(file, file->line, &lines);
     file->line.clear();
-    bytes.remove_prefix(end + 1);
+    bytes.remove_prefix(end == std::string_view::npos ? bytes.size() : end + 1);
   }
   if (!lines.empty()) sink_(file->from_stderr, lines);
 }
@@ -119,7 +156,9 @@ void LogFollower::Close(File* file) {
   while (Read(file) > 0) {
   }
   if (!file->line.empty()) {
-    sink_(file->from_stderr, file->prefix + file->line + '\n');
+    std::string lines;
+    ShowLine(file, file->line, &lines);
+    sink_(file->from_stderr, lines);
     file->line.clear();
   }
   if (file->descriptor >= 0) ::close(file->descriptor);

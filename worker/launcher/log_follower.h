@@ -34,6 +34,12 @@ struct FollowOptions {
   StreamSpec tee;                                // these are shown with a prefix, whatever `redirects` says
   std::vector<std::int32_t> local_ranks_filter;  // empty: all
   std::string role = "default";                  // of the prefix "[default0]:"
+  // TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE: ${role_name}, ${local_rank}, ${rank}; empty: "[ROLE LOCAL_RANK]:".
+  std::string prefix_template;
+  std::function<std::int32_t(std::int32_t local_rank)> rank_of;  // null: the ranks are equal
+  // --duplicate-stdout-filters: lines of tee'd streams with one of these go to attempt_G/filtered_stdout.log, too.
+  std::vector<std::string> stdout_filters;
+  std::vector<std::string> stderr_filters;
 };
 
 class LogFollower {
@@ -57,6 +63,8 @@ class LogFollower {
   void Open(std::uint64_t attempt);
   std::size_t Read(File* file);
   void Emit(File* file, std::string_view bytes);
+  void ShowLine(File* file, std::string_view line, std::string* lines);
+  const std::string& Prefix(File* file);
   void Close(File* file);
 
   FollowOptions options_;

@@ -219,6 +219,11 @@ class Runner {
     follow.tee = flags_.tee;
     follow.local_ranks_filter = flags_.local_ranks_filter;
     follow.role = flags_.role;
+    follow.stdout_filters = flags_.duplicate_stdout_filters;
+    follow.stderr_filters = flags_.duplicate_stderr_filters;
+    const auto prefix = request_.environment.find("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE");
+    if (prefix != request_.environment.end()) follow.prefix_template = prefix->second;
+    if (place_ == Place::kNodes) follow.rank_of = [this](std::int32_t local) { return RankOf(local); };
     if (place_ == Place::kCluster) {
       client_->Tail(job_, [this](const v1::JobLogLines& lines) { inbox_.PutLines(lines); });
     } else {
@@ -250,6 +255,14 @@ class Runner {
       CheckDeadlines();
     }
     return Finish();
+  }
+
+  // Of this node's worker, in the newest generation that is known.
+  std::int32_t RankOf(std::int32_t local_rank) const {
+    for (const v1::RankStatus& rank : newest_.ranks()) {
+      if (rank.node() == state_.node() && rank.local_rank() == local_rank) return rank.rank();
+    }
+    return local_rank;
   }
 
   milliseconds PollTime() const {

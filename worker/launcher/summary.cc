@@ -12,7 +12,7 @@
 namespace everstep::launcher {
 namespace {
 
-constexpr std::size_t kWidth = 60;  // torchrun's
+constexpr std::size_t kWidth = 60;  // at most, as torchrun
 
 // A fixed table: strsignal speaks the user's language and is not thread-safe.
 std::string_view SignalName(std::int32_t number) {
@@ -38,17 +38,17 @@ std::string_view SignalName(std::int32_t number) {
   }
 }
 
-// Lines after the first are indented below the first.
+// Lines after the first are indented below the first, as torchrun does it.
 std::string Indented(std::string_view text) {
   std::string out;
   for (const char c : text) {
     out += c;
     if (c == '\n') out += "  ";
   }
-  while (!out.empty() && (out.back() == ' ' || out.back() == '\n')) out.pop_back();
   return out;
 }
 
+// torch/distributed/elastic/multiprocessing/errors: _FAILURE_FORMAT_TEMPLATE, its stray spaces included.
 std::string FormatFailure(std::size_t index, const WorkerFailure& f) {
   std::string name;
   if (f.exit_code < 0 && !SignalName(-f.exit_code).empty()) {
@@ -59,27 +59,54 @@ std::string FormatFailure(std::size_t index, const WorkerFailure& f) {
       "  time      : {}\n"
       "  host      : {}\n"
       "  rank      : {} (local_rank: {})\n"
-      "  exitcode  : {} (pid: {}){}\n"
+      "  exitcode  : {} (pid: {}) {}\n"
       "  error_file: {}\n"
-      "  traceback : {}\n",
+      "  traceback : {}",
       index, f.time.empty() ? "<N/A>" : f.time, f.node, f.rank, f.local_rank, f.exit_code, f.pid, name,
       f.error_file.empty() ? "<N/A>" : f.error_file, Indented(FailureMessage(f)));
 }
 
+// Characters of the longest line, not bytes: UTF-8 continues with 10xxxxxx.
+std::size_t LongestLine(std::string_view text) {
+  std::size_t longest = 0;
+  std::size_t length = 0;
+  for (const char c : text) {
+    length = c == '\n' ? 0 : length + ((static_cast<unsigned char>(c) & 0xC0) != 0x80 ? 1 : 0);
+    longest = std::max(longest, length);
+  }
+  return longest;
+}
+
+// _MSG_FORMAT_TEMPLATE of the same file. Failures are numbered by rank; the root cause keeps its number.
 std::string FormatFailures(const RunOutcome& o) {
-  const std::string border(kWidth, '=');
-  const std::string section(kWidth, '-');
+  std::vector<const WorkerFailure*> by_rank;
+  for (const WorkerFailure& failure : o.failures) by_rank.push_back(&failure);
+  std::stable_sort(by_rank.begin(), by_rank.end(),
+                   [](const auto* a, const auto* b) { return a->rank < b->rank; });
+  const std::string title = fmt::format("{} FAILED", o.script);
+  std::size_t width = LongestLine(title);
+  std::string root;
   std::string others;
-  for (std::size_t i = 1; i < o.failures.size() && i < kMaxListed; ++i) {
-    others += FormatFailure(i, o.failures[i]);
+  std::size_t listed = 0;
+  for (std::size_t i = 0; i < by_rank.size(); ++i) {
+    const bool is_root = by_rank[i] == &o.failures.front();
+    if (!is_root && ++listed >= kMaxListed) continue;
+    std::string text = FormatFailure(i, *by_rank[i]);
+    width = std::max(width, LongestLine(text));
+    if (is_root) {
+      root = std::move(text);
+    } else {
+      others += (others.empty() ? "" : "\n") + text;
+    }
   }
-  if (o.failures.size() > kMaxListed) {
-    others += fmt::format("  and {} more\n", o.failures.size() - kMaxListed);
-  }
-  if (others.empty()) others = "  <NO_OTHER_FAILURES>\n";
+  if (listed >= kMaxListed) others += fmt::format("\n  and {} more", listed - kMaxListed + 1);
+  if (others.empty()) others = "  <NO_OTHER_FAILURES>";
+  width = std::min(width, kWidth);
+  const std::string border(width, '=');
+  const std::string section(width, '-');
   return fmt::format(
-      "{}\n{} FAILED\n{}\nFailures:\n{}{}\nRoot Cause (first observed failure):\n{}{}\n", border,
-      o.script, section, others, section, FormatFailure(0, o.failures.front()), border);
+      "{}\n{}\n{}\nFailures:\n{}\n{}\nRoot Cause (first observed failure):\n{}\n{}\n", border, title,
+      section, others, section, root, border);
 }
 
 std::string FormatFaults(const std::vector<FaultLine>& faults) {
