@@ -106,7 +106,7 @@ TEST(ExpandLocalRank, FollowsPythonsSafeSubstitute) {
 TEST(LogLayout, OneDirectoryForEachGenerationAndLocalRank) {
   const std::string root = JobLogRoot("/s/nodes/n1", "", "j", "n1");
   EXPECT_EQ(root, "/s/nodes/n1/jobs/j");
-  EXPECT_EQ(WorkerLogPaths(root, 4, 1).error_json, "/s/nodes/n1/jobs/j/attempt_4/1/error.json");
+  EXPECT_EQ(WorkerLogPaths(root, 4, 1).error_json, "/s/nodes/n1/jobs/j/attempt_3/1/error.json");
   EXPECT_EQ(JobLogRoot("/s/nodes/n1", "/logs", "j", "n1"), "/logs/j_n1");
 }
 
@@ -137,10 +137,10 @@ TEST_F(LogDirectory, AnErrorFileOfAnEarlierTryDoesNotSpeakForThisOne) {
 }
 
 TEST_F(LogDirectory, AFileInTheWayIsNamed) {
-  std::ofstream(root_ + "/attempt_1") << "in the way";
+  std::ofstream(root_ + "/attempt_0") << "in the way";
   std::string error;
   EXPECT_FALSE(MakeLogDirectory(WorkerLogPaths(root_, 1, 0), &error));
-  EXPECT_NE(error.find(root_ + "/attempt_1/0"), std::string::npos) << error;
+  EXPECT_NE(error.find(root_ + "/attempt_0/0"), std::string::npos) << error;
 }
 
 TEST_F(LogDirectory, OnlyTheNewestAttemptsAreKept) {
@@ -150,8 +150,8 @@ TEST_F(LogDirectory, OnlyTheNewestAttemptsAreKept) {
   }
   std::filesystem::create_directories(root_ + "/attempt_mine");
   EXPECT_EQ(PruneAttempts(root_, 2), 2u);
-  EXPECT_FALSE(std::filesystem::exists(root_ + "/attempt_9"));
-  EXPECT_TRUE(std::filesystem::exists(root_ + "/attempt_10"));
+  EXPECT_FALSE(std::filesystem::exists(root_ + "/attempt_8"));
+  EXPECT_TRUE(std::filesystem::exists(root_ + "/attempt_9"));
   EXPECT_TRUE(std::filesystem::exists(root_ + "/attempt_mine"));
   EXPECT_EQ(PruneAttempts(root_ + "/absent", 2), 0u);
 }

@@ -32,7 +32,8 @@ std::string JobLogRoot(const std::string& node_dir, const std::string& log_dir, 
 
 LogPaths WorkerLogPaths(const std::string& root, Generation generation, std::int32_t local_rank) {
   LogPaths paths;
-  paths.directory = fmt::format("{}/attempt_{}/{}", root, generation, local_rank);
+  // torchrun counts attempts from 0, generations count from 1.
+  paths.directory = fmt::format("{}/attempt_{}/{}", root, generation - 1, local_rank);
   paths.stdout_log = paths.directory + "/stdout.log";
   paths.stderr_log = paths.directory + "/stderr.log";
   paths.error_json = paths.directory + "/error.json";

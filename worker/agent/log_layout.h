@@ -1,4 +1,4 @@
-// Where a worker's output lies: ROOT/attempt_GENERATION/LOCAL_RANK/{stdout.log,stderr.log,error.json}.
+// Where a worker's output lies: ROOT/attempt_(GENERATION - 1)/LOCAL_RANK/{stdout.log,stderr.log,error.json}.
 // ROOT is STATE/nodes/NAME/jobs/JOB, or LOG_DIR/JOB_NODE when the submitter named a log directory
 // (many nodes may share it).
 #pragma once
@@ -24,6 +24,7 @@ bool IsSafeName(const std::string& name);
 // REQUIRES: IsSafeName(job) and IsSafeName(node).
 std::string JobLogRoot(const std::string& node_dir, const std::string& log_dir, const JobId& job,
                        const NodeId& node);
+// REQUIRES: generation > 0.
 LogPaths WorkerLogPaths(const std::string& root, Generation generation, std::int32_t local_rank);
 
 // Makes the directory and removes an error file of an earlier try. False: *error says what and where.
