@@ -28,15 +28,21 @@ void Controller::Impl::On(const ShardCopied& e) {
             (s.step == e.shard.step && s.generation == e.shard.generation));
   });
   held.push_back(e.shard);
+  CountCopy(job, e.node, e.shard);
+}
 
-  const everstep::Step step = e.shard.step;
+void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const HeldShard& copy) {
+  const JobState s = job->record.state;
+  if (s != JobState::kRunning && s != JobState::kActivating) return;
+  const JobId& id = job->record.spec.job;
+  const everstep::Step step = copy.step;
   if (!job->commits.commits.empty() && job->commits.commits.front().step >= step &&
       job->commits.commits.front().generation == job->record.generation) {
     return;  // committed already
   }
-  Runtime& run = runtime_[e.job];
+  Runtime& run = runtime_[id];
   auto& by_rank = run.copies[step].by_rank;
-  by_rank[e.shard.rank][e.node] = e.shard;
+  by_rank[copy.rank][node] = copy;
   const std::size_t world = job->plan.nodes.size() * job->record.spec.nproc_per_node;
   if (by_rank.size() < world) return;
   const std::size_t needed =
@@ -45,11 +51,11 @@ void Controller::Impl::On(const ShardCopied& e) {
                 .step = step,
                 .world_size = static_cast<std::int32_t>(world),
                 .copies = static_cast<std::uint32_t>(needed),
-                .replicated_layout = e.shard.replicated_layout,
+                .replicated_layout = copy.replicated_layout,
                 .shards = {}};
   for (const auto& [rank, copies] : by_rank) {
     std::map<std::uint32_t, std::size_t> equal;  // copies that agree, by checksum
-    for (const auto& [node, shard] : copies) ++equal[shard.crc_root];
+    for (const auto& [holder, shard] : copies) ++equal[shard.crc_root];
     const auto best =
         std::max_element(equal.begin(), equal.end(),
                          [](const auto& a, const auto& b) { return a.second < b.second; });
@@ -60,14 +66,14 @@ void Controller::Impl::On(const ShardCopied& e) {
     commit.shards.push_back(source->second);
     commit.replicated_layout = commit.replicated_layout && source->second.replicated_layout;
   }
-  job->commits.job = e.job;
+  job->commits.job = id;
   auto& commits = job->commits.commits;
   commits.insert(commits.begin(), std::move(commit));
   if (commits.size() > 2) commits.resize(2);
-  dirty_commits_.insert(e.job);
+  dirty_commits_.insert(id);
   run.copies.erase(run.copies.begin(), run.copies.upper_bound(step));
-  for (const NodePlan& node : job->plan.nodes) {
-    Send(node.node, CommittedCommand{e.job, job->record.generation, step});
+  for (const NodePlan& member : job->plan.nodes) {
+    Send(member.node, CommittedCommand{id, job->record.generation, step});
   }
 }
 

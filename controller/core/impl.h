@@ -88,6 +88,8 @@ class Controller::Impl {
 
   // commit.cc
   void On(const ShardCopied& e);
+  // A copy of the running generation, newly made or named again by a registration: enough to commit?
+  void CountCopy(JobStateView* job, const NodeId& node, const HeldShard& copy);
   void PlanRestore(JobStateView* job);
   void Progress(JobStateView* job, everstep::Step step);
 

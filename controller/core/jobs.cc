@@ -376,6 +376,16 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
         On(WorkerExited{e.node, node->record.incarnation, id, generation, worker.rank,
                         worker.local_rank, worker.pid, worker.exit});
       }
+      // A broken stream may have swallowed copies, and the word that they are committed.
+      for (const HeldShard& copy : holds.shards) {
+        if (job.record.generation == generation && copy.generation == generation) {
+          CountCopy(&job, e.node, copy);
+        }
+      }
+      const auto& commits = job.commits.commits;
+      if (!commits.empty() && commits.front().generation == generation) {
+        Send(e.node, CommittedCommand{id, generation, commits.front().step});
+      }
     } else if (s == JobState::kRunning && IsMember(job, e.node)) {
       const std::string why =
           fmt::format("reports generation {} of {}", holds.generation, generation);

@@ -170,7 +170,7 @@ TEST(SimFault, TextRoundTripsAndNamesWhatIsWrong) {
     EXPECT_NE(error.find("is not TIME:KIND"), std::string::npos) << error;
   }
   EXPECT_EQ(ReproduceCommand(17, {faults[0]}, "x"),
-            "everstep_sim --seed 17 --faults 1250ms:node_crash:n2 --bug x");
+            "tests/run.sh sim --seed 17 --faults 1250ms:node_crash:n2 --bug x");
 }
 
 std::vector<Fault> Numbered(int n) {

@@ -89,7 +89,7 @@ std::optional<std::vector<Fault>> ParseFaults(std::string_view text, std::string
 std::string ReproduceCommand(std::uint64_t seed, const std::vector<Fault>& faults,
                              std::string_view bug) {
   std::string command =
-      fmt::format("everstep_sim --seed {} --faults {}", seed, FormatFaults(faults));
+      fmt::format("tests/run.sh sim --seed {} --faults {}", seed, FormatFaults(faults));
   if (!bug.empty()) command += fmt::format(" --bug {}", bug);
   return command;
 }

@@ -2,7 +2,7 @@
 // drawn from its seed or written by hand, and print to one word, so that a failing run is one
 // command:
 //
-//   everstep_sim --seed 17 --faults 1250ms:node_crash:n2,3s:partition:n1:800ms
+//   tests/run.sh sim --seed 17 --faults 1250ms:node_crash:n2,3s:partition:n1:800ms
 #pragma once
 
 #include <cstdint>

@@ -171,17 +171,20 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
   if (commits.empty() || !start) return;
   const controller::Commit& commit = commits.front();
   const std::optional<Lineage> committed = env_.truth->OfChecksum(commit.shards.front().crc_root);
-  if (!committed || env_.truth->Descends(*start, *committed)) return;
+  // A later step of another branch loses no step: the branch was begun when this one was out of
+  // reach.
+  if (!committed || plan.restore_step >= commit.step || env_.truth->Descends(*start, *committed)) {
+    return;
+  }
   // It went back behind a committed step: were the copies really out of reach?
   std::size_t ranks_at_hand = 0;
   std::string where;
   for (const controller::HeldShard& shard : commit.shards) {
     bool at_hand = false;
-    for (const auto& [node, keeper] :
-         env_.truth->Holders(plan.job, shard.rank, shard.step, shard.generation, shard.crc_root)) {
-      if (!Reachable(state, node, keeper)) continue;
+    for (const Truth::Holder& holder : env_.truth->Holders(plan.job, shard)) {
+      if (!holder.intact || !Reachable(state, holder.node, holder.keeper)) continue;
       at_hand = true;
-      where += fmt::format(" rank {} on {}", shard.rank, node);
+      where += fmt::format(" rank {} on {}", shard.rank, holder.node);
     }
     ranks_at_hand += at_hand ? 1 : 0;
   }
@@ -221,9 +224,8 @@ void Checkers::CheckCommit(Timestamp now, const ClusterState& state,
   std::optional<Lineage> lineage;
   for (const controller::HeldShard& shard : commit.shards) {
     std::set<NodeId> nodes;
-    for (const auto& [node, keeper] : env_.truth->Holders(record.job, shard.rank, shard.step,
-                                                          shard.generation, shard.crc_root)) {
-      nodes.insert(node);
+    for (const Truth::Holder& holder : env_.truth->Holders(record.job, shard)) {
+      nodes.insert(holder.node);
     }
     const std::size_t wanted = std::min<std::size_t>(2, job.plan.nodes.size());
     if (nodes.size() < wanted || commit.copies < wanted) {

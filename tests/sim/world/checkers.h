@@ -1,19 +1,20 @@
 // The truths a simulated cluster must keep, checked at every decision against what really happened.
 // Rules, by the name a violation carries:
 //
-//   stale_obeyed       a message of an old incarnation or generation changes nothing
-//   grows              generations, incarnations and registrations given out only grow, over
-//   restarts too one_active         no worker of an older generation lives where a generation is
-//   activated one_plan           a plan names each rank once, on nodes that may run it, and says
-//   why one_state          every rank of a generation starts from one state of one step
-//   commit_has_copies  a step is committed when each rank's shard has min(2, nodes) verified equal
-//   copies commit_kept        a committed step is what a generation starts from, or a descendant of
-//   it is, unless
-//                      every copy of some shard it needs is dead or out of reach
-//   stored             what the store holds rebuilds the state; nothing said was not stored first
-//   reason             every loss, fault, plan and end says why, and a loss had a cause in the
-//   world deadline           no switch outlives its deadline live               once faults stop
-//   every job runs on, to its end
+// - stale_obeyed: a message of an old incarnation or generation changes nothing
+// - grows: generations and incarnations given out only grow, over restarts too
+// - one_active: no worker of an older generation lives where a generation is activated
+// - one_plan: a plan names each rank once, on nodes that may run it
+// - one_state: every rank of a generation starts from one state of one step
+// - commit_has_copies: each rank's shard of a committed step was verified on min(2, nodes) nodes
+// - commit_kept: a generation starts from the newest committed step or a later one, unless every
+// copy
+//   of some shard it needs is dead or out of reach
+// - commits_live: while a job steps in peace, its steps are committed
+// - stored: the store rebuilds the state; nothing was said that was not stored first
+// - reason: every loss, fault, plan and end says why, and a loss had a cause in the world
+// - deadline: no switch outlives its deadline
+// - live: once faults stop every job runs on, to its end
 #pragma once
 
 #include <map>

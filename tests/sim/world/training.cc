@@ -16,6 +16,11 @@ bool Training::Formed(const JobId& job, Generation generation) const {
   return it != groups_.end() && it->second.formed;
 }
 
+Step Training::GroupStep(const JobId& job, Generation generation) const {
+  const auto it = groups_.find({job, generation});
+  return it != groups_.end() && it->second.formed ? it->second.step : kNoStep;
+}
+
 bool Training::Joined(const JobId& job, Generation generation, Rank rank) const {
   const auto it = groups_.find({job, generation});
   return it != groups_.end() && it->second.members.contains(rank);

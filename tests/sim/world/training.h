@@ -36,6 +36,8 @@ class Training {
   void Leave(const JobId& job, Generation generation, Rank rank);
 
   bool Formed(const JobId& job, Generation generation) const;
+  // Done by the group; kNoStep when it did not form.
+  Step GroupStep(const JobId& job, Generation generation) const;
   bool Joined(const JobId& job, Generation generation, Rank rank) const;
   // Some generation of the job came to the script's end with every rank.
   bool Finished(const JobId& job) const { return finished_.contains(job); }

@@ -50,25 +50,31 @@ std::optional<Lineage> Truth::OfChecksum(std::uint32_t crc_root) const {
 
 void Truth::Copied(const NodeId& node, std::uint64_t keeper, const JobId& job,
                    const controller::HeldShard& s) {
-  copies_[{job, s.rank, s.step, s.generation, s.crc_root}].emplace(node, keeper);
+  std::vector<Holder>& holders = copies_[{job, s.rank, s.step, s.generation, s.crc_root}];
+  for (Holder& holder : holders) {
+    if (holder.node != node || holder.keeper != keeper) continue;
+    holder.intact = true;
+    return;
+  }
+  holders.push_back({node, keeper, true});
 }
 
 void Truth::Spoiled(const NodeId& node, std::uint64_t keeper, const JobId& job,
                     const controller::HeldShard& s) {
   const auto it = copies_.find({job, s.rank, s.step, s.generation, s.crc_root});
-  if (it != copies_.end()) it->second.erase({node, keeper});
+  if (it == copies_.end()) return;
+  for (Holder& holder : it->second) {
+    if (holder.node == node && holder.keeper == keeper) holder.intact = false;
+  }
 }
 
-std::set<std::pair<NodeId, std::uint64_t>> Truth::Holders(const JobId& job, Rank rank, Step step,
-                                                          Generation generation,
-                                                          std::uint32_t crc_root) const {
-  const auto it = copies_.find({job, rank, step, generation, crc_root});
-  if (it == copies_.end()) return {};
-  return it->second;
+std::vector<Truth::Holder> Truth::Holders(const JobId& job, const controller::HeldShard& s) const {
+  const auto it = copies_.find({job, s.rank, s.step, s.generation, s.crc_root});
+  return it == copies_.end() ? std::vector<Holder>{} : it->second;
 }
 
 void Truth::Violate(Timestamp now, const std::string& rule, const std::string& what) {
-  violations_.push_back(fmt::format("{}: at {} ms: {}", rule, now.ns / 1'000'000, what));
+  violations_.push_back(fmt::format("{}: at {} ms: {}", rule, ToMilliseconds(now - start_), what));
   Note(now, "VIOLATION " + violations_.back());
 }
 

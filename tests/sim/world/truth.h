@@ -10,7 +10,6 @@
 #include <functional>
 #include <map>
 #include <optional>
-#include <set>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -31,6 +30,8 @@ class Truth {
     Lineage parent = kFromNothing;
   };
 
+  explicit Truth(Timestamp start) : start_(start) {}
+
   Lineage Extend(const JobId& job, Lineage parent, Step step, Generation generation);
   const State* Find(Lineage lineage) const;
   // `ancestor` is `lineage` itself or one of those it was computed from.
@@ -40,12 +41,15 @@ class Truth {
   std::uint32_t Checksum(Lineage lineage, Rank rank, bool replicated);
   std::optional<Lineage> OfChecksum(std::uint32_t crc_root) const;
 
-  // `keeper` verified a copy of the shard, and nobody spoiled it since.
+  // Who verified a copy of a shard at some time.
+  struct Holder {
+    NodeId node;
+    std::uint64_t keeper = 0;
+    bool intact = true;  // no fault spoiled it since
+  };
   void Copied(const NodeId& node, std::uint64_t keeper, const JobId& job,
               const controller::HeldShard& shard);
-  std::set<std::pair<NodeId, std::uint64_t>> Holders(const JobId& job, Rank rank, Step step,
-                                                     Generation generation,
-                                                     std::uint32_t crc_root) const;
+  std::vector<Holder> Holders(const JobId& job, const controller::HeldShard& shard) const;
 
   // A holder's slot was spoiled by a fault: that copy is dead.
   void Spoiled(const NodeId& node, std::uint64_t keeper, const JobId& job,
@@ -66,10 +70,11 @@ class Truth {
   }
 
  private:
+  const Timestamp start_;
   using CopyKey = std::tuple<JobId, Rank, Step, Generation, std::uint32_t>;
   std::map<Lineage, State> states_;
   std::map<std::uint32_t, Lineage> by_checksum_;
-  std::map<CopyKey, std::set<std::pair<NodeId, std::uint64_t>>> copies_;
+  std::map<CopyKey, std::vector<Holder>> copies_;
   std::map<std::string, std::uint64_t> counts_;
   std::vector<std::string> violations_;
 };

@@ -16,6 +16,7 @@ namespace {
 // Consequences of a fault may show this much later: a lease at its longest, a switch's deadline.
 constexpr Duration kAftermath = Seconds(60);
 constexpr Duration kInspection = Seconds(2);
+constexpr Step kSkipped = 3;  // captures a slow commit may cost
 
 class World {
  public:
@@ -39,6 +40,7 @@ class World {
   void Submit(const controller::JobSpec& spec);
   void Undrain(const NodeId& node);
   void Inspect();
+  void CheckPace(Timestamp now);
   bool Disturbed() const;
   bool Over() const;
   void CheckEnd();
@@ -55,13 +57,19 @@ class World {
   const std::vector<Fault> faults_;
   Timeline timeline_;
   const Timestamp start_;
-  Truth truth_;
+  Truth truth_{start_};
   Network network_;
   Training training_;
   std::map<NodeId, std::unique_ptr<SimNode>> nodes_;
   Checkers checkers_;
   SimController controller_;
   Timestamp paused_or_slow_until_;
+  struct Pace {  // at the last inspection
+    Generation generation = 0;
+    Step step = kNoStep;
+    Step committed = kNoStep;
+  };
+  std::map<JobId, Pace> pace_;
 };
 
 void World::Build() {
@@ -253,7 +261,30 @@ void World::Inspect() {
       checkers_.CheckDeadlines(now, *controller_.state());
     }
   }
+  if (now > start_ + options_.fault_phase + Seconds(10) && controller_.up()) CheckPace(now);
   timeline_.After(kInspection, "inspection", [this] { Inspect(); });
+}
+
+// In peace whatever was done by the last inspection is committed by this one.
+void World::CheckPace(Timestamp now) {
+  for (const auto& [id, job] : controller_.state()->jobs) {
+    const Generation generation = job.record.generation;
+    Pace& pace = pace_[id];
+    const auto& commits = job.commits.commits;
+    const Pace before = std::exchange(pace, {generation, training_.GroupStep(id, generation),
+                                             commits.empty() ? kNoStep : commits.front().step});
+    if (job.record.state != controller::JobState::kRunning || before.generation != generation ||
+        before.step <= job.plan.restore_step || pace.step >= options_.total_steps) {
+      continue;
+    }
+    if (pace.committed < before.step - kSkipped) {
+      truth_.Violate(
+          now, "commits_live",
+          fmt::format("job {} generation {} had done step {} at the last inspection; step "
+                      "{} is committed",
+                      id, generation, before.step, pace.committed));
+    }
+  }
 }
 
 bool World::Over() const {
