@@ -56,7 +56,7 @@ std::string Brought::Trouble(const Program& program, const std::string& what) co
   std::string text = fmt::format("{} {}", program.name, what);
   const std::string last = LastLines(program.log, 5);
   if (!last.empty()) text += fmt::format(": {}", last);
-  return text + fmt::format(" (log: {})", program.log);
+  return options_.state->temporary() ? text : text + fmt::format(" (log: {})", program.log);
 }
 
 std::string Brought::Launch(Program* program) {

@@ -40,6 +40,7 @@ using std::chrono::steady_clock;
 constexpr milliseconds kLogPoll{20};       // how late a worker's line may show
 constexpr milliseconds kIdlePoll{200};
 constexpr milliseconds kSubmitLimit{20'000};
+constexpr milliseconds kForeignLimit{3'000};  // a controller that has just started answers by then
 constexpr milliseconds kCancelLimit{2'000};
 constexpr milliseconds kCancelSlack{10'000};  // beyond the workers' own grace
 constexpr milliseconds kSilenceIsNews{2'000};
@@ -69,8 +70,10 @@ class Runner {
       return kExitSucceeded;
     }
     std::string wrong = place_ == Place::kCluster ? Reach() : Bring();
-    if (!wrong.empty()) return failure_;
-    return FollowToTheEnd();
+    if (wrong.empty()) return FollowToTheEnd();
+    brought_.reset();
+    state_.Clean();
+    return failure_;
   }
 
  private:
@@ -133,6 +136,19 @@ class Runner {
       Refuse(wrong, kExitFailed);
       return wrong;
     }
+    std::string address = endpoint.text();
+    if (endpoint.here && endpoint.port != 0 && Taken(endpoint)) {
+      // Two launchers of one machine: the first owns the endpoint, as under torchrun.
+      client_ = std::make_unique<AdminClient>(address);
+      v1::ClusterStatus status;
+      if (!client_->Status(&status, kForeignLimit).ok()) {
+        return Fail(fmt::format(
+            "{} is in use by a program that is no Everstep controller; name a free port in "
+            "--rdzv-endpoint (or --master-port), or end that program",
+            address));
+      }
+      endpoint.here = false;
+    }
     const std::string own = place_ == Place::kAlone ? "127.0.0.1" : LocalAddress(flags_, endpoint);
     if (place_ == Place::kNodes) {
       meeting_ = std::make_unique<Meeting>(Meeting::Options{
@@ -149,7 +165,6 @@ class Runner {
     options.stop_grace = milliseconds(flags_.shutdown_timeout_seconds * 1000);
     options.say = [this](const std::string& line) { console_.Say(line); };
     brought_ = std::make_unique<Brought>(std::move(options));
-    std::string address = endpoint.text();
     if (endpoint.here) {
       if (!endpoint.loopback) {
         console_.Say(fmt::format("the controller listens on {}; its channel is not encrypted", address));
@@ -162,6 +177,10 @@ class Runner {
     if (std::string wrong = brought_->StartAgent(address); !wrong.empty()) return Fail(wrong);
     client_ = std::make_unique<AdminClient>(address);
     return endpoint.here ? Submit() : Join(address);
+  }
+
+  static bool Taken(const Endpoint& endpoint) {
+    return ProbeTcp(endpoint.host, endpoint.port, 500) == Probe::kListens;
   }
 
   std::string Reach() {

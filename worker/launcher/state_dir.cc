@@ -78,10 +78,12 @@ std::string StateDir::Open(const std::string& wanted, const std::string& node,
     fs::create_directories(dir, error);
     if (error) return refused("write", error.message());
   }
+  opened_ = true;
   return {};
 }
 
 void StateDir::CleanButLogs() {
+  if (!opened_) return;
   std::error_code error;
   fs::remove_all(controller() + "/db", error);
   for (const char* name : {"keeper.sock", "agent.pid", "keeper.pid", "controller"}) {
@@ -91,7 +93,7 @@ void StateDir::CleanButLogs() {
 }
 
 void StateDir::Clean() {
-  if (path_.empty()) return;
+  if (!opened_) return;
   if (!temporary_) {
     CleanButLogs();
     return;

@@ -40,6 +40,7 @@ class StateDir {
   std::string path_;
   std::string node_;
   bool temporary_ = false;
+  bool opened_ = false;  // what is not ours is not cleaned
   int lock_ = -1;
 };
 
