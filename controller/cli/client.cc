@@ -110,8 +110,9 @@ CliError FromStatus(const grpc::Status& status, const AdminClient::Options& opti
   }
   switch (status.error_code()) {
     case grpc::StatusCode::UNAVAILABLE:
-      error.message = fmt::format("no controller answers at {}: {}", options.controller,
-                                  error.message);
+      error.message = fmt::format("no controller answers at {}{}", options.controller,
+                                  options.named_by.empty() ? ""
+                                                           : " (" + options.named_by + ")");
       if (error.hint.empty()) {
         error.hint = "is it running? see `everstep cluster list`; jobs go on without a controller";
       }

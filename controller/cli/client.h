@@ -18,6 +18,7 @@ class AdminClient {
  public:
   struct Options {
     std::string controller;  // "host:port[,host:port...]": tried in turn
+    std::string named_by;    // "--controller", "EVERSTEP_CONTROLLER", ...: for errors; may be empty
     // Of one call that is not a stream, retries included.
     std::chrono::milliseconds timeout{10'000};
     // Calls that only read are tried again this long while no controller answers: it may be restarting.
