@@ -82,6 +82,7 @@ struct StartOptions {
   std::string node;
   std::string log_file;     // appended to
   Duration timeout = Seconds(10);  // until it answers
+  Duration orphan_timeout = {};    // it ends everything after so long without an agent; 0: never
   int lifeline = -1;        // >= 0: inherited by the keeper as `--lifeline FD` (docs/internals/lifecycle.md)
 };
 

@@ -1,0 +1,465 @@
+#include "worker/keeper/keeper.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/epoll.h>
+#include <sys/file.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include <fmt/format.h>
+
+#include "proto/base/check.h"
+#include "proto/base/clock.h"
+#include "proto/base/log.h"
+#include "worker/keeper/attach_protocol.h"
+#include "worker/keeper/client.h"
+#include "worker/keeper/process.h"
+#include "worker/keeper/python_files.h"
+
+namespace everstep::keeper {
+namespace {
+
+namespace v1 = everstep::v1;
+
+std::string HowItEnded(int code) {
+  return code >= 0 ? fmt::format("exit code {}", code) : fmt::format("signal {}", -code);
+}
+
+}  // namespace
+
+Keeper::Keeper(KeeperOptions options)
+    : options_(std::move(options)),
+      fork_servers_(&context_),
+      workers_(&context_, &fork_servers_),
+      stores_(&context_, &fork_servers_, &workers_) {
+  context_.node = options_.node;
+  const auto slash = options_.socket_path.rfind('/');
+  context_.folder = slash == std::string::npos ? "." : options_.socket_path.substr(0, slash);
+  context_.tell_owner = [this](const v1::KeeperReply& event) {
+    const auto it = connections_.find(owner_);
+    if (it != connections_.end()) it->second->Send(event);
+  };
+  fork_servers_.on_change = [this](const std::string& job) { stores_.OnForkServer(job); };
+}
+
+Keeper::~Keeper() {
+  for (const auto& [token, connection] : connections_) context_.loop.Remove(token);
+}
+
+bool Keeper::Begin(std::string* error) {
+  const std::string& path = options_.socket_path;
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  if (path.size() >= sizeof(address.sun_path)) {
+    *error = fmt::format("the keeper's socket path has {} bytes, the limit is {}: {}; choose a shorter "
+                         "--state-dir",
+                         path.size(), sizeof(address.sun_path) - 1, path);
+    return false;
+  }
+  std::memcpy(address.sun_path, path.data(), path.size());
+  // The lock, not the socket, tells whether a keeper lives: it goes with the process.
+  lock_ = OwnedFd(::open((path + ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
+  if (!lock_) {
+    *error = fmt::format("cannot open {}.lock: {}; is the state directory there and writable?", path,
+                         std::strerror(errno));
+    return false;
+  }
+  if (::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0) {
+    *error = fmt::format("another keeper serves {}; end it first or use another --state-dir", path);
+    return false;
+  }
+  if (!WritePythonFiles(context_.folder, error)) return false;
+  ::unlink(path.c_str());
+  listener_ = OwnedFd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  const mode_t mask = ::umask(0077);  // only this user may connect
+  const int bound = ::bind(listener_.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address));
+  const int bind_error = errno;
+  ::umask(mask);
+  if (bound != 0 || ::listen(listener_.get(), 64) != 0) {
+    *error = fmt::format("cannot listen at {}: {}", path, std::strerror(bound != 0 ? bind_error : errno));
+    return false;
+  }
+  sigset_t set;
+  sigemptyset(&set);
+  for (const int signal : {SIGCHLD, SIGTERM, SIGINT, SIGHUP, SIGQUIT}) sigaddset(&set, signal);
+  ::sigprocmask(SIG_BLOCK, &set, nullptr);
+  ::signal(SIGPIPE, SIG_IGN);
+  signals_ = OwnedFd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
+  EVERSTEP_CHECK(signals_.get() >= 0, "signalfd failed");
+  context_.loop.Add(signals_.get(), EPOLLIN, [this](std::uint32_t) {
+    signalfd_siginfo info{};
+    bool child = false;
+    while (::read(signals_.get(), &info, sizeof(info)) == sizeof(info)) {
+      if (info.ssi_signo == SIGCHLD) child = true;
+      if (info.ssi_signo == SIGTERM) BeginShutdown(2000, "SIGTERM");
+    }
+    if (child) OnChild();
+  });
+  context_.loop.Add(listener_.get(), EPOLLIN, [this](std::uint32_t) { Accept(); });
+  orphan_since_ns_ = MonotonicNanos();
+  return true;
+}
+
+int Keeper::TimeoutMs() const {
+  std::optional<std::int64_t> next;
+  const auto consider = [&next](std::optional<std::int64_t> at) {
+    if (at && (!next || *at < *next)) next = at;
+  };
+  consider(workers_.NextDeadline());
+  consider(fork_servers_.NextDeadline());
+  consider(stores_.NextDeadline());
+  if (shutting_down_) consider(shutdown_limit_ns_);
+  if (options_.orphan_timeout_ms > 0 && owner_ == 0) {
+    consider(orphan_since_ns_ + options_.orphan_timeout_ms * 1'000'000);
+  }
+  if (!next) return -1;
+  const std::int64_t wait = *next - MonotonicNanos();
+  return wait <= 0 ? 0 : static_cast<int>(std::min<std::int64_t>(wait / 1'000'000 + 1, 60'000));
+}
+
+int Keeper::Run() {
+  while (true) {
+    context_.loop.RunOnce(TimeoutMs());
+    const std::int64_t now = MonotonicNanos();
+    workers_.Tick(now);
+    fork_servers_.Tick(now);
+    stores_.Tick(now);
+    Sweep();
+    if (options_.orphan_timeout_ms > 0 && owner_ == 0 && !shutting_down_ &&
+        now >= orphan_since_ns_ + options_.orphan_timeout_ms * 1'000'000) {
+      BeginShutdown(2000, "no agent for the orphan timeout");
+    }
+    if (shutting_down_ && (!workers_.AnyRunning() || now >= shutdown_limit_ns_)) break;
+  }
+  ::unlink(options_.socket_path.c_str());
+  LogInfo("keeper_ended", {{"node", options_.node}});
+  return 0;
+}
+
+void Keeper::BeginShutdown(std::uint32_t grace_ms, const char* why) {
+  if (shutting_down_) return;
+  shutting_down_ = true;
+  shutdown_limit_ns_ = MonotonicNanos() + (static_cast<std::int64_t>(grace_ms) + 2000) * 1'000'000;
+  LogInfo("keeper_ends", {{"node", options_.node}, {"why", why}, {"grace_ms", grace_ms}});
+  workers_.KillAll(grace_ms);
+  stores_.KillAll();
+}
+
+// --- children ---
+
+void Keeper::OnChild() {
+  for (const pid_t pid : ListChildren()) {
+    siginfo_t info{};
+    if (::waitid(P_PID, static_cast<id_t>(pid), &info, WSTOPPED | WCONTINUED | WNOHANG) == 0 &&
+        info.si_pid == pid) {
+      workers_.OnStopped(pid, info.si_code == CLD_STOPPED);
+    }
+    info = {};
+    if (::waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG | WNOWAIT) != 0 ||
+        info.si_pid != pid) {
+      continue;
+    }
+    const int code = info.si_code == CLD_EXITED ? info.si_status : -info.si_status;
+    const auto answer = workers_.OnExit(pid, code);
+    if (answer == Workers::ExitAnswer::kLater && !fork_servers_.Owns(pid) && !stores_.Owns(pid)) continue;
+    if (answer != Workers::ExitAnswer::kReap) {
+      const std::string how = HowItEnded(code);
+      if (!fork_servers_.OnExit(pid, how)) stores_.OnExit(pid, how);
+    }
+    ::waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG);
+  }
+  workers_.ReapOrphans();
+}
+
+// --- connections ---
+
+void Keeper::Accept() {
+  while (true) {
+    OwnedFd socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    if (!socket) return;
+    ucred peer{};
+    socklen_t size = sizeof(peer);
+    ::getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &peer, &size);
+    if (connections_.size() >= kMaxConnections) {
+      LogWarning("connection_refused", {{"pid", peer.pid}, {"limit", std::uint64_t{kMaxConnections}}});
+      continue;
+    }
+    auto connection = std::make_unique<Connection>(std::move(socket), peer.pid);
+    const int fd = connection->fd();
+    // The token is known only after Add; handlers run later, on this thread.
+    auto token = std::make_shared<Loop::Token>(0);
+    *token = context_.loop.Add(fd, EPOLLIN, [this, token](std::uint32_t events) { OnReady(*token, events); });
+    connection->token = *token;
+    connections_.emplace(*token, std::move(connection));
+  }
+}
+
+void Keeper::OnReady(Loop::Token token, std::uint32_t events) {
+  const auto it = connections_.find(token);
+  if (it == connections_.end()) return;
+  Connection* connection = it->second.get();
+  if ((events & EPOLLOUT) != 0 && !connection->Flush()) connection->broken = true;
+  if ((events & (EPOLLIN | EPOLLHUP | EPOLLERR)) == 0 || connection->closing) return;
+  if (!connection->Read()) {
+    connection->broken = true;
+    return;
+  }
+  if (!connection->greeted) {
+    const std::string_view first = connection->reader().pending();
+    std::uint32_t magic = 0;
+    if (first.size() >= sizeof(magic)) std::memcpy(&magic, first.data(), sizeof(magic));
+    if (magic == kAttachMagic) {
+      if (first.size() >= sizeof(AttachRequest)) OnAttach(connection);
+      return;
+    }
+  }
+  std::string frame;
+  while (!connection->closing && !connection->broken) {
+    const FrameReader::Result result = connection->reader().Pop(&frame);
+    if (result == FrameReader::Result::kMore) return;
+    v1::KeeperRequest request;
+    if (result == FrameReader::Result::kTooLong) {
+      Refuse(connection, 0, EMSGSIZE,
+             fmt::format("the keeper of node {} takes frames of at most {} bytes, pid {} announced {}; is "
+                         "it speaking another protocol?",
+                         options_.node, kMaxFrameBytes, connection->peer(), connection->reader().announced()));
+    } else if (!request.ParseFromString(frame)) {
+      Refuse(connection, 0, EBADMSG,
+             fmt::format("the keeper of node {} cannot read a frame of {} bytes from pid {}: it is no "
+                         "KeeperRequest",
+                         options_.node, frame.size(), connection->peer()));
+    } else {
+      OnRequest(connection, request);
+    }
+  }
+}
+
+void Keeper::Refuse(Connection* connection, std::uint64_t id, int error, const std::string& text) {
+  LogWarning("request_refused", {{"pid", connection->peer()}, {"why", text}});
+  v1::KeeperReply reply = Refusal(error, text);
+  reply.set_id(id);
+  connection->Send(reply);
+  connection->closing = true;
+}
+
+void Keeper::Drop(Loop::Token token) {
+  context_.loop.Remove(token);
+  if (token == owner_) {
+    LogInfo("agent_gone", {{"node", options_.node}, {"pid", connections_.at(token)->peer()}});
+    owner_ = 0;
+    orphan_since_ns_ = MonotonicNanos();
+  }
+  connections_.erase(token);
+}
+
+// Closes what is to be closed and asks for writability where something waits.
+void Keeper::Sweep() {
+  std::vector<Loop::Token> over;
+  for (auto& [token, connection] : connections_) {
+    if (connection->broken || (connection->closing && !connection->wants_write())) {
+      over.push_back(token);
+    } else {
+      context_.loop.Modify(token, connection->wants_write() ? EPOLLIN | EPOLLOUT : EPOLLIN);
+    }
+  }
+  for (const Loop::Token token : over) Drop(token);
+}
+
+// --- requests ---
+
+void Keeper::OnRequest(Connection* connection, const v1::KeeperRequest& request) {
+  const std::uint64_t id = request.id();
+  if (request.has_hello()) {
+    OnHello(connection, id, request.hello());
+    return;
+  }
+  if (!connection->owner || connection->token != owner_) {
+    v1::KeeperReply reply = Refusal(
+        EPERM, fmt::format("the keeper of node {} takes this from its agent only; pid {} is not (say hello "
+                           "as owner first, or another agent took over)",
+                           options_.node, connection->peer()));
+    reply.set_id(id);
+    connection->Send(reply);
+    return;
+  }
+  const Loop::Token token = connection->token;
+  const Done done = [this, token, id](v1::KeeperReply reply) {
+    const auto it = connections_.find(token);
+    if (it == connections_.end()) return;
+    reply.set_id(id);
+    it->second->Send(reply);
+  };
+  if (shutting_down_ && !request.has_shutdown()) {
+    done(Refusal(ESHUTDOWN, fmt::format("the keeper of node {} is ending", options_.node)));
+    return;
+  }
+  switch (request.body_case()) {
+    case v1::KeeperRequest::kForkServer: fork_servers_.Configure(request.fork_server(), done); break;
+    case v1::KeeperRequest::kStoreHost: stores_.Start(request.store_host(), done); break;
+    case v1::KeeperRequest::kSpawn: workers_.Spawn(request.spawn(), done); break;
+    case v1::KeeperRequest::kKill:
+      workers_.Kill(request.kill(), done);
+      if (request.kill().stores()) stores_.Kill(request.kill().job(), request.kill().generation());
+      break;
+    case v1::KeeperRequest::kArena: OnArena(connection, id, request.arena()); break;
+    case v1::KeeperRequest::kForget: OnForget(request.forget(), done); break;
+    case v1::KeeperRequest::kRemember: OnRemember(request.remember(), done); break;
+    case v1::KeeperRequest::kShutdown:
+      done({});
+      BeginShutdown(request.shutdown().grace_ms(), "asked by the agent");
+      break;
+    default:
+      done(Refusal(ENOSYS, fmt::format("the keeper of node {} does not know this request; it speaks version "
+                                       "{} of the protocol",
+                                       options_.node, kKeeperProtocolVersion)));
+  }
+}
+
+void Keeper::OnHello(Connection* connection, std::uint64_t id, const v1::KeeperHello& hello) {
+  if (hello.protocol_version() != kKeeperProtocolVersion) {
+    Refuse(connection, id, EPROTO,
+           fmt::format("the keeper of node {} speaks version {} of its protocol, pid {} version {}; drain "
+                       "the node and restart its keeper to upgrade it",
+                       options_.node, kKeeperProtocolVersion, connection->peer(), hello.protocol_version()));
+    return;
+  }
+  if (hello.owner()) {
+    const auto current = connections_.find(owner_);
+    if (current != connections_.end() && current->second.get() != connection) {
+      const pid_t pid = current->second->peer();
+      const auto stat = ReadProcStat(pid);
+      const bool alive = stat && stat->state != 'Z' && stat->state != 'X';
+      const bool stopped = stat && (stat->state == 'T' || stat->state == 't');
+      if (alive && !stopped && !current->second->broken && pid != connection->peer()) {
+        Refuse(connection, id, EBUSY,
+               fmt::format("node {} has an agent already (pid {}); stop it first, or give this one another "
+                           "--node name",
+                           options_.node, pid));
+        return;
+      }
+      Refuse(current->second.get(), 0, ESTALE,
+             fmt::format("agent pid {} took over node {}'s keeper", connection->peer(), options_.node));
+      current->second->owner = false;
+    }
+    owner_ = connection->token;
+    connection->owner = true;
+    LogInfo("agent_attached", {{"node", options_.node}, {"pid", connection->peer()}});
+  }
+  connection->greeted = true;
+  v1::KeeperReply reply;
+  reply.set_id(id);
+  *reply.mutable_state() = State();
+  connection->Send(reply);
+}
+
+v1::KeeperState Keeper::State() const {
+  v1::KeeperState state;
+  state.set_keeper_pid(::getpid());
+  if (const auto stat = ReadProcStat(::getpid())) state.set_keeper_start_time(stat->start_time);
+  state.set_node(options_.node);
+  workers_.Describe(&state);
+  arenas_.Describe(&state);
+  fork_servers_.Describe(&state);
+  stores_.Describe(&state);
+  for (const auto& [key, value] : memory_) (*state.mutable_memory())[key] = value;
+  return state;
+}
+
+void Keeper::OnArena(Connection* connection, std::uint64_t id, const v1::KeeperArena& request) {
+  v1::KeeperReply reply;
+  reply.set_id(id);
+  const ArenaKey key{request.job(), request.rank(), request.replica()};
+  if (request.drop()) {
+    arenas_.Drop(key);
+    reply.mutable_arena();
+    connection->Send(reply);
+    return;
+  }
+  int error = 0;
+  std::string text;
+  bool created = false;
+  ArenaEntry* entry = arenas_.Get(key, request.slot_bytes(), &created, &error, &text);
+  if (entry == nullptr) {
+    reply.set_error(error);
+    reply.set_message(text);
+    connection->Send(reply);
+    return;
+  }
+  reply.mutable_arena()->set_slot_bytes(entry->slot_bytes);
+  reply.mutable_arena()->set_total_bytes(entry->total_bytes());
+  reply.mutable_arena()->set_created(created);
+  connection->Send(reply, {entry->memory.get(), entry->bell.get()});
+}
+
+// A trainer: one fixed-size request, one reply (attach_protocol.h).
+void Keeper::OnAttach(Connection* connection) {
+  AttachRequest request;
+  std::memcpy(static_cast<void*>(&request), connection->reader().pending().data(), sizeof(request));
+  request.job[sizeof(request.job) - 1] = '\0';
+  AttachReply reply;
+  std::vector<int> descriptors;
+  std::string text;
+  if (request.version != kAttachVersion) {
+    reply.error = EPROTO;
+    text = fmt::format("the keeper of node {} speaks attach version {}, this process {}; use one release "
+                       "of everstep on the node",
+                       options_.node, kAttachVersion, request.version);
+  } else if (workers_.Stale(request.job, request.generation)) {
+    reply.error = ESTALE;
+    text = fmt::format("generation {} of job {} is over on node {}", request.generation, request.job,
+                       options_.node);
+  } else {
+    bool created = false;
+    ArenaEntry* entry =
+        arenas_.Get({request.job, request.rank, false}, request.slot_bytes, &created, &reply.error, &text);
+    if (entry != nullptr) {
+      reply.slot_bytes = entry->slot_bytes;
+      reply.total_bytes = entry->total_bytes();
+      descriptors = {entry->memory.get(), entry->bell.get()};
+    }
+  }
+  std::memcpy(reply.message, text.data(), std::min(text.size(), sizeof(reply.message) - 1));
+  connection->SendRaw(std::string(reinterpret_cast<const char*>(&reply), sizeof(reply)), descriptors);
+  connection->closing = true;
+}
+
+void Keeper::OnRemember(const v1::KeeperRemember& request, const Done& done) {
+  const auto it = memory_.find(request.key());
+  const std::size_t before = it == memory_.end() ? 0 : it->first.size() + it->second.size();
+  const std::size_t after = request.value().empty() ? 0 : request.key().size() + request.value().size();
+  if (memory_bytes_ - before + after > kMaxMemoryBytes) {
+    done(Refusal(ENOSPC, fmt::format("the keeper of node {} remembers {} bytes; {} more for '{}' pass its "
+                                     "limit of {}; forget ended jobs",
+                                     options_.node, memory_bytes_, after, request.key(), kMaxMemoryBytes)));
+    return;
+  }
+  memory_bytes_ = memory_bytes_ - before + after;
+  if (request.value().empty()) {
+    memory_.erase(request.key());
+  } else {
+    memory_[request.key()] = request.value();
+  }
+  done({});
+}
+
+void Keeper::OnForget(const v1::KeeperForget& request, const Done& done) {
+  LogInfo("job_forgotten", {{"job", request.job()}});
+  workers_.Forget(request.job());
+  stores_.Forget(request.job());
+  fork_servers_.Forget(request.job());
+  if (!request.keep_arenas()) arenas_.DropJob(request.job());
+  done({});
+}
+
+}  // namespace everstep::keeper

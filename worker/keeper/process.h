@@ -1,0 +1,57 @@
+// Processes as the keeper sees them: starting one so that it finds what a fresh program expects, and
+// reading what the kernel says of one. No state, no protocol.
+#pragma once
+
+#include <sys/types.h>
+
+#include <cstdint>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace everstep::keeper {
+
+struct LaunchSpec {
+  std::vector<std::string> argv;  // argv[0] without '/' is looked for in the PATH of `env`
+  std::vector<std::string> env;   // "KEY=value", complete
+  std::string cwd;                // empty: the keeper's
+  std::optional<mode_t> umask;
+  std::string stdout_path;  // appended to, directories made; empty: /dev/null
+  std::string stderr_path;
+  // Descriptors of ours that the child finds under the second number; all others are closed.
+  std::vector<std::pair<int, int>> keep;
+  // The child writes "E" and a text here if it cannot begin; closed by the exec that succeeds.
+  int status_fd = -1;
+};
+
+// Forks and executes: new session, default signals, empty mask, stdin /dev/null, and SIGKILL when
+// the keeper dies. Returns the pid, or -1 and *error when the fork itself failed.
+// REQUIRES a single-threaded caller.
+pid_t Launch(const LaunchSpec& spec, std::string* error);
+
+struct ProcStat {
+  char state = '?';              // R, S, D, T, t, Z, X
+  pid_t parent = 0;
+  pid_t group = 0;
+  pid_t session = 0;
+  std::uint64_t start_time = 0;  // clock ticks since boot
+  std::int64_t threads = 0;
+  std::string name;
+};
+std::optional<ProcStat> ReadProcStat(pid_t pid);
+
+// Value of `key` in the environment that the process was started with.
+std::optional<std::string> ReadProcEnvironment(pid_t pid, const std::string& key);
+
+// Children of this (single-threaded) process, adopted ones too.
+std::vector<pid_t> ListChildren();
+
+// How often the kernel's memory killer struck in our control group, or on this machine where the
+// group does not tell.
+std::int64_t MemoryKills();
+
+// Bytes that can still be had: the smaller of the machine's and the control group's.
+std::uint64_t AvailableMemory();
+
+}  // namespace everstep::keeper

@@ -1,0 +1,67 @@
+"""A process that hosts one generation's TCPStore and watches whether its process group forms.
+
+    python everstep_store_host.py STATUS_FD KEEPER_PID ADDRESS PORT
+
+Lines on STATUS_FD: "P<pid>", "port <n>" when it listens, "reached <ranks>" once every rank of gloo's default
+group has put its address there, or "E<text>". Ends with the keeper.
+"""
+
+import os
+import sys
+import time
+
+
+def serve(status: int, keeper: int, address: str, port: int) -> None:
+    def say(line: str) -> None:
+        os.write(status, (line + "\n").encode())
+
+    try:
+        import ctypes
+        import signal
+        import socket
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != keeper:
+            os._exit(1)
+        say(f"P{os.getpid()}")
+        from torch.distributed import TCPStore
+
+        family, _, _, _, where = socket.getaddrinfo(address or "127.0.0.1", port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(where)
+        listener.listen(2048)
+        port = listener.getsockname()[1]
+        store = TCPStore(where[0], port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        say(f"port {port}")
+    except Exception as problem:
+        say(f"E{type(problem).__name__}: {problem}".replace("\n", " "))
+        os._exit(1)
+    watch(store, say)
+    while True:
+        time.sleep(3600)
+
+
+def watch(store, say) -> None:
+    """Tells when the ranks of gloo's default group have all put their addresses, keys default_pg/.../RANK."""
+    if not hasattr(store, "list_keys"):
+        return
+    last = (0, 0)
+    while True:
+        time.sleep(0.1)
+        count = store.num_keys()
+        if count == last[0]:
+            continue
+        ranks = set()
+        for key in store.list_keys():
+            parts = key.split("/")
+            # default_pg/0//cpu//0/RANK
+            if parts[0] == "default_pg" and len(parts) == 7 and parts[3] == "cpu" and parts[-1].isdigit():
+                ranks.add(int(parts[-1]))
+        if len(ranks) != last[1] and ranks:
+            say(f"reached {len(ranks)}")
+        last = (count, len(ranks))
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

@@ -1,0 +1,15 @@
+// The keeper's Python parts, carried in its program and laid out in the node's folder, so that any
+// interpreter of any job can run them with nothing installed.
+#pragma once
+
+#include <string>
+
+namespace everstep::keeper {
+
+// FOLDER/python holds sitecustomize.py (the fork server) and everstep_store_host.py.
+bool WritePythonFiles(const std::string& folder, std::string* error);
+
+std::string PythonFolder(const std::string& folder);      // first in a fork server's PYTHONPATH
+std::string StoreHostProgram(const std::string& folder);
+
+}  // namespace everstep::keeper

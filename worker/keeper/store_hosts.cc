@@ -1,0 +1,364 @@
+#include "worker/keeper/store_hosts.h"
+
+#include <dirent.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cstdio>
+#include <cstring>
+#include <set>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "proto/base/clock.h"
+#include "proto/base/log.h"
+#include "worker/keeper/process.h"
+#include "worker/keeper/python_files.h"
+
+namespace everstep::keeper {
+namespace {
+
+namespace v1 = everstep::v1;
+
+constexpr std::int64_t kLimitNs = 60'000'000'000;
+constexpr std::int64_t kLookNs = 250'000'000;
+constexpr int kStatusFd = 3;
+
+}  // namespace
+
+StoreHosts::Host* StoreHosts::Find(const std::string& job, std::uint64_t generation) {
+  for (auto& [id, host] : hosts_) {
+    if (!host->spare && host->spec.job() == job && host->spec.generation() == generation) return host.get();
+  }
+  return nullptr;
+}
+
+void StoreHosts::Start(const v1::KeeperStoreHost& request, Done done) {
+  const auto fence = fences_.find(request.job());
+  if (fence != fences_.end() && request.generation() <= fence->second) {
+    done(Refusal(ESTALE, fmt::format("no store for job {} generation {}: generations up to {} are over",
+                                     request.job(), request.generation(), fence->second)));
+    return;
+  }
+  if (Host* host = Find(request.job(), request.generation()); host != nullptr) {
+    host->waiting.push_back(std::move(done));
+    if (host->port != 0) Answer(host);
+    return;
+  }
+  for (auto& [id, host] : hosts_) {
+    if (!host->spare || host->port == 0 || request.port() != 0) continue;
+    if (host->spec.job() != request.job() || host->spec.bind_address() != request.bind_address()) continue;
+    host->spare = false;
+    host->spec.set_generation(request.generation());
+    host->waiting.push_back(std::move(done));
+    Answer(host.get());
+    MakeSpare(request);
+    return;
+  }
+  if (hosts_.size() >= kMaxStores) {
+    done(Refusal(EAGAIN, fmt::format("the keeper of node {} hosts {} stores, its limit; forget ended jobs",
+                                     context_->node, kMaxStores)));
+    return;
+  }
+  const Id id = Make(request, false);
+  hosts_[id]->waiting.push_back(std::move(done));
+  Launch(id);
+}
+
+StoreHosts::Id StoreHosts::Make(const v1::KeeperStoreHost& spec, bool spare) {
+  const Id id = next_++;
+  auto host = std::make_unique<Host>(context_);
+  host->spec = spec;
+  host->spare = spare;
+  host->limit_ns = MonotonicNanos() + kLimitNs;
+  hosts_.emplace(id, std::move(host));
+  return id;
+}
+
+void StoreHosts::Launch(Id id) {
+  Host* host = hosts_.at(id).get();
+  const v1::KeeperStoreHost& spec = host->spec;
+  OwnedFd status =
+      host->status.Open([this, id](const std::string& line, bool last) { OnLine(id, line, last); });
+  if (!status) {
+    Fail(id, errno, fmt::format("no pipe: {}", std::strerror(errno)));
+    return;
+  }
+  const auto answer = fork_servers_->ForkStoreHost(spec.job(), spec.bind_address(), spec.port(), status.get());
+  host->waiting_for_server = answer == ForkServers::StoreAnswer::kLater;
+  host->forked = answer == ForkServers::StoreAnswer::kAsked;
+  if (host->forked) return;
+  if (host->waiting_for_server) {
+    host->status.Close();
+    return;
+  }
+  if (host->spare) {
+    End(id);  // a fresh one would import torch for nothing but a hope
+    return;
+  }
+  LaunchSpec launch;
+  launch.argv = {spec.python().empty() ? "python3" : spec.python(), "-u", StoreHostProgram(context_->folder),
+                 std::to_string(kStatusFd), std::to_string(::getpid()), spec.bind_address(),
+                 std::to_string(spec.port())};
+  for (const auto& [key, value] : spec.env()) launch.env.push_back(key + "=" + value);
+  launch.stdout_path = launch.stderr_path = fmt::format("{}/store-host.log", context_->folder);
+  launch.keep = {{status.get(), kStatusFd}};
+  launch.status_fd = status.get();
+  std::string error;
+  host->pid = keeper::Launch(launch, &error);
+  if (host->pid < 0) {
+    host->pid = 0;
+    Fail(id, EAGAIN, error);
+  }
+}
+
+void StoreHosts::OnLine(Id id, const std::string& line, bool last) {
+  const auto it = hosts_.find(id);
+  if (it == hosts_.end()) return;
+  Host* host = it->second.get();
+  if (line.starts_with("P")) {
+    pid_t pid = 0;
+    std::from_chars(line.data() + 1, line.data() + line.size(), pid);
+    siginfo_t info{};
+    if (pid > 0 && ::waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG | WNOWAIT) == 0) {
+      host->pid = pid;
+    }
+  } else if (line.starts_with("port ")) {
+    std::from_chars(line.data() + 5, line.data() + line.size(), host->port);
+    LogInfo("store_ready", {{"job", host->spec.job()}, {"generation", host->spec.generation()},
+                            {"port", host->port}, {"pid", host->pid}, {"spare", host->spare}});
+    Answer(host);
+    if (!host->spare) MakeSpare(host->spec);
+  } else if (line.starts_with("reached ")) {
+    // So many ranks have put their addresses for the default group.
+    std::from_chars(line.data() + 8, line.data() + line.size(), host->reached);
+    host->reached_ns = MonotonicNanos();
+    host->next_look_ns = host->reached_ns + kLookNs;
+  } else if (line.starts_with("E")) {
+    Fail(id, EIO, line.substr(1));
+  } else if (line.starts_with("R") && !last) {
+    Fail(id, EIO, line.substr(1));
+  } else if (last && host->port == 0) {
+    Fail(id, EIO, fmt::format("its process ended before it listened; see {}/store-host.log", context_->folder));
+  }
+}
+
+void StoreHosts::Answer(Host* host) {
+  host->limit_ns = 0;
+  for (const Done& done : std::exchange(host->waiting, {})) {
+    v1::KeeperReply reply;
+    auto* ready = reply.mutable_store_ready();
+    ready->set_job(host->spec.job());
+    ready->set_generation(host->spec.generation());
+    ready->set_port(host->port);
+    ready->set_pid(host->pid);
+    done(reply);
+  }
+}
+
+void StoreHosts::Fail(Id id, int error, const std::string& why) {
+  const auto it = hosts_.find(id);
+  if (it == hosts_.end()) return;
+  const std::string text =
+      fmt::format("node {}: no store for job {} generation {}: {}", context_->node,
+                  it->second->spec.job(), it->second->spec.generation(), why);
+  const std::vector<Done> waiting = std::exchange(it->second->waiting, {});
+  LogWarning("store_failed", {{"job", it->second->spec.job()}, {"why", why}});
+  End(id);
+  for (const Done& done : waiting) done(Refusal(error, text));
+}
+
+void StoreHosts::End(Id id) {
+  const auto it = hosts_.find(id);
+  if (it == hosts_.end()) return;
+  const std::unique_ptr<Host> host = std::move(it->second);
+  hosts_.erase(it);
+  if (host->pid > 0) ::kill(host->pid, SIGKILL);
+  for (const Done& done : host->waiting) {
+    done(Refusal(ECANCELED, fmt::format("the store of job {} generation {} was stopped while it started",
+                                        host->spec.job(), host->spec.generation())));
+  }
+}
+
+void StoreHosts::MakeSpare(const v1::KeeperStoreHost& like) {
+  for (const auto& [id, host] : hosts_) {
+    if (host->spare && host->spec.job() == like.job()) return;
+  }
+  if (like.port() != 0 || hosts_.size() >= kMaxStores) return;
+  v1::KeeperStoreHost spec = like;
+  spec.set_generation(0);
+  Launch(Make(spec, true));
+}
+
+void StoreHosts::OnForkServer(const std::string& job) {
+  std::vector<Id> waiting;
+  for (const auto& [id, host] : hosts_) {
+    if (host->spec.job() == job && host->waiting_for_server) waiting.push_back(id);
+  }
+  for (const Id id : waiting) {
+    if (hosts_.count(id) != 0) Launch(id);
+  }
+}
+
+void StoreHosts::Kill(const std::string& job, std::uint64_t generation) {
+  std::uint64_t& fence = fences_[job];
+  fence = std::max(fence, generation);
+  std::vector<Id> over;
+  for (const auto& [id, host] : hosts_) {
+    if (host->spec.job() == job && !host->spare && host->spec.generation() <= generation) over.push_back(id);
+  }
+  for (const Id id : over) End(id);
+}
+
+void StoreHosts::Forget(const std::string& job) {
+  std::vector<Id> over;
+  for (const auto& [id, host] : hosts_) {
+    if (host->spec.job() == job) over.push_back(id);
+  }
+  for (const Id id : over) End(id);
+  fences_.erase(job);
+}
+
+void StoreHosts::KillAll() {
+  while (!hosts_.empty()) End(hosts_.begin()->first);
+}
+
+bool StoreHosts::Owns(pid_t pid) const {
+  for (const auto& [id, host] : hosts_) {
+    if (host->pid == pid) return true;
+  }
+  return false;
+}
+
+bool StoreHosts::OnExit(pid_t pid, const std::string& how) {
+  for (auto& [id, host] : hosts_) {
+    if (host->pid != pid) continue;
+    host->pid = 0;
+    if (host->port != 0 && !host->spare) {
+      // Its generation's workers cannot form groups any more; those that run need it no longer.
+      LogWarning("store_lost", {{"job", host->spec.job()}, {"generation", host->spec.generation()}, {"how", how}});
+    }
+    if (host->port == 0) {
+      Fail(id, EIO, fmt::format("its process ended ({}); see {}/store-host.log", how, context_->folder));
+    } else {
+      End(id);
+    }
+    return true;
+  }
+  return false;
+}
+
+void StoreHosts::Describe(v1::KeeperState* state) const {
+  for (const auto& [id, host] : hosts_) {
+    if (host->spare || host->port == 0) continue;
+    auto* s = state->add_stores();
+    s->set_job(host->spec.job());
+    s->set_generation(host->spec.generation());
+    s->set_port(host->port);
+    s->set_pid(host->pid);
+  }
+}
+
+std::optional<std::int64_t> StoreHosts::NextDeadline() const {
+  std::optional<std::int64_t> next;
+  for (const auto& [id, host] : hosts_) {
+    if (host->limit_ns != 0 && (!next || host->limit_ns < *next)) next = host->limit_ns;
+    if (host->reached_ns != 0 && !host->formed && !host->forming_told &&
+        (!next || host->next_look_ns < *next)) {
+      next = host->next_look_ns;
+    }
+  }
+  return next;
+}
+
+void StoreHosts::Tick(std::int64_t now) {
+  std::vector<Id> late;
+  for (auto& [id, host] : hosts_) {
+    if (host->limit_ns != 0 && now >= host->limit_ns) late.push_back(id);
+    if (host->reached_ns != 0 && !host->formed && !host->forming_told && now >= host->next_look_ns) {
+      LookAtGroup(host.get(), now);
+    }
+  }
+  for (const Id id : late) {
+    Fail(id, ETIMEDOUT, fmt::format("it does not listen after {} s", kLimitNs / 1'000'000'000));
+  }
+}
+
+// Gloo joins every pair of ranks by one connection. Every rank is there (the store has their
+// addresses): a local rank with fewer connections than peers is one whose group does not form.
+void StoreHosts::LookAtGroup(Host* host, std::int64_t now) {
+  host->next_look_ns = now + kLookNs;
+  const auto peers = workers_->Watched(host->spec.job(), host->spec.generation());
+  if (peers.empty()) {
+    host->formed = true;  // nobody asked, or they have ended
+    return;
+  }
+  for (const Workers::Peer& peer : peers) {
+    // Some are still on their way: "reached" will come again.
+    if (host->reached < peer.world_size) {
+      host->reached_ns = 0;
+      return;
+    }
+    const int connections = CountConnections(peer.pid, static_cast<std::uint16_t>(host->port));
+    if (connections < 0 || connections + 1 >= static_cast<int>(peer.world_size)) continue;
+    const std::int64_t waited_ms = (now - host->reached_ns) / 1'000'000;
+    if (waited_ms < static_cast<std::int64_t>(peer.start_timeout_ms)) return;  // not formed, not late
+    host->forming_told = true;
+    v1::KeeperReply event;
+    v1::KeeperStalled* stalled = event.mutable_stalled();
+    stalled->set_job(host->spec.job());
+    stalled->set_generation(host->spec.generation());
+    stalled->set_rank(peer.rank);
+    stalled->set_kind(2);
+    stalled->set_stalled_ms(waited_ms);
+    stalled->set_evidence(fmt::format("every one of {} ranks gave the store its address {} ms ago; rank {} "
+                                      "(pid {}) has {} connections to its {} peers",
+                                      peer.world_size, waited_ms, peer.rank, peer.pid, connections,
+                                      peer.world_size - 1));
+    LogWarning("group_not_formed", {{"job", host->spec.job()}, {"generation", host->spec.generation()},
+                                    {"rank", peer.rank}, {"evidence", stalled->evidence()}});
+    context_->tell_owner(event);
+    return;
+  }
+  host->formed = true;
+}
+
+int CountConnections(pid_t pid, std::uint16_t port) {
+  std::set<unsigned long> sockets;
+  const std::string folder = fmt::format("/proc/{}/fd", pid);
+  DIR* dir = ::opendir(folder.c_str());
+  if (dir == nullptr) return -1;
+  while (const dirent* entry = ::readdir(dir)) {
+    char target[64];
+    const ssize_t n = ::readlinkat(::dirfd(dir), entry->d_name, target, sizeof(target) - 1);
+    if (n <= 0) continue;
+    target[n] = '\0';
+    unsigned long inode;
+    if (std::sscanf(target, "socket:[%lu]", &inode) == 1) sockets.insert(inode);
+  }
+  ::closedir(dir);
+  int count = 0;
+  for (const char* table : {"tcp", "tcp6"}) {
+    std::FILE* file = std::fopen(fmt::format("/proc/{}/net/{}", pid, table).c_str(), "re");
+    if (file == nullptr) continue;
+    char line[512];
+    while (std::fgets(line, sizeof(line), file) != nullptr) {
+      unsigned local = 0, remote = 0, state = 0;
+      unsigned long inode = 0;
+      if (std::sscanf(line, "%*d: %*[0-9A-Fa-f]:%x %*[0-9A-Fa-f]:%x %x %*s %*s %*s %*s %*s %lu", &local,
+                      &remote, &state, &inode) != 4) {
+        continue;
+      }
+      if (state == 1 && local != port && remote != port && sockets.count(inode) != 0) ++count;
+    }
+    std::fclose(file);
+  }
+  return count;
+}
+
+}  // namespace everstep::keeper

@@ -1,0 +1,476 @@
+#include "worker/keeper/workers.h"
+
+#include <signal.h>
+#include <sys/wait.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cstring>
+#include <limits>
+#include <utility>
+
+#include <fmt/format.h>
+
+#include "proto/base/clock.h"
+#include "proto/base/log.h"
+#include "worker/keeper/process.h"
+
+namespace everstep::keeper {
+namespace {
+
+namespace v1 = everstep::v1;
+
+constexpr std::int64_t kMs = 1'000'000;
+constexpr std::int64_t kStartLimitNs = 30'000 * kMs;
+constexpr std::int64_t kStopToldNs = 300 * kMs;  // stopped for this long: told
+constexpr std::int64_t kScanNs = 500 * kMs;      // process states are read this often
+constexpr std::uint64_t kKeepGenerations = 2;    // ended workers of older ones are dropped
+
+std::uint64_t Number(const v1::KeeperSpawn& spec, const char* key) {
+  const auto it = spec.env().find(key);
+  std::uint64_t value = 0;
+  if (it != spec.env().end()) {
+    std::from_chars(it->second.data(), it->second.data() + it->second.size(), value);
+  }
+  return value;
+}
+
+std::string Name(const WorkerKey& key) {
+  return fmt::format("job {} generation {} rank {}", key.job, key.generation, key.rank);
+}
+
+}  // namespace
+
+void Workers::Spawn(const v1::KeeperSpawn& request, Done done) {
+  const WorkerKey key{request.job(), request.generation(), request.rank()};
+  const auto fence = fences_.find(key.job);
+  if (fence != fences_.end() && key.generation <= fence->second) {
+    done(Refusal(ESTALE, fmt::format("{} is not started: generations up to {} of this job are over",
+                                     Name(key), fence->second)));
+    return;
+  }
+  if (const auto it = workers_.find(key); it != workers_.end()) {
+    done(Refusal(EEXIST, fmt::format("{} is there already (pid {})", Name(key), it->second->pid)));
+    return;
+  }
+  PruneBefore(key.job, key.generation < kKeepGenerations ? 0 : key.generation - kKeepGenerations);
+  if (workers_.size() >= kMaxWorkers) {
+    done(Refusal(EAGAIN, fmt::format("the keeper of node {} knows {} workers, its limit; forget ended "
+                                     "jobs first",
+                                     context_->node, kMaxWorkers)));
+    return;
+  }
+  if (request.job().empty() || (request.target().empty()) ||
+      (IsPython(request.command_kind()) && request.python().empty())) {
+    done(Refusal(EINVAL, fmt::format("{} is not started: the request names no job, target or interpreter",
+                                     Name(key))));
+    return;
+  }
+  auto made = std::make_unique<Worker>(context_);
+  Worker* worker = made.get();
+  worker->spec = request;
+  worker->done = std::move(done);
+  worker->world_size = static_cast<std::uint32_t>(Number(request, "WORLD_SIZE"));
+  worker->store_port = static_cast<std::uint16_t>(Number(request, "MASTER_PORT"));
+  const auto error_file = request.env().find("TORCHELASTIC_ERROR_FILE");
+  if (error_file != request.env().end()) worker->error_file = error_file->second;
+  worker->start_limit_ns = MonotonicNanos() + kStartLimitNs;
+  workers_.emplace(key, std::move(made));
+  if (memory_kills_ < 0) memory_kills_ = MemoryKills();
+
+  if (request.preload()) {
+    OwnedFd status = worker->status.Open(
+        [this, key](const std::string& line, bool last) { OnLine(key, line, last); });
+    worker->forked = status && fork_servers_->Fork(request, status.get(), &worker->fresh_reason);
+  }
+  if (!worker->forked) StartFresh(worker);
+}
+
+void Workers::StartFresh(Worker* worker) {
+  const v1::KeeperSpawn& spec = worker->spec;
+  const WorkerKey key{spec.job(), spec.generation(), spec.rank()};
+  worker->forked = false;
+  if (worker->signal_on_start != 0) {
+    Failed(key, ESTALE, "it was stopped before it began");
+    return;
+  }
+  LaunchSpec launch;
+  launch.argv = WorkerArgv(spec.command_kind(), spec.python(), spec.target(),
+                           std::vector<std::string>(spec.args().begin(), spec.args().end()));
+  for (const auto& [name, value] : spec.env()) launch.env.push_back(name + "=" + value);
+  launch.cwd = spec.cwd();
+  launch.umask = static_cast<mode_t>(spec.umask());
+  launch.stdout_path = spec.stdout_path();
+  launch.stderr_path = spec.stderr_path();
+  OwnedFd status = worker->status.Open(
+      [this, key](const std::string& line, bool last) { OnLine(key, line, last); });
+  if (!status) {
+    Failed(key, errno, fmt::format("no pipe: {}", std::strerror(errno)));
+    return;
+  }
+  launch.status_fd = status.get();
+  std::string error;
+  const pid_t pid = Launch(launch, &error);
+  if (pid < 0) {
+    Failed(key, EAGAIN, error);
+    return;
+  }
+  worker->pid = pid;
+}
+
+void Workers::OnLine(const WorkerKey& key, const std::string& line, bool last) {
+  const auto it = workers_.find(key);
+  if (it == workers_.end() || it->second->phase != Phase::kStarting) return;
+  Worker* worker = it->second.get();
+  if (line.starts_with("E")) {
+    Failed(key, ECHILD, line.substr(1));
+  } else if (line.starts_with("R")) {
+    worker->fresh_reason = line.substr(1);
+    LogWarning("fork_refused", {{"job", key.job}, {"rank", key.rank}, {"why", worker->fresh_reason}});
+    StartFresh(worker);
+  } else if (line.starts_with("P")) {
+    pid_t pid = 0;
+    std::from_chars(line.data() + 1, line.data() + line.size(), pid);
+    // Only a child of ours can be waited for, and so be a worker.
+    siginfo_t info{};
+    if (pid <= 0 || ::waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG | WNOWAIT) != 0) {
+      Failed(key, ECHILD, fmt::format("the fork server named pid {}, which is no child of the keeper", pid));
+      return;
+    }
+    worker->pid = pid;
+    Started(worker);
+  } else if (last) {
+    if (!worker->forked) {
+      Started(worker);
+    } else {
+      worker->fresh_reason = "the fork server's child ended before it began";
+      StartFresh(worker);
+    }
+  }
+}
+
+void Workers::Started(Worker* worker) {
+  worker->phase = Phase::kRunning;
+  worker->start_limit_ns = 0;
+  worker->started_ns = MonotonicNanos();
+  worker->started_wall_ns = WallNanos();
+  worker->status.Close();
+  worker->spec.clear_env();
+  worker->spec.clear_args();
+  LogInfo("worker_started", {{"job", worker->spec.job()},
+                             {"generation", worker->spec.generation()},
+                             {"rank", worker->spec.rank()},
+                             {"pid", worker->pid},
+                             {"forked", worker->forked},
+                             {"why_fresh", worker->fresh_reason}});
+  if (worker->done) {
+    v1::KeeperReply reply;
+    reply.mutable_spawned()->set_pid(worker->pid);
+    reply.mutable_spawned()->set_from_fork_server(worker->forked);
+    reply.set_message(worker->fresh_reason);
+    worker->done(reply);
+    worker->done = nullptr;
+  }
+  if (worker->signal_on_start != 0) Signal(worker, worker->signal_on_start);
+  LookAgain();
+}
+
+// A child may have ended while it was not known yet.
+void Workers::LookAgain() { ::kill(::getpid(), SIGCHLD); }
+
+void Workers::Failed(const WorkerKey& key, int error, const std::string& why) {
+  const auto it = workers_.find(key);
+  if (it == workers_.end()) return;
+  const std::unique_ptr<Worker> worker = std::move(it->second);
+  workers_.erase(it);
+  LogWarning("worker_start_failed", {{"job", key.job}, {"rank", key.rank}, {"why", why}});
+  if (worker->pid > 0) ::kill(worker->pid, SIGKILL);
+  LookAgain();
+  if (worker->done) {
+    worker->done(Refusal(error, fmt::format("node {}: {} did not start: {}", context_->node, Name(key), why)));
+  }
+}
+
+// A worker leads its group; the group is signalled. Until it is reaped the number is its own.
+void Workers::Signal(Worker* worker, int signal) {
+  if (worker->phase == Phase::kStarting && worker->forked) {
+    if (worker->signal_on_start != SIGKILL) worker->signal_on_start = signal;
+    return;
+  }
+  if (worker->pid <= 0 || worker->phase == Phase::kExited) return;
+  if (::kill(-worker->pid, signal) != 0) ::kill(worker->pid, signal);
+}
+
+void Workers::Ask(Worker* worker, int signal, std::int64_t grace_ns) {
+  if (worker->phase == Phase::kExited) return;
+  worker->by_request = true;
+  Signal(worker, signal);
+  if (signal == SIGKILL) return;
+  if (grace_ns == 0) {
+    Signal(worker, SIGKILL);
+    return;
+  }
+  // A stopped process acts on nothing but SIGKILL until it is continued.
+  Signal(worker, SIGCONT);
+  const std::int64_t at = MonotonicNanos() + grace_ns;
+  worker->kill_at_ns = worker->kill_at_ns == 0 ? at : std::min(worker->kill_at_ns, at);
+}
+
+void Workers::Kill(const v1::KeeperKill& request, const Done& done) {
+  const int signal = request.signal() == 0 ? SIGTERM : request.signal();
+  if (signal < 0 || signal >= NSIG) {
+    done(Refusal(EINVAL, fmt::format("{} is no signal", request.signal())));
+    return;
+  }
+  const std::int64_t grace_ns = static_cast<std::int64_t>(request.grace_ms()) * kMs;
+  if (request.rank() >= 0) {
+    const auto it = workers_.find({request.job(), request.generation(), request.rank()});
+    if (it == workers_.end() || it->second->phase == Phase::kExited) {
+      done(Refusal(ESRCH, fmt::format("{} does not run on node {}",
+                                      Name({request.job(), request.generation(), request.rank()}),
+                                      context_->node)));
+      return;
+    }
+    if (grace_ns == 0) {
+      Signal(it->second.get(), signal);
+    } else {
+      Ask(it->second.get(), signal, grace_ns);
+    }
+    done({});
+    return;
+  }
+  std::uint64_t& fence = fences_[request.job()];
+  fence = std::max(fence, request.generation());
+  int killed = 0;
+  for (auto& [key, worker] : workers_) {
+    if (key.job != request.job() || key.generation > request.generation()) continue;
+    if (worker->phase == Phase::kExited) continue;
+    Ask(worker.get(), signal, grace_ns);
+    ++killed;
+  }
+  if (killed > 0) {
+    LogInfo("workers_stopped", {{"job", request.job()}, {"generation", request.generation()},
+                                {"count", killed}, {"grace_ms", request.grace_ms()}});
+  }
+  done({});
+  ReapOrphans();
+}
+
+void Workers::KillAll(std::uint32_t grace_ms) {
+  for (auto& [key, worker] : workers_) {
+    fences_[key.job] = std::numeric_limits<std::uint64_t>::max();
+    Ask(worker.get(), SIGTERM, static_cast<std::int64_t>(grace_ms) * kMs);
+  }
+}
+
+bool Workers::AnyRunning() const {
+  return std::any_of(workers_.begin(), workers_.end(),
+                     [](const auto& item) { return item.second->phase != Phase::kExited; });
+}
+
+void Workers::Forget(const std::string& job) {
+  for (auto it = workers_.begin(); it != workers_.end();) {
+    if (it->first.job == job) {
+      Worker* worker = it->second.get();
+      if (worker->phase != Phase::kExited && worker->pid > 0) {
+        ::kill(-worker->pid, SIGKILL);
+        ::kill(worker->pid, SIGKILL);
+      }
+      if (worker->done) {
+        worker->done(Refusal(ECANCELED, fmt::format("{} was forgotten while it started", Name(it->first))));
+      }
+      it = workers_.erase(it);
+    } else {
+      ++it;
+    }
+  }
+  fences_[job] = std::numeric_limits<std::uint64_t>::max();
+  ReapOrphans();
+  fences_.erase(job);
+}
+
+Workers::Worker* Workers::FindPid(pid_t pid) {
+  for (auto& [key, worker] : workers_) {
+    if (worker->pid == pid && worker->phase != Phase::kExited) return worker.get();
+  }
+  return nullptr;
+}
+
+Workers::ExitAnswer Workers::OnExit(pid_t pid, int code) {
+  Worker* worker = FindPid(pid);
+  if (worker == nullptr) {
+    const bool starting = std::any_of(workers_.begin(), workers_.end(), [](const auto& item) {
+      return item.second->phase == Phase::kStarting && item.second->forked;
+    });
+    return starting ? ExitAnswer::kLater : ExitAnswer::kUnknown;
+  }
+  // Its status pipe says first whether it began.
+  if (worker->phase == Phase::kStarting) return ExitAnswer::kLater;
+  // What it left behind in its group goes with it, unless it ended well and by itself: then it is
+  // kept until its generation is over (a helper that still uploads).
+  if (code != 0 || worker->by_request) ::kill(-pid, SIGKILL);
+  worker->phase = Phase::kExited;
+  worker->kill_at_ns = 0;
+  v1::KeeperExited& exit = worker->exit;
+  exit.set_job(worker->spec.job());
+  exit.set_generation(worker->spec.generation());
+  exit.set_rank(worker->spec.rank());
+  exit.set_local_rank(worker->spec.local_rank());
+  exit.set_pid(pid);
+  exit.set_code(code);
+  exit.set_by_request(worker->by_request);
+  exit.set_exit_ns(WallNanos());
+  exit.set_ran_ms((MonotonicNanos() - worker->started_ns) / kMs);
+  exit.set_error_file(worker->error_file);
+  const std::int64_t kills = MemoryKills();
+  exit.set_oom_killed(code == -SIGKILL && !worker->by_request && kills > memory_kills_);
+  memory_kills_ = kills;
+  LogInfo("worker_exited", {{"job", exit.job()}, {"generation", exit.generation()},
+                            {"rank", exit.rank()}, {"pid", pid}, {"code", code},
+                            {"by_request", exit.by_request()}, {"oom_killed", exit.oom_killed()}});
+  v1::KeeperReply event;
+  *event.mutable_exited() = exit;
+  context_->tell_owner(event);
+  return ExitAnswer::kReap;
+}
+
+void Workers::OnStopped(pid_t pid, bool stopped) {
+  Worker* worker = FindPid(pid);
+  if (worker == nullptr) return;
+  if (!stopped) {
+    worker->stopped_ns = 0;
+    worker->stop_told = false;
+  } else if (worker->stopped_ns == 0) {
+    worker->stopped_ns = MonotonicNanos();
+  }
+}
+
+void Workers::ReapOrphans() {
+  const std::vector<pid_t> servers = fork_servers_->Pids();
+  for (const pid_t pid : ListChildren()) {
+    if (FindPid(pid) != nullptr) continue;
+    if (std::find(servers.begin(), servers.end(), pid) != servers.end()) continue;
+    if (Fenced(pid)) ::kill(pid, SIGKILL);
+  }
+}
+
+// By its session (a worker leads one), or, where it made its own, by the environment it began with.
+bool Workers::Fenced(pid_t pid) const {
+  const auto stat = ReadProcStat(pid);
+  if (!stat) return false;
+  for (const auto& [key, worker] : workers_) {
+    if (worker->pid == stat->session) return Stale(key.job, key.generation);
+  }
+  const auto job = ReadProcEnvironment(pid, "EVERSTEP_JOB");
+  const auto generation = ReadProcEnvironment(pid, "EVERSTEP_GENERATION");
+  if (!job || !generation) return false;
+  std::uint64_t number = 0;
+  std::from_chars(generation->data(), generation->data() + generation->size(), number);
+  return Stale(*job, number);
+}
+
+std::vector<Workers::Peer> Workers::Watched(const std::string& job, std::uint64_t generation) const {
+  std::vector<Peer> out;
+  for (const auto& [key, worker] : workers_) {
+    if (key.job != job || key.generation != generation || worker->phase != Phase::kRunning) continue;
+    if (!worker->spec.watch_start()) continue;
+    out.push_back(
+        {key.rank, worker->pid, worker->world_size, worker->spec.start_timeout_ms(), worker->store_port});
+  }
+  return out;
+}
+
+bool Workers::Stale(const std::string& job, std::uint64_t generation) const {
+  const auto fence = fences_.find(job);
+  return fence != fences_.end() && generation <= fence->second;
+}
+
+void Workers::PruneBefore(const std::string& job, std::uint64_t generation) {
+  std::erase_if(workers_, [&](const auto& item) {
+    return item.first.job == job && item.first.generation < generation &&
+           item.second->phase == Phase::kExited;
+  });
+}
+
+void Workers::Describe(v1::KeeperState* state) const {
+  for (const auto& [key, worker] : workers_) {
+    if (worker->phase == Phase::kStarting) continue;
+    v1::KeeperProcess* p = state->add_processes();
+    p->set_job(key.job);
+    p->set_generation(key.generation);
+    p->set_rank(key.rank);
+    p->set_local_rank(worker->spec.local_rank());
+    p->set_pid(worker->pid);
+    p->set_running(worker->phase == Phase::kRunning);
+    if (worker->phase == Phase::kExited) *p->mutable_exit() = worker->exit;
+    p->set_error_file(worker->error_file);
+    p->set_stdout_path(worker->spec.stdout_path());
+    p->set_stderr_path(worker->spec.stderr_path());
+    p->set_started_ns(worker->started_wall_ns);
+  }
+}
+
+std::optional<std::int64_t> Workers::NextDeadline() const {
+  std::optional<std::int64_t> next;
+  const auto consider = [&next](std::int64_t at) {
+    if (at != 0 && (!next || at < *next)) next = at;
+  };
+  for (const auto& [key, worker] : workers_) {
+    if (worker->phase == Phase::kExited) continue;
+    consider(worker->kill_at_ns);
+    consider(worker->start_limit_ns);
+    if (worker->stopped_ns != 0 && !worker->stop_told) consider(worker->stopped_ns + kStopToldNs);
+    if (worker->phase == Phase::kRunning) consider(next_scan_ns_ == 0 ? 1 : next_scan_ns_);
+  }
+  return next;
+}
+
+void Workers::Tick(std::int64_t now) {
+  const bool scan = now >= next_scan_ns_;
+  if (scan) next_scan_ns_ = now + kScanNs;
+  std::vector<WorkerKey> late;
+  for (auto& [key, worker] : workers_) {
+    if (worker->phase == Phase::kExited) continue;
+    if (worker->start_limit_ns != 0 && now >= worker->start_limit_ns) late.push_back(key);
+    if (worker->kill_at_ns != 0 && now >= worker->kill_at_ns) {
+      worker->kill_at_ns = 0;
+      LogInfo("worker_killed", {{"job", key.job}, {"rank", key.rank}, {"pid", worker->pid},
+                                {"why", "still there after the grace"}});
+      Signal(worker.get(), SIGKILL);
+    }
+    if (worker->phase != Phase::kRunning) continue;
+    if (scan) {
+      const auto stat = ReadProcStat(worker->pid);
+      // 't' (traced) is a debugger's own business, told all the same: the job stands still.
+      if (stat) OnStopped(worker->pid, stat->state == 'T' || stat->state == 't');
+    }
+    if (worker->stopped_ns == 0 || worker->stop_told || now < worker->stopped_ns + kStopToldNs) continue;
+    if (worker->by_request) continue;
+    worker->stop_told = true;
+    v1::KeeperReply event;
+    v1::KeeperStalled* stalled = event.mutable_stalled();
+    stalled->set_job(key.job);
+    stalled->set_generation(key.generation);
+    stalled->set_rank(key.rank);
+    stalled->set_kind(1);
+    stalled->set_stalled_ms((now - worker->stopped_ns) / kMs);
+    stalled->set_evidence(fmt::format("pid {} is in process state T (stopped by a signal) for {} ms",
+                                      worker->pid, stalled->stalled_ms()));
+    LogWarning("worker_stopped", {{"job", key.job}, {"rank", key.rank}, {"pid", worker->pid}});
+    context_->tell_owner(event);
+  }
+  for (const WorkerKey& key : late) {
+    const auto it = workers_.find(key);
+    if (it == workers_.end()) continue;
+    if (it->second->forked) {
+      it->second->fresh_reason = "the fork server did not answer in time";
+      it->second->start_limit_ns = now + kStartLimitNs;
+      StartFresh(it->second.get());
+    } else {
+      Failed(key, ETIMEDOUT, "it did not begin within the limit; is its folder or log on a hung disk?");
+    }
+  }
+}
+
+}  // namespace everstep::keeper
