@@ -1,10 +1,14 @@
 #include "controller/store/rocks_store.h"
 
+#include <fcntl.h>
 #include <sys/random.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <array>
 #include <atomic>
 #include <cstdlib>
+#include <fstream>
 #include <utility>
 
 #include <fmt/format.h>
@@ -14,6 +18,7 @@
 #include <rocksdb/write_batch.h>
 
 #include "controller/store/convert.h"
+#include "proto/base/check.h"
 
 namespace everstep::controller {
 namespace {
@@ -23,19 +28,34 @@ using Table = Deletion::Table;
 constexpr char kHeaderKey[] = "header";
 constexpr char kStartsKey[] = "starts";
 
-char Letter(Table table) {
-  switch (table) {
-    case Table::kNode: return 'n';
-    case Table::kJob: return 'j';
-    case Table::kGeneration: return 'g';
-    case Table::kCommit: return 'c';
-    case Table::kJournal: return 'J';
-  }
-  return '?';
+// The column families, in the order in which Load gives their records.
+constexpr std::array<Table, 5> kTables = {Table::kNode, Table::kJob, Table::kGeneration,
+                                          Table::kCommit, Table::kJournal};
+constexpr std::array<const char*, kTables.size()> kFamilies = {"node", "job", "generation",
+                                                               "commit", "journal"};
+
+std::size_t Place(Table table) {
+  const auto found = std::find(kTables.begin(), kTables.end(), table);
+  EVERSTEP_CHECK(found != kTables.end());
+  return static_cast<std::size_t>(found - kTables.begin());
 }
 
-std::string DiskKey(Table table, std::string_view key) {
-  return fmt::format("{}/{}", Letter(table), key);
+// "pid 4711 (everstep-control)" of the process that holds DIR/LOCK; "another process" when the
+// kernel does not tell.
+std::string LockHolder(const std::string& directory) {
+  const int fd = open((directory + "/LOCK").c_str(), O_RDWR | O_CLOEXEC);
+  if (fd < 0) return "another process";
+  struct flock lock = {};
+  lock.l_type = F_WRLCK;
+  lock.l_whence = SEEK_SET;
+  const bool asked = fcntl(fd, F_GETLK, &lock) == 0;
+  // Closing drops this process's own locks on the file: REQUIRES that the holder is another one.
+  close(fd);
+  if (!asked || lock.l_type == F_UNLCK || lock.l_pid <= 0) return "another process";
+  std::string name;
+  std::ifstream("/proc/" + std::to_string(lock.l_pid) + "/comm") >> name;
+  return name.empty() ? fmt::format("pid {}", lock.l_pid)
+                      : fmt::format("pid {} ({})", lock.l_pid, name);
 }
 
 StoreStatus Translate(const rocksdb::Status& status, const std::string& directory,
@@ -49,13 +69,15 @@ StoreStatus Translate(const rocksdb::Status& status, const std::string& director
                         "move the state directory, then start the controller again",
                         action, directory, text)};
   }
-  if (text.find("lock") != std::string::npos &&
-      (text.find("LOCK") != std::string::npos ||
-       text.find("While lock file") != std::string::npos)) {
+  const bool read_only = text.find("Read-only file system") != std::string::npos;
+  const bool forbidden = text.find("Permission denied") != std::string::npos;
+  if (!read_only && !forbidden && text.find("lock ") != std::string::npos &&
+      text.find("LOCK") != std::string::npos) {
+    const bool ours = text.find("current process") != std::string::npos;
     return {StoreCode::kLocked,
-            fmt::format("cannot {} the store in {}: another process has it open ({}); stop the "
-                        "other controller, or give this one another --state-dir",
-                        action, directory, text)};
+            fmt::format("cannot {} the store in {}: {} has it open; stop that controller, or give "
+                        "this one another --state-dir",
+                        action, directory, ours ? "this process" : LockHolder(directory))};
   }
   if (status.IsCorruption()) {
     return {
@@ -65,9 +87,15 @@ StoreStatus Translate(const rocksdb::Status& status, const std::string& director
                     action, directory, text)};
   }
   return {StoreCode::kUnavailable,
-          fmt::format("cannot {} the store in {}: {}; check that the directory exists, is on a "
-                      "local disk and belongs to this user",
-                      action, directory, text)};
+          fmt::format("cannot {} the store in {}: {} ({})", action, directory,
+                      read_only ? "its file system is read-only; mount it writable, or give "
+                                  "another --state-dir"
+                      : forbidden
+                          ? "this user may not write there; run as the directory's owner, or give "
+                            "another --state-dir"
+                          : "the disk does not answer as it should; check that the directory's "
+                            "parent exists and is on a local disk",
+                      text)};
 }
 
 // Random bytes for an identity; falls back to the pid only where the kernel has none.
@@ -84,6 +112,8 @@ std::string RandomId() {
 rocksdb::Options DbOptions() {
   rocksdb::Options options;
   options.create_if_missing = true;
+  options.create_missing_column_families = true;
+  options.atomic_flush = true;  // a batch spans families: they come back from disk together
   options.paranoid_checks = true;
   // A torn last write was never acknowledged; a hole before it means damage.
   options.wal_recovery_mode = rocksdb::WALRecoveryMode::kTolerateCorruptedTailRecords;
@@ -102,7 +132,14 @@ rocksdb::Options DbOptions() {
 }  // namespace
 
 struct RocksStore::Db {
+  ~Db() {
+    for (rocksdb::ColumnFamilyHandle* family : handles) db->DestroyColumnFamilyHandle(family);
+  }
+  rocksdb::ColumnFamilyHandle* Family(Table table) const { return families[Place(table)]; }
+
   std::unique_ptr<rocksdb::DB> db;
+  std::vector<rocksdb::ColumnFamilyHandle*> handles;  // all that were opened
+  std::array<rocksdb::ColumnFamilyHandle*, kTables.size()> families{};
   std::atomic<StoreCode> last{StoreCode::kOk};
 };
 
@@ -112,13 +149,28 @@ RocksStore::~RocksStore() = default;
 std::unique_ptr<RocksStore> RocksStore::Open(const RocksOptions& options, StoreStatus* status) {
   std::unique_ptr<RocksStore> store(new RocksStore());
   store->directory_ = options.directory;
-  rocksdb::DB* raw = nullptr;
   rocksdb::Options db_options = DbOptions();
   if (options.env != nullptr) db_options.env = options.env;
-  *status =
-      Translate(rocksdb::DB::Open(db_options, options.directory, &raw), options.directory, "open");
+  // A newer version may have families that this one does not know: they are opened, too, so that
+  // the header can be read and the refusal can name the version.
+  std::vector<std::string> names = {rocksdb::kDefaultColumnFamilyName};
+  names.insert(names.end(), kFamilies.begin(), kFamilies.end());
+  std::vector<std::string> present;  // none when the store is new
+  (void)rocksdb::DB::ListColumnFamilies(db_options, options.directory, &present).ok();
+  for (const std::string& name : present) {
+    if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
+  }
+  std::vector<rocksdb::ColumnFamilyDescriptor> descriptors;
+  for (const std::string& name : names) descriptors.emplace_back(name, db_options);
+  rocksdb::DB* raw = nullptr;
+  *status = Translate(
+      rocksdb::DB::Open(db_options, options.directory, descriptors, &store->db_->handles, &raw),
+      options.directory, "open");
   if (!status->ok()) return nullptr;
   store->db_->db.reset(raw);
+  for (std::size_t i = 0; i < kTables.size(); ++i) {
+    store->db_->families[i] = store->db_->handles[i + 1];
+  }
   *status = store->ReadHeader(options);
   if (!status->ok()) return nullptr;
   return store;
@@ -176,12 +228,10 @@ StoreStatus RocksStore::Load(std::vector<Record>* out) {
   out->clear();
   rocksdb::ReadOptions read;
   read.verify_checksums = true;
-  const std::unique_ptr<rocksdb::Iterator> it(db_->db->NewIterator(read));
-  for (const Table table :
-       {Table::kNode, Table::kJob, Table::kGeneration, Table::kCommit, Table::kJournal}) {
-    const std::string prefix = DiskKey(table, "");
-    for (it->Seek(prefix); it->Valid() && it->key().starts_with(prefix); it->Next()) {
-      const RecordKey key = {table, it->key().ToString().substr(prefix.size())};
+  for (const Table table : kTables) {
+    const std::unique_ptr<rocksdb::Iterator> it(db_->db->NewIterator(read, db_->Family(table)));
+    for (it->SeekToFirst(); it->Valid(); it->Next()) {
+      const RecordKey key = {table, it->key().ToString()};
       Record record;
       const StoreStatus status =
           DecodeRecord(key, {it->value().data(), it->value().size()}, &record);
@@ -205,9 +255,11 @@ StoreStatus RocksStore::Write(std::span<const Record> records,
   rocksdb::WriteBatch batch;
   for (const Record& record : records) {
     const RecordKey key = KeyOf(record);
-    batch.Put(DiskKey(key.table, key.key), EncodeRecord(record));
+    batch.Put(db_->Family(key.table), key.key, EncodeRecord(record));
   }
-  for (const Deletion& deletion : deletions) batch.Delete(DiskKey(deletion.table, deletion.key));
+  for (const Deletion& deletion : deletions) {
+    batch.Delete(db_->Family(deletion.table), deletion.key);
+  }
   rocksdb::WriteOptions write;
   write.sync = true;
   StoreStatus status = Translate(db_->db->Write(write, &batch), directory_, "write");

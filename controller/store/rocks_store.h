@@ -1,9 +1,10 @@
 // The RecordStore on disk: RocksDB, one write-ahead log, synced (fdatasync) once for each batch.
 //
-// Files: DIR/ is RocksDB's own. Keys: one letter of the table ('n' node, 'j' job, 'g' generation,
-// 'c' commit, 'J' journal), '/', the record's key; "header" holds the StoreHeader, "starts" a
-// counter. Values are framed by EncodeRecord. What a crash cuts off the log's end was never
-// acknowledged, and is dropped at the next open; damage anywhere before it is an error.
+// Files: DIR/ is RocksDB's own. One column family for each table of proto/record.proto (node, job,
+// generation, commit, journal), keys as KeyOf gives them; in the default family "header" holds the
+// StoreHeader, "starts" a counter. Values are framed by EncodeRecord. What a crash cuts off the
+// log's end was never acknowledged, and is dropped at the next open; damage anywhere before it is
+// an error.
 #pragma once
 
 #include <memory>

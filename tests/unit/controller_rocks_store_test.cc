@@ -6,13 +6,17 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <cerrno>
 #include <cstdlib>
+#include <cstring>
 #include <fstream>
 #include <map>
 #include <memory>
 #include <mutex>
 
 #include <gtest/gtest.h>
+#include <rocksdb/db.h>
 #include <rocksdb/env.h>
 
 #include "controller/store/convert.h"
@@ -45,12 +49,14 @@ class CrashEnv final : public rocksdb::EnvWrapper {
   rocksdb::Status NewWritableFile(const std::string& name,
                                   std::unique_ptr<rocksdb::WritableFile>* out,
                                   const rocksdb::EnvOptions& options) override {
+    if (read_only_) return rocksdb::Status::IOError("While open " + name, strerror(EROFS));
     std::unique_ptr<rocksdb::WritableFile> real;
     const rocksdb::Status status = EnvWrapper::NewWritableFile(name, &real, options);
     if (status.ok()) *out = std::make_unique<File>(this, name, std::move(real));
     return status;
   }
   void set_full(bool full) { full_ = full; }
+  void set_read_only(bool read_only) { read_only_ = read_only; }
 
   void CutPower() {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -99,6 +105,7 @@ class CrashEnv final : public rocksdb::EnvWrapper {
   };
 
   std::atomic<bool> full_{false};
+  std::atomic<bool> read_only_{false};
   std::mutex mutex_;
   std::map<std::string, std::uint64_t> synced_;
 };
@@ -303,25 +310,37 @@ TEST(RocksStore, ReopensWithWhatWasWrittenAndDeleted) {
   EXPECT_EQ(std::get<JournalRecord>(records[3]).sequence, 2u);
 }
 
-TEST(RocksStore, KilledProcessLosesNoAcknowledgedBatch) {
-  TemporaryDirectory dir;
+// Batch i of the child below: three tables and a deletion at once.
+StoreStatus WriteBatch(RecordStore* store, std::uint64_t i) {
+  JobRecord job;
+  job.spec.job = "j";
+  job.generation = i;
+  GenerationPlan plan{.job = "j", .generation = i};
+  const std::vector<Record> records = {Line(i), job, GenerationRecord{plan}};
+  std::vector<Deletion> gone;
+  if (i > 1) gone.push_back({Deletion::Table::kGeneration, "j/" + std::to_string(i - 1)});
+  return store->Write(records, gone);
+}
+
+// A child writes batches and acknowledges each on a pipe; it is killed after `batches` of them.
+void KillAfter(const std::string& directory, std::uint64_t batches) {
   int fds[2];
   ASSERT_EQ(pipe(fds), 0);
   const pid_t child = fork();
   ASSERT_GE(child, 0);
   if (child == 0) {
     StoreStatus status;
-    auto store = RocksStore::Open({.directory = dir.db()}, &status);
+    auto store = RocksStore::Open({.directory = directory}, &status);
     if (store == nullptr) _exit(1);
     for (std::uint64_t i = 1; i < 100000; ++i) {
-      if (!WriteOne(store.get(), Line(i)).ok()) _exit(2);
+      if (!WriteBatch(store.get(), i).ok()) _exit(2);
       if (write(fds[1], &i, sizeof(i)) != sizeof(i)) _exit(3);
     }
     _exit(4);
   }
   close(fds[1]);
   std::uint64_t acknowledged = 0;
-  while (acknowledged < 50 && read(fds[0], &acknowledged, sizeof(acknowledged)) > 0) {
+  while (acknowledged < batches && read(fds[0], &acknowledged, sizeof(acknowledged)) > 0) {
   }
   kill(child, SIGKILL);
   int status = 0;
@@ -330,13 +349,30 @@ TEST(RocksStore, KilledProcessLosesNoAcknowledgedBatch) {
   std::uint64_t last = 0;
   while (read(fds[0], &last, sizeof(last)) == sizeof(last)) acknowledged = last;
   close(fds[0]);
-  auto store = Open(dir.db());
+  auto store = Open(directory);
   ASSERT_NE(store, nullptr);
-  const std::vector<Record> records = LoadAll(store.get());
-  ASSERT_GE(records.size(), acknowledged);
-  ASSERT_LE(records.size(), acknowledged + 1);  // the one in flight may be there
-  for (std::uint64_t i = 0; i < records.size(); ++i) {
-    EXPECT_EQ(std::get<JournalRecord>(records[i]).sequence, i + 1);
+  std::uint64_t lines = 0, job = 0, generation = 0, generations = 0;
+  for (const Record& record : LoadAll(store.get())) {
+    if (const auto* line = std::get_if<JournalRecord>(&record)) {
+      EXPECT_EQ(line->sequence, ++lines);
+    } else if (const auto* j = std::get_if<JobRecord>(&record)) {
+      job = j->generation;
+    } else if (const auto* g = std::get_if<GenerationRecord>(&record)) {
+      generation = g->plan.generation;
+      ++generations;
+    }
+  }
+  EXPECT_GE(lines, acknowledged);
+  EXPECT_LE(lines, acknowledged + 1);  // the one in flight may be there, whole
+  EXPECT_EQ(job, lines);
+  EXPECT_EQ(generation, lines);
+  EXPECT_EQ(generations, lines == 0 ? 0u : 1u);
+}
+
+TEST(RocksStore, KilledProcessLosesNoAcknowledgedBatchAndTearsNone) {
+  for (const std::uint64_t batches : {1u, 2u, 17u, 60u}) {
+    TemporaryDirectory dir;
+    KillAfter(dir.db(), batches);
   }
 }
 
@@ -397,6 +433,77 @@ TEST(RocksStore, SecondControllerIsToldWhoHoldsTheStore) {
   StoreStatus status;
   EXPECT_EQ(RocksStore::Open({.directory = dir.db()}, &status), nullptr);
   EXPECT_EQ(status.code, StoreCode::kLocked) << status.message;
+  EXPECT_NE(status.message.find("--state-dir"), std::string::npos) << status.message;
+}
+
+TEST(RocksStore, SecondControllerIsToldThePidOfTheFirst) {
+  TemporaryDirectory dir;
+  int ready[2], done[2];
+  ASSERT_EQ(pipe(ready), 0);
+  ASSERT_EQ(pipe(done), 0);
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) {
+    close(done[1]);
+    StoreStatus status;
+    const auto store = RocksStore::Open({.directory = dir.db()}, &status);
+    char byte = store != nullptr ? 'y' : 'n';
+    if (write(ready[1], &byte, 1) != 1) _exit(1);
+    (void)!read(done[0], &byte, 1);
+    _exit(0);
+  }
+  char byte = 0;
+  ASSERT_EQ(read(ready[0], &byte, 1), 1);
+  EXPECT_EQ(byte, 'y');
+  StoreStatus status;
+  EXPECT_EQ(RocksStore::Open({.directory = dir.db()}, &status), nullptr);
+  EXPECT_EQ(status.code, StoreCode::kLocked) << status.message;
+  EXPECT_NE(status.message.find("pid " + std::to_string(child)), std::string::npos)
+      << status.message;
+  for (const int fd : {ready[0], ready[1], done[0], done[1]}) close(fd);
+  waitpid(child, nullptr, 0);
+}
+
+// A newer version's store: a header of format 2, and a family that this version has never heard of.
+TEST(RocksStore, NewerFormatIsRefusedWithTheVersionThatWroteIt) {
+  TemporaryDirectory dir;
+  Open(dir.db()).reset();
+  {
+    std::vector<rocksdb::ColumnFamilyDescriptor> families;
+    for (const char* name : {"default", "node", "job", "generation", "commit", "journal"}) {
+      families.emplace_back(name, rocksdb::ColumnFamilyOptions());
+    }
+    std::vector<rocksdb::ColumnFamilyHandle*> handles;
+    rocksdb::DB* raw = nullptr;
+    ASSERT_TRUE(rocksdb::DB::Open({}, dir.db(), families, &handles, &raw).ok());
+    const std::unique_ptr<rocksdb::DB> db(raw);
+    handles.emplace_back();
+    ASSERT_TRUE(db->CreateColumnFamily({}, "tenant", &handles.back()).ok());
+    v1::StoreHeader header;
+    header.set_format(kRecordFormat + 1);
+    header.set_product_version("9.9");
+    ASSERT_TRUE(db->Put({}, "header", header.SerializeAsString()).ok());
+    for (auto* handle : handles) db->DestroyColumnFamilyHandle(handle);
+  }
+  StoreStatus status;
+  EXPECT_EQ(RocksStore::Open({.directory = dir.db()}, &status), nullptr);
+  EXPECT_EQ(status.code, StoreCode::kTooNew) << status.message;
+  for (const std::string& part : {dir.db(), std::string("format 2"), std::string("9.9")}) {
+    EXPECT_NE(status.message.find(part), std::string::npos) << status.message;
+  }
+  // The refusal changed nothing: the counter of starts stands for the version that may write.
+  EXPECT_EQ(RocksStore::Open({.directory = dir.db()}, &status), nullptr);
+  EXPECT_EQ(status.code, StoreCode::kTooNew);
+}
+
+TEST(RocksStore, ReadOnlyFileSystemIsNamed) {
+  TemporaryDirectory dir;
+  CrashEnv env;
+  env.set_read_only(true);
+  StoreStatus status;
+  EXPECT_EQ(RocksStore::Open({.directory = dir.db(), .env = &env}, &status), nullptr);
+  EXPECT_EQ(status.code, StoreCode::kUnavailable) << status.message;
+  EXPECT_NE(status.message.find("read-only"), std::string::npos) << status.message;
   EXPECT_NE(status.message.find("--state-dir"), std::string::npos) << status.message;
 }
 
