@@ -10,6 +10,7 @@
 #include <memory>
 #include <optional>
 #include <system_error>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -40,9 +41,11 @@ using std::chrono::steady_clock;
 constexpr milliseconds kLogPoll{20};       // how late a worker's line may show
 constexpr milliseconds kIdlePoll{200};
 constexpr milliseconds kSubmitLimit{20'000};
+constexpr milliseconds kReachLimit{5'000};  // a standing controller may be starting again
 constexpr milliseconds kForeignLimit{3'000};  // a controller that has just started answers by then
 constexpr milliseconds kCancelLimit{2'000};
 constexpr milliseconds kCancelSlack{10'000};  // beyond the workers' own grace
+constexpr milliseconds kFarewellLimit{5'000};
 constexpr milliseconds kSilenceIsNews{2'000};
 
 enum class Place : std::uint8_t {
@@ -189,7 +192,8 @@ class Runner {
   }
 
   std::string Submit() {
-    const CallResult result = client_->Submit(spec_, &job_, kSubmitLimit);
+    const CallResult result = client_->Submit(
+        spec_, &job_, place_ == Place::kCluster ? kReachLimit : kSubmitLimit);
     if (result.ok()) return {};
     if (result.kind == CallResult::Kind::kUnreachable) {
       return Fail(fmt::format("the controller {} does not answer: {}; is it running?",
@@ -353,6 +357,13 @@ class Runner {
       over_ = true;
       return;
     }
+    if (CanLeave()) {
+      // The others train on without this node, as under torchrun.
+      console_.Say(fmt::format("{}: this node leaves the job, which runs on", SignalLabel(signal)));
+      left_ = true;
+      over_ = true;
+      return;
+    }
     cancelled_ = true;
     console_.Say(fmt::format("{}: stopping the workers, at most {} s; once more stops them at once",
                              SignalLabel(signal), flags_.shutdown_timeout_seconds));
@@ -362,6 +373,27 @@ class Runner {
     if (result.ok()) return;
     console_.Say(fmt::format("the controller does not take the cancel ({})", result.message));
     over_ = brought_ != nullptr;
+  }
+
+  bool CanLeave() const {
+    if (place_ != Place::kNodes || newest_.state() != "RUNNING") return false;
+    const auto& members = newest_.members();
+    const bool member = std::find(members.begin(), members.end(), state_.node()) != members.end();
+    return !member || newest_.nodes() > newest_.min_nodes() || newest_.spares() > 0;
+  }
+
+  // The controller must not go before the other launchers know how the job ended.
+  void AwaitOthers() {
+    const auto deadline = steady_clock::now() + kFarewellLimit;
+    while (steady_clock::now() < deadline) {
+      v1::ClusterStatus status;
+      if (!client_->Status(&status, kCancelLimit).ok()) return;
+      const bool others = std::any_of(status.nodes().begin(), status.nodes().end(), [this](const auto& node) {
+        return node.node() != state_.node() && node.state() == "ALIVE";
+      });
+      if (!others || signals_.Take()) return;
+      std::this_thread::sleep_for(kLogPoll);
+    }
   }
 
   void CheckDeadlines() {
@@ -384,7 +416,9 @@ class Runner {
     }
     if (logs_ != nullptr) logs_->Finish();
     console_.SetLive({});
+    inbox_.Close();
     client_->EndFollow();
+    if (known && meeting_ != nullptr && brought_->has_controller() && !forced_) AwaitOthers();
     if (brought_ != nullptr) brought_->StopController(/*orderly=*/!forced_);
     int code = kExitFailed;
     std::string log_dir;
@@ -393,7 +427,8 @@ class Runner {
       code = outcome.exit_code;
       console_.Text(FormatSummary(outcome));
     } else {
-      console_.Say(fmt::format("the run was cut off, exit code {}", code));
+      console_.Say(fmt::format("{}, exit code {}",
+                               left_ ? "this node left the job" : "the run was cut off", code));
     }
     const bool asked_for_logs = flags_.redirects != StreamSpec() || flags_.tee != StreamSpec();
     if (code == kExitSucceeded && !(asked_for_logs && flags_.log_dir.empty())) {
@@ -425,6 +460,7 @@ class Runner {
   bool over_ = false;
   bool cancelled_ = false;
   bool forced_ = false;
+  bool left_ = false;  // the job runs on without this node
   steady_clock::time_point cancel_deadline_;
   std::optional<steady_clock::time_point> lost_since_;
   bool lost_said_ = false;
