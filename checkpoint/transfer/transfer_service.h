@@ -95,7 +95,7 @@ struct TransferOptions {
   std::chrono::milliseconds io_timeout{
       5000};  // no byte moved for so long: the connection is given up
   std::chrono::milliseconds retry_first{50};  // doubles up to retry_last
-  std::chrono::milliseconds retry_last{2000};
+  std::chrono::milliseconds retry_last{1000};
   std::chrono::milliseconds restore_timeout{120000};  // a fetch, all attempts together
 };
 

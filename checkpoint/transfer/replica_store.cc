@@ -1,0 +1,332 @@
+#include "checkpoint/transfer/replica_store.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <tuple>
+
+#include "checkpoint/store/crc32c.h"
+#include "checkpoint/store/memory_limit.h"
+#include "checkpoint/transfer/slot_stream.h"
+
+namespace everstep::checkpoint {
+namespace {
+
+bool SameBytes(const SlotView& view, const SlotFields& fields, std::uint32_t root) {
+  return view.crc_root == root && std::memcmp(&view.fields, &fields, sizeof fields) == 0;
+}
+
+PeerLimits Limits(const TransferOptions& o) {
+  return {.connect_timeout = o.connect_timeout, .io_timeout = o.io_timeout};
+}
+
+}  // namespace
+
+std::uint32_t ChooseSlot(const Arena& arena, Generation committed_generation, Step committed_step) {
+  std::optional<SlotView> views[kSlots];
+  std::tuple<Step, Generation> age[kSlots];
+  bool committed[kSlots] = {};
+  for (std::uint32_t i = 0; i < kSlots; ++i) {
+    views[i] = arena.Look(i);
+    if (!views[i]) return i;
+    const SlotFields& f = views[i]->fields;
+    age[i] = {f.step, f.generation};
+    committed[i] = (f.generation == committed_generation && f.step == committed_step) ||
+                   arena.header()->slot[i].committed_seq.load() == views[i]->seq;
+  }
+  const std::uint32_t older = age[0] <= age[1] ? 0 : 1;
+  return committed[older] && !committed[1 - older] ? 1 - older : older;
+}
+
+void MarkSlots(const Arena& arena, Generation generation, Step step) {
+  for (std::uint32_t i = 0; i < kSlots; ++i) {
+    const auto view = arena.Look(i);
+    if (view && view->fields.generation == generation && view->fields.step == step) {
+      arena.header()->slot[i].committed_seq.store(view->seq, std::memory_order_release);
+    }
+  }
+  std::atomic<std::int64_t>& newest = arena.header()->agent.committed_step;
+  if (step > newest.load(std::memory_order_relaxed)) newest.store(step, std::memory_order_relaxed);
+}
+
+std::optional<SipKey> ReplicaStore::KeyOf(const JobId& job) {
+  const auto facts = jobs_->Find(job);
+  if (!facts) return std::nullopt;
+  return facts->key;
+}
+
+void ReplicaStore::Serve(PeerSession* session) {
+  const RequestFrame& request = session->request();
+  const auto facts = jobs_->Find(session->job());
+  if (!facts) {
+    (void)session->Refuse(Status::kUnknown,
+                          fmt::format("job {} is over on this node", session->job()));
+    return;
+  }
+  if (request.generation < facts->generation) {
+    (void)session->Refuse(Status::kStale,
+                          fmt::format("generation {} of job {} is over; this node is at {}",
+                                      request.generation, session->job(), facts->generation));
+    return;
+  }
+  if (request.op == Op::kFetch) {
+    Fetch(session);
+  } else {
+    Push(session, *facts);
+  }
+}
+
+ReplicaStore::ReplicaPtr ReplicaStore::Get(const JobId& job, Rank rank) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ReplicaPtr& replica = replicas_[{job, rank}];
+  if (replica == nullptr) replica = std::make_shared<Replica>();
+  return replica;
+}
+
+void ReplicaStore::Push(PeerSession* session, const JobFacts& facts) {
+  const RequestFrame& request = session->request();
+  const SlotFields& fields = request.fields;
+  if (auto ok = CheckFields(fields); !ok.ok()) {
+    (void)session->Refuse(Status::kInvalid, ok.error().message);
+    return;
+  }
+  const JobId job = session->job();
+  if (fields.job_crc != Crc32c(job.data(), job.size())) {
+    (void)session->Refuse(Status::kInvalid, fmt::format("the slot is of another job than {}", job));
+    return;
+  }
+  if (fields.payload_bytes > options_.max_payload_bytes) {
+    (void)session->Refuse(Status::kNoMemory, fmt::format("{} for a slot; this node's limit is {}",
+                                                         HumanBytes(fields.payload_bytes),
+                                                         HumanBytes(options_.max_payload_bytes)));
+    return;
+  }
+  const ReplicaPtr replica = Get(job, fields.rank);
+  const auto order = std::pair(fields.step, fields.generation);
+  {
+    std::lock_guard<std::mutex> lock(replica->state);
+    if (replica->active_fd >= 0) {
+      if (order < std::pair(replica->active_step, replica->active_generation) &&
+          request.generation <= replica->received) {
+        (void)session->Refuse(Status::kStale,
+                              fmt::format("step {} of rank {} is arriving, newer than {}",
+                                          replica->active_step, fields.rank, fields.step));
+        return;
+      }
+      shutdown(replica->active_fd, SHUT_RDWR);  // it hangs, or is of an older try
+    }
+  }
+  std::lock_guard<std::mutex> busy(replica->busy);
+  {
+    std::lock_guard<std::mutex> lock(replica->state);
+    if (replica->gone) return;
+    replica->active_fd = session->connection()->fd();
+    replica->active_generation = fields.generation;
+    replica->active_step = fields.step;
+    replica->received = std::max(replica->received, request.generation);
+  }
+  bool answered = false;
+  const auto taken = Take(session, facts, replica.get(), &answered);
+  {
+    std::lock_guard<std::mutex> lock(replica->state);
+    replica->active_fd = -1;
+    if (replica->gone) return;
+  }
+  if (taken.ok()) return;
+  if (answered) {
+    (void)session->AcknowledgeError(taken.error(), replica->next);
+  } else {
+    (void)session->Refuse(ToStatus(taken.error().code), taken.error().message);
+  }
+  if (taken.error().code != ErrorCode::kStale) {
+    listener_->OnTrouble(job, fmt::format("taking step {} of rank {}: {}", fields.step, fields.rank,
+                                          taken.error().message));
+  }
+}
+
+Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica* replica,
+                           bool* answered) {
+  const RequestFrame& request = session->request();
+  const SlotFields& fields = request.fields;
+  const JobId job = session->job();
+  if (!replica->arena.open()) {
+    auto fds = host_->Open(job, {.rank = fields.rank, .replica = true}, fields.payload_bytes);
+    if (!fds.ok()) return fds.error();
+    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
+    const ArenaSpec blank{.job = job, .rank = fields.rank, .replica = true};
+    auto arena = Arena::Open(fds.value().memfd, &blank);
+    if (!arena.ok()) return arena.error();
+    replica->arena = std::move(arena.value());
+  }
+  Arena& arena = replica->arena;
+  Generation committed_generation = request.committed_generation;
+  Step committed_step = request.committed_step;
+  if (std::pair(facts.committed_generation, facts.committed_step) >
+      std::pair(committed_generation, committed_step)) {
+    committed_generation = facts.committed_generation;
+    committed_step = facts.committed_step;
+  }
+  if (committed_step != kNoStep) MarkSlots(arena, committed_generation, committed_step);
+
+  for (std::uint32_t i = 0; i < kSlots; ++i) {
+    const auto view = arena.Look(i);
+    if (!view) continue;
+    if (SameBytes(*view, fields, request.crc_root)) {
+      if (auto ok = arena.Verify(*view); !ok.ok()) continue;  // taken again into the same slot
+      if (auto ok = session->Respond({.status = Status::kHave}); !ok.ok()) return ok;
+      *answered = true;
+      listener_->OnCopied(job, ToShard(*view, true));
+      return Done{};
+    }
+    // A step of a generation before the sender's may be one that was passed over: it gives way.
+    if (view->fields.generation > request.generation ||
+        (view->fields.generation == request.generation && view->fields.step > fields.step)) {
+      return Error{
+          ErrorCode::kStale,
+          fmt::format("holds step {} of generation {} of rank {}, newer than step {} of {}",
+                      view->fields.step, view->fields.generation, fields.rank, fields.step,
+                      fields.generation)};
+    }
+  }
+
+  const bool resumes = replica->writer && replica->partial_root == request.crc_root &&
+                       std::memcmp(&replica->partial, &fields, sizeof fields) == 0;
+  if (!resumes) {
+    replica->writer.reset();
+    std::uint32_t slot = ChooseSlot(arena, committed_generation, committed_step);
+    for (std::uint32_t i = 0; i < kSlots;
+         ++i) {  // these very bytes, damaged since: repaired in place
+      const auto view = arena.Look(i);
+      if (view && SameBytes(*view, fields, request.crc_root)) slot = i;
+    }
+    auto writer = SlotWriter::Begin(&arena, slot, fields.payload_bytes);
+    if (!writer.ok()) return writer.error();
+    replica->writer.emplace(std::move(writer.value()));
+    replica->partial = fields;
+    replica->partial_root = request.crc_root;
+    replica->next = 0;
+  }
+  if (auto ok = session->Respond({.first_chunk = replica->next}); !ok.ok()) return ok;
+  *answered = true;
+  session->connection()->set_deadline(DeadlineFor(Limits(options_), fields.payload_bytes));
+  if (auto ok = ReceiveChunks(session->connection(), fields, &*replica->writer, &replica->next);
+      !ok.ok()) {
+    return ok;
+  }
+  const auto now = jobs_->Find(job);  // the fence may have moved while bytes came
+  if (!now || request.generation < now->generation) {
+    return Error{
+        ErrorCode::kStale,
+        fmt::format("generation {} of job {} ended while its bytes came", request.generation, job)};
+  }
+  auto view = replica->writer->Publish(fields, request.crc_root);
+  replica->writer.reset();
+  if (!view.ok()) return view.error();
+  if (auto ok = session->Acknowledge(view.value().crc_root); !ok.ok()) {
+    // It is here all the same; the sender asks again and hears so.
+    listener_->OnCopied(job, ToShard(view.value(), true));
+    return Done{};
+  }
+  listener_->OnCopied(job, ToShard(view.value(), true));
+  return Done{};
+}
+
+void ReplicaStore::Fetch(PeerSession* session) {
+  const RequestFrame& request = session->request();
+  const JobId job = session->job();
+  for (const bool replica : {false, true}) {
+    auto fds = host_->Open(job, {.rank = request.fields.rank, .replica = replica}, 0);
+    if (!fds.ok()) continue;
+    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
+    auto opened = Arena::Open(fds.value().memfd);
+    if (!opened.ok()) continue;
+    Arena& arena = opened.value();
+    for (std::uint32_t i = 0; i < kSlots; ++i) {
+      const auto view = arena.Look(i);
+      if (!view || view->fields.step != request.fields.step ||
+          view->fields.generation != request.fields.generation ||
+          view->crc_root != request.crc_root) {
+        continue;
+      }
+      auto crcs = ReadChunkCrcs(arena, *view);
+      if (!crcs.ok() || CrcRoot(view->fields, crcs.value().data()) != view->crc_root) continue;
+      if (!session->Respond({.fields = view->fields, .crc_root = view->crc_root}).ok()) return;
+      session->connection()->set_deadline(
+          DeadlineFor(Limits(options_), view->fields.payload_bytes));
+      const auto sent =
+          SendChunks(session->connection(), arena, *view, crcs.value(), request.first_chunk);
+      if (!sent.ok()) {
+        listener_->OnTrouble(job, fmt::format("sending step {} of rank {}: {}", view->step(),
+                                              view->fields.rank, sent.error().message));
+      }
+      return;
+    }
+  }
+  (void)session->Refuse(
+      Status::kUnknown,
+      fmt::format("step {} of rank {} with checksum {:08x} is not here (any more)",
+                  request.fields.step, request.fields.rank, request.crc_root));
+}
+
+void ReplicaStore::MarkCommitted(const JobId& job, Generation generation, Step step) {
+  std::vector<ReplicaPtr> of_job;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto& [key, replica] : replicas_) {
+      if (key.first == job) of_job.push_back(replica);
+    }
+  }
+  for (const ReplicaPtr& replica : of_job) {
+    // While a connection writes, the next push brings the mark: it is in the job table.
+    std::unique_lock<std::mutex> busy(replica->busy, std::try_to_lock);
+    if (busy.owns_lock() && replica->arena.open()) MarkSlots(replica->arena, generation, step);
+  }
+}
+
+std::set<Rank> ReplicaStore::Received(const JobId& job, Generation generation) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::set<Rank> out;
+  for (const auto& [key, replica] : replicas_) {
+    if (key.first != job) continue;
+    std::lock_guard<std::mutex> state(replica->state);
+    if (replica->received >= generation) out.insert(key.second);
+  }
+  return out;
+}
+
+void ReplicaStore::End(const ReplicaPtr& replica) {
+  std::lock_guard<std::mutex> lock(replica->state);
+  replica->gone = true;
+  if (replica->active_fd >= 0) shutdown(replica->active_fd, SHUT_RDWR);
+}
+
+void ReplicaStore::Forget(const JobId& job) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto it = replicas_.begin(); it != replicas_.end();) {
+    if (it->first.first == job) {
+      End(it->second);
+      it = replicas_.erase(it);
+    } else {
+      ++it;
+    }
+  }
+}
+
+void ReplicaStore::Drop(const JobId& job, Rank rank) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = replicas_.find({job, rank});
+  if (it == replicas_.end()) return;
+  End(it->second);
+  replicas_.erase(it);
+}
+
+void ReplicaStore::Clear() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [key, replica] : replicas_) End(replica);
+  replicas_.clear();
+}
+
+}  // namespace everstep::checkpoint

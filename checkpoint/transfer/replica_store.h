@@ -1,0 +1,81 @@
+// The peers' slots that this node keeps, and the answers it gives to other data planes: takes
+// pushes into replica arenas, serves fetches from any arena here.
+//
+// A push is taken when its generation is not older than this node's and its step is newer than what
+// is held; the same bytes again are acknowledged at once. A connection that breaks leaves its
+// verified chunks, and the next one for the same slot resumes behind them. A newer push for a rank
+// ends an older one that hangs. The newest committed slot is never overwritten.
+#pragma once
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <set>
+#include <string>
+#include <utility>
+
+#include "checkpoint/store/slot_writer.h"
+#include "checkpoint/transfer/job_table.h"
+#include "checkpoint/transfer/peer_server.h"
+#include "checkpoint/transfer/transfer_service.h"
+
+namespace everstep::checkpoint {
+
+// The slot of an arena that its agent may overwrite: one that is not whole, else the one that does
+// not hold the newest committed step, else the older one.
+std::uint32_t ChooseSlot(const Arena& arena, Generation committed_generation, Step committed_step);
+// Tells the arena's slots which of them holds the commit.
+void MarkSlots(const Arena& arena, Generation generation, Step step);
+
+class ReplicaStore final : public PeerHandler {
+ public:
+  // All must outlive the store.
+  ReplicaStore(const TransferOptions& options, ArenaHost* host, Listener* listener, JobTable* jobs)
+      : options_(options), host_(host), listener_(listener), jobs_(jobs) {}
+
+  std::optional<SipKey> KeyOf(const JobId& job) override;
+  void Serve(PeerSession* session) override;
+
+  void MarkCommitted(const JobId& job, Generation generation, Step step);
+  // Ranks of which something was pushed here under this generation.
+  std::set<Rank> Received(const JobId& job, Generation generation);
+  void Forget(const JobId& job);
+  void Drop(const JobId& job, Rank rank);
+  void Clear();  // the keeper died: its arenas are gone
+
+ private:
+  struct Replica {
+    std::mutex busy;  // held by the connection that writes; guards all but `state`'s
+    Arena arena;
+    std::optional<SlotWriter> writer;  // torn slot of `partial`, chunks before `next` are verified
+    SlotFields partial;
+    std::uint32_t partial_root = 0;
+    std::uint64_t next = 0;
+
+    std::mutex state;  // short; guards the rest
+    int active_fd = -1;
+    Generation active_generation = 0;
+    Step active_step = kNoStep;
+    Generation received = 0;
+    bool gone = false;
+  };
+  using ReplicaPtr = std::shared_ptr<Replica>;
+
+  ReplicaPtr Get(const JobId& job, Rank rank);
+  void Push(PeerSession* session, const JobFacts& facts);
+  Outcome Take(PeerSession* session, const JobFacts& facts, Replica* replica, bool* answered);
+  void Fetch(PeerSession* session);
+  void End(const ReplicaPtr& replica);
+
+  const TransferOptions options_;
+  ArenaHost* const host_;
+  Listener* const listener_;
+  JobTable* const jobs_;
+  std::mutex mutex_;
+  std::map<std::pair<JobId, Rank>, ReplicaPtr> replicas_;
+};
+
+}  // namespace everstep::checkpoint

@@ -1,0 +1,65 @@
+// TCP with a limit on everything: a connection is given up when no byte moves for `idle`, and at
+// its deadline whatever moves. Errors are texts for a log: "peer HOST:PORT: what".
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "checkpoint/store/result.h"
+
+namespace everstep::checkpoint {
+
+using SteadyTime = std::chrono::steady_clock::time_point;
+
+// Owns the descriptor. One thread at a time; `cancel` may be set from any, and ends a wait soon.
+class Connection {
+ public:
+  Connection() = default;
+  Connection(int fd, std::string peer, std::chrono::milliseconds idle, SteadyTime deadline);
+  Connection(Connection&& other) noexcept;
+  Connection& operator=(Connection&& other) noexcept;
+  ~Connection();
+
+  static Result<Connection> Dial(const std::string& address,
+                                 std::chrono::milliseconds connect_timeout,
+                                 std::chrono::milliseconds idle, SteadyTime deadline,
+                                 const std::atomic<bool>* cancel = nullptr);
+
+  Outcome Send(const void* data, std::size_t size, bool more = false);
+  // Straight from a file's pages.
+  Outcome SendFile(int file, std::uint64_t offset, std::uint64_t size);
+  // Exactly `size` bytes.
+  Outcome Receive(void* data, std::size_t size);
+  // Bytes are there, or the peer is gone: does not wait.
+  bool Readable() const;
+
+  void set_deadline(SteadyTime deadline) { deadline_ = deadline; }
+  const std::string& peer() const { return peer_; }
+  int fd() const { return fd_; }
+
+ private:
+  Outcome Wait(short events, const char* doing);
+  // The deadline has passed or someone cancelled: what to answer.
+  std::optional<Error> Over(const char* doing) const;
+  Error System(const char* doing) const;
+
+  int fd_ = -1;
+  std::string peer_;
+  std::chrono::milliseconds idle_{0};
+  SteadyTime deadline_;
+  const std::atomic<bool>* cancel_ = nullptr;
+};
+
+struct Listening {
+  int fd = -1;
+  std::uint16_t port = 0;
+};
+Result<Listening> Listen(const std::string& address, std::uint16_t port);
+
+std::uint64_t RandomNonce();
+
+}  // namespace everstep::checkpoint

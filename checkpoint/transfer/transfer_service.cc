@@ -1,0 +1,532 @@
+#include "checkpoint/transfer/transfer_service.h"
+
+#include <fmt/format.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <map>
+#include <mutex>
+#include <set>
+#include <thread>
+#include <utility>
+
+#include "checkpoint/store/crc32c.h"
+#include "checkpoint/transfer/job_table.h"
+#include "checkpoint/transfer/local_rank.h"
+#include "checkpoint/transfer/peer_client.h"
+#include "checkpoint/transfer/peer_server.h"
+#include "checkpoint/transfer/replica_store.h"
+#include "checkpoint/transfer/restorer.h"
+#include "checkpoint/transfer/task_pool.h"
+
+namespace everstep::checkpoint {
+namespace {
+
+using std::chrono::milliseconds;
+using LocalPtr = std::shared_ptr<LocalRank>;
+
+constexpr milliseconds kBeat{200};  // how often trainers see that the agent lives
+constexpr std::uint64_t kFirstRoom = 4096;
+constexpr int kSuspectAfter = 3;
+
+std::int64_t MonotonicNanos() {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(
+             std::chrono::steady_clock::now().time_since_epoch())
+      .count();
+}
+
+class Service final : public TransferService {
+ public:
+  Service(const TransferOptions& options, ArenaHost* host, Listener* listener)
+      : options_(options),
+        host_(host),
+        listener_(listener),
+        replicas_(options, host, listener, &jobs_),
+        pool_(std::max(1, options.push_threads)) {}
+  ~Service() override { Stop(); }
+
+  Outcome Open() {
+    auto server = PeerServer::Start({.bind_address = options_.bind_address,
+                                     .port = options_.port,
+                                     .max_connections = options_.max_connections,
+                                     .limits = Limits()},
+                                    &replicas_);
+    if (!server.ok()) return server.error();
+    server_ = std::move(server.value());
+    wake_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    watch_ = std::thread([this] { Watch(); });
+    return Done{};
+  }
+
+  std::uint16_t port() const override { return server_->port(); }
+  void Begin(const JobId& job, Generation generation, const std::string& data_key) override;
+  std::vector<Shard> Survey(const JobId& job) override;
+  bool Activate(const Part& part, std::string* error) override;
+  void MarkCommitted(const JobId& job, Generation generation, Step step) override;
+  void SetControllerAway(bool away) override;
+  void Forget(const JobId& job) override;
+  void KeeperGone() override;
+  void Stop() override;
+
+ private:
+  struct Job {
+    Generation generation = 0;  // activated
+    std::map<Rank, LocalPtr> locals;
+    bool tidied = false;  // arenas of earlier generations are dropped
+  };
+
+  PeerLimits Limits() const {
+    return {.connect_timeout = options_.connect_timeout, .io_timeout = options_.io_timeout};
+  }
+  Result<LocalPtr> OpenLocal(const Part& part, const WorkerPart& worker);
+  void StartRestore(const LocalPtr& local);
+  void Restore(const LocalPtr& local);
+  void Ready(const LocalPtr& local, const SlotView& view);
+  void Watch();
+  void Look(const LocalPtr& local);
+  void QueuePush(const LocalPtr& local, milliseconds delay);
+  void RunPush(const LocalPtr& local);
+  std::optional<milliseconds> Push(const LocalPtr& local);
+  std::optional<SlotView> ToPush(const LocalRank& local) const;
+  void Tidy(const JobId& job, Generation generation, const std::set<Rank>& ranks);
+  std::vector<LocalPtr> Locals() const;
+  void Wake() const {
+    const std::uint64_t one = 1;
+    [[maybe_unused]] const ssize_t n = write(wake_, &one, sizeof one);
+  }
+
+  const TransferOptions options_;
+  ArenaHost* const host_;
+  Listener* const listener_;
+  JobTable jobs_;
+  ReplicaStore replicas_;
+  TaskPool pool_;
+  std::unique_ptr<PeerServer> server_;
+  int wake_ = -1;
+  std::thread watch_;
+
+  mutable std::mutex mutex_;
+  bool stopping_ = false;
+  bool controller_away_ = false;
+  std::map<JobId, Job> active_;
+};
+
+std::vector<LocalPtr> Service::Locals() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<LocalPtr> out;
+  for (const auto& [id, job] : active_) {
+    for (const auto& [rank, local] : job.locals) out.push_back(local);
+  }
+  return out;
+}
+
+void Service::Begin(const JobId& job, Generation generation, const std::string& data_key) {
+  jobs_.Begin(job, generation, data_key);
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = active_.find(job);
+  if (it == active_.end() || it->second.generation >= generation) return;
+  for (auto& [rank, local] : it->second.locals) {
+    local->cancel = true;
+    std::atomic<std::uint64_t>& fence = local->arena.header()->agent.fence_generation;
+    if (fence.load() < generation) fence.store(generation, std::memory_order_release);
+  }
+  active_.erase(it);
+}
+
+std::vector<Shard> Service::Survey(const JobId& job) {
+  std::vector<Shard> out;
+  auto names = host_->List(job);
+  if (!names.ok()) {
+    listener_->OnTrouble(job, names.error().message);
+    return out;
+  }
+  const std::uint32_t job_crc = Crc32c(job.data(), job.size());
+  for (const ArenaName& name : names.value()) {
+    auto fds = host_->Open(job, name, 0);
+    if (!fds.ok()) continue;
+    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
+    auto arena = Arena::Open(fds.value().memfd);
+    if (!arena.ok()) {
+      listener_->OnTrouble(job, arena.error().message);
+      continue;
+    }
+    for (std::uint32_t i = 0; i < kSlots; ++i) {
+      const auto view = arena.value().Look(i);
+      if (!view || view->fields.job_crc != job_crc) continue;
+      if (name.replica && view->fields.rank != name.rank) continue;
+      if (auto ok = arena.value().Verify(*view); !ok.ok()) {
+        if (ok.error().code != ErrorCode::kStale) listener_->OnTrouble(job, ok.error().message);
+        continue;
+      }
+      out.push_back(ToShard(*view, name.replica));
+    }
+  }
+  return out;
+}
+
+Result<LocalPtr> Service::OpenLocal(const Part& part, const WorkerPart& worker) {
+  const std::uint64_t room = std::max(worker.restore.bytes, kFirstRoom);
+  auto fds = host_->Open(part.job, {.rank = worker.rank, .replica = false}, room);
+  if (!fds.ok()) return fds.error();
+  auto local = std::make_shared<LocalRank>();
+  local->eventfd = fds.value().eventfd;
+  const ArenaSpec blank{.job = part.job, .rank = worker.rank};
+  auto arena = Arena::Open(fds.value().memfd, &blank);
+  if (!arena.ok()) return arena.error();
+  local->arena = std::move(arena.value());
+  local->job = part.job;
+  local->rank = worker.rank;
+  local->generation = part.generation;
+  local->peer = part.replica_address;
+  local->restore = worker.restore;
+  return local;
+}
+
+bool Service::Activate(const Part& part, std::string* error) {
+  jobs_.Begin(part.job, part.generation, part.data_key);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto it = active_.find(part.job);
+    if (it != active_.end()) {
+      if (it->second.generation > part.generation) {
+        *error = fmt::format("generation {} of job {} is over, {} is active", part.generation,
+                             part.job, it->second.generation);
+        return false;
+      }
+      for (auto& [rank, local] : it->second.locals) local->cancel = true;
+      active_.erase(it);
+    }
+  }
+  Job job{.generation = part.generation};
+  for (const WorkerPart& worker : part.workers) {
+    auto opened = OpenLocal(part, worker);
+    if (!opened.ok()) {
+      *error = opened.error().message;
+      return false;
+    }
+    const LocalPtr local = opened.value();
+    ArenaHeader& header = *local->arena.header();
+    const bool again = header.agent.fence_generation.load() == part.generation;
+    for (SlotHeader& slot : header.slot) {
+      slot.pushing_seq.store(0, std::memory_order_relaxed);
+      if (!again) slot.replicated_seq.store(0, std::memory_order_relaxed);  // of an earlier peer
+    }
+    header.agent.has_peer.store(part.replica_address.empty() ? 0 : 1);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      header.agent.controller_away.store(controller_away_ ? 1 : 0);
+    }
+    if (part.committed_step > header.agent.committed_step.load()) {
+      header.agent.committed_step.store(part.committed_step);
+    }
+    header.agent.beat_ns.store(MonotonicNanos());
+    header.agent.fence_generation.store(part.generation, std::memory_order_release);
+    job.locals[worker.rank] = local;
+  }
+  std::vector<LocalPtr> started;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stopping_) {
+      *error = "the agent is ending";
+      return false;
+    }
+    for (const auto& [rank, local] : job.locals) started.push_back(local);
+    active_[part.job] = std::move(job);
+  }
+  for (const LocalPtr& local : started) StartRestore(local);
+  Wake();
+  return true;
+}
+
+void Service::StartRestore(const LocalPtr& local) {
+  const RestoreView word = local->arena.Restore();
+  if (word.generation == local->generation &&
+      (word.state == RestoreState::kReady || word.state == RestoreState::kFresh)) {
+    local->restored = true;  // an agent before this one did it
+    if (word.state == RestoreState::kReady) QueuePush(local, milliseconds(0));
+    return;
+  }
+  if (local->restore.step == kNoStep) {
+    local->arena.SetRestore({.generation = local->generation, .state = RestoreState::kFresh});
+    local->restored = true;
+    return;
+  }
+  if (const auto view = FindRestore(local->arena, local->restore)) {
+    Ready(local, *view);  // in place; the worker checks every byte before it believes it
+    return;
+  }
+  local->arena.SetRestore({.generation = local->generation,
+                           .state = RestoreState::kPending,
+                           .step = local->restore.step});
+  pool_.Submit([this, local] { Restore(local); });
+}
+
+void Service::Ready(const LocalPtr& local, const SlotView& view) {
+  local->arena.SetRestore({.generation = local->generation,
+                           .state = RestoreState::kReady,
+                           .slot = view.slot,
+                           .slot_seq = view.seq,
+                           .step = view.step()});
+  local->restored = true;
+  QueuePush(local, milliseconds(0));
+}
+
+void Service::Restore(const LocalPtr& local) {
+  if (local->cancel) return;
+  const JobFacts facts = jobs_.Find(local->job).value_or(JobFacts{});
+  auto view = BringRestore(options_, host_, facts, *local, server_->port());
+  if (local->cancel) return;
+  if (view.ok()) {
+    Ready(local, view.value());
+    return;
+  }
+  local->arena.SetRestore({.generation = local->generation,
+                           .state = RestoreState::kFailed,
+                           .step = local->restore.step,
+                           .message = view.error().message});
+  listener_->OnTrouble(local->job,
+                       fmt::format("restoring rank {}: {}", local->rank, view.error().message));
+}
+
+void Service::Watch() {
+  for (;;) {
+    std::vector<LocalPtr> locals = Locals();
+    std::vector<pollfd> fds{{wake_, POLLIN, 0}};
+    for (const LocalPtr& local : locals) fds.push_back({local->eventfd, POLLIN, 0});
+    poll(fds.data(), fds.size(), static_cast<int>(kBeat.count()));
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (stopping_) return;
+    }
+    std::uint64_t count;
+    for (const pollfd& fd : fds) {
+      if ((fd.revents & POLLIN) != 0) {
+        [[maybe_unused]] const ssize_t n = read(fd.fd, &count, sizeof count);
+      }
+    }
+    const std::int64_t now = MonotonicNanos();
+    for (const LocalPtr& local : locals) {
+      local->arena.header()->agent.beat_ns.store(now, std::memory_order_relaxed);
+      if (!local->cancel) Look(local);
+    }
+  }
+}
+
+// Level-triggered: whatever rang or not, says what is new in the arena.
+void Service::Look(const LocalPtr& local) {
+  const ArenaHeader& header = *local->arena.header();
+  const auto view = local->arena.Newest();
+  Step step = local->seen_step;
+  if (header.trainer.generation.load() == local->generation) {
+    step = std::max(step, header.trainer.step.load());
+  }
+  const bool fresh = view && view->fields.generation == local->generation &&
+                     view->seq != local->seen_seq && view->fields.rank == local->rank;
+  if (fresh) step = std::max(step, view->step());
+  if (step > local->seen_step) {
+    local->seen_step = step;
+    listener_->OnCaptured(local->job, local->generation, local->rank, step);
+  }
+  if (!fresh) return;
+  local->seen_seq = view->seq;
+  listener_->OnCopied(local->job, ToShard(*view, false));
+  QueuePush(local, milliseconds(0));
+}
+
+void Service::QueuePush(const LocalPtr& local, milliseconds delay) {
+  if (local->peer.empty()) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (local->push_running) local->push_again = true;
+    if (local->push_running || local->push_queued) return;
+    local->push_queued = true;
+  }
+  pool_.Submit([this, local] { RunPush(local); }, delay);
+}
+
+void Service::RunPush(const LocalPtr& local) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    local->push_queued = false;
+    local->push_running = true;
+    local->push_again = false;
+  }
+  const std::optional<milliseconds> retry = Push(local);
+  bool again;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    local->push_running = false;
+    again = local->push_again;
+  }
+  if (local->cancel) return;
+  if (retry || again) QueuePush(local, retry.value_or(milliseconds(0)));
+}
+
+// The newest capture of the generation; before there is one, what the rank was restored from.
+std::optional<SlotView> Service::ToPush(const LocalRank& local) const {
+  std::optional<SlotView> best;
+  for (std::uint32_t i = 0; i < kSlots; ++i) {
+    const auto view = local.arena.Look(i);
+    if (!view || view->fields.generation != local.generation) continue;
+    if (!best || view->step() > best->step()) best = view;
+  }
+  if (!best) {
+    const RestoreView word = local.arena.Restore();
+    if (word.generation != local.generation || word.state != RestoreState::kReady)
+      return std::nullopt;
+    best = local.arena.Look(word.slot % kSlots);
+    if (!best || best->seq != word.slot_seq) return std::nullopt;
+    // Another rank's shard: that rank pushes it.
+    if (best->fields.rank != local.rank) return std::nullopt;
+  }
+  const SlotHeader& slot = local.arena.header()->slot[best->slot];
+  if (slot.replicated_seq.load() == best->seq || local.gave_up_seq == best->seq)
+    return std::nullopt;
+  return best;
+}
+
+// One attempt. When to try again; none: nothing is left to send.
+std::optional<milliseconds> Service::Push(const LocalPtr& local) {
+  const auto view = ToPush(*local);
+  if (!view || local->cancel || !local->restored) return std::nullopt;
+  const JobFacts facts = jobs_.Find(local->job).value_or(JobFacts{});
+  const PeerTask task{.address = local->peer,
+                      .job = local->job,
+                      .key = facts.key,
+                      .generation = local->generation,
+                      .committed_generation = facts.committed_generation,
+                      .committed_step = facts.committed_step,
+                      .limits = Limits(),
+                      .cancel = &local->cancel};
+  SlotHeader& slot = local->arena.header()->slot[view->slot];
+  slot.pushing_seq.store(view->seq, std::memory_order_release);
+  const auto pushed = PushSlot(task, local->arena, *view);
+  if (pushed.ok()) slot.replicated_seq.store(view->seq, std::memory_order_release);
+  slot.pushing_seq.store(0, std::memory_order_release);
+  if (pushed.ok()) {
+    local->backoff = milliseconds(0);
+    local->corrupt = 0;
+    local->troubled = false;
+    return std::nullopt;
+  }
+  if (local->cancel) return std::nullopt;
+  const Error& error = pushed.error();
+  if (!local->arena.Current(*view)) return milliseconds(0);  // a newer one has come
+  local->corrupt = error.code == ErrorCode::kCorrupt ? local->corrupt + 1 : 0;
+  const bool hopeless = error.code == ErrorCode::kStale || error.code == ErrorCode::kNoMemory ||
+                        local->corrupt >= kSuspectAfter;
+  if (hopeless) local->gave_up_seq = view->seq;
+  if (hopeless || !local->troubled) {
+    local->troubled = true;
+    listener_->OnTrouble(
+        local->job,
+        fmt::format("pushing step {} of rank {}: {}{}", view->step(), local->rank, error.message,
+                    local->corrupt >= kSuspectAfter
+                        ? "; its bytes no longer match the checksum of their capture: "
+                          "this node's memory is suspect"
+                        : ""));
+  }
+  if (hopeless) return std::nullopt;
+  local->backoff = local->backoff.count() == 0 ? options_.retry_first
+                                               : std::min(local->backoff * 2, options_.retry_last);
+  return local->backoff;
+}
+
+void Service::MarkCommitted(const JobId& job, Generation generation, Step step) {
+  jobs_.Committed(job, generation, step);
+  replicas_.MarkCommitted(job, generation, step);
+  std::set<Rank> ranks;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto it = active_.find(job);
+    if (it == active_.end()) return;
+    for (auto& [rank, local] : it->second.locals) {
+      MarkSlots(local->arena, generation, step);
+      ranks.insert(rank);
+    }
+    if (it->second.tidied || it->second.generation != generation) return;
+    it->second.tidied = true;
+  }
+  pool_.Submit([this, job, generation, ranks] { Tidy(job, generation, ranks); });
+}
+
+// A step of this generation is committed: whatever earlier memberships left here is surplus.
+void Service::Tidy(const JobId& job, Generation generation, const std::set<Rank>& ranks) {
+  auto names = host_->List(job);
+  if (!names.ok()) return;
+  const std::set<Rank> received = replicas_.Received(job, generation);
+  for (const ArenaName& name : names.value()) {
+    if (name.replica ? received.count(name.rank) != 0 : ranks.count(name.rank) != 0) continue;
+    if (jobs_.Find(job).value_or(JobFacts{}).generation != generation) return;  // things changed
+    if (name.replica) replicas_.Drop(job, name.rank);
+    host_->Drop(job, name);
+  }
+}
+
+void Service::SetControllerAway(bool away) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  controller_away_ = away;
+  for (auto& [id, job] : active_) {
+    for (auto& [rank, local] : job.locals) {
+      local->arena.header()->agent.controller_away.store(away ? 1 : 0);
+    }
+  }
+}
+
+void Service::Forget(const JobId& job) {
+  jobs_.Erase(job);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (const auto it = active_.find(job); it != active_.end()) {
+      for (auto& [rank, local] : it->second.locals) local->cancel = true;
+      active_.erase(it);
+    }
+  }
+  replicas_.Forget(job);
+  Wake();
+}
+
+void Service::KeeperGone() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& [id, job] : active_) {
+      for (auto& [rank, local] : job.locals) local->cancel = true;
+    }
+    active_.clear();
+  }
+  replicas_.Clear();
+  Wake();
+}
+
+void Service::Stop() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (stopping_) return;
+    stopping_ = true;
+    for (auto& [id, job] : active_) {
+      for (auto& [rank, local] : job.locals) local->cancel = true;
+    }
+  }
+  if (watch_.joinable()) {
+    Wake();
+    watch_.join();
+  }
+  if (server_ != nullptr) server_->Stop();
+  pool_.Stop();
+  if (wake_ >= 0) close(wake_);
+  wake_ = -1;
+}
+
+}  // namespace
+
+Result<std::unique_ptr<TransferService>> TransferService::Start(const TransferOptions& options,
+                                                                ArenaHost* host,
+                                                                Listener* listener) {
+  auto service = std::make_unique<Service>(options, host, listener);
+  if (auto ok = service->Open(); !ok.ok()) return ok.error();
+  return std::unique_ptr<TransferService>(std::move(service));
+}
+
+}  // namespace everstep::checkpoint
