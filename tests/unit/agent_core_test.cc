@@ -320,6 +320,21 @@ TEST(AgentCore, AFailedStartIsToldOnceAndTheNextPrepareClearsIt) {
   EXPECT_FALSE(n.Find<SendPrepared>()->refused);
 }
 
+// Found by the simulator: the second worker that did not start was waited for by every later prepare.
+TEST(AgentCore, TwoFailedStartsLeaveNobodyToWaitFor) {
+  Node n;
+  n.Boot();
+  n.Prepares(1);
+  n.Do(Surveyed{"j", 1, {}});
+  n.Activates(1);
+  n.Do(WorkerStartFailed{"j", 1, 1, "fork: no memory"});
+  n.Do(WorkerStartFailed{"j", 1, 0, "fork: no memory"});
+  n.Prepares(2);
+  n.Do(Surveyed{"j", 2, {}});
+  ASSERT_NE(n.Find<SendPrepared>(), nullptr);
+  EXPECT_FALSE(n.Find<SendPrepared>()->refused);
+}
+
 TEST(AgentCore, AStoreThatCannotStartRefusesTheGeneration) {
   Node n;
   n.Boot();

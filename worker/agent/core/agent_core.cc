@@ -528,9 +528,12 @@ void AgentCore::On(Timestamp, const WorkerStartFailed& e, Effects* out) {
   std::erase_if(job->old_workers, [&](const auto& old) {
     return old.first == e.generation && old.second.rank == e.rank && Starting(old.second);
   });
-  if (e.generation == job->generation && job->phase == JobView::Phase::kStarting) {
+  if (e.generation == job->generation) {
     std::erase_if(job->workers,
                   [&](const WorkerOnNode& w) { return w.rank == e.rank && Starting(w); });
+  }
+  // Of several only the first is told; those after it must not be waited for either.
+  if (e.generation == job->generation && job->phase == JobView::Phase::kStarting) {
     FailActivate(e.job, job, fmt::format("rank {} did not start: {}", e.rank, e.message), out);
   }
   Advance(e.job, out);
