@@ -102,6 +102,9 @@ std::optional<Timestamp> Controller::Impl::NextWakeup() const {
     if (!Bug(kBugLostWakeup)) at(job.deadline);
     const Runtime& run = runtime_.at(id);
     at(run.grow_at);
+    for (const auto& [node, refused] : run.excluded) {
+      if (!refused.over) at(refused.until);
+    }
     if (job.record.state == JobState::kWaiting) {
       at(run.last_call);
       if (job.record.spec.join_timeout.count() > 0) {

@@ -25,10 +25,12 @@ struct Options {
   Duration prepare_timeout = Seconds(30);    // a node must stop its workers and report within
   Duration activate_timeout = Seconds(120);  // ... and fork the new ones (a cold import included)
   Duration stop_timeout = Seconds(60);       // ... and clean up at the job's end
-  Duration progress_age = Seconds(10);      // a generation that ran this long made progress, unless
-                                            // steps are reported and none was new
-  Duration rejoin_grace = Seconds(2);       // after a controller restart: lease of recovered nodes
-  Duration grow_delay = Milliseconds(500);  // joins within this window are one switch
+  Duration progress_age = Seconds(10);   // a generation that ran this long made progress, unless
+                                         // steps are reported and none was new
+  Duration rejoin_grace = Seconds(2);    // after a controller restart: lease of recovered nodes
+  Duration refused_retry = Seconds(10);  // a node that refused a generation is asked again after;
+  Duration max_refused_retry = Seconds(600);  // doubled each time, up to this
+  Duration grow_delay = Milliseconds(500);    // joins within this window are one switch
   std::size_t max_nodes = 20000;
   std::size_t max_jobs = 1000;
   std::size_t journal_limit = 10000;  // records kept

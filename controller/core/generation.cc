@@ -19,7 +19,10 @@ bool Controller::Impl::Eligible(const JobStateView& job, const NodeState& node) 
   const NodeId& id = node.record.node;
   if (node.record.draining || node.record.health == NodeHealth::kLost) return false;
   const auto run = runtime_.find(spec.job);
-  if (run != runtime_.end() && run->second.excluded.count(id) > 0) return false;
+  if (run != runtime_.end()) {
+    const auto refused = run->second.excluded.find(id);
+    if (refused != run->second.excluded.end() && now_ < refused->second.until) return false;
+  }
   if (!spec.only_nodes.empty() &&
       std::find(spec.only_nodes.begin(), spec.only_nodes.end(), id) == spec.only_nodes.end()) {
     return false;
@@ -161,12 +164,15 @@ void Controller::Impl::On(const Prepared& e) {
   }
   Runtime& run = runtime_[e.holds.job];
   if (e.refused && IsMember(*job, e.node)) {
-    run.excluded.insert(e.node);
+    Exclude(job, e.node);
     AddFault(job, Reason::kPrepareRefused, fmt::format("node {}", e.node), e.message);
     Prepare(job, Reason::kPrepareRefused, e.message, true);
     return;
   }
-  job->holdings[e.node] = e.holds;
+  if (!e.refused) {  // one that leaves and cannot says so, and holds the switch up no longer
+    run.excluded.erase(e.node);
+    job->holdings[e.node] = e.holds;
+  }
   run.store_ports[e.node] = e.store_port;
   job->waiting_for.erase(e.node);
   if (job->waiting_for.empty()) Activate(job);
@@ -301,6 +307,11 @@ void Controller::Impl::On(const Tick&) {
     if (IsTerminal(job.record.state)) continue;
     Runtime& run = runtime_[id];
     const JobSpec& spec = job.record.spec;
+    for (auto& [node, refused] : run.excluded) {
+      if (refused.over || now_ < refused.until) continue;
+      refused.over = true;  // whatever made it refuse may be over, too
+      Consider(&job);
+    }
     if (job.record.state == JobState::kWaiting) {
       if (run.last_call.ns != 0 && now_ >= run.last_call) {
         Prepare(&job, Reason::kCapacityReached, fmt::format("nodes={}", ChooseNodes(job).size()),
@@ -317,7 +328,7 @@ void Controller::Impl::On(const Tick&) {
       const Generation generation = job.record.generation;
       for (const NodeId& node : late) {
         if (job.record.generation != generation && job.waiting_for.count(node) == 0) continue;
-        run.excluded.insert(node);
+        Exclude(&job, node);
         LoseNode(node, Reason::kPrepareTimeout,
                  fmt::format("owed generation {} of {} an answer", generation, id));
       }

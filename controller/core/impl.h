@@ -32,7 +32,12 @@ class Controller::Impl {
     everstep::Step step_at_start = kNoStep;
     bool ran = false;  // the newest generation reached RUNNING
     std::map<NodeId, std::uint32_t> store_ports;
-    std::set<NodeId> excluded;  // refused; until they register anew
+    struct Exclusion {
+      Timestamp until;
+      Duration retry = {};
+      bool over = false;  // `until` has passed and the job was considered anew
+    };
+    std::map<NodeId, Exclusion> excluded;  // refused; forgotten when they prepare or register anew
     struct Copies {
       std::map<Rank, std::map<NodeId, HeldShard>> by_rank;
     };
@@ -61,6 +66,7 @@ class Controller::Impl {
   void On(const WorkerExited& e);
   void On(const WorkerStalled& e);
   void On(const Stopped& e);
+  void Exclude(JobStateView* job, const NodeId& node);
   void Consider(JobStateView* job);  // capacity changed: start or grow it?
   void WorkerFailed(JobStateView* job, const WorkerExited& e);
   // Counts a generation that ends; true when the job may go on.
@@ -88,7 +94,8 @@ class Controller::Impl {
 
   // commit.cc
   void On(const ShardCopied& e);
-  // A copy of the running generation, newly made or named again by a registration: enough to commit?
+  // A copy of the running generation, newly made or named again by a registration: enough to
+  // commit?
   void CountCopy(JobStateView* job, const NodeId& node, const HeldShard& copy);
   void PlanRestore(JobStateView* job);
   void Progress(JobStateView* job, everstep::Step step);

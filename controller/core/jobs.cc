@@ -85,6 +85,15 @@ void Controller::Impl::On(const SubmitJob& e) {
   Consider(&job);
 }
 
+void Controller::Impl::Exclude(JobStateView* job, const NodeId& node) {
+  Runtime::Exclusion& refused = runtime_[job->record.spec.job].excluded[node];
+  refused.retry = refused.retry == Duration{}
+                      ? options_.refused_retry
+                      : std::min(2 * refused.retry, options_.max_refused_retry);
+  refused.until = now_ + refused.retry;
+  refused.over = false;
+}
+
 void Controller::Impl::Consider(JobStateView* job) {
   const JobId& id = job->record.spec.job;
   Runtime& run = runtime_[id];

@@ -46,6 +46,12 @@ void Controller::Impl::On(const NodeRegistered& e) {
   }
   NodeState& node = state_.nodes[e.node];
   const bool reattached = known && node.record.health != NodeHealth::kLost;
+  if (node.record.draining && node.record.keeper_id != e.keeper_id &&
+      node.record.drain_reason.starts_with(ReasonName(Reason::kNotice))) {
+    // What announced its end has ended; this is another life of the node.
+    node.record.draining = false;
+    node.record.drain_reason.clear();
+  }
   if (node.connected) out_->close_sessions.push_back(e.node);
   node.record.node = e.node;
   node.record.incarnation = std::max(node.record.incarnation, e.previous_incarnation) + 1;

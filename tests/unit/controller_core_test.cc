@@ -450,6 +450,45 @@ TEST_F(ControllerTest, StoppedControllerBlamesNobody) {
   EXPECT_EQ(controller_->state().nodes.at("n1").record.health, NodeHealth::kAlive);
 }
 
+// Found by the simulator: a job waited for ever for a node that had refused once.
+TEST_F(ControllerTest, ANodeThatRefusedIsAskedAgainLaterAndLater) {
+  Join("n1");
+  Submit(1, 1);
+  Prepared no{.node = "n1", .incarnation = Inc("n1"), .refused = true, .message = "no port"};
+  no.holds.job = "j";
+  for (const int seconds : {10, 20, 40}) {
+    no.holds.generation = G();
+    Do(no);
+    ASSERT_EQ(Job().record.state, JobState::kWaiting);
+    for (int i = 0; i < 4 * seconds - 1; ++i) {
+      Advance(Milliseconds(250));
+      Beat("n1");
+      Do(Tick{});
+      ASSERT_EQ(Job().record.state, JobState::kWaiting) << i;
+    }
+    ASSERT_TRUE(controller_->NextWakeup());
+    Advance(Milliseconds(250));
+    Beat("n1");
+    ASSERT_LE(*controller_->NextWakeup(), now_);
+    Do(Tick{});
+    ASSERT_EQ(Job().record.state, JobState::kPreparing);
+  }
+  RunAll();
+}
+
+TEST_F(ControllerTest, ANodeThatCameBackFromItsEndIsNotDrainedAnyMore) {
+  Join("n1", 1);
+  Submit(1, 1);
+  RunAll();
+  Do(Notice{.node = "n1", .incarnation = Inc("n1"), .source = "spot"});
+  EXPECT_TRUE(controller_->state().nodes.at("n1").record.draining);
+  Join("n1", 2);
+  EXPECT_FALSE(controller_->state().nodes.at("n1").record.draining);
+  Do(DrainNode{.request = 9, .node = "n1", .reason = "disk", .allow_pause = true});
+  Join("n1", 3);
+  EXPECT_TRUE(controller_->state().nodes.at("n1").record.draining) << "a person said so";
+}
+
 // The next three were found by the simulator: a report or a command that died with its stream left
 // a generation without commits for ever, since a trainer keeps what is not committed.
 class ControllerCopies : public ControllerTest {

@@ -38,7 +38,7 @@ class World {
   void Apply(const Fault& fault);
   void EndFaults();
   void Submit(const controller::JobSpec& spec);
-  void Undrain(const NodeId& node);
+  void Undrain(const NodeId& node, const std::shared_ptr<bool>& done);
   void Inspect();
   void CheckPace(Timestamp now);
   bool Disturbed() const;
@@ -117,17 +117,15 @@ void World::Submit(const controller::JobSpec& spec) {
   timeline_.After(Milliseconds(1500), "submit again", [this, spec] { Submit(spec); });
 }
 
-void World::Undrain(const NodeId& node) {
-  if (const auto* state = controller_.state(); state != nullptr) {
-    const auto it = state->nodes.find(node);
-    if (it == state->nodes.end() || !it->second.record.draining) return;
-  }
+// The operator asks until somebody says that the node takes part again.
+void World::Undrain(const NodeId& node, const std::shared_ptr<bool>& done) {
+  if (*done) return;
   controller_.Request(
       [&node](controller::RequestId id) {
         return controller::UndrainNode{id, node};
       },
-      [](const controller::Reply&) {});
-  timeline_.After(Milliseconds(1500), "undrain again", [this, node] { Undrain(node); });
+      [done](const controller::Reply&) { *done = true; });
+  timeline_.After(Milliseconds(1500), "undrain again", [this, node, done] { Undrain(node, done); });
 }
 
 std::pair<SimNode*, std::int32_t> World::Target(const std::string& target) {
@@ -203,7 +201,7 @@ void World::Apply(const Fault& fault) {
                                        timeline_.random().Chance(300)};
         },
         [](const controller::Reply&) {});
-    then("undrain", [this, n = node] { Undrain(n->name()); });
+    then("undrain", [this, n = node] { Undrain(n->name(), std::make_shared<bool>(false)); });
   } else if (kind == "notice") {
     node->Notice(until - timeline_.now());
     then("goes away", [this, n = node] {
@@ -243,7 +241,6 @@ void World::EndFaults() {
     node->Boot();
     node->StartAgent();
   }
-  for (auto& [id, node] : nodes_) Undrain(id);
 }
 
 bool World::Disturbed() const {
