@@ -73,6 +73,10 @@ void Engine::Feed(Event event) {
 int Engine::Run() {
   std::vector<std::string> controllers = options_.controllers;
   std::string error;
+  if (!local_command_.Load(options_.local_command, &error)) {
+    fmt::print(stderr, "everstep-agent: {}\n", error);
+    return 1;
+  }
   if (!controllers.empty() && !WriteControllers(options_.node_dir, controllers, &error)) {
     LogError("start_failed", {{"why", error}});
     fmt::print(stderr, "everstep-agent: {}\n", error);
@@ -99,6 +103,7 @@ int Engine::Run() {
       overflow_ = true;
       return;
     }
+    local_command_.Overlay(&message);
     auto shared = std::make_shared<v1::ControllerMessage>(std::move(message));
     Post([this, stream, shared] {
       --inbound_;

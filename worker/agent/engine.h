@@ -30,6 +30,7 @@
 #include "worker/agent/held_shards.h"
 #include "worker/agent/keeper_convert.h"
 #include "worker/agent/keeper_door.h"
+#include "worker/agent/local_command.h"
 #include "worker/agent/log_tail.h"
 #include "worker/agent/options.h"
 #include "worker/agent/serial_worker.h"
@@ -139,6 +140,7 @@ class Engine final : private checkpoint::Listener {
   void OnTrouble(const JobId& job, const std::string& what) override;
 
   const AgentOptions options_;
+  LocalCommand local_command_;
   const Clock* const clock_;
   const TransferFactory transfer_factory_;
   NodeIdentity identity_;

@@ -78,6 +78,8 @@ ParseOutcome ParseOptions(int argc, const char* const* argv, AgentOptions* o) {
       ->check(CLI::IsMember({"debug", "info", "warning", "error"}));
   app.add_option("--lifeline", o->lifeline,
                  "Descriptor of a pipe; when its other end closes, keeper, workers and agent end");
+  app.add_option("--local-command", o->local_command,
+                 "File of everstep-run: this node's own command line, in place of the job's");
   app.add_option("--leave-timeout", leave,
                  "Seconds that the controller gets, after SIGTERM, to move workers away")
       ->check(CLI::Range(0.0, 86400.0))

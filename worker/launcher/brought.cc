@@ -128,6 +128,9 @@ std::string Brought::StartAgent(const std::string& controllers) {
   for (const auto& [key, value] : options_.labels) {
     agent_.argv.insert(agent_.argv.end(), {"--label", key + "=" + value});
   }
+  if (!options_.local_command.empty()) {
+    agent_.argv.insert(agent_.argv.end(), {"--local-command", options_.local_command});
+  }
   return Launch(&agent_);
 }
 

@@ -30,6 +30,7 @@ struct BroughtOptions {
   const StateDir* state = nullptr;  // outlives this
   std::string address = "127.0.0.1";  // of this node, for the others
   std::map<std::string, std::string> labels;  // of the node
+  std::string local_command;  // a file for the agent's --local-command; empty: none
   std::chrono::milliseconds leave_timeout{0};  // SIGTERM: time to move workers away
   std::chrono::milliseconds stop_grace{30'000};  // then, workers' SIGTERM to SIGKILL
   std::function<void(const std::string& line)> say;  // one sentence for the person

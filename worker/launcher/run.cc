@@ -164,6 +164,12 @@ class Runner {
     options.state = &state_;
     options.address = own;
     if (meeting_ != nullptr) options.labels = meeting_->Labels();
+    if (place_ == Place::kNodes) {  // every node has a shell, an interpreter and devices of its own
+      options.local_command = state_.node_dir() + "/command";
+      if (!WriteFileAtomically(options.local_command, spec_.command().SerializeAsString())) {
+        return Fail("cannot write " + options.local_command);
+      }
+    }
     options.leave_timeout = milliseconds(place_ == Place::kAlone ? 0 : 5'000);
     options.stop_grace = milliseconds(flags_.shutdown_timeout_seconds * 1000);
     options.say = [this](const std::string& line) { console_.Say(line); };
