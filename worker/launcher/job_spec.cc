@@ -100,6 +100,7 @@ std::string MakeJobSpec(const LaunchFlags& flags, const SubmitterFacts& facts, v
   command->set_numa_binding(flags.numa_binding);
   command->set_restart_grace_ms(std::min(kRestartGraceMs, flags.shutdown_timeout_seconds * 1000));
   command->set_stop_grace_ms(flags.shutdown_timeout_seconds * 1000);
+  command->set_start_timeout_ms(kStartTimeoutMs);
   command->set_role(flags.role);
   command->set_max_restarts(flags.max_restarts);
   command->set_run_id(flags.standalone || flags.rdzv_id == "none" ? spec->job() : flags.rdzv_id);

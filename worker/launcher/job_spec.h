@@ -24,6 +24,8 @@ struct SubmitterFacts {
 inline constexpr std::size_t kMaxEnvironmentBytes = 1024 * 1024;
 inline constexpr std::uint32_t kDefaultJoinTimeoutMs = 600 * 1000;  // torchrun's
 inline constexpr std::uint32_t kDefaultLastCallMs = 1000;
+// Once every rank told the store its address, a process group forms in milliseconds or not at all.
+inline constexpr std::uint32_t kStartTimeoutMs = 5000;
 inline constexpr std::uint32_t kRestartGraceMs = 500;  // a peer is dead: the others lose nothing more
 
 // --name, else --rdzv-id when one was given, else the script's stem and `random`; always a good job name.
