@@ -1,6 +1,7 @@
 #include "controller/cli/client.h"
 
 #include <algorithm>
+#include <optional>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -153,12 +154,18 @@ Result<Reply> Call(ImplT& impl, const AdminClient::Options& options, Kind kind,
   if (impl.endpoints.empty()) return NoAddress();
   const auto end = system_clock::now() + options.timeout;
   const auto retry_end = steady_clock::now() + std::min(options.retry, options.timeout);
+  std::optional<grpc::Status> away;
   for (std::size_t tried = 1;; ++tried) {
     grpc::ClientContext context;
     context.set_deadline(end);
     Reply reply;
     const grpc::Status status = (impl.stub().*method)(&context, request, &reply);
     if (status.ok()) return reply;
+    // Time ran out while nobody was there: that is what a person needs to know.
+    if (away && status.error_code() == grpc::StatusCode::DEADLINE_EXCEEDED) {
+      return FromStatus(*away, options);
+    }
+    if (WorthARetry(status)) away = status;
     if (!WorthARetry(status) || kind == Kind::kWrite) return FromStatus(status, options);
     impl.Next();
     if (steady_clock::now() >= retry_end) return FromStatus(status, options);

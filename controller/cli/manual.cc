@@ -243,8 +243,8 @@ std::string ReferencePage(const ProgramSpec& program, const std::vector<Topic>& 
   std::string out =
       "# everstep, the command line\n\n"
       "This page is written by `everstep docs` from the command tree; a test keeps it equal.\n\n"
-      "`everstep` " + program.root.summary + ". Every command has `--help` with examples, and "
-      "`everstep completion SHELL`\nprints completion for bash, zsh and fish.\n\n"
+      "`everstep` " + program.root.summary + ".\nEvery command has `--help` with examples; "
+      "`everstep completion SHELL` prints completion for bash, zsh and fish.\n\n"
       "## Options of every command\n\n";
   OptionTable(program.globals, &out);
   for (const Topic& topic : topics) {

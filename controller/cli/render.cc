@@ -69,7 +69,7 @@ std::string RenderRootCause(const v1::RootCause& cause) {
       {"  Message", cause.message()}};
   if (!cause.error_file().empty()) pairs.push_back({"  Error file", cause.error_file()});
   if (cause.others_size() > 0) {
-    pairs.push_back({"  Others", fmt::format("{} more workers failed", cause.others_size())});
+    pairs.push_back({"  Others", fmt::format("{} failed later", Plural(cause.others_size(), "worker"))});
   }
   return FormatPairs(pairs);
 }
@@ -117,8 +117,8 @@ std::string RenderStatus(const v1::ClusterStatus& status, const RenderOptions& o
        {"Controller", fmt::format("pid {}, version {}, up {}", status.controller_pid(),
                                   OrDash(status.version()),
                                   HumanSeconds(status.uptime_seconds()))},
-       {"Store", fmt::format("{}, opened {} {}", OrDash(status.store()), status.starts(),
-                             status.starts() == 1 ? "time" : "times")}});
+       {"Store", fmt::format("{}, opened {}", OrDash(status.store()),
+                             Plural(static_cast<std::int64_t>(status.starts()), "time"))}});
   out += "\n" + (status.nodes().empty()
                      ? "No nodes have registered.\n"
                      : NodesTable(status.nodes()).Format(options.headers, options.max_width));
@@ -173,14 +173,14 @@ std::string RenderJob(const v1::JobStatus& job, const RenderOptions& options) {
   pairs.insert(
       pairs.end(),
       {{"Generation", std::to_string(job.generation())},
-       {"Nodes", fmt::format("{} ({} warm spares)", NodesOf(job), job.spares())},
+       {"Nodes", fmt::format("{} ({})", NodesOf(job), Plural(job.spares(), "warm spare"))},
        {"Members", JoinWords(job.members(), " ")},
        {"World size", std::to_string(job.world_size())},
        {"Step", fmt::format("{} (committed {})", Count(job.step()), Count(job.committed_step()))},
        {"Restarts", fmt::format("{}, lost capacity {}, start failures {}", RestartsOf(job),
                                 job.lost_capacity(), job.start_failures())},
-       {"Lost in faults", fmt::format("{}, {} steps", HumanSeconds(job.seconds_lost()),
-                                      Count(job.steps_lost()))},
+       {"Lost in faults", fmt::format("{}, {}", HumanSeconds(job.seconds_lost()),
+                                      Plural(job.steps_lost(), "step"))},
        {"Submitted", fmt::format("{} ({} ago)", OrDash(job.submitted()),
                                  HumanSeconds(job.age_seconds()))},
        {"Command", job.command()},
@@ -209,7 +209,7 @@ std::string RenderEvent(const v1::Event& event, const RenderOptions& options) {
   if (!event.node().empty()) who += (who.empty() ? "" : "@") + event.node();
   if (event.rank() >= 0) who += fmt::format("#{}", event.rank());
   if (event.generation() > 0) who += fmt::format(" g{}", event.generation());
-  std::string line = fmt::format("{} {:<7} {} {} {}", time, event.severity(), event.type(),
+  std::string line = fmt::format("{} {:<7} {:<20} {:<17} {}", time, event.severity(), event.type(),
                                  Reason(event.reason()), OrDash(who));
   if (!event.message().empty()) line += ": " + event.message();
   if (!event.evidence().empty()) line += " [" + event.evidence() + "]";

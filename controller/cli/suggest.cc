@@ -24,7 +24,8 @@ std::size_t EditDistance(std::string_view a, std::string_view b) {
 
 std::string Nearest(std::string_view typed, const std::vector<std::string>& names) {
   if (typed.empty() || typed.size() > 64) return "";
-  std::size_t best = std::min<std::size_t>(3, typed.size());
+  if (typed.size() < 2) return "";
+  std::size_t best = typed.size() <= 4 ? 2 : 3;  // one slip in a short name, two in a long one
   std::string found;
   for (const std::string& name : names) {
     const std::size_t distance = EditDistance(typed, name);

@@ -119,9 +119,11 @@ class Supervisor {
       if (::access(program.c_str(), X_OK) != 0) {
         return fmt::format("cannot start {}: {}", program, std::strerror(errno));
       }
-      part.argv = {program, "--state-dir", part.dir};
+      part.argv = {program, "--state-dir", part.node ? state_dir_ : part.dir};
       if (part.node) {
-        part.argv.insert(part.argv.end(), {"--node", part.name, "--address", "127.0.0.1"});
+        // The log file is the default one; naming it marks the process as this node's (proc.h).
+        part.argv.insert(part.argv.end(), {"--node", part.name, "--address", "127.0.0.1",
+                                           "--log-file", part.dir + "/agent.log"});
         if (plan_.slots > 0) {
           part.argv.insert(part.argv.end(), {"--slots", std::to_string(plan_.slots)});
         }

@@ -29,6 +29,10 @@ std::string HumanCount(std::int64_t count) {
   return digits;
 }
 
+std::string Plural(std::int64_t count, const std::string& noun) {
+  return HumanCount(count) + " " + noun + (count == 1 ? "" : "s");
+}
+
 std::string OrDash(const std::string& text) { return text.empty() ? "-" : text; }
 
 }  // namespace everstep::cli

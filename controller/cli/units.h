@@ -12,6 +12,9 @@ std::string HumanSeconds(double seconds);
 // "182,442"; negative: "-" (unknown).
 std::string HumanCount(std::int64_t count);
 
+// "1 step", "2 steps", "- steps" (unknown).
+std::string Plural(std::int64_t count, const std::string& noun);
+
 // `text`, or "-" when empty.
 std::string OrDash(const std::string& text);
 

@@ -34,7 +34,7 @@ Result<Condition> ReadCondition(const std::string& text) {
                                       std::pair{"committed=", &condition.committed}}) {
     if (text.rfind(prefix, 0) != 0) continue;
     const Result<std::int64_t> number =
-        ParseInteger("--for " + text, text.substr(std::string(prefix).size()), 0, INT64_MAX);
+        ParseInteger(std::string("--for ") + prefix, text.substr(std::string(prefix).size()), 0, INT64_MAX);
     if (!number.ok()) return number.error();
     *value = number.value();
     return condition;
@@ -187,7 +187,10 @@ VerbResult RunJobCancel(Context& context) {
     job = now;
   }
   context.Out(context.output == Output::kTable
-                  ? fmt::format("job {} is {}\n", name, job.value().state())
+                  ? IsTerminal(job.value())
+                        ? fmt::format("job {} is {}\n", name, job.value().state())
+                        : fmt::format("job {} was asked to end; it is {}\n", name,
+                                      job.value().state())
                   : JobText(context, job.value()));
   return ExitCode::kOk;
 }

@@ -1,0 +1,461 @@
+// Transcripts of the command line: tests/unit/cli_golden/*.txt hold commands and what they print, against a
+// small in-process controller with fixed replies. `cli_verbs_test --rewrite` writes them anew; read the diff.
+//
+//   $ everstep job show gpt      a command; stdout follows as it is
+//   2> error: ...                a line on stderr
+//   exit 3                       the exit code, when it is not 0
+#include <chrono>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <thread>
+
+#include <grpcpp/grpcpp.h>
+#include <gtest/gtest.h>
+
+#include "admin.grpc.pb.h"
+#include "controller/cli/app.h"
+#include "controller/cli/manual.h"
+#include "controller/cli/registry.h"
+
+namespace everstep::cli {
+namespace {
+
+namespace fs = std::filesystem;
+
+const std::string kSource = std::string(EVERSTEP_SOURCE_DIR) + "/";
+
+bool Rewrite() {
+  for (const std::string& arg : ::testing::internal::GetArgvs()) {
+    if (arg == "--rewrite") return true;
+  }
+  return false;
+}
+
+v1::NodeStatus Node(const std::string& name, const std::string& state, const std::string& reason) {
+  v1::NodeStatus node;
+  node.set_node(name);
+  node.set_state(state);
+  node.set_address("127.0.0.1");
+  node.set_incarnation(7);
+  node.set_reason(reason);
+  node.set_heartbeat_age_seconds(state == "LOST" ? 192 : 0.21);
+  node.set_lease_ms(1500);
+  node.set_warm(state == "ALIVE");
+  return node;
+}
+
+v1::NodeList Nodes() {
+  v1::NodeList nodes;
+  *nodes.add_items() = Node("n0", "ALIVE", "registered");
+  *nodes.add_items() = Node("n1", "LOST", "node_lost");
+  *nodes.add_items() = Node("n2", "ALIVE", "registered");
+  nodes.mutable_items(0)->add_jobs("gpt:ranks 0-1");
+  nodes.mutable_items(0)->set_agent_restarts(1);
+  nodes.mutable_items(0)->set_slots(8);
+  (*nodes.mutable_items(0)->mutable_labels())["zone"] = "b";
+  nodes.mutable_items(1)->set_evidence("silent_ms=1510 lease_ms=1500");
+  nodes.mutable_items(2)->add_jobs("gpt:ranks 2-3");
+  return nodes;
+}
+
+v1::JobStatus Gpt() {
+  v1::JobStatus job;
+  job.set_job("gpt-large");
+  job.set_state("RUNNING");
+  job.set_reason("node_lost");
+  job.set_message("n2 took the place of n1");
+  job.set_generation(3);
+  job.set_nodes(2);
+  job.set_min_nodes(2);
+  job.set_max_nodes(4);
+  job.set_spares(1);
+  job.set_world_size(4);
+  job.set_step(182442);
+  job.set_committed_step(182441);
+  job.set_restarts(1);
+  job.set_max_restarts(3);
+  job.set_lost_capacity(1);
+  job.set_submitted("2026-01-31T14:02:11.482Z");
+  job.set_age_seconds(27600);
+  job.add_members("n0");
+  job.add_members("n2");
+  job.set_command("python train.py --lr 0.1");
+  job.set_log_dir("/tmp/logs");
+  job.set_seconds_lost(1.7);
+  job.set_steps_lost(1);
+  for (int rank = 0; rank < 4; ++rank) {
+    v1::RankStatus* r = job.add_ranks();
+    r->set_rank(rank);
+    r->set_local_rank(rank % 2);
+    r->set_node(rank < 2 ? "n0" : "n2");
+    r->set_pid(1000 + rank);
+    r->set_state(rank == 3 ? "EXITED" : "RUNNING");
+    r->set_exit_code(rank == 3 ? -9 : 0);
+  }
+  v1::FaultStatus* fault = job.add_faults();
+  fault->set_id(1);
+  fault->set_reason("worker_killed");
+  fault->set_subject("rank 1 on n0");
+  fault->set_evidence("signal=SIGKILL");
+  fault->set_action("restart from step 181,999");
+  fault->set_detected("2026-01-31T15:00:00.000Z");
+  fault->set_detect_seconds(0.004);
+  fault->set_recovery_seconds(0.19);
+  fault->set_generation_before(1);
+  fault->set_generation_after(2);
+  fault->set_step_before(182000);
+  fault->set_step_after(181999);
+  fault->set_steps_lost(1);
+  fault = job.add_faults();
+  fault->set_id(2);
+  fault->set_reason("node_lost");
+  fault->set_subject("node n1");
+  fault->set_evidence("silent_ms=1510 lease_ms=1500");
+  fault->set_action("spare n2");
+  fault->set_detected("2026-01-31T16:00:00.000Z");
+  fault->set_detect_seconds(-1);
+  fault->set_recovery_seconds(-1);
+  fault->set_generation_before(2);
+  fault->set_generation_after(3);
+  fault->set_step_before(182440);
+  fault->set_step_after(-1);
+  fault->set_steps_lost(-1);
+  return job;
+}
+
+v1::JobStatus Bert() {
+  v1::JobStatus job;
+  job.set_job("bert");
+  job.set_state("FAILED");
+  job.set_reason("restarts_exhausted");
+  job.set_message("rank 0 on n0 failed 2 times, 1 allowed");
+  job.set_generation(2);
+  job.set_min_nodes(1);
+  job.set_max_nodes(1);
+  job.set_world_size(1);
+  job.set_step(-1);
+  job.set_committed_step(-1);
+  job.set_restarts(1);
+  job.set_max_restarts(1);
+  job.set_exit_code(1);
+  job.set_submitted("2026-01-31T13:00:00.000Z");
+  job.set_age_seconds(59);
+  job.set_command("python bert.py");
+  job.set_steps_lost(-1);
+  v1::RootCause* cause = job.mutable_root_cause();
+  cause->set_rank(0);
+  cause->set_node("n0");
+  cause->set_pid(77);
+  cause->set_exit_code(3);
+  cause->set_time("2026-01-31T13:00:59.000Z");
+  cause->set_error_file("/tmp/logs/error.json");
+  cause->set_message("ValueError: no data");
+  cause->add_others()->set_rank(1);
+  return job;
+}
+
+v1::Event MakeEvent(std::uint64_t sequence, const std::string& type, const std::string& severity,
+                    const std::string& reason) {
+  v1::Event event;
+  event.set_sequence(sequence);
+  event.set_time("2026-01-31T14:02:1" + std::to_string(sequence % 10) + ".482Z");
+  event.set_type(type);
+  event.set_severity(severity);
+  event.set_reason(reason);
+  event.set_rank(-1);
+  return event;
+}
+
+std::vector<v1::Event> Events() {
+  std::vector<v1::Event> events{
+      MakeEvent(1, "node_registered", "INFO", "registered"),
+      MakeEvent(2, "node_lost", "WARNING", "node_lost"),
+      MakeEvent(3, "worker_exited", "ERROR", "worker_killed"),
+      MakeEvent(4, "generation_activated", "INFO", "node_lost")};
+  events[0].set_node("n0");
+  events[1].set_node("n1");
+  events[1].set_message("n1 has been silent for longer than its lease");
+  events[1].set_evidence("silent_ms=1510 lease_ms=1500");
+  events[2].set_job("gpt-large");
+  events[2].set_node("n0");
+  events[2].set_rank(1);
+  events[2].set_generation(1);
+  events[2].set_message("killed by signal 9");
+  events[3].set_job("gpt-large");
+  events[3].set_generation(3);
+  return events;
+}
+
+// Fixed replies. Names ask for trouble: node "n9" is refused, job "slow-job" never answers.
+class FixedController final : public v1::AdminService::Service {
+ public:
+  using Context = grpc::ServerContext;
+
+  grpc::Status GetStatus(Context*, const v1::GetStatusRequest*, v1::ClusterStatus* reply) override {
+    reply->set_cluster("demo");
+    reply->set_version("0.1.0");
+    reply->set_started("2026-01-31T12:00:00.000Z");
+    reply->set_uptime_seconds(12345);
+    reply->set_store("rocksdb ok");
+    reply->set_controller_pid(4242);
+    reply->set_starts(2);
+    *reply->mutable_nodes() = Nodes().items();
+    *reply->add_jobs() = Gpt();
+    *reply->add_jobs() = Bert();
+    return grpc::Status::OK;
+  }
+  grpc::Status ListJobs(Context*, const v1::ListJobsRequest*, v1::JobList* reply) override {
+    *reply->add_items() = Gpt();
+    *reply->add_items() = Bert();
+    return grpc::Status::OK;
+  }
+  grpc::Status GetJob(Context* context, const v1::GetJobRequest* request,
+                      v1::JobStatus* reply) override {
+    if (request->job() == "slow-job") {
+      while (!context->IsCancelled()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+    if (std::string("gpt-large").rfind(request->job(), 0) == 0) *reply = Gpt();
+    if (request->job() == "bert") *reply = Bert();
+    if (request->job() == "\xff") return {grpc::StatusCode::INVALID_ARGUMENT, "a job's name is text"};
+    if (reply->job().empty()) return {grpc::StatusCode::NOT_FOUND, "no such job"};
+    return grpc::Status::OK;
+  }
+  grpc::Status CancelJob(Context*, const v1::CancelJobRequest* request,
+                         v1::CancelJobReply*) override {
+    cancelled = request->job() + ": " + request->reason();
+    return grpc::Status::OK;
+  }
+  grpc::Status ListNodes(Context*, const v1::ListNodesRequest*, v1::NodeList* reply) override {
+    *reply = Nodes();
+    return grpc::Status::OK;
+  }
+  grpc::Status DrainNode(Context*, const v1::DrainNodeRequest* request,
+                         v1::NodeStatus* reply) override {
+    if (request->node() == "n2" && !request->allow_pause()) {
+      return {grpc::StatusCode::FAILED_PRECONDITION,
+              "cannot drain n2: job gpt-large would drop below its minimum of 2 nodes\n"
+              "wait for capacity, or accept a pause: everstep node drain n2 --allow-pause"};
+    }
+    *reply = Node(request->node(), "DRAINING", request->reason());
+    return grpc::Status::OK;
+  }
+  grpc::Status UndrainNode(Context*, const v1::UndrainNodeRequest* request,
+                           v1::NodeStatus* reply) override {
+    *reply = Node(request->node(), "ALIVE", "undrained");
+    return grpc::Status::OK;
+  }
+  grpc::Status WatchEvents(Context*, const v1::WatchEventsRequest* request,
+                           grpc::ServerWriter<v1::Event>* writer) override {
+    std::vector<v1::Event> fitting;
+    for (const v1::Event& event : Events()) {
+      if (event.sequence() < request->since_sequence()) continue;
+      if (!request->job().empty() && event.job() != request->job()) continue;
+      if (!request->node().empty() && event.node() != request->node()) continue;
+      fitting.push_back(event);
+    }
+    const std::size_t skip = request->limit() > 0 && request->limit() < fitting.size()
+                                 ? fitting.size() - request->limit() : 0;
+    for (std::size_t i = skip; i < fitting.size(); ++i) writer->Write(fitting[i]);
+    return grpc::Status::OK;
+  }
+  grpc::Status FollowJob(Context* context, const v1::FollowJobRequest*,
+                         grpc::ServerWriter<v1::JobStatus>* writer) override {
+    v1::JobStatus job = Gpt();
+    writer->Write(job);
+    job.set_step(182500);
+    writer->Write(job);
+    while (!context->IsCancelled()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    return grpc::Status::CANCELLED;
+  }
+  grpc::Status TailJobLogs(Context*, const v1::TailJobLogsRequest* request,
+                           grpc::ServerWriter<v1::JobLogLines>* writer) override {
+    for (int rank = 0; rank < 2; ++rank) {
+      if (request->rank() >= 0 && request->rank() != rank) continue;
+      v1::JobLogLines lines;
+      lines.set_rank(rank);
+      lines.set_node("n0");
+      lines.set_generation(3);
+      lines.set_from_stderr(rank == 1);
+      lines.set_data("step 1 loss 4.2\nstep 2 loss \"4.1\"\n");
+      writer->Write(lines);
+    }
+    return grpc::Status::OK;
+  }
+  grpc::Status Drill(Context*, const v1::DrillRequest* request, v1::DrillReply* reply) override {
+    if (request->rank() > 3) {
+      return {grpc::StatusCode::NOT_FOUND, "job gpt-large has no rank 9: its ranks are 0 to 3"};
+    }
+    drilled = request->signal();
+    reply->set_node("n0");
+    reply->set_pid(1000 + request->rank());
+    return grpc::Status::OK;
+  }
+
+  std::string cancelled;
+  int drilled = 0;
+};
+
+// Words of a line; quotes group, nothing else is special.
+std::vector<std::string> Words(const std::string& line) {
+  std::vector<std::string> words;
+  std::string word;
+  bool quoted = false;
+  bool open = false;
+  for (const char c : line) {
+    if (c == '"') {
+      quoted = !quoted;
+      open = true;
+    } else if (c == ' ' && !quoted) {
+      if (open) words.push_back(word);
+      word.clear();
+      open = false;
+    } else {
+      word += c;
+      open = true;
+    }
+  }
+  if (open) words.push_back(word);
+  return words;
+}
+
+std::string Replace(std::string text, const std::string& from, const std::string& to) {
+  for (std::size_t at = 0; (at = text.find(from, at)) != std::string::npos; at += to.size()) {
+    text.replace(at, from.size(), to);
+  }
+  return text;
+}
+
+class CliTranscripts : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    grpc::ServerBuilder builder;
+    int port = 0;
+    builder.AddListeningPort("127.0.0.1:0", grpc::InsecureServerCredentials(), &port);
+    builder.RegisterService(&service_);
+    server_ = builder.BuildAndStart();
+    ASSERT_NE(server_, nullptr);
+    address_ = "127.0.0.1:" + std::to_string(port);
+    char state[] = "/tmp/cli_verbs_XXXXXX";
+    ASSERT_NE(::mkdtemp(state), nullptr);
+    state_ = state;
+  }
+  void TearDown() override {
+    server_->Shutdown(std::chrono::system_clock::now() + std::chrono::seconds(5));
+    fs::remove_all(state_);
+  }
+
+  struct Ran {
+    int code = 0;
+    std::string out;
+    std::string err;
+  };
+  Ran Run(const std::vector<std::string>& args, bool with_controller = true, std::size_t width = 0) {
+    Ran ran;
+    Io io;
+    io.out = [&](std::string_view text) { ran.out += text; };
+    io.err = [&](std::string_view text) { ran.err += text; };
+    io.width = width;
+    Environment environment{{"XDG_STATE_HOME", state_}};
+    if (with_controller) environment["EVERSTEP_CONTROLLER"] = address_;
+    ran.code = RunCli("everstep", args, environment, &io);
+    return ran;
+  }
+
+  std::string Transcript(const std::string& command) {
+    std::vector<std::string> words = Words(command);
+    bool with_controller = true;
+    std::size_t width = 0;
+    while (!words.empty() && words[0] != "everstep") {  // "env -u": without a controller
+      if (words[0] == "NOCONTROLLER=1") with_controller = false;
+      if (words[0].rfind("COLUMNS=", 0) == 0) width = std::stoul(words[0].substr(8));
+      words.erase(words.begin());
+    }
+    words.erase(words.begin());
+    const Ran ran = Run(words, with_controller, width);
+    std::string text = ran.out;
+    if (!text.empty() && text.back() != '\n') text += "(no line feed)\n";
+    std::istringstream err(ran.err);
+    for (std::string line; std::getline(err, line);) text += "2> " + line + "\n";
+    if (ran.code != 0) text += "exit " + std::to_string(ran.code) + "\n";
+    return Replace(Replace(text, address_, "127.0.0.1:PORT"), state_, "STATE");
+  }
+
+  void Check(const std::string& name) {
+    const std::string path = kSource + "tests/unit/cli_golden/" + name + ".txt";
+    std::ifstream in(path);
+    ASSERT_TRUE(in) << path;
+    std::string wanted;
+    std::string got;
+    bool head = true;  // comments before the first command
+    int commands = 0;
+    for (std::string line; std::getline(in, line);) {
+      wanted += line + "\n";
+      if (line.rfind("$ ", 0) == 0) {
+        if (!head) got += "\n";
+        head = false;
+        got += line + "\n" + Transcript(line.substr(2));
+        ++commands;
+      } else if (head) {
+        got += line + "\n";
+      }
+    }
+    EXPECT_GT(commands, 0) << path;
+    if (Rewrite()) {
+      std::ofstream(path) << got;
+      return;
+    }
+    // Blank lines between commands are free.
+    EXPECT_EQ(got, wanted) << "if the new text is meant: cli_verbs_test --rewrite";
+  }
+
+  FixedController service_;
+  std::unique_ptr<grpc::Server> server_;
+  std::string address_;
+  std::string state_;
+};
+
+TEST_F(CliTranscripts, Status) { Check("status"); }
+TEST_F(CliTranscripts, Jobs) {
+  Check("job");
+  EXPECT_EQ(service_.cancelled, "gpt-large: wrong data");
+}
+TEST_F(CliTranscripts, Nodes) { Check("node"); }
+TEST_F(CliTranscripts, Events) { Check("events"); }
+TEST_F(CliTranscripts, Logs) { Check("logs"); }
+TEST_F(CliTranscripts, Drills) {
+  Check("drill");
+  EXPECT_EQ(service_.drilled, 11) << "the last one asks for SEGV";
+}
+TEST_F(CliTranscripts, Errors) { Check("errors"); }
+TEST_F(CliTranscripts, Clusters) { Check("cluster"); }
+TEST_F(CliTranscripts, Help) { Check("help"); }
+
+TEST_F(CliTranscripts, AnAbsentControllerIsRetriedAndThenNamed) {
+  server_->Shutdown(std::chrono::system_clock::now());
+  const Ran ran = Run({"status", "--timeout", "300ms"});
+  EXPECT_EQ(ran.code, 5);
+  EXPECT_EQ(ran.out, "");
+  EXPECT_EQ(ran.err.rfind("error: no controller answers at " + address_ + " (EVERSTEP_CONTROLLER)", 0),
+            0u)
+      << ran.err;
+}
+
+TEST_F(CliTranscripts, TheControllerOfAListIsTheOneThatAnswers) {
+  const Ran ran = Run({"node", "list", "-o", "name", "--controller", "127.0.0.1:1," + address_});
+  EXPECT_EQ(ran.out, "n0\nn1\nn2\n") << ran.err;
+}
+
+TEST_F(CliTranscripts, TheReferencePageIsWhatTheTreeSays) {
+  const std::string path = kSource + "docs/reference/cli.md";
+  const std::string page = Run({"docs"}).out;
+  if (Rewrite()) std::ofstream(path) << page;
+  std::ifstream in(path);
+  std::stringstream there;
+  there << in.rdbuf();
+  EXPECT_EQ(there.str(), page) << "everstep docs > docs/reference/cli.md";
+}
+
+}  // namespace
+}  // namespace everstep::cli
