@@ -1,6 +1,7 @@
 #include "worker/launcher/brought.h"
 
 #include <fcntl.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +15,8 @@
 
 #include <fmt/format.h>
 
+#include "proto/base/check.h"
+
 namespace everstep::launcher {
 namespace {
 
@@ -21,6 +24,8 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 constexpr milliseconds kAddressPoll{5};
+constexpr int kControllerCannotBind = 3;  // everstep-controller's exit code
+constexpr std::size_t kControllerArguments = 8;  // of argv, those that stay for a restart
 constexpr milliseconds kKeeperEndLimit{5'000};
 constexpr milliseconds kAgentSlack{5'000};
 
@@ -70,27 +75,34 @@ std::string Brought::Launch(Program* program) {
   return program->process.Start(spec);
 }
 
-std::string Brought::StartController(const std::string& listen, const std::string& snapshot) {
+std::string Brought::StartController(const Start& start) {
   const std::string& dir = options_.state->controller();
   std::error_code error;
   std::filesystem::create_directories(dir, error);
   std::filesystem::remove(dir + "/address", error);
   controller_.argv = {options_.programs + "/everstep-controller",
-                      "--listen", listen,
+                      "--listen", start.listen,
                       "--state-dir", dir,
                       "--address-file", dir + "/address",
                       "--allow-shutdown"};
-  if (!snapshot.empty()) {
-    controller_.argv.insert(controller_.argv.end(), {"--from-snapshot", snapshot});
+  EVERSTEP_CHECK(controller_.argv.size() == kControllerArguments);
+  if (!start.snapshot.empty()) {
+    controller_.argv.insert(controller_.argv.end(), {"--from-snapshot", start.snapshot});
   }
+  if (!start.known_dead.empty()) {
+    controller_.argv.insert(controller_.argv.end(), {"--known-dead", start.known_dead});
+  }
+  address_taken_ = false;
   std::string wrong = Launch(&controller_);
   if (wrong.empty()) wrong = WaitForAddress();
   if (!wrong.empty()) {
     StopController(false);
     return wrong;
   }
-  // Where it stands now it stands again after a restart, so agents and launchers find it.
+  // Where it stands now it stands again after a restart, so agents and launchers find it. What it knows by then
+  // is in its own store.
   controller_.argv[2] = controller_address_;
+  controller_.argv.resize(kControllerArguments);
   return {};
 }
 
@@ -100,6 +112,7 @@ std::string Brought::WaitForAddress() {
     controller_address_ = ReadWord(options_.state->controller() + "/address");
     if (!controller_address_.empty()) return {};
     if (const auto status = controller_.process.Wait(kAddressPoll)) {
+      address_taken_ = WIFEXITED(*status) && WEXITSTATUS(*status) == kControllerCannotBind;
       return Trouble(controller_, StatusText(*status) + " before it served");
     }
   }
@@ -112,7 +125,8 @@ std::string Brought::SetControllers(const std::string& controllers) {
   return fmt::format("cannot write {}: {}", file, std::strerror(errno));
 }
 
-std::string Brought::StartAgent(const std::string& controllers) {
+std::string Brought::StartAgent(const std::string& controllers,
+                                const std::map<std::string, std::string>& labels) {
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC) != 0) return fmt::format("no pipe: {}", std::strerror(errno));
   lifeline_read_ = ends[0];
@@ -125,7 +139,7 @@ std::string Brought::StartAgent(const std::string& controllers) {
                  "--leave-timeout", fmt::format("{}", options_.leave_timeout.count() / 1000.0),
                  "--stop-grace", fmt::format("{}", options_.stop_grace.count() / 1000.0),
                  "--lifeline", std::to_string(lifeline_read_)};
-  for (const auto& [key, value] : options_.labels) {
+  for (const auto& [key, value] : labels) {
     agent_.argv.insert(agent_.argv.end(), {"--label", key + "=" + value});
   }
   if (!options_.local_command.empty()) {

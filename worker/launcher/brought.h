@@ -29,7 +29,6 @@ struct BroughtOptions {
   Environment environment;
   const StateDir* state = nullptr;  // outlives this
   std::string address = "127.0.0.1";  // of this node, for the others
-  std::map<std::string, std::string> labels;  // of the node
   std::string local_command;  // a file for the agent's --local-command; empty: none
   std::chrono::milliseconds leave_timeout{0};  // SIGTERM: time to move workers away
   std::chrono::milliseconds stop_grace{30'000};  // then, workers' SIGTERM to SIGKILL
@@ -44,11 +43,17 @@ class Brought {
   Brought(const Brought&) = delete;
   Brought& operator=(const Brought&) = delete;
 
-  // Starts a controller and waits until it answers at an address. `listen` is host:port, port 0 any; `snapshot`
-  // a file with a StoreSnapshot to start from, or empty. Empty on success, else a sentence.
-  std::string StartController(const std::string& listen, const std::string& snapshot);
+  struct Start {
+    std::string listen;      // host:port, port 0: any
+    std::string snapshot;    // a file with a StoreSnapshot to start from; empty: none
+    std::string known_dead;  // a node of the snapshot that is known to be dead; empty: none
+  };
+  // Starts a controller and waits until it answers at an address. Empty on success, else a sentence.
+  std::string StartController(const Start& start);
+  // The newest controller could not bind its address.
+  bool controller_address_taken() const { return address_taken_; }
   // Starts the agent, which dials `controllers` ("host:port,..."). Does not wait.
-  std::string StartAgent(const std::string& controllers);
+  std::string StartAgent(const std::string& controllers, const std::map<std::string, std::string>& labels);
   // The agent finds its controllers here from its next dial on.
   std::string SetControllers(const std::string& controllers);
 
@@ -90,6 +95,7 @@ class Brought {
   Program controller_;
   Program agent_;
   std::string controller_address_;
+  bool address_taken_ = false;
   int lifeline_read_ = -1;
   int lifeline_write_ = -1;
 };

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <chrono>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <system_error>
@@ -139,31 +140,11 @@ class Runner {
       Refuse(wrong, kExitFailed);
       return wrong;
     }
-    std::string address = endpoint.text();
-    if (endpoint.here && endpoint.port != 0 && Taken(endpoint)) {
-      // Two launchers of one machine: the first owns the endpoint, as under torchrun.
-      client_ = std::make_unique<AdminClient>(address);
-      v1::ClusterStatus status;
-      if (!client_->Status(&status, kForeignLimit).ok()) {
-        return Fail(fmt::format(
-            "{} is in use by a program that is no Everstep controller; name a free port in "
-            "--rdzv-endpoint (or --master-port), or end that program",
-            address));
-      }
-      endpoint.here = false;
-    }
-    const std::string own = place_ == Place::kAlone ? "127.0.0.1" : LocalAddress(flags_, endpoint);
-    if (place_ == Place::kNodes) {
-      meeting_ = std::make_unique<Meeting>(Meeting::Options{
-          node, own, endpoint.text(), endpoint.here, [this] { inbox_.Wake(); }});
-      if (std::string wrong = meeting_->Open(); !wrong.empty()) return Fail(wrong);
-    }
     BroughtOptions options;
     options.programs = request_.programs;
     options.environment = request_.environment;
     options.state = &state_;
-    options.address = own;
-    if (meeting_ != nullptr) options.labels = meeting_->Labels();
+    options.address = place_ == Place::kAlone ? "127.0.0.1" : LocalAddress(flags_, endpoint);
     if (place_ == Place::kNodes) {  // every node has a shell, an interpreter and devices of its own
       options.local_command = state_.node_dir() + "/command";
       if (!WriteFileAtomically(options.local_command, spec_.command().SerializeAsString())) {
@@ -173,21 +154,43 @@ class Runner {
     options.leave_timeout = milliseconds(place_ == Place::kAlone ? 0 : 5'000);
     options.stop_grace = milliseconds(flags_.shutdown_timeout_seconds * 1000);
     options.say = [this](const std::string& line) { console_.Say(line); };
+    const std::string own = options.address;
     brought_ = std::make_unique<Brought>(std::move(options));
+
+    std::string address = endpoint.text();
+    if (endpoint.here && endpoint.port != 0) endpoint.here = !Taken(endpoint);
+    const bool foreign = !endpoint.here && Taken(endpoint);
     if (endpoint.here) {
       if (!endpoint.loopback) {
         console_.Say(fmt::format("the controller listens on {}; its channel is not encrypted", address));
       }
-      if (std::string wrong = brought_->StartController(address, {}); !wrong.empty()) {
+      const std::string wrong = brought_->StartController({.listen = address});
+      if (!wrong.empty() && !(brought_->controller_address_taken() && place_ == Place::kNodes)) {
         return Fail(wrong);
       }
-      address = brought_->controller_address();
+      endpoint.here = wrong.empty();  // else another launcher of this machine was faster
+      if (endpoint.here) address = brought_->controller_address();
     }
-    if (std::string wrong = brought_->StartAgent(address); !wrong.empty()) return Fail(wrong);
     client_ = std::make_unique<AdminClient>(address);
+    v1::ClusterStatus status;
+    if (foreign && !client_->Status(&status, kForeignLimit).ok()) {
+      return Fail(fmt::format(
+          "{} is in use by a program that is no Everstep controller; name a free port in "
+          "--rdzv-endpoint (or --master-port), or end that program",
+          address));
+    }
+    std::map<std::string, std::string> labels;
+    if (place_ == Place::kNodes) {
+      meeting_ = std::make_unique<Meeting>(
+          Meeting::Options{node, own, address, endpoint.here, [this] { inbox_.Wake(); }});
+      if (std::string wrong = meeting_->Open(); !wrong.empty()) return Fail(wrong);
+      labels = meeting_->Labels();
+    }
+    if (std::string wrong = brought_->StartAgent(address, labels); !wrong.empty()) return Fail(wrong);
     return endpoint.here ? Submit() : Join(address);
   }
 
+  // Two launchers of one machine: the first owns the endpoint, as under torchrun.
   static bool Taken(const Endpoint& endpoint) {
     return ProbeTcp(endpoint.host, endpoint.port, 500) == Probe::kListens;
   }
@@ -331,7 +334,10 @@ class Runner {
     const std::string address = meeting_->ReleaseControllerAddress();
     std::string wrong;
     if (!WriteFileAtomically(file, meeting_->snapshot())) wrong = "cannot write " + file;
-    if (wrong.empty()) wrong = brought_->StartController(address, file);
+    if (wrong.empty()) {
+      wrong = brought_->StartController(
+          {.listen = address, .snapshot = file, .known_dead = news.take_over->dead});
+    }
     if (!wrong.empty()) console_.Say(wrong);
   }
 

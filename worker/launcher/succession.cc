@@ -63,7 +63,8 @@ Ruling Succession::Step(Timestamp now, const Sight& sight) {
   if (first != node_) return {Verdict::kWait, fmt::format("{} is to start a controller", first)};
   return {Verdict::kTakeOver,
           proof ? fmt::format("{} is dead: its ports refuse connections", host_)
-                : fmt::format("{} is silent, {} of {} members see each other", host_, seen, members)};
+                : fmt::format("{} is silent, {} of {} members see each other", host_, seen, members),
+          proof ? host_ : std::string()};
 }
 
 }  // namespace everstep::launcher

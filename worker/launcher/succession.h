@@ -46,6 +46,7 @@ enum class Verdict : std::uint8_t {
 struct Ruling {
   Verdict verdict = Verdict::kNone;
   std::string why;
+  std::string dead;  // the node that is known to be dead; empty: silent only
 };
 
 class Succession {
