@@ -1,0 +1,403 @@
+#include "controller/server/admin_service.h"
+
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "controller/server/queued_writes.h"
+#include "controller/server/status.h"
+#include "controller/store/convert.h"
+#include "proto/base/clock.h"
+#include "proto/base/version.h"
+
+namespace everstep::controller {
+namespace {
+
+constexpr std::size_t kMaxCommandBytes = 4u << 20;
+constexpr std::uint32_t kMaxWorkersPerNode = 1024;
+
+grpc::Status Busy() {
+  return {grpc::StatusCode::RESOURCE_EXHAUSTED, "the controller is behind with its work\nhint: try again"};
+}
+
+grpc::Status StatusOf(const Reply& reply) {
+  grpc::StatusCode code = grpc::StatusCode::OK;
+  switch (reply.code) {
+    case ReplyCode::kOk: return grpc::Status::OK;
+    case ReplyCode::kNotFound: code = grpc::StatusCode::NOT_FOUND; break;
+    case ReplyCode::kAlreadyExists: code = grpc::StatusCode::ALREADY_EXISTS; break;
+    case ReplyCode::kFailedPrecondition: code = grpc::StatusCode::FAILED_PRECONDITION; break;
+    case ReplyCode::kInvalid: code = grpc::StatusCode::INVALID_ARGUMENT; break;
+  }
+  return {code, reply.hint.empty() ? reply.message : reply.message + "\nhint: " + reply.hint};
+}
+
+std::string RandomHex(std::size_t bytes) {
+  std::string out;
+  while (bytes > 0) {
+    unsigned char chunk[32];
+    const ssize_t n = getrandom(chunk, std::min(bytes, sizeof(chunk)), 0);
+    if (n <= 0) continue;  // interrupted
+    for (ssize_t i = 0; i < n; ++i) out += fmt::format("{:02x}", chunk[i]);
+    bytes -= static_cast<std::size_t>(n);
+  }
+  return out;
+}
+
+bool IsJobName(const std::string& name) {
+  return !name.empty() && name.size() <= 128 && name.front() != '.' &&
+         std::all_of(name.begin(), name.end(), [](char c) {
+           return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+                  c == '_' || c == '.' || c == '-';
+         });
+}
+
+// Empty: fine.
+std::string CheckSpec(const v1::JobSpec& spec) {
+  if (!spec.job().empty() && !IsJobName(spec.job())) {
+    return fmt::format("the job name '{}' is not [A-Za-z0-9_.-]{{1,128}}\nhint: choose another --name",
+                       spec.job().substr(0, 200));
+  }
+  if (spec.command().target().empty()) return "the job has no script to run\nhint: name one";
+  if (spec.nproc_per_node() > kMaxWorkersPerNode) {
+    return fmt::format("{} workers on a node are more than {}\nhint: use more nodes",
+                       spec.nproc_per_node(), kMaxWorkersPerNode);
+  }
+  const std::size_t bytes = spec.command().ByteSizeLong();
+  if (bytes > kMaxCommandBytes) {
+    return fmt::format("the command with its environment has {} bytes, the limit is {}\nhint: start from "
+                       "a smaller environment",
+                       bytes, kMaxCommandBytes);
+  }
+  return {};
+}
+
+bool Matches(const JournalRecord& r, const v1::WatchEventsRequest& q) {
+  return r.sequence >= q.since_sequence() && (q.job().empty() || r.job == q.job()) &&
+         (q.node().empty() || r.node == q.node());
+}
+
+// A stream of answers; gone() tells the brain's side that nobody listens any more.
+template <typename Message>
+class Writer final : public QueuedWrites<grpc::ServerWriteReactor<Message>, Message> {
+ public:
+  Writer(grpc::CallbackServerContext* context, std::size_t max_messages, std::size_t max_bytes)
+      : QueuedWrites<grpc::ServerWriteReactor<Message>, Message>(context, max_messages, max_bytes) {}
+  void Hold(std::shared_ptr<Writer> self) { self_ = std::move(self); }
+  void OnGone(std::function<void()> gone) { gone_ = std::move(gone); }
+  void OnCancel() override { this->End(grpc::Status::CANCELLED, true); }
+  void OnDone() override {
+    if (gone_) gone_();
+    self_.reset();  // may delete this
+  }
+
+ private:
+  std::shared_ptr<Writer> self_;  // until OnDone
+  std::function<void()> gone_;
+};
+
+template <typename Message>
+std::shared_ptr<Writer<Message>> MakeWriter(grpc::CallbackServerContext* context,
+                                            std::size_t max_messages = 16384,
+                                            std::size_t max_bytes = 32u << 20) {
+  auto writer = std::make_shared<Writer<Message>>(context, max_messages, max_bytes);
+  writer->Hold(writer);
+  return writer;
+}
+
+}  // namespace
+
+grpc::ServerUnaryReactor* AdminService::OnBrain(Context* context, std::function<void(Unary*)> task) {
+  Unary* reactor = context->DefaultReactor();
+  if (!brain_->Post([reactor, task = std::move(task)] { task(reactor); })) reactor->Finish(Busy());
+  return reactor;
+}
+
+grpc::ServerUnaryReactor* AdminService::GetStatus(Context* context, const v1::GetStatusRequest*,
+                                                  v1::ClusterStatus* reply) {
+  return OnBrain(context, [this, reply](Unary* reactor) {
+    const Timestamp now = brain_->now();
+    reply->set_cluster(brain_->store_info().cluster);
+    reply->set_version(kVersion);
+    reply->set_started(config_.started);
+    reply->set_uptime_seconds(ToSeconds(now - config_.started_at));
+    reply->set_store(brain_->store_text());
+    reply->set_controller_pid(static_cast<std::uint32_t>(getpid()));
+    reply->set_starts(brain_->store_info().starts);
+    for (const auto& [id, node] : brain_->state().nodes) {
+      *reply->add_nodes() = NodeStatusOf(brain_->state(), node, now);
+    }
+    for (const auto& [id, job] : brain_->state().jobs) {
+      *reply->add_jobs() = JobStatusOf(brain_->state(), job, now);
+    }
+    reactor->Finish(grpc::Status::OK);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::SubmitJob(Context* context, const v1::SubmitJobRequest* request,
+                                                  v1::SubmitJobReply* reply) {
+  const std::string wrong = CheckSpec(request->spec());
+  if (!wrong.empty()) {
+    Unary* reactor = context->DefaultReactor();
+    reactor->Finish({grpc::StatusCode::INVALID_ARGUMENT, wrong});
+    return reactor;
+  }
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    JobSpec spec;
+    FromProto(request->spec(), &spec);
+    if (spec.job.empty()) spec.job = "job-" + RandomHex(4);
+    spec.submitted = brain_->now();
+    if (spec.max_no_progress == 0) spec.max_no_progress = JobSpec{}.max_no_progress;
+    if (spec.max_start_failures == 0) spec.max_start_failures = JobSpec{}.max_start_failures;
+    reply->set_job(spec.job);
+    brain_->Request(
+        [spec](RequestId id) { return controller::SubmitJob{id, spec, RandomHex(16)}; },
+        [reactor](const Reply& answer) { reactor->Finish(StatusOf(answer)); });
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::ListJobs(Context* context, const v1::ListJobsRequest*,
+                                                 v1::JobList* reply) {
+  return OnBrain(context, [this, reply](Unary* reactor) {
+    for (const auto& [id, job] : brain_->state().jobs) {
+      *reply->add_items() = JobStatusOf(brain_->state(), job, brain_->now());
+    }
+    reactor->Finish(grpc::Status::OK);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::GetJob(Context* context, const v1::GetJobRequest* request,
+                                               v1::JobStatus* reply) {
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    std::string error;
+    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
+    if (job == nullptr) {
+      reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
+      return;
+    }
+    *reply = JobStatusOf(brain_->state(), *job, brain_->now());
+    reactor->Finish(grpc::Status::OK);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::CancelJob(Context* context, const v1::CancelJobRequest* request,
+                                                  v1::CancelJobReply*) {
+  return OnBrain(context, [this, request](Unary* reactor) {
+    std::string error;
+    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
+    if (job == nullptr) {
+      reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
+      return;
+    }
+    const JobId id = job->record.spec.job;
+    brain_->Request(
+        [id, reason = request->reason()](RequestId r) { return controller::CancelJob{r, id, reason}; },
+        [reactor](const Reply& answer) { reactor->Finish(StatusOf(answer)); });
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::ListNodes(Context* context, const v1::ListNodesRequest*,
+                                                  v1::NodeList* reply) {
+  return OnBrain(context, [this, reply](Unary* reactor) {
+    for (const auto& [id, node] : brain_->state().nodes) {
+      *reply->add_items() = NodeStatusOf(brain_->state(), node, brain_->now());
+    }
+    reactor->Finish(grpc::Status::OK);
+  });
+}
+
+void AdminService::ChangeNode(Unary* reactor, const std::string& node,
+                              std::function<Event(RequestId)> make, v1::NodeStatus* reply) {
+  brain_->Request(std::move(make), [this, reactor, node, reply](const Reply& answer) {
+    const auto it = brain_->state().nodes.find(node);
+    if (it != brain_->state().nodes.end()) {
+      *reply = NodeStatusOf(brain_->state(), it->second, brain_->now());
+    }
+    reactor->Finish(StatusOf(answer));
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::DrainNode(Context* context, const v1::DrainNodeRequest* request,
+                                                  v1::NodeStatus* reply) {
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    ChangeNode(reactor, request->node(),
+               [q = *request](RequestId id) {
+                 return controller::DrainNode{id, q.node(), q.reason(), q.allow_pause()};
+               },
+               reply);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::UndrainNode(Context* context,
+                                                    const v1::UndrainNodeRequest* request,
+                                                    v1::NodeStatus* reply) {
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    ChangeNode(reactor, request->node(),
+               [node = request->node()](RequestId id) { return controller::UndrainNode{id, node}; },
+               reply);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::Drill(Context* context, const v1::DrillRequest* request,
+                                              v1::DrillReply* reply) {
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    std::string error;
+    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
+    if (job == nullptr) {
+      reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
+      return;
+    }
+    const auto worker = job->workers.find(request->rank());
+    if (worker == job->workers.end() || !worker->second.worker.running) {
+      reactor->Finish({grpc::StatusCode::FAILED_PRECONDITION,
+                       fmt::format("job {} runs no rank {} now (state {})\nhint: everstep job show {}",
+                                   job->record.spec.job, request->rank(),
+                                   JobStateName(job->record.state), job->record.spec.job)});
+      return;
+    }
+    v1::ControllerMessage message;
+    message.mutable_kill_for_drill()->set_job(job->record.spec.job);
+    message.mutable_kill_for_drill()->set_rank(request->rank());
+    message.mutable_kill_for_drill()->set_signal(request->signal());
+    if (!brain_->SendTo(worker->second.node, std::move(message))) {
+      reactor->Finish({grpc::StatusCode::FAILED_PRECONDITION,
+                       fmt::format("node {} is not connected\nhint: everstep node list",
+                                   worker->second.node)});
+      return;
+    }
+    reply->set_node(worker->second.node);
+    reply->set_pid(worker->second.worker.pid);
+    reactor->Finish(grpc::Status::OK);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::Shutdown(Context* context, const v1::ShutdownRequest*,
+                                                 v1::ShutdownReply*) {
+  Unary* reactor = context->DefaultReactor();
+  if (!config_.shutdown) {
+    reactor->Finish({grpc::StatusCode::FAILED_PRECONDITION,
+                     "this controller was not started with --allow-shutdown\nhint: end it where it was "
+                     "started"});
+    return reactor;
+  }
+  reactor->Finish(grpc::Status::OK);
+  config_.shutdown();
+  return reactor;
+}
+
+grpc::ServerWriteReactor<v1::Event>* AdminService::WatchEvents(Context* context,
+                                                               const v1::WatchEventsRequest* request) {
+  auto writer = MakeWriter<v1::Event>(context);
+  const bool posted = brain_->Post([this, writer, query = *request] {
+    const auto& journal = brain_->state().journal;
+    if (!journal.empty() && query.since_sequence() != 0 &&
+        query.since_sequence() < journal.front().sequence) {
+      writer->End({grpc::StatusCode::OUT_OF_RANGE,
+                   fmt::format("event {} is forgotten, the oldest kept is {}\nhint: ask from {} on",
+                               query.since_sequence(), journal.front().sequence,
+                               journal.front().sequence)});
+      return;
+    }
+    std::vector<const JournalRecord*> found;
+    for (const JournalRecord& r : journal) {
+      if (Matches(r, query)) found.push_back(&r);
+    }
+    if (query.limit() > 0 && found.size() > query.limit()) {
+      found.erase(found.begin(), found.end() - query.limit());
+    }
+    for (const JournalRecord* r : found) writer->Enqueue(EventOf(*r));
+    if (!query.follow()) {
+      writer->End(grpc::Status::OK);
+      return;
+    }
+    const bool taken = brain_->WatchEvents([writer, query](const JournalRecord& r) {
+      if (writer->over()) return false;
+      return !Matches(r, query) || writer->Enqueue(EventOf(r));
+    });
+    if (!taken) writer->End(Busy());
+  });
+  if (!posted) writer->End(Busy());
+  return writer.get();
+}
+
+grpc::ServerWriteReactor<v1::JobStatus>* AdminService::FollowJob(Context* context,
+                                                                 const v1::FollowJobRequest* request) {
+  auto writer = MakeWriter<v1::JobStatus>(context, 64, 64u << 20);
+  const bool posted = brain_->Post([this, writer, query = *request] {
+    std::string error;
+    const JobStateView* job = FindJobByPrefix(brain_->state(), query.job(), &error);
+    if (job == nullptr) {
+      writer->End({grpc::StatusCode::NOT_FOUND, error});
+      return;
+    }
+    const bool taken = brain_->FollowJob(job->record.spec.job, query.with_snapshot(),
+                                         [writer](v1::JobStatus status, bool terminal) {
+                                           if (!writer->Enqueue(std::move(status), true)) return false;
+                                           if (terminal) writer->End(grpc::Status::OK);
+                                           return true;
+                                         });
+    if (!taken) writer->End(Busy());
+  });
+  if (!posted) writer->End(Busy());
+  return writer.get();
+}
+
+grpc::ServerWriteReactor<v1::JobLogLines>* AdminService::TailJobLogs(
+    Context* context, const v1::TailJobLogsRequest* request) {
+  auto writer = MakeWriter<v1::JobLogLines>(context, 4096, 16u << 20);
+  // Set on the brain's thread, read when the reader is gone: 0 until then.
+  auto number = std::make_shared<std::atomic<std::uint64_t>>(0);
+  writer->OnGone([relay = relay_, number] {
+    if (*number != 0) relay->Close(*number);  // agents hear it with their next lines
+  });
+  const bool posted = brain_->Post([this, writer, number, query = *request] {
+    std::string error;
+    const JobStateView* job = FindJobByPrefix(brain_->state(), query.job(), &error);
+    if (job == nullptr) {
+      writer->End({grpc::StatusCode::NOT_FOUND, error});
+      return;
+    }
+    std::set<std::string> nodes;
+    for (const NodePlan& node : job->plan.nodes) {
+      const bool wanted = query.rank() < 0 || std::any_of(node.workers.begin(), node.workers.end(),
+                                                          [&](const WorkerPlan& w) { return w.rank == query.rank(); });
+      const auto it = brain_->state().nodes.find(node.node);
+      if (wanted && it != brain_->state().nodes.end() && it->second.connected) nodes.insert(node.node);
+    }
+    if (nodes.empty()) {
+      writer->End({grpc::StatusCode::FAILED_PRECONDITION,
+                   fmt::format("no connected node has logs of job {}{}\nhint: everstep job show {}",
+                               job->record.spec.job,
+                               query.rank() < 0 ? std::string() : fmt::format(" rank {}", query.rank()),
+                               job->record.spec.job)});
+      return;
+    }
+    const std::uint64_t id = relay_->Open(
+        {[writer](v1::JobLogLines lines) { return writer->Enqueue(std::move(lines)); },
+         [writer] { writer->End(grpc::Status::OK); }},
+        nodes);
+    *number = id;
+    for (const std::string& node : nodes) {
+      v1::ControllerMessage message;
+      v1::TailLogs* tail = message.mutable_tail_logs();
+      tail->set_request(id);
+      tail->set_job(job->record.spec.job);
+      tail->set_rank(query.rank());
+      tail->set_follow(query.follow());
+      tail->set_tail_lines(query.tail_lines());
+      brain_->SendTo(node, std::move(message));
+    }
+  });
+  if (!posted) writer->End(Busy());
+  return writer.get();
+}
+
+}  // namespace everstep::controller

@@ -1,0 +1,52 @@
+// AdminService: what the CLI, the launcher and other people ask. Thread-safe.
+#pragma once
+
+#include <functional>
+#include <string>
+
+#include "admin.grpc.pb.h"
+#include "controller/server/brain.h"
+#include "controller/server/log_relay.h"
+
+namespace everstep::controller {
+
+class AdminService final : public v1::AdminService::CallbackService {
+ public:
+  struct Config {
+    std::string started;                // RFC 3339
+    Timestamp started_at;
+    std::function<void()> shutdown;     // null: Shutdown is refused
+  };
+  // Both outlive the server.
+  AdminService(Brain* brain, LogRelay* relay, Config config)
+      : brain_(brain), relay_(relay), config_(std::move(config)) {}
+
+  using Context = grpc::CallbackServerContext;
+  using Unary = grpc::ServerUnaryReactor;
+
+  Unary* GetStatus(Context*, const v1::GetStatusRequest*, v1::ClusterStatus*) override;
+  Unary* SubmitJob(Context*, const v1::SubmitJobRequest*, v1::SubmitJobReply*) override;
+  Unary* ListJobs(Context*, const v1::ListJobsRequest*, v1::JobList*) override;
+  Unary* GetJob(Context*, const v1::GetJobRequest*, v1::JobStatus*) override;
+  Unary* CancelJob(Context*, const v1::CancelJobRequest*, v1::CancelJobReply*) override;
+  Unary* ListNodes(Context*, const v1::ListNodesRequest*, v1::NodeList*) override;
+  Unary* DrainNode(Context*, const v1::DrainNodeRequest*, v1::NodeStatus*) override;
+  Unary* UndrainNode(Context*, const v1::UndrainNodeRequest*, v1::NodeStatus*) override;
+  Unary* Drill(Context*, const v1::DrillRequest*, v1::DrillReply*) override;
+  Unary* Shutdown(Context*, const v1::ShutdownRequest*, v1::ShutdownReply*) override;
+  grpc::ServerWriteReactor<v1::Event>* WatchEvents(Context*, const v1::WatchEventsRequest*) override;
+  grpc::ServerWriteReactor<v1::JobStatus>* FollowJob(Context*, const v1::FollowJobRequest*) override;
+  grpc::ServerWriteReactor<v1::JobLogLines>* TailJobLogs(Context*, const v1::TailJobLogsRequest*) override;
+
+ private:
+  // `task` runs on the brain's thread and finishes the reactor.
+  Unary* OnBrain(Context* context, std::function<void(Unary*)> task);
+  void ChangeNode(Unary* reactor, const std::string& node, std::function<Event(RequestId)> make,
+                  v1::NodeStatus* reply);
+
+  Brain* const brain_;
+  LogRelay* const relay_;
+  const Config config_;
+};
+
+}  // namespace everstep::controller

@@ -1,0 +1,215 @@
+#include "controller/server/convert.h"
+
+#include <fmt/format.h>
+
+#include <algorithm>
+
+#include "controller/store/convert.h"
+#include "proto/base/version.h"
+
+namespace everstep::controller {
+namespace {
+
+bool IsNodeName(const std::string& name) {
+  return !name.empty() && name.size() <= 63 && std::all_of(name.begin(), name.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '-';
+  });
+}
+
+JobOnNode FromProto(const v1::JobOnNode& from) {
+  JobOnNode to;
+  to.job = from.job();
+  to.generation = from.generation();
+  to.activated = from.activated();
+  for (const v1::WorkerOnNode& worker : from.workers()) {
+    to.workers.push_back(controller::FromProto(worker));
+  }
+  for (const v1::HeldShard& shard : from.shards()) to.shards.push_back(controller::FromProto(shard));
+  return to;
+}
+
+void FillCommand(const CommandSpec& spec, v1::Command* to) { to->ParseFromString(spec.opaque); }
+
+struct Writer {
+  v1::ControllerMessage* m;
+  const Command& command;
+
+  void operator()(const RegisteredCommand& c) const {
+    v1::Registered* to = m->mutable_registered();
+    to->set_heartbeat_interval_ms(static_cast<std::uint32_t>(ToMilliseconds(c.heartbeat_interval)));
+    to->set_lease_ms(static_cast<std::uint32_t>(ToMilliseconds(c.lease)));
+    to->set_controller_version(kVersion);
+    for (const JobId& job : c.known_jobs) to->add_known_jobs(job);
+  }
+  void operator()(const WarmCommand& c) const {
+    v1::Warm* to = m->mutable_warm();
+    to->set_job(c.job);
+    FillCommand(c.command, to->mutable_command());
+    to->set_nproc_per_node(c.nproc_per_node);
+  }
+  void operator()(const PrepareCommand& c) const {
+    v1::Prepare* to = m->mutable_prepare();
+    to->set_job(c.job);
+    to->set_generation(c.generation);
+    FillCommand(c.command, to->mutable_command());
+    to->set_nproc_per_node(c.nproc_per_node);
+    to->set_host_store(c.host_store);
+    to->set_failed(c.failed);
+    to->set_data_key(c.data_key);
+  }
+  void operator()(const ActivateCommand& c) const {
+    v1::Activate* to = m->mutable_activate();
+    to->set_job(c.plan.job);
+    to->set_generation(c.plan.generation);
+    std::size_t world = 0;
+    for (const NodePlan& node : c.plan.nodes) {
+      world += node.workers.size();
+      to->add_members(node.node);
+      if (node.node == c.node) ToProto(node, to->mutable_plan());
+    }
+    to->set_world_size(static_cast<std::uint32_t>(world));
+    to->set_group_world_size(static_cast<std::uint32_t>(c.plan.nodes.size()));
+    to->set_nproc_per_node(c.nproc_per_node);
+    to->set_master_addr(c.plan.master_addr);
+    to->set_master_port(c.plan.master_port);
+    to->set_restart_count(c.plan.restart_count);
+    FillCommand(c.command, to->mutable_command());
+    to->set_data_key(c.data_key);
+    to->set_committed_step(c.committed_step);
+    to->set_plan_crc(PlanCrc(c.plan));
+  }
+  void operator()(const StopJobCommand& c) const {
+    v1::StopJob* to = m->mutable_stop_job();
+    to->set_job(c.job);
+    to->set_generation(c.generation);
+    to->set_forget(c.forget);
+    to->set_reason(ReasonName(c.reason));
+    to->set_failed(c.failed);
+  }
+  void operator()(const CommittedCommand& c) const {
+    v1::Committed* to = m->mutable_committed();
+    to->set_job(c.job);
+    to->set_generation(c.generation);
+    to->set_step(c.step);
+  }
+};
+
+}  // namespace
+
+std::uint64_t KeeperId(const std::string& boot_id, std::uint64_t pid_namespace,
+                       std::int32_t keeper_pid, std::uint64_t keeper_start_time) {
+  // FNV-1a over one text: stable across versions and machines.
+  const std::string text =
+      fmt::format("{}/{}/{}/{}", boot_id, pid_namespace, keeper_pid, keeper_start_time);
+  std::uint64_t hash = 0xcbf29ce484222325ULL;
+  for (const char c : text) {
+    hash ^= static_cast<unsigned char>(c);
+    hash *= 0x100000001b3ULL;
+  }
+  return hash;
+}
+
+std::string CheckRegister(const v1::Register& message) {
+  if (message.protocol_version() != kProtocolVersion) {
+    return fmt::format(
+        "agent {} {} speaks protocol {}, this controller ({}) speaks {}\nhint: install the same "
+        "version of everstep on every node; agents may be restarted while jobs run",
+        message.node(), message.version(), message.protocol_version(), kVersion, kProtocolVersion);
+  }
+  if (!IsNodeName(message.node())) {
+    return fmt::format("node name '{}' is not [a-z0-9.-]{{1,63}}\nhint: start the agent with "
+                       "another --node",
+                       message.node().substr(0, 80));
+  }
+  return {};
+}
+
+NodeRegistered FromWire(const v1::Register& m, std::uint64_t session) {
+  NodeRegistered e;
+  e.node = m.node();
+  e.session = session;
+  e.keeper_id = KeeperId(m.boot_id(), m.pid_namespace(), m.keeper_pid(), m.keeper_start_time());
+  e.previous_incarnation = m.previous_incarnation();
+  e.facts.address = m.address();
+  e.facts.data_port = m.data_port();
+  e.facts.slots = m.slots();
+  e.facts.labels.insert(m.labels().begin(), m.labels().end());
+  for (const v1::JobOnNode& job : m.jobs()) e.jobs.push_back(FromProto(job));
+  return e;
+}
+
+std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
+                              const v1::Register& keeper) {
+  const Incarnation incarnation = m.incarnation();
+  switch (m.body_case()) {
+    case v1::AgentMessage::kHeartbeat: {
+      Heartbeat e{node, incarnation, m.heartbeat().sequence(), {m.heartbeat().sent_ns()}, {}};
+      for (const v1::JobProgress& job : m.heartbeat().jobs()) {
+        e.jobs.push_back({job.job(), job.generation(), job.step(), job.running()});
+      }
+      return e;
+    }
+    case v1::AgentMessage::kPrepared: {
+      const v1::Prepared& p = m.prepared();
+      Prepared e{node,         incarnation, FromProto(p.holds()), p.store_port(),
+                 p.refused(), p.message()};
+      // Which prepare this answers; `holds` tells of the newest generation that ran here.
+      e.holds.job = p.job();
+      e.holds.generation = p.generation();
+      return e;
+    }
+    case v1::AgentMessage::kActivated: {
+      const v1::Activated& a = m.activated();
+      Activated e{node, incarnation, a.job(), a.generation(), {}, a.failed(), a.message()};
+      for (const v1::WorkerOnNode& w : a.workers()) e.workers.push_back(controller::FromProto(w));
+      return e;
+    }
+    case v1::AgentMessage::kWorkerExited: {
+      const v1::WorkerExited& w = m.worker_exited();
+      return WorkerExited{node,     incarnation,    w.job(), w.generation(),
+                          w.rank(), w.local_rank(), w.pid(), controller::FromProto(w.exit())};
+    }
+    case v1::AgentMessage::kWorkerStalled: {
+      const v1::WorkerStalled& w = m.worker_stalled();
+      if (w.kind() != v1::WorkerStalled::STOPPED && w.kind() != v1::WorkerStalled::GROUP_NOT_FORMED) {
+        return std::nullopt;
+      }
+      return WorkerStalled{node,
+                           incarnation,
+                           w.job(),
+                           w.generation(),
+                           w.rank(),
+                           static_cast<StallKind>(w.kind()),
+                           w.evidence(),
+                           Milliseconds(w.stalled_ms())};
+    }
+    case v1::AgentMessage::kShardCopied:
+      return ShardCopied{node, incarnation, m.shard_copied().job(),
+                         controller::FromProto(m.shard_copied().shard())};
+    case v1::AgentMessage::kNotice:
+      return Notice{node, incarnation, m.notice().source(), Milliseconds(m.notice().deadline_ms())};
+    case v1::AgentMessage::kNodeWarm:
+      return NodeWarm{node, incarnation, m.node_warm().job(), m.node_warm().warm(),
+                      m.node_warm().message()};
+    case v1::AgentMessage::kKeeperLost:
+      return KeeperLost{node, incarnation,
+                        KeeperId(keeper.boot_id(), keeper.pid_namespace(),
+                                 m.keeper_lost().new_keeper_pid(),
+                                 m.keeper_lost().new_keeper_start_time()),
+                        m.keeper_lost().message()};
+    case v1::AgentMessage::kStopped:
+      return Stopped{node, incarnation, m.stopped().job(), m.stopped().generation()};
+    case v1::AgentMessage::kRegister:
+    case v1::AgentMessage::kLogLines:
+    case v1::AgentMessage::BODY_NOT_SET: break;
+  }
+  return std::nullopt;
+}
+
+v1::ControllerMessage ToWire(const Command& command) {
+  v1::ControllerMessage message;
+  std::visit(Writer{&message, command}, command.body);
+  return message;
+}
+
+}  // namespace everstep::controller

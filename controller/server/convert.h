@@ -1,0 +1,32 @@
+// The only place of the server that knows both the wire (proto/agent.proto) and the core's values.
+// Pure functions, thread-safe.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+#include "agent.pb.h"
+#include "controller/core/decision.h"
+#include "controller/core/event.h"
+
+namespace everstep::controller {
+
+// Equal across two registrations: the same keeper process, so nothing on the node was lost.
+std::uint64_t KeeperId(const std::string& boot_id, std::uint64_t pid_namespace,
+                       std::int32_t keeper_pid, std::uint64_t keeper_start_time);
+
+// What an agent must say before it is let in. Empty: fine; else who, what, the limit, what to do.
+std::string CheckRegister(const v1::Register& message);
+
+NodeRegistered FromWire(const v1::Register& message, std::uint64_t session);
+
+// A report of a registered agent. None: a body that is not a report to the core (log lines, or one a
+// newer agent knows). `keeper` is the node's last Register: KeeperLost names only what changed.
+std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& message,
+                              const v1::Register& keeper);
+
+// Everything but incarnation and sequence.
+v1::ControllerMessage ToWire(const Command& command);
+
+}  // namespace everstep::controller
