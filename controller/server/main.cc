@@ -5,6 +5,7 @@
 
 #include <cerrno>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -181,6 +182,7 @@ int Serve(const ServerOptions& options) {
 }  // namespace everstep::controller
 
 int main(int argc, char** argv) {
+  setenv("GRPC_VERBOSITY", "NONE", 0);  // its errors reach people through ours
   everstep::controller::ServerOptions options;
   const int code = everstep::controller::ParseOptions(argc, argv, &options);
   return code >= 0 ? code : everstep::controller::Serve(options);
