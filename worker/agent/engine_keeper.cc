@@ -40,6 +40,7 @@ void Engine::OnKeeperAttached(std::uint64_t link, const v1::KeeperState& state, 
   link_ = link;
   keeper_pid_ = state.keeper_pid();
   keeper_start_time_ = state.keeper_start_time();
+  WriteKeeperPid(options_.node_dir, keeper_pid_);
   attach_failures_ = 0;
   keeper_away_since_.reset();
   last_trouble_.clear();
@@ -133,6 +134,7 @@ void Engine::OnKeeperLost(std::uint64_t link, const std::string& why) {
   stores_asked_.clear();
   if (shutdown_by_) {
     // It answers no more once it began to end; its process goes a moment later.
+    WriteKeeperPid(options_.node_dir, 0);
     return Finish(0);
   }
   const bool dead = ProcessStartTime(keeper_pid_) != keeper_start_time_;

@@ -108,6 +108,18 @@ bool WriteControllers(const std::string& node_dir, const std::vector<std::string
   return !ec;
 }
 
+void WriteKeeperPid(const std::string& node_dir, std::int32_t pid) {
+  const std::string path = node_dir + "/keeper.pid";
+  if (pid <= 0) {
+    unlink(path.c_str());
+    return;
+  }
+  const std::string temporary = path + ".new";
+  std::ofstream(temporary, std::ios::trunc) << pid << '\n';
+  std::error_code ec;
+  std::filesystem::rename(temporary, path, ec);
+}
+
 std::string BootId() {
   std::string id = ReadFile("/proc/sys/kernel/random/boot_id", 64);
   while (!id.empty() && id.back() == '\n') id.pop_back();

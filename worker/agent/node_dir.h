@@ -29,6 +29,9 @@ std::vector<std::string> ReadControllers(const std::string& node_dir);
 bool WriteControllers(const std::string& node_dir, const std::vector<std::string>& addresses,
                       std::string* error);
 
+// keeper.pid, for people and drills. pid 0: removes it.
+void WriteKeeperPid(const std::string& node_dir, std::int32_t pid);
+
 std::string BootId();
 std::uint64_t PidNamespace();  // inode; 0: unknown
 

@@ -27,7 +27,7 @@ struct AgentOptions {
   LogOptions log;
   std::string local_command;    // a file with this node's own command line; empty: the job's
   int lifeline = -1;            // end of file on it ends the node
-  Duration leave_timeout = Seconds(5);  // SIGTERM: how long the controller may move workers away
+  Duration leave_timeout = Seconds(2);  // SIGTERM: how long the controller may move workers away
   Duration stop_grace = Seconds(5);     // then SIGTERM to the workers, and SIGKILL after this
 };
 

@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <deque>
+#include <iterator>
 #include <utility>
 
 #include "agent.grpc.pb.h"
@@ -14,13 +15,13 @@ namespace {
 
 std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address) {
   grpc::ChannelArguments args;
-  // A channel of its own for each dial: a shared one would keep the last refusal's backoff (up to two
-  // minutes), and a controller that is back must be reached at once.
   args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
   // A dial that gets no answer is given up after 2 s. Beats that a host does not acknowledge for 5 s
   // end the stream (TCP_USER_TIMEOUT, which gRPC sets with keepalive); the pings themselves are rare.
   args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 2000);
+  args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
+  args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
   args.SetInt(GRPC_ARG_KEEPALIVE_TIME_MS, 600'000);
   args.SetInt(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 5000);
   args.SetMaxReceiveMessageSize(16 << 20);  // a Command with 1 MiB of environment, and room
@@ -33,9 +34,10 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address) {
 class SessionClient::Stream final
     : public grpc::ClientBidiReactor<everstep::v1::AgentMessage, everstep::v1::ControllerMessage> {
  public:
-  Stream(SessionClient* owner, std::uint64_t number, const std::string& address)
-      : owner_(owner), number_(number), address_(address), channel_(MakeChannel(address)),
-        stub_(everstep::v1::AgentService::NewStub(channel_)) {}
+  Stream(SessionClient* owner, std::uint64_t number, const std::string& address,
+         const std::shared_ptr<grpc::Channel>& channel)
+      : owner_(owner), number_(number), address_(address),
+        stub_(everstep::v1::AgentService::NewStub(channel)) {}
 
   void Start(std::shared_ptr<Stream> self) {
     self_ = std::move(self);
@@ -102,10 +104,11 @@ class SessionClient::Stream final
                                       static_cast<int>(status.error_code()));
     }
     owner_->callbacks_.on_lost(number_, fmt::format("{}: {}", address_, why));
-    std::shared_ptr<Stream> self = std::move(self_);
     SessionClient* owner = owner_;
-    // Under the lock to the end: the owner may be destroyed as soon as it is released.
+    // Under the lock to the end, this object's own included: the owner may be destroyed, and its
+    // channels with it, as soon as it is released.
     std::lock_guard<std::mutex> lock(owner->mutex_);
+    const std::shared_ptr<Stream> self = std::move(self_);
     if (owner->current_.get() == this) owner->current_.reset();
     --owner->live_;
     owner->idle_.notify_all();
@@ -121,7 +124,6 @@ class SessionClient::Stream final
   SessionClient* const owner_;
   const std::uint64_t number_;
   const std::string address_;
-  const std::shared_ptr<grpc::Channel> channel_;
   const std::unique_ptr<everstep::v1::AgentService::Stub> stub_;
   grpc::ClientContext context_;
   everstep::v1::ControllerMessage incoming_;
@@ -144,12 +146,23 @@ SessionClient::~SessionClient() {
 
 std::uint64_t SessionClient::Dial(const std::string& address) {
   Close("dialled anew");
+  std::shared_ptr<grpc::Channel>& channel = channels_[address];
+  if (channel == nullptr) {
+    channel = MakeChannel(address);
+    while (channels_.size() > kMaxChannels) {
+      channels_.erase(channels_.begin()->first == address ? std::next(channels_.begin())
+                                                          : channels_.begin());
+    }
+  } else {
+    // Whatever wait the last refusal left behind: a controller that is back is reached at once.
+    grpc::experimental::ChannelResetConnectionBackoff(channel.get());
+  }
   std::shared_ptr<Stream> stream;
   std::uint64_t number = 0;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     number = ++last_;
-    stream = std::make_shared<Stream>(this, number, address);
+    stream = std::make_shared<Stream>(this, number, address, channel);
     current_ = stream;
     ++live_;
   }

@@ -7,11 +7,16 @@
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <string>
 
 #include "agent.pb.h"
+
+namespace grpc {
+class Channel;
+}
 
 namespace everstep::agent {
 
@@ -36,7 +41,7 @@ class SessionClient {
   SessionClient& operator=(const SessionClient&) = delete;
 
   // Starts a stream to host:port and returns its number, from 1. Ends an older one. Does not wait: a
-  // controller that is not there shows as on_lost.
+  // controller that is not there shows as on_lost. One thread dials.
   std::uint64_t Dial(const std::string& address);
 
   // False: there is no stream, or its queue is full (then the stream ends).
@@ -51,7 +56,12 @@ class SessionClient {
  private:
   class Stream;
 
+  static constexpr std::size_t kMaxChannels = 16;
+
   const SessionCallbacks callbacks_;
+  // By address, kept between dials: gRPC 1.51 aborts when the last channel of a process dies on the
+  // thread of a callback. The dialling thread's alone.
+  std::map<std::string, std::shared_ptr<grpc::Channel>> channels_;
   std::mutex mutex_;
   std::condition_variable idle_;
   std::shared_ptr<Stream> current_;

@@ -398,16 +398,18 @@ void AgentCore::Advance(const JobId& id, Effects* out) {
   for (const auto& [generation, w] : job->old_workers) {
     if (generation <= *job->stop_answer) return;
   }
-  Say(SendStopped{id, *job->stop_answer}, out);
+  SendStopped answer{id, *job->stop_answer};
   job->stop_answer.reset();
-  if (job->phase != JobView::Phase::kStopping) return;
-  job->phase = JobView::Phase::kIdle;
-  job->deadline.reset();
-  if (job->forget) {
-    const JobId gone = id;  // `id` may live in the entry
-    jobs_.erase(gone);
-    out->push_back(ForgetJob{gone});
+  if (job->phase == JobView::Phase::kStopping) {
+    job->phase = JobView::Phase::kIdle;
+    job->deadline.reset();
+    if (job->forget) {
+      // Before the answer: after it the controller forgets the job, and nobody would ask again.
+      jobs_.erase(answer.job);
+      out->push_back(ForgetJob{answer.job});
+    }
   }
+  Say(std::move(answer), out);
 }
 
 void AgentCore::On(Timestamp, const Committed& e, Effects* out) {
