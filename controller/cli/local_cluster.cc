@@ -49,7 +49,7 @@ Outcome CheckPlan(const ClusterPlan& plan, const std::string& state_dir) {
                            state_dir, length, kSocketPathLimit),
                "choose a shorter one: --state-dir /tmp/c");
   }
-  for (const char* program : {"everstep-controller", "everstep-agent", "everstep-keeper"}) {
+  for (const char* program : {"everstep", "everstep-controller", "everstep-agent", "everstep-keeper"}) {
     const std::string path = plan.programs + "/" + program;
     if (::access(path.c_str(), X_OK) == 0) continue;
     return CliError{ExitCode::kFailed, "NOT_FOUND",
@@ -116,7 +116,7 @@ Outcome LayOut(const Registry& registry, const ClusterPlan& plan, const std::str
     return made;
   }
   Outcome laid = WritePlan(state_dir, plan);
-  if (laid.ok()) laid = StartSupervisor(state_dir);
+  if (laid.ok()) laid = StartSupervisor(plan.programs, state_dir);
   if (!laid.ok()) {
     RemoveFiles(state_dir);
     registry.Remove(plan.name);

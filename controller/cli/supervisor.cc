@@ -143,7 +143,12 @@ class Supervisor {
     for (const char* file : {"/controller.out", "/agent.out", "/controller.log", "/agent.log"}) {
       if (last.empty()) last = LastLines(part.dir + file, 3);
     }
-    if (!last.empty()) text += ": " + last;
+    // Each try left its line; equal ones are said once.
+    std::istringstream lines(last);
+    std::string before;
+    for (std::string line; std::getline(lines, line); before = line) {
+      if (line != before) text += (before.empty() ? ": " : "; ") + line;
+    }
     return text;
   }
 
@@ -369,8 +374,8 @@ int Supervise(const std::string& state_dir, const Environment& environment) {
   return Supervisor(state_dir, plan.value(), environment).Run();
 }
 
-Outcome StartSupervisor(const std::string& state_dir) {
-  const std::string own = OwnFolder() + "/everstep";
+Outcome StartSupervisor(const std::string& programs, const std::string& state_dir) {
+  const std::string own = programs + "/everstep";
   const std::string log = state_dir + "/supervisor.log";
   std::vector<std::string> words{own, "cluster", "supervise", state_dir};
   std::vector<char*> argv;

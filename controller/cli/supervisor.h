@@ -28,9 +28,9 @@ inline constexpr std::chrono::milliseconds kNodeReturn{5'000};
 // Until SIGTERM or SIGINT. Returns the exit code of the process.
 int Supervise(const std::string& state_dir, const Environment& environment);
 
-// Starts Supervise in a session of its own, child of init: it outlives this process and its terminal.
-// Returns when it runs.
-Outcome StartSupervisor(const std::string& state_dir);
+// Starts Supervise (as `PROGRAMS/everstep cluster supervise STATE`) in a session of its own, child of
+// init: it outlives this process and its terminal. Returns when it runs.
+Outcome StartSupervisor(const std::string& programs, const std::string& state_dir);
 
 // How a part is held down.
 struct Hold {
