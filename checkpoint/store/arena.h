@@ -45,6 +45,8 @@ struct SlotView {
   std::uint32_t crc_root = 0;
 
   Step step() const { return fields.step; }
+  // Names this content within its arena (sequences count per slot).
+  std::uint64_t content() const { return seq * kSlots + slot; }
   bool replicated_layout() const { return (fields.flags & kFlagReplicatedLayout) != 0; }
   std::uint64_t chunks() const { return ChunkCount(fields.payload_bytes); }
   std::uint32_t chunk_size(std::uint64_t chunk) const {

@@ -35,7 +35,7 @@ struct LocalRank {
   std::atomic<bool> restored{false};  // captures may be pushed
 
   // The watch thread's.
-  std::uint64_t seen_seq = 0;
+  std::uint64_t seen_content = 0;  // SlotView::content
   Step seen_step = kNoStep;
 
   // The service's mutex guards the rest.
@@ -45,9 +45,9 @@ struct LocalRank {
 
   // The one push task's.
   std::chrono::milliseconds backoff{0};
-  std::uint64_t gave_up_seq = 0;  // this content cannot be sent
-  int corrupt = 0;                // attempts in a row that arrived with a wrong CRC
-  bool troubled = false;          // said once a streak
+  std::uint64_t gave_up_content = 0;  // this content cannot be sent
+  int corrupt = 0;                    // attempts in a row that arrived with a wrong CRC
+  bool troubled = false;              // said once a streak
 };
 
 }  // namespace everstep::checkpoint

@@ -105,6 +105,7 @@ void PeerServer::Impl::Handle(Connection* connection) {
 }
 
 void PeerServer::Impl::Run(int fd, std::string peer, Worker* self) {
+  BlockSigpipe();
   {
     Connection connection(fd, std::move(peer), options.limits.io_timeout,
                           DeadlineFor(options.limits, 0));

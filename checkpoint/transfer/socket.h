@@ -30,7 +30,8 @@ class Connection {
                                  const std::atomic<bool>* cancel = nullptr);
 
   Outcome Send(const void* data, std::size_t size, bool more = false);
-  // Straight from a file's pages.
+  // Straight from a file's pages. REQUIRES: BlockSigpipe() in this thread (sendfile has no flag for
+  // it).
   Outcome SendFile(int file, std::uint64_t offset, std::uint64_t size);
   // Exactly `size` bytes.
   Outcome Receive(void* data, std::size_t size);
@@ -61,5 +62,9 @@ struct Listening {
 Result<Listening> Listen(const std::string& address, std::uint16_t port);
 
 std::uint64_t RandomNonce();
+
+// For the calling thread, for good: a closed peer is an error to be answered, not a signal to die
+// of.
+void BlockSigpipe();
 
 }  // namespace everstep::checkpoint

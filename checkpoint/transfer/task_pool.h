@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include "checkpoint/transfer/socket.h"
+
 namespace everstep::checkpoint {
 
 class TaskPool {
@@ -43,6 +45,7 @@ class TaskPool {
 
  private:
   void Run() {
+    BlockSigpipe();
     std::unique_lock<std::mutex> lock(mutex_);
     while (!stopping_) {
       if (tasks_.empty()) {

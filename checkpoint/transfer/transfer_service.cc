@@ -323,14 +323,14 @@ void Service::Look(const LocalPtr& local) {
     step = std::max(step, header.trainer.step.load());
   }
   const bool fresh = view && view->fields.generation == local->generation &&
-                     view->seq != local->seen_seq && view->fields.rank == local->rank;
+                     view->content() != local->seen_content && view->fields.rank == local->rank;
   if (fresh) step = std::max(step, view->step());
   if (step > local->seen_step) {
     local->seen_step = step;
     listener_->OnCaptured(local->job, local->generation, local->rank, step);
   }
   if (!fresh) return;
-  local->seen_seq = view->seq;
+  local->seen_content = view->content();
   listener_->OnCopied(local->job, ToShard(*view, false));
   QueuePush(local, milliseconds(0));
 }
@@ -382,7 +382,7 @@ std::optional<SlotView> Service::ToPush(const LocalRank& local) const {
     if (best->fields.rank != local.rank) return std::nullopt;
   }
   const SlotHeader& slot = local.arena.header()->slot[best->slot];
-  if (slot.replicated_seq.load() == best->seq || local.gave_up_seq == best->seq)
+  if (slot.replicated_seq.load() == best->seq || local.gave_up_content == best->content())
     return std::nullopt;
   return best;
 }
@@ -417,7 +417,7 @@ std::optional<milliseconds> Service::Push(const LocalPtr& local) {
   local->corrupt = error.code == ErrorCode::kCorrupt ? local->corrupt + 1 : 0;
   const bool hopeless = error.code == ErrorCode::kStale || error.code == ErrorCode::kNoMemory ||
                         local->corrupt >= kSuspectAfter;
-  if (hopeless) local->gave_up_seq = view->seq;
+  if (hopeless) local->gave_up_content = view->content();
   if (hopeless || !local->troubled) {
     local->troubled = true;
     listener_->OnTrouble(
