@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <signal.h>
+#include <sys/epoll.h>
 #include <sys/socket.h>
 
 #include <array>
@@ -166,11 +167,9 @@ void ForkServers::Start(Server* server) {
     Fail(server, fmt::format("socketpair: {}", std::strerror(errno)));
     return;
   }
-  server->control = OwnedFd(ends[0]);
   OwnedFd theirs(ends[1]);
   ::fcntl(ends[0], F_SETFL, O_NONBLOCK);
-  const int room = 4 << 20;
-  ::setsockopt(ends[0], SOL_SOCKET, SO_SNDBUF, &room, sizeof(room));
+  server->control = std::make_unique<Connection>(OwnedFd(ends[0]), 0);
   OwnedFd status = server->status.Open(
       [this, job](const std::string& line, bool last) { OnLine(job, line, last); });
 
@@ -188,7 +187,7 @@ void ForkServers::Start(Server* server) {
     if (!own->second.empty()) path += ":" + own->second;
   }
   launch.env.push_back("PYTHONPATH=" + path);
-  launch.env.push_back(fmt::format("EVERSTEP_FORK_SERVER=1:{}:{}:{}", kControlFd, kStatusFd, ::getpid()));
+  launch.env.push_back(fmt::format("EVERSTEP_FORK_SERVER=1:{}:{}:{}:-1", kControlFd, kStatusFd, ::getpid()));
   launch.cwd = server->spec.cwd();
   launch.stdout_path = launch.stderr_path = fmt::format("{}/fork-server.log", context_->folder);
   launch.keep = {{theirs.get(), kControlFd}, {status.get(), kStatusFd}};
@@ -217,24 +216,30 @@ void ForkServers::Start(Server* server) {
   LogInfo("fork_server_started", {{"job", job}, {"pid", pid}, {"target", server->spec.target()}});
 }
 
+// A server reads when it can: between two imports, or one fork after the other.
 bool ForkServers::Send(Server* server, const std::vector<std::string>& fields, int status_fd) {
-  std::string bytes = Frame(fields);
-  std::string_view rest = bytes;
-  bool first = true;
-  while (!rest.empty()) {
-    const int numbers[1] = {status_fd};
-    const std::ptrdiff_t n =
-        keeper::Send(server->control.get(), rest,
-                     first && status_fd >= 0 ? std::span<const int>(numbers) : std::span<const int>());
-    if (n <= 0) {
-      // Its buffer holds several requests: a server that lets it fill up has stopped.
-      Fail(server, fmt::format("it does not read its requests ({})", std::strerror(static_cast<int>(-n))));
-      return false;
-    }
-    first = false;
-    rest.remove_prefix(static_cast<std::size_t>(n));
+  server->control->SendRaw(Frame(fields), status_fd < 0 ? std::vector<int>() : std::vector<int>{status_fd});
+  if (server->control->broken) {
+    Fail(server, "it does not read its requests");
+    return false;
   }
+  Watch(server);
   return true;
+}
+
+void ForkServers::Watch(Server* server) {
+  Connection* control = server->control.get();
+  if (!control->wants_write() || control->token != 0) return;
+  const std::string job = server->spec.job();
+  control->token = context_->loop.Add(control->fd(), EPOLLOUT, [this, job](std::uint32_t) {
+    Server* again = Find(job);
+    if (again == nullptr || again->control == nullptr) return;
+    Connection* c = again->control.get();
+    const bool gone = !c->Flush();  // its end will be told by its exit
+    if (gone || !c->wants_write()) {
+      context_->loop.Remove(std::exchange(c->token, 0));
+    }
+  });
 }
 
 bool ForkServers::Fork(const v1::KeeperSpawn& spawn, int status_fd, std::string* reason) {
@@ -347,7 +352,10 @@ bool ForkServers::OnExit(pid_t pid, const std::string& how) {
 void ForkServers::Stop(Server* server) {
   if (server->pid > 0) ::kill(-server->pid, SIGKILL), ::kill(server->pid, SIGKILL);
   server->pid = 0;
-  server->control.Close();
+  if (server->control != nullptr && server->control->token != 0) {
+    context_->loop.Remove(server->control->token);
+  }
+  server->control.reset();
   server->status.Close();
   server->store_ready = false;
   server->phase = Phase::kIdle;

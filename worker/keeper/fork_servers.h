@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "keeper.pb.h"
+#include "worker/keeper/connection.h"
 #include "worker/keeper/context.h"
 
 namespace everstep::keeper {
@@ -70,7 +71,7 @@ class ForkServers {
     int starts = 0;
     std::int64_t started_ns = 0;  // monotonic
     std::int64_t preload_ms = 0;
-    OwnedFd control;
+    std::unique_ptr<Connection> control;  // requests queue here; its token watches for writability
     StatusPipe status;
   };
   Server* Find(const std::string& job);
@@ -80,6 +81,7 @@ class ForkServers {
   void OnLine(const std::string& job, const std::string& line, bool last);
   void Tell(const Server& server);
   bool Send(Server* server, const std::vector<std::string>& fields, int status_fd);
+  void Watch(Server* server);
 
   Context* context_;
   std::map<std::string, std::unique_ptr<Server>> servers_;

@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
 #include <utility>
@@ -45,7 +46,11 @@ Keeper::Keeper(KeeperOptions options)
       stores_(&context_, &fork_servers_, &workers_) {
   context_.node = options_.node;
   const auto slash = options_.socket_path.rfind('/');
-  context_.folder = slash == std::string::npos ? "." : options_.socket_path.substr(0, slash);
+  context_.folder = slash == std::string::npos ? "." : options_.socket_path.substr(0, slash + 1);
+  if (char* folder = ::realpath(context_.folder.c_str(), nullptr); folder != nullptr) {
+    context_.folder = folder;
+    std::free(folder);
+  }
   context_.tell_owner = [this](const v1::KeeperReply& event) {
     const auto it = connections_.find(owner_);
     if (it != connections_.end()) it->second->Send(event);

@@ -1,0 +1,554 @@
+"""The fork server: sitecustomize of a job's own interpreter, in a process that has the worker's own command line.
+
+The keeper starts `python -u train.py ...` with this folder first in PYTHONPATH. While that interpreter still
+initialises (site imports sitecustomize), this file imports what training scripts need and then waits. For each
+worker it forks a child that takes the worker's environment, logs, folder and arguments, undoes every trace of this
+file, and returns: the interpreter goes on and runs the script as __main__ by its own means. So a forked worker is not
+an imitation of a fresh one; it is one whose imports were done before.
+
+Two stages. The keeper's first command line is a harmless one; this file then executes the real one in the same
+process. An interpreter that ignores PYTHONPATH (-I, -E) never gets that far, and the keeper starts fresh processes.
+
+From the keeper, on a socket: frames of length-prefixed fields; with a request comes the descriptor on which the child
+answers: "P<pid>" it begins, "E<text>" it cannot, "R<text>" nothing was forked, a fresh process must do.
+To the keeper, on a pipe: "store" store hosts can be forked, "ready <text>", "failed <text>".
+"""
+
+import os
+import sys
+
+# What real scripts reach before their first step; DistributedDataParallel imports torch._dynamo by itself.
+PRELOAD = (
+    "torch",
+    "torch.distributed",
+    "torch.nn.parallel",
+    "torch.optim",
+    "torch.utils.data",
+    "numpy",
+    "torch._dynamo",
+    "torch.distributed.elastic.multiprocessing.errors",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+)
+# Never imported ahead: they look at the rank, or start threads, when they are imported.
+NOT_AHEAD = ("deepspeed", "horovod", "jax", "mpi4py", "tensorflow", "__future__", "__main__", "everstep")
+# Read once, at import: a script that sets them before its own imports needs a fresh process.
+READ_AT_IMPORT = ("OMP_", "MKL_", "OPENBLAS_", "GOTO_", "KMP_", "GOMP_", "NUMEXPR_", "BLIS_", "TORCH", "PYTORCH_NVML", "LD_")
+PR_SET_PDEATHSIG, PR_SET_MM, PR_SET_MM_MAP = 1, 35, 14
+SIGKILL = 9
+
+
+class Refused(Exception):
+    """Why workers of this job must start as fresh processes."""
+
+
+def say(fd, text):
+    os.write(fd, (text.replace("\n", " ") + "\n").encode("utf-8", "surrogateescape"))
+
+
+def thread_count():
+    return len(os.listdir("/proc/self/task"))
+
+
+class Control:
+    """The socket to the keeper."""
+
+    def __init__(self, fd):
+        self.fd = fd
+        self.socket = None
+
+    def fill(self, size):
+        out = b""
+        while len(out) < size:
+            piece = os.read(self.fd, size - len(out))
+            if not piece:
+                os._exit(0)  # the keeper is gone
+            out += piece
+        return out
+
+    def read(self):
+        """One frame: its fields, and the descriptor that came with it (or -1)."""
+        passed = -1
+        if self.socket is None:
+            head = self.fill(4)
+        else:
+            import array
+
+            head, extra, _, _ = self.socket.recvmsg(4, 64)
+            for _, _, data in extra:
+                passed = array.array("i", data[:4])[0]
+            if not head:
+                os._exit(0)
+            head += self.fill(4 - len(head))
+        body = self.fill(int.from_bytes(head, "little"))
+        fields, at = [], 0
+        while at < len(body):
+            size = int.from_bytes(body[at : at + 4], "little")
+            fields.append(os.fsdecode(body[at + 4 : at + 4 + size]))
+            at += 4 + size
+        return fields, passed
+
+    def waiting(self):
+        import select
+
+        return bool(select.select([self.fd], [], [], 0)[0])
+
+
+# --- what to import ---
+
+
+def local_names(folders):
+    """Top-level names that a script finds in its own folders before anything installed."""
+    names = {}
+    for folder in folders:
+        try:
+            entries = sorted(os.listdir(folder or "."))
+        except OSError:
+            continue
+        for entry in entries:
+            path = os.path.join(folder, entry)
+            stem = entry.split(".")[0]
+            if entry.endswith((".py", ".so")):
+                names.setdefault(stem, path)
+            elif os.path.exists(os.path.join(path, "__init__.py")):
+                names.setdefault(entry, os.path.join(path, "__init__.py"))
+    return names
+
+
+def reads_before_import(tree):
+    """The first variable that the source sets and a library reads at import, or None."""
+    import ast
+
+    for node in ast.walk(tree):
+        key = None
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
+            base, key = node.value, node.slice
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
+            base, key = (node.func.value, node.args[0]) if node.func.attr in ("setdefault", "putenv") else (None, None)
+        if key is None or not isinstance(key, ast.Constant) or not isinstance(key.value, str):
+            continue
+        name = base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
+        if name in ("environ", "os") and key.value.startswith(READ_AT_IMPORT):
+            return key.value
+    return None
+
+
+def scan(path, local, imports, seen):
+    """Collects what the source at `path`, and the local modules it imports, import at their top level."""
+    import ast
+
+    if path in seen or len(seen) > 200 or not path.endswith(".py"):
+        return
+    seen.add(path)
+    try:
+        with open(path, "rb") as file:
+            tree = ast.parse(file.read())
+    except (OSError, SyntaxError, ValueError):
+        return  # the script itself will say it
+    if variable := reads_before_import(tree):
+        raise Refused(f"{path} sets {variable}, which libraries read when they are imported")
+    bodies = list(tree.body)
+    for node in bodies:
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            names = [node.module]
+        elif isinstance(node, ast.Try):
+            bodies.extend(node.body)
+        for name in names:
+            top = name.split(".")[0]
+            if top in local:
+                scan(local[top], local, imports, seen)
+            elif name not in imports and top not in NOT_AHEAD:
+                imports.append(name)
+
+
+def source_of(kind, target):
+    """The script's file and the folders that the interpreter puts in front of sys.path."""
+    if kind == "2":  # -m
+        base = target.replace(".", "/")
+        for path in (base + ".py", base + "/__main__.py"):
+            if os.path.exists(path):
+                return path, [os.getcwd()]
+        return "", [os.getcwd()]
+    path = os.path.abspath(target)
+    return path, [os.path.dirname(path)] if kind == "1" else [os.getcwd()]
+
+
+def load(names, control, serve, between):
+    import importlib
+
+    for name in names:
+        if name in sys.modules:
+            continue
+        try:
+            importlib.import_module(name)
+        except Exception as problem:  # the script will meet it itself, if it needs it
+            print(f"fork server: import {name}: {type(problem).__name__}: {problem}", file=sys.stderr)
+        between(name)
+        while control.waiting():
+            serve(*control.read())
+
+
+# --- BLAS threads: none while we fork, as many as a fresh import would start afterwards ---
+
+
+def blas_libraries():
+    import ctypes
+
+    with open("/proc/self/maps") as maps:
+        paths = {line.split(maxsplit=5)[5].strip() for line in maps if "openblas" in line}
+    found = []
+    for path in sorted(paths):
+        library = ctypes.CDLL(path)
+        for prefix in ("scipy_", ""):
+            for suffix in ("64_", "_64", ""):
+                try:
+                    found.append(
+                        (
+                            getattr(library, f"{prefix}openblas_set_num_threads{suffix}"),
+                            getattr(library, f"{prefix}openblas_get_num_procs{suffix}"),
+                        )
+                    )
+                    break
+                except AttributeError:
+                    continue
+            else:
+                continue
+            break
+    return found
+
+
+def restore_blas_threads(libraries):
+    wish = 0
+    for key in ("OPENBLAS_NUM_THREADS", "GOTO_NUM_THREADS", "OMP_NUM_THREADS"):
+        value = os.environ.get(key, "").split(",")[0]
+        if value.isdigit() and int(value) > 0:
+            wish = int(value)
+            break
+    for set_threads, processors in libraries:
+        count = min(wish, processors()) if wish else processors()
+        if count > 1:
+            set_threads(count)
+
+
+# --- the child ---
+
+
+def show_command(libc, argv, environment):
+    """Gives /proc/PID/cmdline and environ the worker's own text. Best effort: old kernels refuse."""
+    import ctypes
+
+    arguments = b"".join(os.fsencode(a) + b"\0" for a in argv)
+    variables = b"".join(os.fsencode(f"{k}={v}") + b"\0" for k, v in environment)
+    with open("/proc/self/stat", "rb") as file:
+        fields = [int(f) for f in file.read().rpartition(b")")[2].split()[1:]]  # from field 4 on
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+    libc.sbrk.restype = ctypes.c_void_p
+    size = len(arguments) + len(variables)
+    memory = libc.mmap(None, size, 3, 0x22, -1, 0)
+    if memory in (None, ctypes.c_void_p(-1).value):
+        return
+    ctypes.memmove(memory, arguments + variables, size)
+    u64 = ctypes.c_uint64
+    names = "start_code end_code start_data end_data start_brk brk start_stack arg_start arg_end env_start env_end"
+
+    class Map(ctypes.Structure):
+        _fields_ = [(n, u64) for n in names.split()] + [
+            ("auxv", ctypes.c_void_p),
+            ("auxv_size", ctypes.c_uint32),
+            ("exe_fd", ctypes.c_uint32),
+        ]
+
+    middle = memory + len(arguments)
+    chart = Map(
+        fields[22], fields[23], fields[41], fields[42], fields[43], libc.sbrk(0), fields[24],
+        memory, middle, middle, memory + size, None, 0, 0xFFFFFFFF,
+    )  # fmt: skip
+    libc.prctl(PR_SET_MM, PR_SET_MM_MAP, ctypes.byref(chart), ctypes.sizeof(chart), 0)
+
+
+def open_log(path, number):
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
+    try:
+        fd = os.open(path or "/dev/null", flags, 0o666)
+    except FileNotFoundError:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        fd = os.open(path, flags, 0o666)
+    except OSError as problem:
+        raise OSError(f"cannot open the worker's log {path}: {problem.strerror}; choose another --log-dir") from None
+    os.dup2(fd, number)
+    os.close(fd)
+
+
+def reseed():
+    """What a fresh process draws from the system at import. `random` reseeds itself at a fork."""
+    numpy_random = sys.modules.get("numpy.random")
+    if numpy_random is not None:
+        numpy_random.seed()
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.default_generator.seed()
+    process = sys.modules.get("multiprocessing.process")
+    if process is not None:
+        process.current_process().authkey = os.urandom(32)
+    logging = sys.modules.get("logging")
+    if logging is not None:
+        import time
+
+        logging._startTime = time.time_ns() if isinstance(logging._startTime, int) else time.time()
+
+
+def detach(libc, keeper):
+    """A grandchild whose parent is the keeper, and who dies with it; None in the server."""
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        return False
+    if os.fork():
+        os._exit(0)
+    import time
+
+    limit = time.monotonic() + 10
+    while os.getppid() != keeper:  # until the process between us is gone
+        if time.monotonic() > limit:
+            os._exit(127)
+        os.sched_yield()
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    if os.getppid() != keeper:
+        os._exit(127)
+    os.setsid()
+    return True
+
+
+def become_worker(libc, fields, answer, server_args, blas, set_by_imports):
+    try:
+        cwd, mask, out, err, count = fields[:5]
+        args = fields[5 : 5 + int(count)]
+        environment = [entry.partition("=")[::2] for entry in fields[5 + int(count) :]]
+        open_log(out, 1)
+        if err == out:
+            os.dup2(1, 2)
+        else:
+            open_log(err, 2)
+        os.umask(int(mask))
+        if cwd:
+            try:
+                os.chdir(cwd)
+            except OSError as problem:
+                raise OSError(f"cannot enter the job's folder {cwd}: {problem.strerror}") from None
+        os.environ.clear()
+        os.environ.update(environment)
+        for key, value in set_by_imports.items():
+            os.environ.setdefault(key, value)
+        for argv in (sys.argv, sys.orig_argv):
+            argv[len(argv) - server_args :] = args
+        reseed()
+        restore_blas_threads(blas)
+        show_command(libc, sys.orig_argv, environment)
+        os.write(answer, b"P%d\n" % os.getpid())
+        os.close(answer)
+    except BaseException as problem:
+        say(answer, f"E{problem}")
+        os._exit(127)
+
+
+def become_store_host(folder, fields, answer, keeper):
+    try:
+        import importlib.util
+
+        spec = importlib.util.spec_from_file_location("store_host", os.path.join(folder, "everstep_store_host.py"))
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.serve(answer, keeper, fields[0], int(fields[1]))
+    except BaseException as problem:
+        say(answer, f"E{problem}")
+    finally:
+        os._exit(1)
+
+
+# --- the server ---
+
+
+def check(libc):
+    """No thread and no CUDA context may exist when we fork."""
+    if thread_count() != 1:
+        raise Refused(f"the imports started threads ({thread_count() - 1})")
+    torch = sys.modules.get("torch")
+    if torch is None or not hasattr(torch, "cuda"):
+        return
+    if torch.cuda.is_initialized():
+        raise Refused("the imports initialised CUDA")
+    child = os.fork()
+    if child == 0:
+        os._exit(9 if torch.cuda._is_in_bad_fork() else 0)
+    if os.waitpid(child, 0)[1] != 0:
+        raise Refused("the imports touched CUDA, which does not survive a fork")
+
+
+def run_server(folder, config, control, status, keeper):
+    """Returns only in a worker, as the exception Worker."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    _, kind, target, *argv = config.command
+    modules = config.preload[1:]
+    control_fd = control.fd
+    import socket
+
+    control.socket = socket.socket(fileno=control_fd)
+    os.set_inheritable(control_fd, False)
+    os.set_inheritable(status, False)
+    fixed = {"1": 3, "2": 4, "4": 5}[kind]  # python -u SCRIPT | -m MODULE | -c CODE SCRIPT
+    server_args = len(argv) - fixed
+    before = set(sys.modules)
+    blas, set_by_imports = [], {}
+
+    def serve(fields, answer):
+        if thread_count() != 1:
+            say(answer, f"Rthe fork server has {thread_count()} threads")
+        elif detach(libc, keeper):
+            control.socket.detach()
+            os.close(control_fd)
+            os.close(status)
+            if fields[0] == "store":
+                become_store_host(folder, fields[1:], answer, keeper)
+            become_worker(libc, fields[1:], answer, server_args, blas, set_by_imports)
+            raise Worker
+        os.close(answer)
+
+    def between(name):
+        if name == "torch.distributed" and thread_count() == 1:
+            say(status, "store")
+
+    import time
+
+    began = time.monotonic()
+    path, folders = source_of(kind, target)
+    local = local_names(folders)
+    hints = []
+    if modules:
+        names = modules
+    else:
+        scan(path, local, hints, set())
+        names = [*PRELOAD, *(hints if config.stage == "2" else [])]
+    threads = os.environ.get("OPENBLAS_NUM_THREADS")
+    variables = dict(os.environ)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    load(names, control, serve, between)
+    if threads is None:
+        del os.environ["OPENBLAS_NUM_THREADS"]
+    else:
+        os.environ["OPENBLAS_NUM_THREADS"] = threads
+    set_by_imports.update({k: v for k, v in os.environ.items() if variables.get(k) != v})
+    shadowed = {m.split(".")[0] for m in set(sys.modules) - before} & set(local)
+    if shadowed:
+        name = sorted(shadowed)[0]
+        raise Refused(f"{local[name]} takes the place of an imported module ({name})")
+    check(libc)
+    blas.extend(blas_libraries())
+    os.close(config.fd)
+    import gc
+
+    gc.collect()
+    gc.freeze()
+    say(status, f"ready {len(sys.modules)} modules in {time.monotonic() - began:.1f} s")
+    while True:
+        serve(*control.read())
+
+
+class Worker(Exception):
+    """Unwinds the server's frames in a worker."""
+
+
+class Config:
+    """What the keeper said first. Outlives an execve in a memfd, so that each stage can read it."""
+
+    def __init__(self, stage, fd):
+        self.stage = stage
+        self.fd = fd
+        self.command = self.preload = ()
+
+    def receive(self, control):
+        self.fd = os.memfd_create("everstep-fork-server", 0)
+        for _ in range(2):
+            head = control.fill(4)
+            os.write(self.fd, head + control.fill(int.from_bytes(head, "little")))
+
+    def load(self):
+        os.lseek(self.fd, 0, os.SEEK_SET)
+        frames = Control(self.fd)
+        self.command, self.preload = frames.read()[0], frames.read()[0]
+
+
+def enter(folder):
+    environment = dict(os.environ)
+    spec = os.environ.pop("EVERSTEP_FORK_SERVER", "")
+    own_path = os.environ.pop("EVERSTEP_FORK_SERVER_PYTHONPATH", None)
+    if own_path is None:
+        os.environ.pop("PYTHONPATH", None)
+    else:
+        os.environ["PYTHONPATH"] = own_path
+    if not spec:
+        return
+    stage, control_fd, status, keeper, config_fd = spec.split(":")
+    control = Control(int(control_fd))
+    config = Config(stage, int(config_fd))
+
+    def again(next_stage):
+        environment["EVERSTEP_FORK_SERVER"] = f"{next_stage}:{control_fd}:{status}:{keeper}:{config.fd}"
+        for fd in (control.fd, int(status), config.fd):
+            os.set_inheritable(fd, True)
+        os.execvpe(config.command[3], config.command[3:], environment)
+
+    try:
+        if stage == "1":
+            config.receive(control)
+            config.load()
+            again("2")
+        config.load()
+        try:
+            run_server(folder, config, control, int(status), int(keeper))
+        except Refused as refused:
+            if stage != "2" or config.preload[1:]:
+                raise
+            print(f"fork server: {refused}; once more without the script's own imports", file=sys.stderr)
+            again("3")
+    except Worker:
+        return
+    except Refused as refused:
+        say(int(status), f"failed {refused}")
+    except BaseException as problem:
+        import traceback
+
+        traceback.print_exc()
+        say(int(status), f"failed {type(problem).__name__}: {problem}")
+    # Never fall through to the user's script: this is no worker.
+    os._exit(98)
+
+
+def leave_no_trace(folder):
+    """Undoes our part of sys.path and runs the sitecustomize that the interpreter would have found without us."""
+    sys.path[:] = [p for p in sys.path if os.path.abspath(p or ".") != folder]
+    for key in list(sys.path_importer_cache):
+        if os.path.abspath(key or ".") == folder:
+            del sys.path_importer_cache[key]
+    from importlib.machinery import PathFinder
+    from importlib.util import module_from_spec
+
+    spec = PathFinder.find_spec("sitecustomize", sys.path)
+    if spec is None or spec.loader is None:
+        # site takes this as "there is none".
+        raise ImportError("no sitecustomize", name="sitecustomize")
+    module = module_from_spec(spec)
+    sys.modules["sitecustomize"] = module
+    spec.loader.exec_module(module)
+
+
+if __name__ == "sitecustomize":
+    FOLDER = os.path.dirname(os.path.abspath(__file__))
+    enter(FOLDER)
+    leave_no_trace(FOLDER)
