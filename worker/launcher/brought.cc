@@ -25,7 +25,7 @@ using std::chrono::steady_clock;
 
 constexpr milliseconds kAddressPoll{5};
 constexpr int kControllerCannotBind = 3;  // everstep-controller's exit code
-constexpr std::size_t kControllerArguments = 8;  // of argv, those that stay for a restart
+constexpr std::size_t kControllerArguments = 10;  // of argv, those that stay for a restart
 constexpr milliseconds kKeeperEndLimit{5'000};
 constexpr milliseconds kAgentSlack{5'000};
 
@@ -84,7 +84,8 @@ std::string Brought::StartController(const Start& start) {
                       "--listen", start.listen,
                       "--state-dir", dir,
                       "--address-file", dir + "/address",
-                      "--allow-shutdown"};
+                      "--log-file", dir + "/controller.log",
+                  "--allow-shutdown"};
   EVERSTEP_CHECK(controller_.argv.size() == kControllerArguments);
   if (!start.snapshot.empty()) {
     controller_.argv.insert(controller_.argv.end(), {"--from-snapshot", start.snapshot});

@@ -88,6 +88,9 @@ std::string MakeJobSpec(const LaunchFlags& flags, const SubmitterFacts& facts, v
   command->set_target(flags.script);
   for (const std::string& arg : flags.script_args) command->add_args(arg);
   for (const auto& [key, value] : facts.environment) (*command->mutable_env())[key] = value;
+  if (facts.workers > 1) {  // torchrun's choice; made here, so that fork servers import torch with it
+    command->mutable_env()->insert({"OMP_NUM_THREADS", "1"});
+  }
   command->set_cwd(facts.cwd);
   command->set_umask(facts.umask);
   command->set_preload(flags.preload && flags.script_kind != ScriptKind::kProgram);

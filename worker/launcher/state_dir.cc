@@ -86,8 +86,9 @@ void StateDir::CleanButLogs() {
   if (!opened_) return;
   std::error_code error;
   fs::remove_all(controller() + "/db", error);
-  for (const char* name : {"keeper.sock", "agent.pid", "keeper.pid", "controller"}) {
-    fs::remove(node_dir() + "/" + name, error);
+  for (const char* name : {"keeper.sock", "keeper.sock.lock", "agent.pid", "keeper.pid", "controller",
+                           "command", "python"}) {
+    fs::remove_all(node_dir() + "/" + name, error);
   }
   for (const char* name : {"address", "pid"}) fs::remove(controller() + "/" + name, error);
 }
