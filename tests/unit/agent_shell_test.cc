@@ -284,6 +284,18 @@ TEST(BuildSpawns, OneForEachRankWithItsOwnFilesAndArguments) {
   EXPECT_EQ(own[0].request.env().at("TORCHELASTIC_USE_AGENT_STORE"), "False") << "rank 0 serves MASTER_PORT itself";
 }
 
+TEST(BuildForkServer, HasTheEnvironmentOfItsWorkers) {
+  const v1::KeeperForkServer server = BuildForkServer("j", ACommand(), 2);
+  std::string error;
+  const auto spawns = BuildSpawns(AnActivate(3), ACommand(), {"n1", "/s/nodes/n1", "/s/k.sock"}, 7, &error);
+  for (const char* key : {"HOME", "OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}) {
+    EXPECT_EQ(server.env().at(key), spawns[0].request.env().at(key)) << key;
+  }
+  EXPECT_EQ(server.env().count("RANK"), 0u);
+  EXPECT_EQ(BuildForkServer("j", ACommand(), 1).env().count("OMP_NUM_THREADS"), 0u);
+  EXPECT_EQ(server.args(0), "--r=0");
+}
+
 struct Collector {
   std::mutex mutex;
   std::string text;

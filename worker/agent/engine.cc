@@ -265,6 +265,7 @@ void Engine::OnMessage(std::uint64_t stream, const v1::ControllerMessage& messag
                                                              : command.stop_grace_ms());
     }
   }
+  if (message.has_warm()) local_world_[message.warm().job()] = message.warm().nproc_per_node();
   const bool before = core_.registered();
   Feed(std::move(*event));
   if (!before && core_.registered()) {

@@ -176,7 +176,9 @@ class Engine final : private checkpoint::Listener {
   std::optional<Timestamp> keeper_away_since_;
   std::map<std::uint64_t, std::vector<everstep::v1::KeeperReply>> early_events_;
   std::string last_trouble_;
-  std::map<JobId, Generation> stores_asked_;
+
+  // Workers a node by job, from its Warm: a fork server needs its workers' environment ahead of them.
+  std::map<JobId, std::uint32_t> local_world_;
 
   HeldShards held_;
 

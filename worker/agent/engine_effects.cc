@@ -94,7 +94,7 @@ void Engine::On(const StartForkServer& e) {
     return Feed(ForkServerState{e.job, false, "the job runs without a fork server"});
   }
   v1::KeeperRequest request;
-  *request.mutable_fork_server() = BuildForkServer(e.job, command);
+  *request.mutable_fork_server() = BuildForkServer(e.job, command, local_world_[e.job]);
   Ask(std::move(request), [this, job = e.job](const v1::KeeperReply& reply) {
     if (reply.error() != 0) Feed(ForkServerState{job, false, reply.message()});
   });
@@ -229,6 +229,7 @@ void Engine::On(const KillRank& e) {
 void Engine::On(const ForgetJob& e) {
   if (transfer_ != nullptr) transfer_->Forget(e.job);
   held_.Forget(e.job);
+  local_world_.erase(e.job);
   for (const std::string& key : {PreparedKey(e.job), ActivatedKey(e.job)}) {
     v1::KeeperRequest request;
     request.mutable_remember()->set_key(key);

@@ -57,6 +57,10 @@ void Engine::OnKeeperAttached(std::uint64_t link, const v1::KeeperState& state, 
   for (const AdoptedJob& job : adopted.attached.jobs) {
     const auto running = std::count_if(job.holds.workers.begin(), job.holds.workers.end(),
                                        [](const WorkerOnNode& w) { return w.running; });
+    const auto activate = adopted.activates.find(job.holds.job);
+    if (activate != adopted.activates.end()) {
+      local_world_[job.holds.job] = activate->second.nproc_per_node;
+    }
     LogInfo("job_adopted", {{"job", job.holds.job},
                             {"generation", job.holds.generation},
                             {"activated", job.holds.activated},
@@ -131,7 +135,6 @@ void Engine::OnKeeperFailed(const std::string& why, bool hopeless) {
 void Engine::OnKeeperLost(std::uint64_t link, const std::string& why) {
   if (link != link_) return;
   link_ = 0;
-  stores_asked_.clear();
   if (shutdown_by_) {
     // It answers no more once it began to end; its process goes a moment later.
     WriteKeeperPid(options_.node_dir, 0);

@@ -212,11 +212,14 @@ std::vector<WorkerSpawn> BuildSpawns(const Activate& activate, const v1::Command
   return out;
 }
 
-v1::KeeperForkServer BuildForkServer(const JobId& job, const v1::Command& command) {
+v1::KeeperForkServer BuildForkServer(const JobId& job, const v1::Command& command,
+                                     std::uint32_t local_world) {
   v1::KeeperForkServer m;
   m.set_job(job);
   m.set_python(command.python());
-  *m.mutable_env() = command.env();
+  for (const auto& [key, value] : JobEnvironment(BaseEnvironment(command), local_world)) {
+    (*m.mutable_env())[key] = value;
+  }
   m.set_cwd(command.cwd());
   m.set_command_kind(static_cast<std::uint32_t>(command.kind()));
   m.set_target(command.target());

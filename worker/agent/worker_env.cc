@@ -32,8 +32,15 @@ std::string VisibleDevice(const std::string* visible, std::int32_t local_rank) {
   }
 }
 
-Environment WorkerEnvironment(const Environment& base, const WorkerIdentity& id) {
+Environment JobEnvironment(const Environment& base, std::uint32_t local_world) {
   Environment env = base;
+  env.emplace("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1");
+  if (local_world > 1) env.emplace("OMP_NUM_THREADS", "1");
+  return env;
+}
+
+Environment WorkerEnvironment(const Environment& base, const WorkerIdentity& id) {
+  Environment env = JobEnvironment(base, id.local_world_size);
   env["LOCAL_RANK"] = std::to_string(id.local_rank);
   env["RANK"] = std::to_string(id.rank);
   env["GROUP_RANK"] = std::to_string(id.group_rank);
@@ -52,8 +59,6 @@ Environment WorkerEnvironment(const Environment& base, const WorkerIdentity& id)
   env["TORCHELASTIC_SIGNALS_TO_HANDLE"] =
       id.signals_to_handle.empty() ? std::string(kDefaultSignals) : id.signals_to_handle;
   env["TORCHELASTIC_ERROR_FILE"] = id.error_file;
-  env.emplace("TORCH_NCCL_ASYNC_ERROR_HANDLING", "1");
-  if (id.local_world_size > 1) env.emplace("OMP_NUM_THREADS", "1");
   if (id.virtual_local_rank) {
     const auto visible = base.find("CUDA_VISIBLE_DEVICES");
     env["LOCAL_RANK"] = "0";

@@ -47,6 +47,8 @@ struct WorkerIdentity {
 // With virtual_local_rank each worker sees its one device as device 0; a local rank beyond the list
 // in CUDA_VISIBLE_DEVICES gets an empty list (torchrun refuses there; the agent checks first with
 // VisibleDevice).
+// The part that is the same for all workers of a job; `local_world`: workers on one node.
+Environment JobEnvironment(const Environment& base, std::uint32_t local_world);
 Environment WorkerEnvironment(const Environment& base, const WorkerIdentity& identity);
 
 // Which device of `visible` (CUDA_VISIBLE_DEVICES; null: unrestricted) local rank n is given under
