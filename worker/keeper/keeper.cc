@@ -112,8 +112,23 @@ bool Keeper::Begin(std::string* error) {
     if (child) OnChild();
   });
   context_.loop.Add(listener_.get(), EPOLLIN, [this](std::uint32_t) { Accept(); });
+  if (options_.lifeline >= 0) {
+    // Only this process holds it from here on; a worker must not.
+    ::fcntl(options_.lifeline, F_SETFD, FD_CLOEXEC);
+    ::fcntl(options_.lifeline, F_SETFL, O_NONBLOCK);
+    lifeline_ = context_.loop.Add(options_.lifeline, EPOLLIN, [this](std::uint32_t) { OnLifeline(); });
+  }
   orphan_since_ns_ = MonotonicNanos();
   return true;
+}
+
+void Keeper::OnLifeline() {
+  char byte = 0;
+  const ssize_t n = ::read(options_.lifeline, &byte, 1);
+  if (n > 0 || (n < 0 && (errno == EINTR || errno == EAGAIN))) return;
+  context_.loop.Remove(lifeline_);
+  shutting_down_ = false;  // an end in order that is under way is cut short
+  BeginShutdown(0, "the lifeline was cut");
 }
 
 int Keeper::TimeoutMs() const {

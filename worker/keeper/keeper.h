@@ -23,6 +23,7 @@ struct KeeperOptions {
   std::string socket_path;
   std::string node;
   std::int64_t orphan_timeout_ms = 0;  // without an agent for so long: ends everything; 0: never
+  int lifeline = -1;  // end of file on it: whoever brought this node is gone, ends everything at once; -1: none
 };
 
 class Keeper {
@@ -40,6 +41,7 @@ class Keeper {
 
  private:
   void Accept();
+  void OnLifeline();
   void OnReady(Loop::Token token, std::uint32_t events);
   void Drop(Loop::Token token);
   void Sweep();
@@ -59,6 +61,7 @@ class Keeper {
   KeeperOptions options_;
   Context context_;
   OwnedFd listener_;
+  Loop::Token lifeline_ = 0;
   OwnedFd lock_;
   OwnedFd signals_;
   std::map<Loop::Token, std::unique_ptr<Connection>> connections_;

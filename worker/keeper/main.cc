@@ -1,4 +1,4 @@
-// everstep-keeper --socket PATH --node NAME [--log FILE] [--orphan-timeout-ms N]
+// everstep-keeper --socket PATH --node NAME [--log FILE] [--orphan-timeout-ms N] [--lifeline FD]
 //
 // Two processes. The first is a guard that does nothing but wait for the second, the keeper proper:
 // when that one dies, its workers die by their parent-death signal, what they had started becomes
@@ -31,6 +31,7 @@ constexpr const char kUsage[] =
     "  --node NAME             name of this node, for texts\n"
     "  --log FILE              appended to; default: standard error\n"
     "  --orphan-timeout-ms N   end everything after N ms without an agent; 0 (default): never\n"
+    "  --lifeline FD           a pipe; when its other end closes, everything ends\n"
     "  --ready-fd N            one line goes there: 'ready', or why not\n";
 
 struct Flags {
@@ -41,11 +42,12 @@ struct Flags {
 
 // 0: go on; else the exit code plus one.
 int ParseFlags(int argc, char** argv, Flags* flags) {
-  enum { kSocket = 1, kNode, kLog, kOrphan, kReady, kHelp };
+  enum { kSocket = 1, kNode, kLog, kOrphan, kLifeline, kReady, kHelp };
   const option options[] = {{"socket", required_argument, nullptr, kSocket},
                             {"node", required_argument, nullptr, kNode},
                             {"log", required_argument, nullptr, kLog},
                             {"orphan-timeout-ms", required_argument, nullptr, kOrphan},
+                            {"lifeline", required_argument, nullptr, kLifeline},
                             {"ready-fd", required_argument, nullptr, kReady},
                             {"help", no_argument, nullptr, kHelp},
                             {nullptr, 0, nullptr, 0}};
@@ -56,6 +58,7 @@ int ParseFlags(int argc, char** argv, Flags* flags) {
       case kNode: flags->keeper.node = optarg; break;
       case kLog: flags->log = optarg; break;
       case kOrphan: flags->keeper.orphan_timeout_ms = std::strtoll(optarg, nullptr, 10); break;
+      case kLifeline: flags->keeper.lifeline = std::atoi(optarg); break;
       case kReady: flags->ready_fd = std::atoi(optarg); break;
       case kHelp:
       case 'h': std::fputs(kUsage, stdout); return 1;

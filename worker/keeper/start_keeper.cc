@@ -27,7 +27,8 @@ std::string BesideThisProgram() {
 }
 
 // Between fork and exec of a process that may have threads: nothing but system calls.
-[[noreturn]] void Become(const char* program, char* const* argv, int ready_fd, int null_fd, int log_fd) {
+[[noreturn]] void Become(const char* program, char* const* argv, int ready_fd, int null_fd, int log_fd,
+                         int lifeline) {
   ::setsid();
   // A second fork: the keeper is nobody's child, so nobody has to reap it.
   if (::fork() != 0) ::_exit(0);
@@ -40,6 +41,7 @@ std::string BesideThisProgram() {
   ::dup2(log_fd, 2);
   const int flags = ::fcntl(ready_fd, F_GETFD);
   ::fcntl(ready_fd, F_SETFD, flags & ~FD_CLOEXEC);
+  if (lifeline >= 0) ::fcntl(lifeline, F_SETFD, ::fcntl(lifeline, F_GETFD) & ~FD_CLOEXEC);
   ::execv(program, argv);
   const char text[] = "cannot execute everstep-keeper; is it installed beside the agent?\n";
   [[maybe_unused]] const ssize_t n = ::write(ready_fd, text, sizeof(text) - 1);
@@ -72,11 +74,12 @@ bool StartKeeper(const StartOptions& options, std::string* error) {
   if (options.orphan_timeout.count() > 0) {
     words.insert(words.end(), {"--orphan-timeout-ms", std::to_string(ToMilliseconds(options.orphan_timeout))});
   }
+  if (options.lifeline >= 0) words.insert(words.end(), {"--lifeline", std::to_string(options.lifeline)});
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
   const pid_t child = ::fork();
-  if (child == 0) Become(program.c_str(), argv.data(), theirs.get(), nothing.get(), log.get());
+  if (child == 0) Become(program.c_str(), argv.data(), theirs.get(), nothing.get(), log.get(), options.lifeline);
   if (child < 0) {
     *error = fmt::format("cannot fork a keeper: {}", std::strerror(errno));
     return false;
