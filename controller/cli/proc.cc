@@ -37,6 +37,7 @@ std::string ReadProc(pid_t pid, const char* name) {
 }
 
 struct Stat {
+  std::string name;
   char state = '?';
   pid_t parent = 0;
   std::uint64_t start_time = 0;
@@ -47,6 +48,8 @@ bool ReadStat(pid_t pid, Stat* stat) {
   const std::string text = ReadProc(pid, "stat");
   const std::size_t close = text.rfind(')');
   if (close == std::string::npos || close + 2 >= text.size()) return false;
+  const std::size_t open = text.find('(');
+  if (open < close) stat->name = text.substr(open + 1, close - open - 1);
   std::size_t at = close + 2;
   stat->state = text[at];
   for (int field = 3; field < 22; ++field) {
@@ -118,6 +121,7 @@ std::vector<ProcessFacts> ProcessesOf(const std::string& directory, bool own_chi
     facts.id = {pid, stat.start_time};
     facts.parent = stat.parent;
     facts.state = stat.state;
+    facts.name = stat.name;
     char target[4096];
     const std::string link = fmt::format("/proc/{}/exe", pid);
     const ssize_t n = ::readlink(link.c_str(), target, sizeof(target));

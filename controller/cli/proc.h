@@ -23,6 +23,7 @@ struct ProcessFacts {
   pid_t parent = 0;
   char state = '?';           // R S D T Z ...
   std::string program;        // file name of the executable; empty: cannot be read
+  std::string name;           // as ps shows it; the keeper's guard calls itself everstep-guard
   std::vector<std::string> arguments;
   bool marked = false;        // its environment says that it belongs to the directory asked for
 };

@@ -155,7 +155,7 @@ ClusterInfo ReadCluster(const std::string& name, const std::string& state_dir) {
   pid >> info.supervisor.pid >> info.supervisor.start_time;
   info.running = Alive(info.supervisor);
   info.controller = FirstWord(ReadSmallFile(state_dir + "/controller/address"));
-  info.http = FirstWord(ReadSmallFile(state_dir + "/controller/http-address"));
+  info.http = FirstWord(ReadSmallFile(state_dir + "/controller/http.address"));
   if (Result<ClusterPlan> plan = ReadPlan(state_dir); plan.ok()) info.plan = plan.value();
   return info;
 }

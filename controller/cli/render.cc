@@ -43,20 +43,41 @@ std::string RestartsOf(const v1::JobStatus& job) {
   return fmt::format("{}/{}", job.restarts(), job.max_restarts());
 }
 
+// "14:02:11.482" of an RFC 3339 time; anything else as it is.
+std::string TimeOfDay(const std::string& time) {
+  const bool rfc = time.size() >= 20 && time[10] == 'T' && time.back() == 'Z';
+  return rfc ? time.substr(11, time.size() - 12) : time;
+}
+
+// One line without control characters, never cut.
+std::string Plain(const std::string& text) {
+  Table one({{""}});
+  one.Add({text});
+  std::string line = one.Format(/*headers=*/false);
+  line.pop_back();
+  return line;
+}
+
 std::string RenderFaults(const v1::JobStatus& job, const RenderOptions& options) {
   Table table({{"FAULT", Align::kRight}, {"DETECTED"}, {"REASON"}, {"SUBJECT"},
                {"AFTER", Align::kRight}, {"RECOVERY", Align::kRight}, {"GENERATION"},
-               {"STEP"}, {"LOST", Align::kRight}, {"ACTION"}, {"EVIDENCE"}});
+               {"STEP"}, {"LOST", Align::kRight}, {"ACTION"}});
+  std::string evidence;  // too long for a column
   for (const v1::FaultStatus& f : job.faults()) {
-    table.Add({std::to_string(f.id()), f.detected(), Reason(f.reason()), f.subject(),
+    // The day only where it is not the day of the submission.
+    const bool same_day = f.detected().substr(0, 10) == job.submitted().substr(0, 10);
+    table.Add({std::to_string(f.id()), same_day ? TimeOfDay(f.detected()) : f.detected(), Reason(f.reason()), f.subject(),
                HumanSeconds(f.detect_seconds()), HumanSeconds(f.recovery_seconds()),
                f.generation_after() == f.generation_before()
                    ? std::to_string(f.generation_before())
                    : fmt::format("{} -> {}", f.generation_before(), f.generation_after()),
                fmt::format("{} -> {}", Count(f.step_before()), Count(f.step_after())),
-               Count(f.steps_lost()), f.action(), f.evidence()});
+               Count(f.steps_lost()), f.action()});
+    if (!f.evidence().empty()) evidence += fmt::format("  {}: {}\n", f.id(), Plain(f.evidence()));
   }
-  return table.Format(options.headers, options.max_width);
+  std::string out = table.Format(options.headers, options.max_width);
+  if (!evidence.empty()) out += "\nEvidence:\n" + evidence;
+  return out;
 }
 
 std::string RenderRootCause(const v1::RootCause& cause) {
@@ -201,10 +222,9 @@ std::string RenderJob(const v1::JobStatus& job, const RenderOptions& options) {
   return out;
 }
 
-std::string RenderEvent(const v1::Event& event, const RenderOptions& options) {
+std::string RenderEvent(const v1::Event& event) {
   // The day is said by -o jsonl; a person at a terminal wants the time.
-  std::string time = event.time();
-  if (time.size() >= 20 && time[10] == 'T') time = time.substr(11, time.size() - 12);
+  const std::string time = TimeOfDay(event.time());
   std::string who = event.job();
   if (!event.node().empty()) who += (who.empty() ? "" : "@") + event.node();
   if (event.rank() >= 0) who += fmt::format("#{}", event.rank());
@@ -213,9 +233,7 @@ std::string RenderEvent(const v1::Event& event, const RenderOptions& options) {
                                  Reason(event.reason()), OrDash(who));
   if (!event.message().empty()) line += ": " + event.message();
   if (!event.evidence().empty()) line += " [" + event.evidence() + "]";
-  Table one({{""}});
-  one.Add({line});
-  return one.Format(/*headers=*/false, options.max_width);
+  return Plain(line) + "\n";
 }
 
 std::string ToJsonLine(const google::protobuf::Message& message) {

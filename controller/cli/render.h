@@ -23,9 +23,9 @@ std::string RenderJob(const v1::JobStatus& job, const RenderOptions& options);
 std::string RenderNodes(const v1::NodeList& nodes, const RenderOptions& options);
 std::string RenderNode(const v1::NodeStatus& node, const RenderOptions& options);
 
-// One line: events come one at a time, so their columns are fixed.
-//   14:02:11.482 WARNING node_lost lease_expired n7 - message [evidence]
-std::string RenderEvent(const v1::Event& event, const RenderOptions& options);
+// One line, never cut: events come one at a time, so their columns are fixed, and the end is what counts.
+//   14:02:11.482 WARNING node_lost            node_died         n7: message [evidence]
+std::string RenderEvent(const v1::Event& event);
 
 // The message as protobuf JSON on one line, fields named as in admin.proto, defaults written out.
 std::string ToJsonLine(const google::protobuf::Message& message);

@@ -159,9 +159,42 @@ void Tell(Context& context, const ClusterInfo& cluster, const TakenDown& down) {
   }
 }
 
+constexpr milliseconds kJobsEndLimit{3'000};
+
+// So that whoever follows a job is told that it ended, and why. Best effort: a controller that does not
+// answer has nothing to say.
+std::size_t EndJobs(const ClusterInfo& cluster) {
+  if (!cluster.running || cluster.controller.empty()) return 0;
+  AdminClient::Options options;
+  options.controller = cluster.controller;
+  options.timeout = milliseconds(1'000);
+  options.retry = milliseconds(0);
+  AdminClient client(std::move(options));
+  const auto deadline = steady_clock::now() + kJobsEndLimit;
+  std::size_t asked = 0;
+  for (bool first = true;; first = false) {
+    const Result<v1::JobList> jobs = client.ListJobs();
+    if (!jobs.ok()) return asked;
+    bool running = false;
+    for (const v1::JobStatus& job : jobs.value().items()) {
+      if (IsTerminal(job)) continue;
+      running = true;
+      if (!first) continue;
+      v1::CancelJobRequest request;
+      request.set_job(job.job());
+      request.set_reason(fmt::format("cluster {} goes down", cluster.name));
+      asked += client.CancelJob(request).ok();
+    }
+    if (!running || steady_clock::now() >= deadline) return asked;
+    std::this_thread::sleep_for(kPoll);
+  }
+}
+
 VerbResult DownOne(Context& context, const ClusterInfo& cluster, milliseconds limit) {
   const std::string state = StateOf(cluster);
   const bool keep = context.args.Has("keep-files");
+  const std::size_t jobs = EndJobs(cluster);
+  if (jobs > 0) context.Remark(fmt::format("{} ended with it", Plural(static_cast<std::int64_t>(jobs), "job")));
   const TakenDown down = TakeDown(context.registry, cluster, keep, limit);
   Tell(context, cluster, down);
   if (!down.survivors.empty()) {

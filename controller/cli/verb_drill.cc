@@ -147,6 +147,8 @@ VerbResult DrillWorker(Context& context, Kind kind) {
 }
 
 std::string WhatItIs(const ProcessFacts& process) {
+  // A keeper that dies is outlived by its guard, which ends the workers and then itself.
+  if (process.name == "everstep-guard") return "guard";
   for (const char* part : {"agent", "keeper", "controller"}) {
     if (process.program == std::string("everstep-") + part) return part;
   }
@@ -168,7 +170,7 @@ std::vector<ProcessFacts> Victims(const std::string& dir, Target target) {
   }
   const auto order = [](const ProcessFacts& process) {
     const std::string what = WhatItIs(process);
-    return what == "agent" ? 0 : what == "keeper" ? 1 : 2;
+    return what == "agent" ? 0 : what == "keeper" ? 1 : what == "guard" ? 2 : 3;
   };
   std::stable_sort(victims.begin(), victims.end(), [&](const auto& a, const auto& b) {
     return order(a) < order(b);

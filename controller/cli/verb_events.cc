@@ -45,7 +45,7 @@ VerbResult RunEvents(Context& context) {
   const auto text = [&](const v1::Event& event) {
     if (context.json()) return ToJsonLine(event);
     if (context.output == Output::kName) return event.type() + "\n";
-    return RenderEvent(event, context.render);
+    return RenderEvent(event);
   };
   std::deque<std::string> kept;
   const bool at_once = args.Has("watch") && context.output != Output::kName;
