@@ -99,10 +99,9 @@ class Runner {
     facts.cwd = std::filesystem::current_path(error).string();
     if (error) return "everstep-run: the working directory is gone; change to one that exists";
     std::string wrong;
-    if (flags_.script_kind != ScriptKind::kProgram) {
-      facts.python = FindPython(request_.environment, request_.command, &wrong);
-      if (facts.python.empty()) return wrong;
-    }
+    // A program needs an interpreter too: the rendezvous store is PyTorch's.
+    facts.python = FindPython(request_.environment, request_.command, &wrong);
+    if (facts.python.empty() && flags_.script_kind != ScriptKind::kProgram) return wrong;
     const bool file =
         flags_.script_kind == ScriptKind::kPython || flags_.script_kind == ScriptKind::kRunPath;
     if (file && place_ != Place::kCluster && !std::filesystem::exists(flags_.script, error)) {
