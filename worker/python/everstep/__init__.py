@@ -1,0 +1,40 @@
+"""Everstep's Python package: a trainer's state in its node's memory.
+
+    import everstep
+
+    ck = everstep.Checkpointer({"model": model, "optimizer": optimizer, "scheduler": scheduler})
+    for step in range(ck.restore(), steps):
+        ...
+        ck.step(step)
+
+Importing it does nothing, and does not import torch; outside of `everstep run` a Checkpointer warns once
+and the script runs on.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from everstep._library import EverstepError, StaleGenerationError
+    from everstep.checkpointer import Checkpointer, Stats
+
+__version__ = "0.1.0"
+__all__ = ["Checkpointer", "EverstepError", "StaleGenerationError", "Stats", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads what was asked for when it is asked for."""
+    if name in ("Checkpointer", "Stats"):
+        from everstep import checkpointer
+
+        return getattr(checkpointer, name)
+    if name in ("EverstepError", "StaleGenerationError"):
+        from everstep import _library
+
+        return getattr(_library, name)
+    raise AttributeError(f"module 'everstep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

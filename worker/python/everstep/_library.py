@@ -1,0 +1,217 @@
+"""libeverstep.so through ctypes: the C ABI of worker/client/everstep.h, and nothing more."""
+
+from __future__ import annotations
+
+import ctypes as c
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+ABI_VERSION = 1
+OK, SKIPPED, NONE = 0, 1, 2
+EINVAL, ENOMEM, ECORRUPT, ESTALE, EUNAVAILABLE, ETIMEDOUT, EREFUSED, EINTERNAL = range(-1, -9, -1)
+REPLICATED_LAYOUT = 1
+
+
+class EverstepError(RuntimeError):
+    """What the library or the agent answered. `code` is one of EVERSTEP_E... (everstep.h)."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class StaleGenerationError(EverstepError):
+    """This process belongs to a generation of the job that is over; it must end."""
+
+
+class _Options(c.Structure):
+    _fields_ = [
+        ("size", c.c_uint32),
+        ("rank", c.c_int32),
+        ("world_size", c.c_int32),
+        ("connect_timeout_ms", c.c_uint32),
+        ("commit_wait_ms", c.c_uint32),
+        ("reserved", c.c_uint32),
+        ("generation", c.c_uint64),
+        ("job", c.c_char_p),
+        ("keeper", c.c_char_p),
+    ]
+
+
+class Slot(c.Structure):
+    """everstep_slot: one whole, checked content of the arena."""
+
+    _fields_ = [
+        ("size", c.c_uint32),
+        ("slot", c.c_uint32),
+        ("sequence", c.c_uint64),
+        ("step", c.c_int64),
+        ("generation", c.c_uint64),
+        ("rank", c.c_int32),
+        ("world_size", c.c_int32),
+        ("flags", c.c_uint32),
+        ("crc_root", c.c_uint32),
+        ("payload_bytes", c.c_uint64),
+        ("table_offset", c.c_uint64),
+        ("table_bytes", c.c_uint64),
+    ]
+
+
+class _Piece(c.Structure):
+    _fields_ = [("data", c.c_void_p), ("bytes", c.c_uint64)]
+
+
+class RawStats(c.Structure):
+    """everstep_stats."""
+
+    _fields_ = [
+        ("size", c.c_uint32),
+        ("agent_alive", c.c_uint32),
+        ("captured", c.c_uint64),
+        ("skipped", c.c_uint64),
+        ("replaced", c.c_uint64),
+        ("waited_ns", c.c_uint64),
+        ("copy_ns", c.c_uint64),
+        ("newest_step", c.c_int64),
+        ("committed_step", c.c_int64),
+        ("last_skip", c.c_char * 32),
+    ]
+
+
+def library_paths() -> list[Path]:
+    """Where libeverstep.so is looked for, in order."""
+    given = os.environ.get("EVERSTEP_LIBRARY")
+    if given:
+        return [Path(given)]
+    here = Path(__file__).resolve().parent
+    paths = [here / "libeverstep.so"]  # a wheel
+    if len(here.parents) >= 3:  # a checkout: worker/python/everstep
+        root = here.parents[2]
+        paths += [root / "build" / preset / "lib" / "libeverstep.so" for preset in ("release", "debug")]
+    return paths
+
+
+def _declare(lib: c.CDLL) -> None:
+    handle = c.c_void_p
+    signatures = {
+        "everstep_open": [c.POINTER(_Options), c.POINTER(handle)],
+        "everstep_reserve": [handle, c.c_uint64],
+        "everstep_restore": [handle, c.c_uint32, c.POINTER(Slot)],
+        "everstep_find": [handle, c.c_int64, c.POINTER(Slot)],
+        "everstep_payload": [handle, c.POINTER(Slot), c.POINTER(c.c_void_p)],
+        "everstep_capture_begin": [handle, c.c_int64, c.c_uint64, c.c_uint32],
+        "everstep_capture_write": [handle, c.POINTER(_Piece), c.c_uint32, c.POINTER(c.c_uint64)],
+        "everstep_capture_commit": [handle, c.c_char_p, c.c_uint64],
+        "everstep_report_step": [handle, c.c_int64],
+        "everstep_get_stats": [handle, c.POINTER(RawStats)],
+    }
+    for name, arguments in signatures.items():
+        function = getattr(lib, name)
+        function.argtypes, function.restype = arguments, c.c_int
+    for name in ("everstep_close", "everstep_capture_abort"):
+        function = getattr(lib, name)
+        function.argtypes, function.restype = [handle], None
+    lib.everstep_last_error.argtypes, lib.everstep_last_error.restype = [handle], c.c_char_p
+    lib.everstep_version.restype = c.c_char_p
+
+
+def load_library() -> c.CDLL:
+    """Loads the library and checks its ABI. Raises OSError, with the places looked at."""
+    tried = library_paths()
+    for path in tried:
+        if path.exists():
+            lib = c.CDLL(str(path))
+            lib.everstep_abi_version.restype = c.c_uint32
+            found = lib.everstep_abi_version()
+            if found != ABI_VERSION:
+                raise OSError(f"{path} has ABI version {found}, this package needs {ABI_VERSION}; "
+                              "build both from the same release")
+            _declare(lib)
+            return lib
+    raise OSError("libeverstep.so is not there; looked at " + ", ".join(map(str, tried))
+                  + "; run deploy/setup.sh, or set EVERSTEP_LIBRARY")
+
+
+class Client:
+    """One attached arena. Not thread-safe; does not work in a forked child."""
+
+    def __init__(self, keeper: str, job: str, rank: int, world_size: int, generation: int,
+                 commit_wait: float = 0.5, connect_timeout: float = 5.0) -> None:
+        """Attaches. Times in seconds. Raises OSError (no library) or EverstepError."""
+        self._lib = load_library()
+        self._handle = c.c_void_p()
+        options = _Options(c.sizeof(_Options), rank, world_size, int(connect_timeout * 1000),
+                           max(1, int(commit_wait * 1000)), 0, generation, job.encode(), keeper.encode())
+        code = self._lib.everstep_open(c.byref(options), c.byref(self._handle))
+        try:
+            self._check(code)
+        except EverstepError:
+            self.close()
+            raise
+
+    def _check(self, code: int) -> int:
+        if code >= 0:
+            return code
+        text = self._lib.everstep_last_error(self._handle).decode(errors="replace")
+        raise (StaleGenerationError if code == ESTALE else EverstepError)(code, text)
+
+    def close(self) -> None:
+        """Detaches; the arena and what is in it stay with the node. Idempotent."""
+        if self._handle:
+            self._lib.everstep_close(self._handle)
+            self._handle = c.c_void_p()
+
+    def reserve(self, payload_bytes: int) -> None:
+        """Takes the memory of both slots now."""
+        self._check(self._lib.everstep_reserve(self._handle, payload_bytes))
+
+    def restore(self, timeout: float) -> Slot | None:
+        """Waits for what this generation starts from; None: nothing."""
+        slot = Slot(size=c.sizeof(Slot))
+        code = self._check(self._lib.everstep_restore(self._handle, int(timeout * 1000), c.byref(slot)))
+        return slot if code == OK else None
+
+    def find(self, max_step: int) -> Slot | None:
+        """The newest whole and checked slot at or under max_step."""
+        slot = Slot(size=c.sizeof(Slot))
+        code = self._check(self._lib.everstep_find(self._handle, max_step, c.byref(slot)))
+        return slot if code == OK else None
+
+    def payload(self, slot: Slot) -> memoryview:
+        """The slot's bytes in place; valid until the next capture or reserve."""
+        data = c.c_void_p()
+        self._check(self._lib.everstep_payload(self._handle, c.byref(slot), c.byref(data)))
+        assert data.value is not None
+        return memoryview((c.c_ubyte * slot.payload_bytes).from_address(data.value)).cast("B")
+
+    def begin(self, step: int, payload_bytes: int, flags: int) -> bool:
+        """Tears the slot to write; False: skipped."""
+        code = self._lib.everstep_capture_begin(self._handle, step, payload_bytes, flags)
+        return self._check(code) == OK
+
+    def write(self, pieces: Iterable[tuple[int, int]]) -> list[int]:
+        """Appends (address, bytes) pieces; answers where each came to lie."""
+        listed = list(pieces)
+        array = (_Piece * len(listed))(*[_Piece(*piece) for piece in listed])
+        offsets = (c.c_uint64 * len(listed))()
+        self._check(self._lib.everstep_capture_write(self._handle, array, len(listed), offsets))
+        return list(offsets)
+
+    def commit(self, table: bytes) -> None:
+        """Publishes the slot."""
+        self._check(self._lib.everstep_capture_commit(self._handle, table, len(table)))
+
+    def abort(self) -> None:
+        """Gives the capture up."""
+        self._lib.everstep_capture_abort(self._handle)
+
+    def report_step(self, step: int) -> None:
+        """Tells the agent about a step that was not captured."""
+        self._check(self._lib.everstep_report_step(self._handle, step))
+
+    def stats(self) -> RawStats:
+        """Counts since the process attached."""
+        stats = RawStats(size=c.sizeof(RawStats))
+        self._check(self._lib.everstep_get_stats(self._handle, c.byref(stats)))
+        return stats

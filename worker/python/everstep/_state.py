@@ -1,0 +1,229 @@
+"""From the user's objects to a nested state and back: modules, optimizers, any Stateful, plain values."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping, MutableMapping
+from typing import Any
+
+import torch
+
+from everstep._table import ShardedLeaf
+
+RNG = "__rng__"  # reserved name in a state
+
+
+def unwrap(value: Any) -> Any:
+    """A DistributedDataParallel's own module: names do not depend on the wrapper."""
+    while isinstance(value, (torch.nn.parallel.DistributedDataParallel, torch.nn.DataParallel)):
+        value = value.module
+    return value
+
+
+def gather(state: Mapping[str, Any], with_rng: bool) -> dict[str, Any]:
+    """The state of every object, nothing copied: tensors are the objects' own."""
+    out: dict[str, Any] = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or name == RNG:
+            raise TypeError(f"state: a name must be a str other than {RNG!r}, not {name!r}")
+        target = unwrap(value)
+        out[name] = target.state_dict() if _is_stateful(target) else target
+    if with_rng:
+        out[RNG] = gather_rng()
+    return out
+
+
+def apply(state: Mapping[str, Any], saved: dict[str, Any]) -> None:
+    """Puts `saved` into the user's objects. Tensors of `saved` may be views: they are copied.
+
+    Raises RuntimeError when names, shapes or dtypes differ, before anything is changed where it can tell.
+    """
+    names = {k for k in saved if k != RNG}
+    if names != set(state):
+        missing, surplus = sorted(set(state) - names), sorted(names - set(state))
+        raise RuntimeError("the checkpoint holds another state than this script's: "
+                           + "; ".join(f"{what} {', '.join(map(repr, which))}" for what, which in
+                                       (("it lacks", missing), ("it has besides", surplus)) if which)
+                           + "; give Checkpointer the same names as the run that captured it")
+    for name, value in state.items():
+        _check(name, unwrap(value), saved[name])
+    for name, value in state.items():
+        _apply_one(state, name, unwrap(value), saved[name])
+
+
+def _is_stateful(value: Any) -> bool:
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def _local(value: torch.Tensor) -> torch.Tensor:
+    return value.to_local() if hasattr(value, "to_local") and hasattr(value, "placements") else value
+
+
+def _check(name: str, target: Any, saved: Any) -> None:
+    if not isinstance(target, torch.nn.Module):
+        if isinstance(target, torch.Tensor):
+            _match(name, target, saved)
+        return
+    own = target.state_dict()
+    if set(own) != set(saved):
+        missing, surplus = sorted(set(own) - set(saved)), sorted(set(saved) - set(own))
+        raise RuntimeError(f"{name}: the checkpoint is of another model: it lacks {missing[:5]}, "
+                           f"has besides {surplus[:5]} (first 5 each)")
+    for key, value in own.items():
+        if isinstance(value, torch.Tensor):
+            _match(f"{name}.{key}", value, saved[key])
+
+
+def _match(path: str, own: torch.Tensor, saved: Any) -> None:
+    local = _local(own)
+    other = saved.local if isinstance(saved, ShardedLeaf) else saved
+    if not isinstance(other, torch.Tensor):
+        raise RuntimeError(f"{path}: the checkpoint holds a {type(other).__name__}, not a tensor")
+    if isinstance(saved, ShardedLeaf) != (local is not own):
+        raise RuntimeError(f"{path}: sharded in one of checkpoint and script, whole in the other")
+    if other.shape != local.shape or other.dtype != local.dtype:
+        raise RuntimeError(f"{path}: the checkpoint holds {other.dtype} {tuple(other.shape)}, this rank has "
+                           f"{local.dtype} {tuple(local.shape)}; the model or its sharding has changed")
+
+
+def _apply_one(state: Mapping[str, Any], name: str, target: Any, saved: Any) -> None:
+    if isinstance(target, torch.nn.Module):
+        _load_module(target, saved)
+    elif isinstance(target, torch.optim.Optimizer):
+        _load_optimizer(target, saved)
+    elif _is_stateful(target):
+        target.load_state_dict(_owned(saved))
+    elif isinstance(target, torch.Tensor):
+        _copy(target, saved)
+    elif isinstance(target, MutableMapping) and isinstance(saved, dict):
+        _fill(target, saved)
+    elif isinstance(state, MutableMapping):
+        state[name] = _owned(saved)
+    else:
+        raise RuntimeError(f"{name}: a {type(target).__name__} cannot be changed in place, and the state given to "
+                           "Checkpointer is no dict; give it as a dict")
+
+
+def _copy(target: torch.Tensor, saved: Any) -> None:
+    with torch.no_grad():
+        _local(target).copy_(saved.local if isinstance(saved, ShardedLeaf) else saved)
+
+
+def _load_module(module: torch.nn.Module, saved: dict[str, Any]) -> None:
+    own = module.state_dict()
+    extra = {k: v for k, v in saved.items() if not isinstance(own[k], torch.Tensor)}
+    if extra:  # get_extra_state() of some submodule
+        module.load_state_dict({**own, **_owned(extra)})
+    for key, value in own.items():
+        if key not in extra:
+            _copy(value, saved[key])
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """As optimizer.load_state_dict, but bit for bit: that one casts moments to their parameter's dtype."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    order = [i for group in saved["param_groups"] for i in group["params"]]
+    if len(parameters) != len(order):
+        raise RuntimeError(f"the checkpoint's optimizer has {len(order)} parameters, this one {len(parameters)}")
+    by_index = dict(zip(order, parameters))
+    exact: dict[Any, dict[str, Any]] = {}
+    for index, values in saved["state"].items():
+        parameter = by_index[index]
+        exact[index] = {key: _beside(parameter, value) for key, value in values.items()}
+    groups = _owned(saved["param_groups"])
+    optimizer.load_state_dict({**{k: _owned(v) for k, v in saved.items() if k not in ("state", "param_groups")},
+                               "state": exact, "param_groups": groups})
+    for index, values in exact.items():
+        own = optimizer.state[by_index[index]]
+        for key, value in values.items():
+            if isinstance(value, torch.Tensor) and own[key].dtype != value.dtype:
+                own[key] = value
+
+
+def _beside(parameter: torch.Tensor, value: Any) -> Any:
+    """A state value in memory of its own, where its parameter lies."""
+    if isinstance(value, ShardedLeaf):
+        from torch.distributed.tensor import DTensor
+
+        if not isinstance(parameter, DTensor):
+            raise RuntimeError("the checkpoint's optimizer is sharded, this one is not")
+        shape = torch.Size(value.shape)
+        return DTensor.from_local(value.local.clone().to(parameter.device), parameter.device_mesh,
+                                  parameter.placements, run_check=False, shape=shape,
+                                  stride=torch.empty(shape, device="meta").stride())
+    if isinstance(value, torch.Tensor):
+        # 0-dimensional step counts stay on the CPU, as torch keeps them.
+        return value.clone() if value.dim() == 0 else value.clone().to(_local(parameter).device)
+    return _owned(value)
+
+
+def _owned(value: Any) -> Any:
+    """The same, with tensors that own their memory."""
+    if isinstance(value, torch.Tensor):
+        return value.clone()
+    if isinstance(value, ShardedLeaf):
+        raise RuntimeError("a sharded tensor outside of a model or an optimizer cannot be put back")
+    if isinstance(value, dict):
+        return type(value)((k, _owned(v)) for k, v in value.items()) if type(value) is not dict else {
+            k: _owned(v) for k, v in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_owned(v) for v in value)
+    return value
+
+
+def _fill(target: MutableMapping[Any, Any], saved: dict[Any, Any]) -> None:
+    """Makes a plain mapping equal to the saved one; its tensors keep their memory where they fit."""
+    for key in [k for k in target if k not in saved]:
+        del target[key]
+    for key, value in saved.items():
+        own = target.get(key)
+        if isinstance(own, torch.Tensor) and isinstance(value, torch.Tensor) and own.shape == value.shape \
+                and own.dtype == value.dtype:
+            _copy(own, value)
+        elif isinstance(own, MutableMapping) and isinstance(value, dict):
+            _fill(own, value)
+        else:
+            target[key] = _owned(value)
+
+
+# --- random streams ---
+
+
+def gather_rng() -> dict[str, Any]:
+    """Python's, numpy's (when imported) and torch's generators; CUDA's when it is in use."""
+    out: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        out["numpy"] = np.random.get_state()
+    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        out["cuda"] = torch.cuda.get_rng_state_all()
+    return out
+
+
+def apply_rng(saved: dict[str, Any]) -> None:
+    """Sets every generator that the process has."""
+    random.setstate(saved["python"])
+    torch.set_rng_state(saved["torch"].clone())
+    if "numpy" in saved:
+        import numpy as np
+
+        np.random.set_state(saved["numpy"])
+    if "cuda" in saved and torch.cuda.is_available():
+        states = [s.clone() for s in saved["cuda"]]
+        torch.cuda.set_rng_state_all(states[:torch.cuda.device_count()])
+
+
+def derive_rng(saved: dict[str, Any], rank: int) -> None:
+    """For a rank without streams of its own (the world has grown, or its shard is lost): new ones, the same
+    each time, drawn from another rank's and this rank's number."""
+    state: torch.Tensor = saved["torch"]
+    words = state.clone().view(torch.int64)
+    seed = (int((words * torch.arange(1, words.numel() + 1)).sum()) * 1_000_003 + rank) % (1 << 63)
+    random.seed(seed)
+    torch.manual_seed(seed)  # CUDA's too
+    if "numpy" in sys.modules:
+        import numpy as np
+
+        np.random.seed(seed % (1 << 32))

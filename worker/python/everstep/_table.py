@@ -1,0 +1,244 @@
+"""A nested state as a list of raw byte ranges and a JSON table that says what they are. No pickle.
+
+Leaves: tensors (any strided dtype, also DTensor's local part), numpy arrays and scalars, None, bool, int,
+float, complex, str, bytes, torch.dtype, torch.device. Containers: dict, OrderedDict, defaultdict (comes
+back as dict), Counter, list, tuple, torch.Size. Anything else raises TypeError with its path.
+
+Table: {"format": 1, "root": NODE, "meta": {...}}. A NODE is a JSON scalar or an object of one key, the
+kind: {"T": [dtype, shape, offset]} a tensor, {"d": [[key, node], ...]} a dict, and so on (_DECODERS).
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import struct
+from collections import Counter, OrderedDict, defaultdict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+FORMAT = 1
+ALIGNMENT = 64
+
+_DTYPES: dict[str, torch.dtype] = {
+    str(value).removeprefix("torch."): value
+    for value in vars(torch).values() if isinstance(value, torch.dtype)
+}
+
+
+class Flattened:
+    """What Encoder.finish gives: pieces in order of their offsets, and the table."""
+
+    def __init__(self, pieces: list[tuple[int, int]], offsets: list[int], payload_bytes: int, table: bytes,
+                 sharded: bool, keep: list[object]) -> None:
+        self.pieces = pieces  # (address, bytes)
+        self.offsets = offsets
+        self.payload_bytes = payload_bytes  # with padding, without the table
+        self.table = table
+        self.sharded = sharded  # some tensor is this rank's part of a larger one
+        self.keep = keep  # owns the memory of pieces
+
+
+class Encoder:
+    """Flattens one state. The memory of its tensors must not change until the pieces are copied."""
+
+    def __init__(self) -> None:
+        self._pieces: list[tuple[int, int]] = []
+        self._offsets: list[int] = []
+        self._end = 0
+        self._keep: list[object] = []
+        self._seen: dict[tuple[Any, ...], int] = {}
+        self._sharded = False
+
+    def finish(self, root: object, meta: dict[str, object]) -> Flattened:
+        """Encodes `root`; `meta` is plain JSON that travels with it."""
+        node = self._node(root, "")
+        table = json.dumps({"format": FORMAT, "meta": meta, "root": node}, separators=(",", ":"),
+                           allow_nan=False).encode()
+        return Flattened(self._pieces, self._offsets, self._end, table, self._sharded, self._keep)
+
+    def _raw(self, address: int, size: int, owner: object, key: tuple[Any, ...] | None = None) -> int:
+        """The offset at which `size` bytes will lie; the same memory again lies there once."""
+        if size == 0:
+            return 0
+        self._keep.append(owner)  # also keeps a temporary's address from being used again
+        if key is not None and key in self._seen:
+            return self._seen[key]
+        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
+        self._pieces.append((address, size))
+        self._offsets.append(offset)
+        self._end = offset + size
+        if key is not None:
+            self._seen[key] = offset
+        return offset
+
+    def _tensor(self, value: torch.Tensor, path: str) -> object:
+        local = value
+        placements = getattr(value, "placements", None)  # of a DTensor
+        if placements is not None:
+            local = value.to_local()  # type: ignore[operator]
+            self._sharded = True
+        if type(local) not in (torch.Tensor, torch.nn.Parameter) or local.layout != torch.strided \
+                or local.is_quantized or local.is_meta:
+            raise TypeError(f"{path}: cannot checkpoint a {type(value).__name__} of layout {local.layout} on "
+                            f"{local.device}; keep dense tensors with data in the state")
+        flat = local.detach()
+        if flat.is_conj() or flat.is_neg():
+            flat = flat.resolve_conj().resolve_neg()
+        if flat.device.type != "cpu":
+            flat = flat.cpu()
+        flat = flat.contiguous()
+        dtype = str(flat.dtype).removeprefix("torch.")
+        key = (flat.data_ptr(), dtype, tuple(flat.shape))
+        offset = self._raw(flat.data_ptr(), flat.numel() * flat.element_size(), flat, key)
+        body: list[object] = [dtype, list(flat.shape), offset]
+        if placements is not None:
+            body.append({"global": list(value.shape), "placements": [str(p) for p in placements]})
+        return {"T": body}
+
+    def _array(self, value: Any, path: str) -> object:
+        import numpy as np
+
+        if value.dtype.hasobject or value.dtype.kind == "V":
+            raise TypeError(f"{path}: cannot checkpoint a numpy array of dtype {value.dtype}; numbers, bools "
+                            "and fixed-size strings can be")
+        flat = np.ascontiguousarray(value)
+        offset = self._raw(flat.ctypes.data, flat.nbytes, flat)
+        kind = "N" if isinstance(value, np.ndarray) else "n"
+        return {kind: [value.dtype.str, list(value.shape), offset]}
+
+    def _key(self, key: object, path: str) -> object:
+        if key is None or type(key) in (bool, int, str):
+            return key
+        if type(key) in (float, tuple, bytes):
+            return self._node(key, f"{path} (key)")
+        raise TypeError(f"{path}: cannot checkpoint a dict with a key of type {_name(key)}: {key!r:.80}")
+
+    def _items(self, value: Any, path: str) -> list[object]:
+        return [[self._key(k, path), self._node(v, f"{path}[{k!r}]" if path else str(k))]
+                for k, v in value.items()]
+
+    def _node(self, value: Any, path: str) -> Any:
+        kind = type(value)
+        if value is None or kind in (bool, int, str):
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else {"f": struct.pack("<d", value).hex()}
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value, path)
+        if kind in (dict, defaultdict):
+            return {"d": self._items(value, path)}
+        if kind is OrderedDict:
+            return {"o": self._items(value, path)}
+        if kind is Counter:
+            return {"C": self._items(value, path)}
+        if kind in (list, tuple, torch.Size):
+            tag = "l" if kind is list else "t" if kind is tuple else "z"
+            return {tag: [self._node(v, f"{path}[{i}]") for i, v in enumerate(value)]}
+        if kind is bytes:
+            return {"b": base64.b64encode(value).decode()}
+        if kind is complex:
+            return {"c": struct.pack("<dd", value.real, value.imag).hex()}
+        if kind is torch.dtype:
+            return {"y": str(value).removeprefix("torch.")}
+        if kind is torch.device:
+            return {"v": str(value)}
+        if kind.__module__ == "numpy" and hasattr(value, "dtype") and hasattr(value, "nbytes"):
+            return self._array(value, path)
+        raise TypeError(
+            f"{path or 'state'}: cannot checkpoint an object of type {_name(value)}; keep tensors, numbers, "
+            "strings, dicts, lists and tuples in the state, or give the object a state_dict() and a "
+            "load_state_dict()")
+
+
+def _name(value: object) -> str:
+    kind = type(value)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+class ShardedLeaf:
+    """This rank's part of a DTensor: put back into the DTensor that the new process has."""
+
+    def __init__(self, local: torch.Tensor, shape: list[int], placements: list[str]) -> None:
+        self.local = local
+        self.shape = shape
+        self.placements = placements
+
+
+class Decoder:
+    """Builds the state again. Tensors are views of `payload`: copy before the memory changes."""
+
+    def __init__(self, payload: memoryview, table: bytes) -> None:
+        self._payload = payload
+        document = json.loads(table)
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise ValueError(f"a state table of format {document.get('format')!r}, this package knows {FORMAT}")
+        self.meta: dict[str, Any] = document["meta"]
+        self._root = document["root"]
+        self._bytes = torch.frombuffer(payload, dtype=torch.uint8) if len(payload) else None
+
+    def root(self) -> Any:
+        """The state, containers anew, tensors in place."""
+        return self._node(self._root)
+
+    def _tensor(self, body: list[Any]) -> torch.Tensor | ShardedLeaf:
+        name, shape, offset = body[:3]
+        dtype = _DTYPES[name]
+        size = math.prod(shape) * dtype.itemsize
+        if size == 0:
+            local = torch.empty(shape, dtype=dtype)
+        else:
+            self._in_bounds(offset, size)
+            assert self._bytes is not None
+            local = self._bytes[offset:offset + size].view(dtype).reshape(shape)
+        if len(body) > 3:
+            return ShardedLeaf(local, body[3]["global"], body[3]["placements"])
+        return local
+
+    def _array(self, body: list[Any]) -> Any:
+        import numpy as np
+
+        name, shape, offset = body
+        dtype = np.dtype(name)
+        if dtype.hasobject:
+            raise ValueError(f"a state table with a numpy array of dtype {name}")
+        size = math.prod(shape) * dtype.itemsize
+        self._in_bounds(offset, size)
+        return np.frombuffer(self._payload[offset:offset + size], dtype=dtype).reshape(shape).copy()
+
+    def _in_bounds(self, offset: int, size: int) -> None:
+        if offset < 0 or offset + size > len(self._payload):
+            raise ValueError(f"a state table points at {size} bytes at {offset} of {len(self._payload)}")
+
+    def _items(self, body: list[Any]) -> list[tuple[Any, Any]]:
+        return [(self._node(k), self._node(v)) for k, v in body]
+
+    def _node(self, node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        (tag, body), = node.items()
+        decode = _DECODERS.get(tag)
+        if decode is None:
+            raise ValueError(f"a state table with an unknown kind of node, {tag!r}")
+        return decode(self, body)
+
+
+_DECODERS: dict[str, Callable[[Decoder, Any], Any]] = {
+    "T": lambda d, b: d._tensor(b),
+    "N": lambda d, b: d._array(b),
+    "n": lambda d, b: d._array(b)[()],
+    "d": lambda d, b: dict(d._items(b)),
+    "o": lambda d, b: OrderedDict(d._items(b)),
+    "C": lambda d, b: Counter(dict(d._items(b))),
+    "l": lambda d, b: [d._node(x) for x in b],
+    "t": lambda d, b: tuple(d._node(x) for x in b),
+    "z": lambda d, b: torch.Size(b),
+    "f": lambda d, b: struct.unpack("<d", bytes.fromhex(b))[0],
+    "c": lambda d, b: complex(*struct.unpack("<dd", bytes.fromhex(b))),
+    "b": lambda d, b: base64.b64decode(b),
+    "y": lambda d, b: _DTYPES[b],
+    "v": lambda d, b: torch.device(b),
+}
