@@ -76,10 +76,10 @@ class Encoder:
         return offset
 
     def _tensor(self, value: torch.Tensor, path: str) -> object:
-        local = value
+        local: Any = value
         placements = getattr(value, "placements", None)  # of a DTensor
         if placements is not None:
-            local = value.to_local()  # type: ignore[operator]
+            local = local.to_local()
             self._sharded = True
         if type(local) not in (torch.Tensor, torch.nn.Parameter) or local.layout != torch.strided \
                 or local.is_quantized or local.is_meta:

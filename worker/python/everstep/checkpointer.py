@@ -20,6 +20,7 @@ from everstep._library import Client, EverstepError, StaleGenerationError
 from everstep._state import RNG, apply, apply_rng, derive_rng, gather, unwrap
 from everstep._table import ALIGNMENT, Decoder, Encoder, Flattened
 
+_warned: set[str] = set()
 _TABLE_ROOM = 64 << 10  # first guess of a table's size, for the memory taken ahead
 
 
@@ -98,7 +99,8 @@ class Checkpointer:
     def _fall_back(self, why: str) -> None:
         then = (f"steps go to files in {self._files.directory}" if self._files is not None
                 else "nothing is checkpointed; give Checkpointer a directory to have files at least")
-        if self._rank == 0:
+        if self._rank == 0 and why not in _warned:  # one is enough
+            _warned.add(why)
             warnings.warn(f"everstep: {why}: {then}", RuntimeWarning, stacklevel=4)
 
     @property
