@@ -180,6 +180,9 @@ class Engine final : private checkpoint::Listener {
   // Workers a node by job, from its Warm: a fork server needs its workers' environment ahead of them.
   std::map<JobId, std::uint32_t> local_world_;
 
+  // Generations whose store host did not start (an interpreter without torch, say): rank 0 serves then.
+  std::map<JobId, Generation> storeless_;
+
   HeldShards held_;
 
   // the end

@@ -11,6 +11,7 @@
 #include "proto/base/version.h"
 #include "worker/agent/convert.h"
 #include "worker/agent/engine.h"
+#include "worker/agent/node_dir.h"
 #include "worker/agent/part.h"
 
 namespace everstep::agent {
@@ -108,7 +109,20 @@ void Engine::On(const StartStore& e) {
   v1::KeeperRequest request;
   *request.mutable_store_host() = BuildStoreHost(e.job, e.generation, address_, command);
   Ask(std::move(request), [this, job = e.job, generation = e.generation](const v1::KeeperReply& reply) {
-    if (reply.error() != 0) return Feed(StoreFailed{job, generation, reply.message()});
+    if (reply.error() == ENOTCONN || reply.error() == ESTALE) {
+      return Feed(StoreFailed{job, generation, reply.message()});
+    }
+    if (reply.error() != 0) {
+      // A script need not know torch at all; one that does opens the store on rank 0 by itself.
+      const std::uint32_t port = FreePort(address_);
+      if (port == 0) return Feed(StoreFailed{job, generation, reply.message()});
+      LogInfo("store_left_to_rank_0", {{"job", job},
+                                       {"generation", generation},
+                                       {"port", port},
+                                       {"why", reply.message()}});
+      storeless_[job] = generation;
+      return Feed(StoreReady{job, generation, port});
+    }
     Feed(StoreReady{job, generation, reply.store_ready().port()});
   });
 }
@@ -128,7 +142,9 @@ void Engine::On(const StartWorkers& e) {
   if (ParseCommand(a.command, &command)) {
     if (command.log_dir().empty()) command.set_log_dir(options_.log_dir);
     const auto job = core_.jobs().find(a.job);
-    const std::uint32_t store = job == core_.jobs().end() ? 0 : job->second.store_port;
+    const auto storeless = storeless_.find(a.job);
+    const bool hosted = storeless == storeless_.end() || storeless->second != a.generation;
+    const std::uint32_t store = job == core_.jobs().end() || !hosted ? 0 : job->second.store_port;
     spawns = BuildSpawns(a, command, identity_, store, &error);
   } else {
     error = "the job's command is damaged; submit the job again";
@@ -230,6 +246,7 @@ void Engine::On(const ForgetJob& e) {
   if (transfer_ != nullptr) transfer_->Forget(e.job);
   held_.Forget(e.job);
   local_world_.erase(e.job);
+  storeless_.erase(e.job);
   for (const std::string& key : {PreparedKey(e.job), ActivatedKey(e.job)}) {
     v1::KeeperRequest request;
     request.mutable_remember()->set_key(key);

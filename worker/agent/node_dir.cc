@@ -180,6 +180,23 @@ std::string LocalAddressTowards(const std::string& controller) {
   return out;
 }
 
+std::uint32_t FreePort(const std::string& address) {
+  addrinfo hints = {};
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  if (getaddrinfo(address.c_str(), "0", &hints, &found) != 0) return 0;
+  const int fd = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_storage local = {};
+  socklen_t size = sizeof local;
+  const bool done = fd >= 0 && bind(fd, found->ai_addr, found->ai_addrlen) == 0 &&
+                    getsockname(fd, reinterpret_cast<sockaddr*>(&local), &size) == 0;
+  if (fd >= 0) close(fd);
+  freeaddrinfo(found);
+  if (!done) return 0;
+  // sin_port and sin6_port lie at the same place.
+  return ntohs(reinterpret_cast<const sockaddr_in*>(&local)->sin_port);
+}
+
 bool IsLoopback(const std::string& address) {
   return address == "localhost" || address == "::1" || address.starts_with("127.");
 }

@@ -41,6 +41,9 @@ std::uint64_t ProcessStartTime(std::int32_t pid);
 // The address of this machine on the route to host:port; "127.0.0.1" when there is none.
 std::string LocalAddressTowards(const std::string& controller);
 
+// A TCP port of `address` that nobody listened on a moment ago; 0: none, or no such address.
+std::uint32_t FreePort(const std::string& address);
+
 bool IsLoopback(const std::string& address);
 
 }  // namespace everstep::agent

@@ -2,7 +2,7 @@
 
     python everstep_store_host.py STATUS_FD KEEPER_PID ADDRESS PORT
 
-Lines on STATUS_FD: "P<pid>", "port <n>" when it listens, "reached <ranks>" once every rank of gloo's default
+Lines on STATUS_FD: "P<pid>", "port <n>" when it listens (torch may still be importing), "reached <ranks>" once every rank of gloo's default
 group has put its address there, or "E<text>". Ends with the keeper.
 """
 
@@ -17,6 +17,7 @@ def serve(status: int, keeper: int, address: str, port: int) -> None:
 
     try:
         import ctypes
+        import importlib.util
         import signal
         import socket
 
@@ -24,16 +25,19 @@ def serve(status: int, keeper: int, address: str, port: int) -> None:
         if os.getppid() != keeper:
             os._exit(1)
         say(f"P{os.getpid()}")
-        from torch.distributed import TCPStore
-
+        if importlib.util.find_spec("torch") is None:
+            raise ModuleNotFoundError("No module named 'torch'")
         family, _, _, _, where = socket.getaddrinfo(address or "127.0.0.1", port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, socket.SOCK_STREAM)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(where)
         listener.listen(2048)
         port = listener.getsockname()[1]
-        store = TCPStore(where[0], port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        # Importing torch takes a second; ranks that connect meanwhile wait in the listener's backlog.
         say(f"port {port}")
+        from torch.distributed import TCPStore
+
+        store = TCPStore(where[0], port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
     except Exception as problem:
         say(f"E{type(problem).__name__}: {problem}".replace("\n", " "))
         os._exit(1)
