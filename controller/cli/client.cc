@@ -74,21 +74,26 @@ struct AdminClient::Impl {
       const std::size_t comma = std::min(list.find(',', at), list.size());
       const std::string address = list.substr(at, comma - at);
       at = comma + 1;
-      if (address.empty()) continue;
-      grpc::ChannelArguments arguments;
-      arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
-      arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // a controller is no web site
-      arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
-      arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 1000);
-      arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 500);
-      auto channel =
-          grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
-      endpoints.push_back({address, v1::AdminService::NewStub(channel)});
+      if (!address.empty()) endpoints.push_back({address, Dial(address)});
     }
   }
 
+  static std::unique_ptr<v1::AdminService::Stub> Dial(const std::string& address) {
+    grpc::ChannelArguments arguments;
+    arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
+    arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // a controller is no web site
+    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+    return v1::AdminService::NewStub(
+        grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments));
+  }
+
   v1::AdminService::Stub& stub() { return *endpoints[current].stub; }
-  void Next() { current = (current + 1) % endpoints.size(); }
+  // A new channel each time: an old one waits out its back-off before it looks again, and a
+  // controller that restarts is back sooner.
+  void Next() {
+    endpoints[current].stub = Dial(endpoints[current].address);
+    current = (current + 1) % endpoints.size();
+  }
 };
 
 namespace {
@@ -101,8 +106,8 @@ CliError NoAddress() {
 
 // A server's text may carry its own hint after a line feed.
 CliError FromStatus(const grpc::Status& status, const AdminClient::Options& options) {
-  CliError error{ExitOf(status.error_code()), CodeName(status.error_code()),
-                 status.error_message(), ""};
+  CliError error{ExitOf(status.error_code()), CodeName(status.error_code()), status.error_message(),
+                 ""};
   if (const std::size_t line = error.message.find('\n'); line != std::string::npos) {
     error.hint = error.message.substr(line + 1);
     error.message.resize(line);
@@ -112,8 +117,7 @@ CliError FromStatus(const grpc::Status& status, const AdminClient::Options& opti
   switch (status.error_code()) {
     case grpc::StatusCode::UNAVAILABLE:
       error.message = fmt::format("no controller answers at {}{}", options.controller,
-                                  options.named_by.empty() ? ""
-                                                           : " (" + options.named_by + ")");
+                                  options.named_by.empty() ? "" : " (" + options.named_by + ")");
       if (error.hint.empty()) {
         error.hint = "is it running? see `everstep cluster list`; jobs go on without a controller";
       }
@@ -124,8 +128,8 @@ CliError FromStatus(const grpc::Status& status, const AdminClient::Options& opti
       error.hint = "try again, or wait longer with --timeout SECONDS";
       break;
     case grpc::StatusCode::UNIMPLEMENTED:
-      error.message = fmt::format("the controller at {} does not know this call",
-                                  options.controller);
+      error.message =
+          fmt::format("the controller at {} does not know this call", options.controller);
       error.hint = "compare versions: everstep version, everstep status";
       break;
     default:
@@ -216,8 +220,8 @@ bool IsTerminal(const v1::JobStatus& job) {
 }
 
 Result<v1::ClusterStatus> AdminClient::GetStatus() {
-  return Call<v1::GetStatusRequest, v1::ClusterStatus>(
-      *impl_, options_, Kind::kRead, &v1::AdminService::Stub::GetStatus, {});
+  return Call<v1::GetStatusRequest, v1::ClusterStatus>(*impl_, options_, Kind::kRead,
+                                                       &v1::AdminService::Stub::GetStatus, {});
 }
 
 Result<v1::JobList> AdminClient::ListJobs() {
@@ -259,8 +263,8 @@ Result<v1::DrillReply> AdminClient::Drill(const v1::DrillRequest& request) {
 Outcome AdminClient::WatchEvents(v1::WatchEventsRequest request,
                                  const std::function<bool(const v1::Event&)>& take) {
   if (impl_->endpoints.empty()) return NoAddress();
-  const auto deadline = request.follow() ? system_clock::time_point::max()
-                                         : system_clock::now() + options_.timeout;
+  const auto deadline =
+      request.follow() ? system_clock::time_point::max() : system_clock::now() + options_.timeout;
   const grpc::Status status = ReadStream<v1::Event>(
       *impl_, options_, deadline, /*resume=*/true,
       [&](v1::AdminService::Stub& stub, grpc::ClientContext* context) {
@@ -278,9 +282,10 @@ Outcome AdminClient::WatchEvents(v1::WatchEventsRequest request,
 Outcome AdminClient::TailJobLogs(const v1::TailJobLogsRequest& request,
                                  const std::function<bool(const v1::JobLogLines&)>& take) {
   if (impl_->endpoints.empty()) return NoAddress();
-  const auto deadline = request.follow() ? system_clock::time_point::max()
-                                         : system_clock::now() + options_.timeout;
-  // Not resumed: lines carry no position, and a line shown twice is worse than an end that says why.
+  const auto deadline =
+      request.follow() ? system_clock::time_point::max() : system_clock::now() + options_.timeout;
+  // Not resumed: lines carry no position, and a line shown twice is worse than an end that says
+  // why.
   const grpc::Status status = ReadStream<v1::JobLogLines>(
       *impl_, options_, deadline, /*resume=*/false,
       [&](v1::AdminService::Stub& stub, grpc::ClientContext* context) {
@@ -296,8 +301,8 @@ Outcome AdminClient::FollowJob(const std::string& job, milliseconds timeout,
   if (impl_->endpoints.empty()) return NoAddress();
   v1::FollowJobRequest request;
   request.set_job(job);
-  const auto deadline = timeout.count() == 0 ? system_clock::time_point::max()
-                                             : system_clock::now() + timeout;
+  const auto deadline =
+      timeout.count() == 0 ? system_clock::time_point::max() : system_clock::now() + timeout;
   const grpc::Status status = ReadStream<v1::JobStatus>(
       *impl_, options_, deadline, /*resume=*/true,
       [&](v1::AdminService::Stub& stub, grpc::ClientContext* context) {

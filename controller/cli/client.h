@@ -21,7 +21,8 @@ class AdminClient {
     std::string named_by;    // "--controller", "EVERSTEP_CONTROLLER", ...: for errors; may be empty
     // Of one call that is not a stream, retries included.
     std::chrono::milliseconds timeout{10'000};
-    // Calls that only read are tried again this long while no controller answers: it may be restarting.
+    // Calls that only read are tried again this long while no controller answers: it may be
+    // restarting.
     std::chrono::milliseconds retry{2'000};
     // A stream that broke is resumed when a controller is back within this.
     std::chrono::milliseconds stream_retry{30'000};

@@ -80,12 +80,12 @@ class Reader {
       const auto& specs = at_->words;
       const bool more = !specs.empty() && Many(specs.back());
       if (parsed_.words.size() >= specs.size() && !more) {
-        return Usage(specs.empty() ? fmt::format("{} takes no argument, got \"{}\"",
-                                                 FullName(parsed_), word)
-                                   : fmt::format("{} takes {} argument{}, \"{}\" is one too many",
-                                                 FullName(parsed_), specs.size(),
-                                                 specs.size() == 1 ? "" : "s", word),
-                     fmt::format("{} --help", FullName(parsed_)));
+        return Usage(
+            specs.empty()
+                ? fmt::format("{} takes no argument, got \"{}\"", FullName(parsed_), word)
+                : fmt::format("{} takes {} argument{}, \"{}\" is one too many", FullName(parsed_),
+                              specs.size(), specs.size() == 1 ? "" : "s", word),
+            fmt::format("{} --help", FullName(parsed_)));
       }
       const WordSpec& spec = specs[std::min(parsed_.words.size(), specs.size() - 1)];
       if (!spec.choices.empty()) {
@@ -215,9 +215,9 @@ class Reader {
       needed += word.count == WordSpec::Count::kOne || word.count == WordSpec::Count::kMany;
     }
     if (parsed_.words.size() < needed) {
-      return Usage(fmt::format("{} needs {}", FullName(parsed_),
-                               at_->words[parsed_.words.size()].name),
-                   fmt::format("{} --help", FullName(parsed_)));
+      return Usage(
+          fmt::format("{} needs {}", FullName(parsed_), at_->words[parsed_.words.size()].name),
+          fmt::format("{} --help", FullName(parsed_)));
     }
     return Done{};
   }
@@ -256,8 +256,7 @@ const CommandSpec* FindCommand(const CommandSpec& root, const std::vector<std::s
   return at;
 }
 
-Result<std::chrono::milliseconds> ParseDuration(const std::string& what,
-                                                const std::string& text) {
+Result<std::chrono::milliseconds> ParseDuration(const std::string& what, const std::string& text) {
   const auto wrong = [&] {
     return Usage(fmt::format("{} cannot be \"{}\": it is a duration from 0 to 365d", what, text),
                  "for example 500ms, 90s, 5m, 2h; a plain number is seconds");
@@ -267,8 +266,12 @@ Result<std::chrono::milliseconds> ParseDuration(const std::string& what,
   const auto [rest, error] = std::from_chars(text.data(), end, number);
   if (error != std::errc() || !std::isfinite(number) || number < 0) return wrong();
   const std::string unit(rest, end);
-  const double scale = unit == "ms" ? 1 : unit.empty() || unit == "s" ? 1e3 : unit == "m" ? 6e4
-                       : unit == "h" ? 3.6e6 : unit == "d" ? 8.64e7 : -1;
+  const double scale = unit == "ms"                  ? 1
+                       : unit.empty() || unit == "s" ? 1e3
+                       : unit == "m"                 ? 6e4
+                       : unit == "h"                 ? 3.6e6
+                       : unit == "d"                 ? 8.64e7
+                                                     : -1;
   if (scale < 0 || number * scale > 365 * 8.64e7) return wrong();
   return std::chrono::milliseconds(std::llround(number * scale));
 }

@@ -16,24 +16,54 @@ namespace everstep::cli {
 
 enum class Verb : std::uint8_t {
   kGroup,  // has children, does nothing itself
-  kStatus, kJobList, kJobShow, kJobWait, kJobCancel,
-  kNodeList, kNodeShow, kNodeDrain, kNodeUndrain,
-  kEvents, kLogs, kRun, kVersion, kHelp, kCompletion, kComplete, kDocs,
-  kClusterUp, kClusterDown, kClusterList, kClusterSupervise, kClusterStart,
-  kKillWorker, kKillNode, kKillAgent, kKillKeeper, kKillController,
-  kPauseWorker, kPauseNode, kPauseAgent, kPauseKeeper, kPauseController,
-  kResumeWorker, kResumeNode, kResumeAgent, kResumeKeeper, kResumeController
+  kStatus,
+  kJobList,
+  kJobShow,
+  kJobWait,
+  kJobCancel,
+  kNodeList,
+  kNodeShow,
+  kNodeDrain,
+  kNodeUndrain,
+  kEvents,
+  kLogs,
+  kRun,
+  kVersion,
+  kHelp,
+  kCompletion,
+  kComplete,
+  kDocs,
+  kClusterUp,
+  kClusterDown,
+  kClusterList,
+  kClusterSupervise,
+  kClusterStart,
+  kKillWorker,
+  kKillNode,
+  kKillAgent,
+  kKillKeeper,
+  kKillController,
+  kPauseWorker,
+  kPauseNode,
+  kPauseAgent,
+  kPauseKeeper,
+  kPauseController,
+  kResumeWorker,
+  kResumeNode,
+  kResumeAgent,
+  kResumeKeeper,
+  kResumeController
 };
 
 // What a word completes to in a shell, besides the names of the tree.
 enum class Names : std::uint8_t { kNone, kJobs, kNodes, kClusters, kFiles, kTopics };
 
 struct OptionSpec {
-  std::string name;           // "timeout": typed as --timeout
-  char letter = 0;            // 'o': typed as -o; 0: none
-  std::string value;          // "SECONDS" in help; empty: a switch
-  std::string help;           // one sentence, no full stop
-  std::string fallback = {};  // what holds when it is not given, for help
+  std::string name;                       // "timeout": typed as --timeout
+  char letter = 0;                        // 'o': typed as -o; 0: none
+  std::string value;                      // "SECONDS" in help; empty: a switch
+  std::string help;                       // one sentence, no full stop
+  std::string fallback = {};              // what holds when it is not given, for help
   std::vector<std::string> choices = {};  // the only values; empty: any
   Names names = Names::kNone;
   bool hidden = false;
@@ -41,7 +71,7 @@ struct OptionSpec {
 
 struct WordSpec {
   enum class Count : std::uint8_t { kOne, kOptional, kMany, kAny };  // kMany: at least one
-  std::string name;  // "JOB"
+  std::string name;                                                  // "JOB"
   std::string help;
   Names names = Names::kNone;
   Count count = Count::kOne;
@@ -69,7 +99,8 @@ struct CommandSpec {
 
 struct ProgramSpec {
   CommandSpec root;
-  std::vector<OptionSpec> globals;  // understood by every command; a command's own of that name wins
+  std::vector<OptionSpec>
+      globals;  // understood by every command; a command's own of that name wins
 };
 
 struct Parsed {
@@ -85,8 +116,8 @@ struct Parsed {
   std::string CommandName() const;
 };
 
-// `args` without the program's name. An error names the nearest command or option and has exit kUsage.
-// `program` must outlive the result.
+// `args` without the program's name. An error names the nearest command or option and has exit
+// kUsage. `program` must outlive the result.
 Result<Parsed> Parse(const ProgramSpec& program, const std::vector<std::string>& args);
 
 // The command that `names` walk to; nullptr: none. Hidden ones and aliases are found too.

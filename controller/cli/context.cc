@@ -45,8 +45,7 @@ Outcome Context::ReadOptions() {
   render.headers = !args.Has("no-headers");
   render.max_width = io_->width;
   if (args.Has("timeout")) {
-    const Result<std::chrono::milliseconds> limit =
-        ParseDuration("--timeout", args.Get("timeout"));
+    const Result<std::chrono::milliseconds> limit = ParseDuration("--timeout", args.Get("timeout"));
     if (!limit.ok()) return limit.error();
     timeout = limit.value();
   }
@@ -73,8 +72,7 @@ Result<Context::Target> Context::FindTarget() const {
   const ClusterInfo& info = cluster.value();
   if (info.controller.empty()) {
     return CliError{ExitCode::kUnreachable, "UNAVAILABLE",
-                    fmt::format("the controller of cluster {} has not said where it is",
-                                info.name),
+                    fmt::format("the controller of cluster {} has not said where it is", info.name),
                     fmt::format("its log: {}/controller/controller.log", info.state_dir)};
   }
   return Target{info.controller, name.empty() ? "the only local cluster, " + info.name : from};

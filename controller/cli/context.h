@@ -22,7 +22,7 @@ namespace everstep::cli {
 struct Io {
   std::function<void(std::string_view)> out;  // data
   std::function<void(std::string_view)> err;  // errors and remarks
-  std::size_t width = 0;      // columns of the terminal on stdout; 0: no terminal
+  std::size_t width = 0;                      // columns of the terminal on stdout; 0: no terminal
   bool err_terminal = false;
 };
 

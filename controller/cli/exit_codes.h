@@ -1,4 +1,5 @@
-// What every verb of `everstep` but `run` answers to the shell; `everstep help exit-codes` prints it.
+// What every verb of `everstep` but `run` answers to the shell; `everstep help exit-codes` prints
+// it.
 #pragma once
 
 namespace everstep::cli {

@@ -30,11 +30,10 @@ CliError Bad(std::string message, std::string hint) {
 }
 
 Outcome CheckPlan(const ClusterPlan& plan, const std::string& state_dir) {
-  const bool name_ok =
-      !plan.name.empty() && plan.name.size() <= 40 &&
-      std::all_of(plan.name.begin(), plan.name.end(), [](unsigned char c) {
-        return std::isalnum(c) != 0 || c == '-' || c == '_';
-      });
+  const bool name_ok = !plan.name.empty() && plan.name.size() <= 40 &&
+                       std::all_of(plan.name.begin(), plan.name.end(), [](unsigned char c) {
+                         return std::isalnum(c) != 0 || c == '-' || c == '_';
+                       });
   if (!name_ok) {
     return Bad(fmt::format("--name cannot be \"{}\"", plan.name),
                "1 to 40 letters, digits, - and _");
@@ -49,7 +48,8 @@ Outcome CheckPlan(const ClusterPlan& plan, const std::string& state_dir) {
                            state_dir, length, kSocketPathLimit),
                "choose a shorter one: --state-dir /tmp/c");
   }
-  for (const char* program : {"everstep", "everstep-controller", "everstep-agent", "everstep-keeper"}) {
+  for (const char* program :
+       {"everstep", "everstep-controller", "everstep-agent", "everstep-keeper"}) {
     const std::string path = plan.programs + "/" + program;
     if (::access(path.c_str(), X_OK) == 0) continue;
     return CliError{ExitCode::kFailed, "NOT_FOUND",
@@ -86,8 +86,8 @@ Outcome MakeDirectory(const std::string& state_dir) {
 // Ours by name; true: nothing else was there.
 bool RemoveFiles(const std::string& state_dir) {
   std::error_code ignored;
-  for (const char* name : {"cluster", "ready", "failure", "supervisor.pid", "supervisor.log",
-                           "controller", "nodes"}) {
+  for (const char* name :
+       {"cluster", "ready", "failure", "supervisor.pid", "supervisor.log", "controller", "nodes"}) {
     fs::remove_all(state_dir + "/" + name, ignored);
   }
   for (const auto& entry : fs::directory_iterator(state_dir, ignored)) {

@@ -1,4 +1,5 @@
-// Bringing a local cluster up and taking it down, without gRPC: the verbs add the waiting and the words.
+// Bringing a local cluster up and taking it down, without gRPC: the verbs add the waiting and the
+// words.
 #pragma once
 
 #include <chrono>
@@ -10,8 +11,8 @@
 
 namespace everstep::cli {
 
-// Checks the plan and the directory, takes the name, writes STATE and starts the supervisor. On an error
-// nothing is left.
+// Checks the plan and the directory, takes the name, writes STATE and starts the supervisor. On an
+// error nothing is left.
 Outcome LayOut(const Registry& registry, const ClusterPlan& plan, const std::string& state_dir);
 
 struct TakenDown {
@@ -20,8 +21,8 @@ struct TakenDown {
   bool files_left = false;             // somebody else's files are in the state directory
 };
 
-// Ends every process, removes every file of ours (unless keep_files) and the name. Works on what is half
-// there: no supervisor, no files, no processes. `limit` is for the supervisor's ordered end.
+// Ends every process, removes every file of ours (unless keep_files) and the name. Works on what is
+// half there: no supervisor, no files, no processes. `limit` is for the supervisor's ordered end.
 TakenDown TakeDown(const Registry& registry, const ClusterInfo& cluster, bool keep_files,
                    std::chrono::milliseconds limit);
 

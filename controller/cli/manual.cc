@@ -121,7 +121,10 @@ void OptionTable(const std::vector<OptionSpec>& options, std::string* out) {
 void CommandSection(Path path, std::string* out) {
   const CommandSpec& command = *path.back();
   if (command.hidden) return;
-  *out += fmt::format("{} {}\n\n{}.\n\n", path.size() == 1 ? "##" : path.size() == 2 ? "###" : "####",
+  *out += fmt::format("{} {}\n\n{}.\n\n",
+                      path.size() == 1   ? "##"
+                      : path.size() == 2 ? "###"
+                                         : "####",
                       FullName(path), command.summary);
   if (!command.description.empty()) *out += Wrap(command.description, 110, "") + "\n";
   if (command.verb != Verb::kGroup) {
@@ -131,7 +134,7 @@ void CommandSection(Path path, std::string* out) {
     }
     if (!command.words.empty()) *out += "\n";
     if (!command.options.empty()) OptionTable(command.options, out);
-    if (!command.examples.empty()) *out += "```sh\n" ;
+    if (!command.examples.empty()) *out += "```sh\n";
     for (const Example& example : command.examples) {
       *out += example.line + (example.says.empty() ? "" : "   # " + example.says) + "\n";
     }
@@ -144,7 +147,8 @@ void CommandSection(Path path, std::string* out) {
   }
 }
 
-constexpr const char* kBash = R"(# bash completion for everstep; use: source <(everstep completion bash)
+constexpr const char* kBash =
+    R"(# bash completion for everstep; use: source <(everstep completion bash)
 _everstep() {
   local IFS=$'\n'
   COMPREPLY=($(everstep __complete "${COMP_WORDS[@]:1:COMP_CWORD}" 2>/dev/null))
@@ -207,23 +211,25 @@ std::string Wrap(const std::string& text, std::size_t width, const std::string& 
 }
 
 std::string ProgramHelp(const ProgramSpec& program, const std::vector<Topic>& topics) {
-  std::string out = "everstep " + program.root.summary + "\n\nUsage: everstep COMMAND [options]\n\n";
+  std::string out =
+      "everstep " + program.root.summary + "\n\nUsage: everstep COMMAND [options]\n\n";
   out += "Commands:\n" + Columns(ChildRows(program.root));
   Rows rows;
   for (const Topic& topic : topics) rows.emplace_back(topic.name, topic.summary);
   out += "\nTopics (everstep help TOPIC):\n" + Columns(rows);
   out += "\nOptions of every command:\n" + Columns(OptionRows(program.globals, {}));
-  out += "\nExamples:\n" + ExampleLines({{"everstep run --standalone --nproc-per-node 2 train.py",
-                                          "in place of torchrun"},
-                                         {"everstep cluster up --nodes 4",
-                                          "a cluster on this machine, to try things"},
-                                         {"everstep status", "what is wrong, and what was done"}});
+  out += "\nExamples:\n" +
+         ExampleLines(
+             {{"everstep run --standalone --nproc-per-node 2 train.py", "in place of torchrun"},
+              {"everstep cluster up --nodes 4", "a cluster on this machine, to try things"},
+              {"everstep status", "what is wrong, and what was done"}});
   return out;
 }
 
 std::string CommandHelp(const ProgramSpec& program, const Path& path) {
   const CommandSpec& command = *path.back();
-  std::string out = FullName(path) + ": " + command.summary + "\n\nUsage: " + UsageLine(path) + "\n";
+  std::string out =
+      FullName(path) + ": " + command.summary + "\n\nUsage: " + UsageLine(path) + "\n";
   if (!command.description.empty()) out += "\n" + Wrap(command.description, 90, "");
   if (command.verb == Verb::kGroup) {
     out += "\nCommands:\n" + Columns(ChildRows(command));
@@ -232,8 +238,7 @@ std::string CommandHelp(const ProgramSpec& program, const Path& path) {
     for (const WordSpec& word : command.words) words.emplace_back(word.name, word.help);
     if (!words.empty()) out += "\nArguments:\n" + Columns(words);
     if (!command.options.empty()) out += "\nOptions:\n" + Columns(OptionRows(command.options, {}));
-    out += "\nOptions of every command:\n" +
-           Columns(OptionRows(program.globals, command.options));
+    out += "\nOptions of every command:\n" + Columns(OptionRows(program.globals, command.options));
   }
   if (!command.examples.empty()) out += "\nExamples:\n" + ExampleLines(command.examples);
   return out;
@@ -243,7 +248,9 @@ std::string ReferencePage(const ProgramSpec& program, const std::vector<Topic>& 
   std::string out =
       "# everstep, the command line\n\n"
       "This page is written by `everstep docs` from the command tree; a test keeps it equal.\n\n"
-      "`everstep` " + program.root.summary + ".\nEvery command has `--help` with examples; "
+      "`everstep` " +
+      program.root.summary +
+      ".\nEvery command has `--help` with examples; "
       "`everstep completion SHELL` prints completion for bash, zsh and fish.\n\n"
       "## Options of every command\n\n";
   OptionTable(program.globals, &out);

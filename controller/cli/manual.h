@@ -18,8 +18,8 @@ std::string CommandHelp(const ProgramSpec& program, const std::vector<const Comm
 // docs/reference/cli.md.
 std::string ReferencePage(const ProgramSpec& program, const std::vector<Topic>& topics);
 
-// "bash", "zsh", "fish". The scripts ask `everstep __complete WORD...` for candidates, so they do not
-// age with the tree.
+// "bash", "zsh", "fish". The scripts ask `everstep __complete WORD...` for candidates, so they do
+// not age with the tree.
 std::string CompletionScript(const std::string& shell);
 
 // What may stand at the end of `words` (the last one is being typed and may be empty): commands and

@@ -148,9 +148,10 @@ std::vector<ProcessFacts> ProcessesOf(const std::string& directory, bool own_chi
                             facts.arguments.end();
       for (const std::string& argument : facts.arguments) {
         const std::size_t equals = argument.find('=');
-        named = named || (part && (Within(argument, directory) ||
-                                   (equals != std::string::npos &&
-                                    Within(argument.substr(equals + 1), directory))));
+        named = named ||
+                (part &&
+                 (Within(argument, directory) ||
+                  (equals != std::string::npos && Within(argument.substr(equals + 1), directory))));
       }
     }
     if (named || facts.marked) found.insert(pid);
@@ -158,7 +159,8 @@ std::vector<ProcessFacts> ProcessesOf(const std::string& directory, bool own_chi
   for (bool grew = true; grew;) {
     grew = false;
     for (const auto& [pid, facts] : all) {
-      const bool child = found.count(facts.parent) > 0 || (own_children && facts.parent == ::getpid());
+      const bool child =
+          found.count(facts.parent) > 0 || (own_children && facts.parent == ::getpid());
       if (child && found.count(pid) == 0) {
         found.insert(pid);
         grew = true;

@@ -1,4 +1,5 @@
-// Processes as /proc shows them, found by what they work on and not by pid files: a file may be stale.
+// Processes as /proc shows them, found by what they work on and not by pid files: a file may be
+// stale.
 //
 // Linux only. Thread-safe.
 #pragma once
@@ -21,11 +22,11 @@ struct ProcessId {
 struct ProcessFacts {
   ProcessId id;
   pid_t parent = 0;
-  char state = '?';           // R S D T Z ...
-  std::string program;        // file name of the executable; empty: cannot be read
-  std::string name;           // as ps shows it; the keeper's guard calls itself everstep-guard
+  char state = '?';     // R S D T Z ...
+  std::string program;  // file name of the executable; empty: cannot be read
+  std::string name;     // as ps shows it; the keeper's guard calls itself everstep-guard
   std::vector<std::string> arguments;
-  bool marked = false;        // its environment says that it belongs to the directory asked for
+  bool marked = false;  // its environment says that it belongs to the directory asked for
 };
 
 // Name in the environment of what a supervisor starts: the cluster's state directory.
@@ -36,9 +37,10 @@ ProcessId Identify(pid_t pid);
 // Alive and not a zombie.
 bool Alive(const ProcessId& id);
 
-// Every process of this user that works for `directory` (a cluster's state directory or a node's): our
-// programs with it in their arguments, processes that have it in kStateVariable or EVERSTEP_KEEPER, and
-// all descendants of both (and of this process, if asked). Never this process. Zombies are left out.
+// Every process of this user that works for `directory` (a cluster's state directory or a node's):
+// our programs with it in their arguments, processes that have it in kStateVariable or
+// EVERSTEP_KEEPER, and all descendants of both (and of this process, if asked). Never this process.
+// Zombies are left out.
 std::vector<ProcessFacts> ProcessesOf(const std::string& directory, bool own_children = false);
 
 // Through a pidfd, so that a reused pid is never hit. False: it is gone.

@@ -34,9 +34,9 @@ std::string FirstWord(const std::string& text) {
 }
 
 CliError Failed(const std::string& what, const std::string& path, int error) {
-  return {ExitCode::kFailed, "FAILED", fmt::format("cannot {} {}: {}", what, path,
-                                                   std::strerror(error)),
-          error == ENOSPC  ? "free some space, or choose another place with --state-dir"
+  return {ExitCode::kFailed, "FAILED",
+          fmt::format("cannot {} {}: {}", what, path, std::strerror(error)),
+          error == ENOSPC ? "free some space, or choose another place with --state-dir"
           : error == EACCES || error == EROFS
               ? "choose a directory that you may write, with --state-dir or XDG_STATE_HOME"
               : ""};
@@ -130,13 +130,12 @@ Outcome Registry::Add(const std::string& name, const std::string& state_dir) con
   if (errno != EEXIST) return Failed("make", link, errno);
   const Result<ClusterInfo> there = Find(name);
   const bool running = there.ok() && there.value().running;
-  return CliError{ExitCode::kConflict, "ALREADY_EXISTS",
-                  running ? fmt::format("a cluster named \"{}\" runs already", name)
-                          : fmt::format("a stale cluster is named \"{}\": its supervisor is gone",
-                                        name),
-                  running ? fmt::format("choose another --name, or end it: everstep cluster down {}",
-                                        name)
-                          : fmt::format("clean it up: everstep cluster down {}", name)};
+  return CliError{
+      ExitCode::kConflict, "ALREADY_EXISTS",
+      running ? fmt::format("a cluster named \"{}\" runs already", name)
+              : fmt::format("a stale cluster is named \"{}\": its supervisor is gone", name),
+      running ? fmt::format("choose another --name, or end it: everstep cluster down {}", name)
+              : fmt::format("clean it up: everstep cluster down {}", name)};
 }
 
 void Registry::Remove(const std::string& name) const {
@@ -180,7 +179,8 @@ Result<ClusterPlan> ReadPlan(const std::string& state_dir) {
     if (key == "created") plan.created = value;
     if (key == "programs") plan.programs = value;
     if (key == "listen") plan.listen = value;
-    if (key == "slots") plan.slots = static_cast<unsigned>(std::strtoul(value.c_str(), nullptr, 10));
+    if (key == "slots")
+      plan.slots = static_cast<unsigned>(std::strtoul(value.c_str(), nullptr, 10));
     if (key == "nodes") {
       std::istringstream names(value);
       for (std::string node; names >> node;) plan.nodes.push_back(node);
@@ -189,7 +189,8 @@ Result<ClusterPlan> ReadPlan(const std::string& state_dir) {
   if (plan.name.empty() || plan.nodes.empty()) {
     return CliError{ExitCode::kFailed, "FAILED",
                     fmt::format("{} is no cluster's state directory: its file \"cluster\" is "
-                                "missing or damaged", state_dir),
+                                "missing or damaged",
+                                state_dir),
                     "everstep cluster list shows the clusters and where they are"};
   }
   return plan;

@@ -1,5 +1,6 @@
-// Which local clusters this user has. A name is a symbolic link below $XDG_STATE_HOME/everstep/names to
-// the cluster's state directory, made exclusively: two `cluster up` of one name cannot both win.
+// Which local clusters this user has. A name is a symbolic link below
+// $XDG_STATE_HOME/everstep/names to the cluster's state directory, made exclusively: two `cluster
+// up` of one name cannot both win.
 //
 // Stateless: every call looks at the file system. Thread-safe.
 #pragma once
@@ -18,11 +19,11 @@ using Environment = std::map<std::string, std::string>;
 // What `cluster up` decided; the file STATE/cluster, "key=value" lines.
 struct ClusterPlan {
   std::string name;
-  std::string created;              // RFC 3339 UTC
-  std::string programs;             // folder of everstep-controller and everstep-agent
-  std::string listen;               // the controller's, as asked for
-  std::vector<std::string> nodes;   // names
-  unsigned slots = 0;               // workers a node may run; 0: no limit
+  std::string created;             // RFC 3339 UTC
+  std::string programs;            // folder of everstep-controller and everstep-agent
+  std::string listen;              // the controller's, as asked for
+  std::vector<std::string> nodes;  // names
+  unsigned slots = 0;              // workers a node may run; 0: no limit
 };
 
 struct ClusterInfo {

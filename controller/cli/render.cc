@@ -14,7 +14,9 @@
 namespace everstep::cli {
 namespace {
 
-std::string Count(std::int64_t n) { return HumanCount(n); }
+std::string Count(std::int64_t n) {
+  return HumanCount(n);
+}
 
 std::string Reason(const std::string& reason) {
   return reason.empty() || reason == "none" ? "-" : reason;
@@ -59,15 +61,23 @@ std::string Plain(const std::string& text) {
 }
 
 std::string RenderFaults(const v1::JobStatus& job, const RenderOptions& options) {
-  Table table({{"FAULT", Align::kRight}, {"DETECTED"}, {"REASON"}, {"SUBJECT"},
-               {"AFTER", Align::kRight}, {"RECOVERY", Align::kRight}, {"GENERATION"},
-               {"STEP"}, {"LOST", Align::kRight}, {"ACTION"}});
+  Table table({{"FAULT", Align::kRight},
+               {"DETECTED"},
+               {"REASON"},
+               {"SUBJECT"},
+               {"AFTER", Align::kRight},
+               {"RECOVERY", Align::kRight},
+               {"GENERATION"},
+               {"STEP"},
+               {"LOST", Align::kRight},
+               {"ACTION"}});
   std::string evidence;  // too long for a column
   for (const v1::FaultStatus& f : job.faults()) {
     // The day only where it is not the day of the submission.
     const bool same_day = f.detected().substr(0, 10) == job.submitted().substr(0, 10);
-    table.Add({std::to_string(f.id()), same_day ? TimeOfDay(f.detected()) : f.detected(), Reason(f.reason()), f.subject(),
-               HumanSeconds(f.detect_seconds()), HumanSeconds(f.recovery_seconds()),
+    table.Add({std::to_string(f.id()), same_day ? TimeOfDay(f.detected()) : f.detected(),
+               Reason(f.reason()), f.subject(), HumanSeconds(f.detect_seconds()),
+               HumanSeconds(f.recovery_seconds()),
                f.generation_after() == f.generation_before()
                    ? std::to_string(f.generation_before())
                    : fmt::format("{} -> {}", f.generation_before(), f.generation_after()),
@@ -90,16 +100,23 @@ std::string RenderRootCause(const v1::RootCause& cause) {
       {"  Message", cause.message()}};
   if (!cause.error_file().empty()) pairs.push_back({"  Error file", cause.error_file()});
   if (cause.others_size() > 0) {
-    pairs.push_back({"  Others", fmt::format("{} failed later", Plural(cause.others_size(), "worker"))});
+    pairs.push_back(
+        {"  Others", fmt::format("{} failed later", Plural(cause.others_size(), "worker"))});
   }
   return FormatPairs(pairs);
 }
 
 template <typename Nodes>
 Table NodesTable(const Nodes& nodes) {
-  Table table({{"NODE"}, {"STATE"}, {"ADDRESS"}, {"BEAT", Align::kRight},
-               {"LEASE", Align::kRight}, {"WARM"}, {"AGENT RESTARTS", Align::kRight},
-               {"JOBS"}, {"REASON"}});
+  Table table({{"NODE"},
+               {"STATE"},
+               {"ADDRESS"},
+               {"BEAT", Align::kRight},
+               {"LEASE", Align::kRight},
+               {"WARM"},
+               {"AGENT RESTARTS", Align::kRight},
+               {"JOBS"},
+               {"REASON"}});
   for (const v1::NodeStatus& n : nodes) {
     table.Add({n.node(), n.state(), n.address(), HumanSeconds(n.heartbeat_age_seconds()),
                HumanSeconds(n.lease_ms() / 1000.0), n.warm() ? "yes" : "no",
@@ -110,10 +127,18 @@ Table NodesTable(const Nodes& nodes) {
 
 template <typename Jobs>
 Table JobsTable(const Jobs& jobs) {
-  Table table({{"JOB"}, {"STATE"}, {"NODES"}, {"SPARES", Align::kRight},
-               {"WORLD", Align::kRight}, {"GENERATION", Align::kRight},
-               {"STEP", Align::kRight}, {"COMMITTED", Align::kRight}, {"RESTARTS"},
-               {"LOST CAPACITY", Align::kRight}, {"AGE", Align::kRight}, {"REASON"}});
+  Table table({{"JOB"},
+               {"STATE"},
+               {"NODES"},
+               {"SPARES", Align::kRight},
+               {"WORLD", Align::kRight},
+               {"GENERATION", Align::kRight},
+               {"STEP", Align::kRight},
+               {"COMMITTED", Align::kRight},
+               {"RESTARTS"},
+               {"LOST CAPACITY", Align::kRight},
+               {"AGE", Align::kRight},
+               {"REASON"}});
   for (const v1::JobStatus& j : jobs) {
     table.Add({j.job(), j.state(), NodesOf(j), std::to_string(j.spares()),
                std::to_string(j.world_size()), std::to_string(j.generation()), Count(j.step()),
@@ -136,8 +161,7 @@ std::string RenderStatus(const v1::ClusterStatus& status, const RenderOptions& o
   std::string out = FormatPairs(
       {{"Cluster", status.cluster()},
        {"Controller", fmt::format("pid {}, version {}, up {}", status.controller_pid(),
-                                  OrDash(status.version()),
-                                  HumanSeconds(status.uptime_seconds()))},
+                                  OrDash(status.version()), HumanSeconds(status.uptime_seconds()))},
        {"Store", fmt::format("{}, opened {}", OrDash(status.store()),
                              Plural(static_cast<std::int64_t>(status.starts()), "time"))}});
   out += "\n" + (status.nodes().empty()
@@ -166,27 +190,24 @@ std::string RenderNode(const v1::NodeStatus& node, const RenderOptions&) {
     labels.push_back(key + "=" + value);
   }
   std::sort(labels.begin(), labels.end());
-  return FormatPairs(
-      {{"Node", node.node()},
-       {"State", node.state()},
-       {"Reason", Reason(node.reason())},
-       {"Evidence", node.evidence()},
-       {"Address", node.address()},
-       {"Incarnation", std::to_string(node.incarnation())},
-       {"Last heartbeat", HumanSeconds(node.heartbeat_age_seconds()) + " ago"},
-       {"Lease", HumanSeconds(node.lease_ms() / 1000.0)},
-       {"Slots", node.slots() == 0 ? "no limit" : std::to_string(node.slots())},
-       {"Warm", node.warm() ? "yes" : "no"},
-       {"Agent restarts", std::to_string(node.agent_restarts())},
-       {"Jobs", JoinWords(node.jobs(), " ")},
-       {"Labels", JoinWords(labels, " ")}});
+  return FormatPairs({{"Node", node.node()},
+                      {"State", node.state()},
+                      {"Reason", Reason(node.reason())},
+                      {"Evidence", node.evidence()},
+                      {"Address", node.address()},
+                      {"Incarnation", std::to_string(node.incarnation())},
+                      {"Last heartbeat", HumanSeconds(node.heartbeat_age_seconds()) + " ago"},
+                      {"Lease", HumanSeconds(node.lease_ms() / 1000.0)},
+                      {"Slots", node.slots() == 0 ? "no limit" : std::to_string(node.slots())},
+                      {"Warm", node.warm() ? "yes" : "no"},
+                      {"Agent restarts", std::to_string(node.agent_restarts())},
+                      {"Jobs", JoinWords(node.jobs(), " ")},
+                      {"Labels", JoinWords(labels, " ")}});
 }
 
 std::string RenderJob(const v1::JobStatus& job, const RenderOptions& options) {
   std::vector<std::pair<std::string, std::string>> pairs = {
-      {"Job", job.job()},
-      {"State", job.state()},
-      {"Reason", Reason(job.reason())}};
+      {"Job", job.job()}, {"State", job.state()}, {"Reason", Reason(job.reason())}};
   if (!job.message().empty()) pairs.push_back({"Message", job.message()});
   const bool ended =
       job.state() == "SUCCEEDED" || job.state() == "FAILED" || job.state() == "CANCELLED";
@@ -200,17 +221,21 @@ std::string RenderJob(const v1::JobStatus& job, const RenderOptions& options) {
        {"Step", fmt::format("{} (committed {})", Count(job.step()), Count(job.committed_step()))},
        {"Restarts", fmt::format("{}, lost capacity {}, start failures {}", RestartsOf(job),
                                 job.lost_capacity(), job.start_failures())},
-       {"Lost in faults", fmt::format("{}, {}", HumanSeconds(job.seconds_lost()),
-                                      Plural(job.steps_lost(), "step"))},
-       {"Submitted", fmt::format("{} ({} ago)", OrDash(job.submitted()),
-                                 HumanSeconds(job.age_seconds()))},
+       {"Lost in faults",
+        fmt::format("{}, {}", HumanSeconds(job.seconds_lost()), Plural(job.steps_lost(), "step"))},
+       {"Submitted",
+        fmt::format("{} ({} ago)", OrDash(job.submitted()), HumanSeconds(job.age_seconds()))},
        {"Command", job.command()},
        {"Logs", job.log_dir()}});
   std::string out = FormatPairs(pairs);
   if (job.has_root_cause()) out += "\n" + RenderRootCause(job.root_cause());
   if (!job.ranks().empty()) {
-    Table ranks({{"RANK", Align::kRight}, {"LOCAL", Align::kRight}, {"NODE"},
-                 {"PID", Align::kRight}, {"STATE"}, {"EXIT", Align::kRight}});
+    Table ranks({{"RANK", Align::kRight},
+                 {"LOCAL", Align::kRight},
+                 {"NODE"},
+                 {"PID", Align::kRight},
+                 {"STATE"},
+                 {"EXIT", Align::kRight}});
     for (const v1::RankStatus& r : job.ranks()) {
       ranks.Add({std::to_string(r.rank()), std::to_string(r.local_rank()), r.node(),
                  r.pid() > 0 ? std::to_string(r.pid()) : "-", r.state(),
@@ -239,7 +264,9 @@ std::string RenderEvent(const v1::Event& event) {
 std::string ToJsonLine(const google::protobuf::Message& message) {
   std::string out;
   const auto status = google::protobuf::util::MessageToJsonString(message, &out, JsonOptions());
-  if (!status.ok()) return R"({"error":"a reply that is no UTF-8"})" "\n";
+  if (!status.ok())
+    return R"({"error":"a reply that is no UTF-8"})"
+           "\n";
   while (!out.empty() && out.back() == '\n') out.pop_back();
   return out + "\n";
 }

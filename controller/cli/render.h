@@ -23,7 +23,8 @@ std::string RenderJob(const v1::JobStatus& job, const RenderOptions& options);
 std::string RenderNodes(const v1::NodeList& nodes, const RenderOptions& options);
 std::string RenderNode(const v1::NodeStatus& node, const RenderOptions& options);
 
-// One line, never cut: events come one at a time, so their columns are fixed, and the end is what counts.
+// One line, never cut: events come one at a time, so their columns are fixed, and the end is what
+// counts.
 //   14:02:11.482 WARNING node_lost            node_died         n7: message [evidence]
 std::string RenderEvent(const v1::Event& event);
 

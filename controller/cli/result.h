@@ -15,8 +15,8 @@ class [[nodiscard]] Result {
   Result(CliError error) : state_(std::move(error)) {}  // NOLINT: an error is a result
 
   bool ok() const { return state_.index() == 0; }
-  T& value() { return std::get<0>(state_); }              // REQUIRES ok()
-  const T& value() const { return std::get<0>(state_); }  // REQUIRES ok()
+  T& value() { return std::get<0>(state_); }                     // REQUIRES ok()
+  const T& value() const { return std::get<0>(state_); }         // REQUIRES ok()
   const CliError& error() const { return std::get<1>(state_); }  // REQUIRES !ok()
 
  private:

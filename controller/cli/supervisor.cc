@@ -30,12 +30,12 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-constexpr milliseconds kTick{50};             // while something is awaited
+constexpr milliseconds kTick{50};  // while something is awaited
 constexpr milliseconds kIdleTick{1'000};
-constexpr milliseconds kShortLife{2'000};     // an end sooner than this slows the next start
+constexpr milliseconds kShortLife{2'000};  // an end sooner than this slows the next start
 constexpr milliseconds kLongestPause{5'000};
-constexpr milliseconds kKeeperLook{50};       // a killed node's keeper has died by then
-constexpr int kStartTries = 3;                // of the first start, before it is given up
+constexpr milliseconds kKeeperLook{50};  // a killed node's keeper has died by then
+constexpr int kStartTries = 3;           // of the first start, before it is given up
 constexpr milliseconds kControllerGrace{2'000};
 constexpr milliseconds kNodeGrace{5'000};
 constexpr milliseconds kSweepLimit{10'000};
@@ -199,9 +199,9 @@ class Supervisor {
       if (Ready() && !KeeperLives(*part)) {
         part->next = now + kNodeReturn;
         const bool held = ReadHold(part->dir).has_value();
-        Log(fmt::format("{}: the whole node is dead, it comes back {}", part->name,
-                        held ? "when it is not held down"
-                             : fmt::format("in {} ms", kNodeReturn.count())));
+        Log(fmt::format(
+            "{}: the whole node is dead, it comes back {}", part->name,
+            held ? "when it is not held down" : fmt::format("in {} ms", kNodeReturn.count())));
         if (!held) return;
       }
     }
@@ -383,8 +383,8 @@ Outcome StartSupervisor(const std::string& programs, const std::string& state_di
   argv.push_back(nullptr);
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC) != 0) {
-    return CliError{ExitCode::kFailed, "FAILED",
-                    fmt::format("no pipe: {}", std::strerror(errno)), ""};
+    return CliError{ExitCode::kFailed, "FAILED", fmt::format("no pipe: {}", std::strerror(errno)),
+                    ""};
   }
   const pid_t middle = ::fork();
   if (middle == 0) {
@@ -420,10 +420,13 @@ Outcome StartSupervisor(const std::string& programs, const std::string& state_di
 }
 
 Outcome WriteHold(const std::string& part_dir, const Hold& hold) {
-  return WriteSmallFile(part_dir + "/hold", hold.ever ? "ever\n" : fmt::format("{}\n", hold.until_ms));
+  return WriteSmallFile(part_dir + "/hold",
+                        hold.ever ? "ever\n" : fmt::format("{}\n", hold.until_ms));
 }
 
-void RemoveHold(const std::string& part_dir) { ::unlink((part_dir + "/hold").c_str()); }
+void RemoveHold(const std::string& part_dir) {
+  ::unlink((part_dir + "/hold").c_str());
+}
 
 std::optional<Hold> ReadHold(const std::string& part_dir) {
   const std::string text = ReadSmallFile(part_dir + "/hold");
@@ -435,7 +438,8 @@ std::optional<Hold> ReadHold(const std::string& part_dir) {
 
 std::int64_t WallMilliseconds() {
   return std::chrono::duration_cast<milliseconds>(
-             std::chrono::system_clock::now().time_since_epoch()).count();
+             std::chrono::system_clock::now().time_since_epoch())
+      .count();
 }
 
 }  // namespace everstep::cli

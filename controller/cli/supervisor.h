@@ -1,5 +1,5 @@
-// The process behind `everstep cluster up`: starts the controller and one agent a node, starts a dead one
-// again, and at SIGTERM ends all of it. It is what a service manager is on real machines.
+// The process behind `everstep cluster up`: starts the controller and one agent a node, starts a
+// dead one again, and at SIGTERM ends all of it. It is what a service manager is on real machines.
 //
 //   STATE/  cluster          what to run (ClusterPlan)
 //           supervisor.pid   "pid start_time"      supervisor.log
@@ -8,11 +8,12 @@
 //           controller/      db/ address controller.log hold
 //           nodes/NAME/      the agent's and keeper's files, hold
 //
-// `hold` in a part's folder says how long it stays down after a drill: milliseconds since the epoch, or
-// "ever". A node whose keeper died with its agent comes back after kNodeReturn, an agent alone at once:
-// a service manager restarts a process, a machine has to boot.
+// `hold` in a part's folder says how long it stays down after a drill: milliseconds since the
+// epoch, or "ever". A node whose keeper died with its agent comes back after kNodeReturn, an agent
+// alone at once: a service manager restarts a process, a machine has to boot.
 //
-// One thread; every process it starts (and what they leave behind) is its descendant: it is a subreaper.
+// One thread; every process it starts (and what they leave behind) is its descendant: it is a
+// subreaper.
 #pragma once
 
 #include <chrono>
@@ -28,8 +29,8 @@ inline constexpr std::chrono::milliseconds kNodeReturn{5'000};
 // Until SIGTERM or SIGINT. Returns the exit code of the process.
 int Supervise(const std::string& state_dir, const Environment& environment);
 
-// Starts Supervise (as `PROGRAMS/everstep cluster supervise STATE`) in a session of its own, child of
-// init: it outlives this process and its terminal. Returns when it runs.
+// Starts Supervise (as `PROGRAMS/everstep cluster supervise STATE`) in a session of its own, child
+// of init: it outlives this process and its terminal. Returns when it runs.
 Outcome StartSupervisor(const std::string& programs, const std::string& state_dir);
 
 // How a part is held down.

@@ -22,12 +22,14 @@ class Table {
 
   explicit Table(std::vector<Column> columns) : columns_(std::move(columns)) {}
 
-  // Cells beyond the columns are dropped, missing ones are "-". Control characters are shown as '?'.
+  // Cells beyond the columns are dropped, missing ones are "-". Control characters are shown as
+  // '?'.
   void Add(std::vector<std::string> cells);
 
   std::size_t rows() const { return rows_.size(); }
 
-  // max_width: columns of the terminal, lines are cut there with "..."; 0: no limit (not a terminal).
+  // max_width: columns of the terminal, lines are cut there with "..."; 0: no limit (not a
+  // terminal).
   std::string Format(bool headers = true, std::size_t max_width = 0) const;
 
  private:

@@ -5,11 +5,19 @@ namespace {
 
 using Count = WordSpec::Count;
 
-OptionSpec Watch(std::string help) { return {"watch", 'w', "", std::move(help)}; }
+OptionSpec Watch(std::string help) {
+  return {"watch", 'w', "", std::move(help)};
+}
 
-WordSpec Job() { return {"JOB", "name of the job, or a unique beginning of it", Names::kJobs}; }
-WordSpec Node() { return {"NODE", "name of the node", Names::kNodes}; }
-WordSpec Rank() { return {"RANK", "global rank of the worker in its job"}; }
+WordSpec Job() {
+  return {"JOB", "name of the job, or a unique beginning of it", Names::kJobs};
+}
+WordSpec Node() {
+  return {"NODE", "name of the node", Names::kNodes};
+}
+WordSpec Rank() {
+  return {"RANK", "global rank of the worker in its job"};
+}
 
 CommandSpec JobCommands() {
   return {
@@ -110,44 +118,43 @@ CommandSpec DrillCommands(std::string name, std::string summary, std::string des
       .name = name,
       .summary = summary,
       .description = description,
-      .children = {
-          {.name = "worker",
-           .verb = verbs[0],
-           .summary = "A worker of a job, by rank; through the controller, on any cluster",
-           .words = {Job(), Rank()},
-           .options = options(true),
-           .examples = {{line + " worker gpt 1", ""}}},
-          {.name = "node",
-           .verb = verbs[1],
-           .summary = "All processes of a node: agent, keeper, workers",
-           .words = {Node()},
-           .options = options(false),
-           .examples = {{line + " node n1", ""}}},
-          {.name = "agent",
-           .verb = verbs[2],
-           .summary = "The agent of a node; its keeper and workers run on",
-           .words = {Node()},
-           .options = options(false),
-           .examples = {{line + " agent n1", ""}}},
-          {.name = "keeper",
-           .verb = verbs[3],
-           .summary = "The keeper of a node; its workers die with it",
-           .words = {Node()},
-           .options = name == "kill" ? std::vector<OptionSpec>{} : options(false),
-           .examples = {{line + " keeper n1", ""}}},
-          {.name = "controller",
-           .verb = verbs[4],
-           .summary = "The controller; jobs go on without it",
-           .options = options(false),
-           .examples = {{line + " controller", ""}}}}};
+      .children = {{.name = "worker",
+                    .verb = verbs[0],
+                    .summary = "A worker of a job, by rank; through the controller, on any cluster",
+                    .words = {Job(), Rank()},
+                    .options = options(true),
+                    .examples = {{line + " worker gpt 1", ""}}},
+                   {.name = "node",
+                    .verb = verbs[1],
+                    .summary = "All processes of a node: agent, keeper, workers",
+                    .words = {Node()},
+                    .options = options(false),
+                    .examples = {{line + " node n1", ""}}},
+                   {.name = "agent",
+                    .verb = verbs[2],
+                    .summary = "The agent of a node; its keeper and workers run on",
+                    .words = {Node()},
+                    .options = options(false),
+                    .examples = {{line + " agent n1", ""}}},
+                   {.name = "keeper",
+                    .verb = verbs[3],
+                    .summary = "The keeper of a node; its workers die with it",
+                    .words = {Node()},
+                    .options = name == "kill" ? std::vector<OptionSpec>{} : options(false),
+                    .examples = {{line + " keeper n1", ""}}},
+                   {.name = "controller",
+                    .verb = verbs[4],
+                    .summary = "The controller; jobs go on without it",
+                    .options = options(false),
+                    .examples = {{line + " controller", ""}}}}};
 }
 
 CommandSpec ClusterCommands() {
   const OptionSpec down_for{"for", 0, "DURATION",
                             "keep it down this long; \"ever\": until `everstep cluster start`",
                             "an agent, keeper and controller come back at once, a node after 5s"};
-  const OptionSpec pause_for{"for", 0, "DURATION",
-                             "wait this long, then resume it", "until `cluster resume`"};
+  const OptionSpec pause_for{"for", 0, "DURATION", "wait this long, then resume it",
+                             "until `cluster resume`"};
   const OptionSpec signal{"signal", 0, "SIGNAL", "name or number", "KILL"};
   return {
       .name = "cluster",
@@ -167,8 +174,13 @@ CommandSpec ClusterCommands() {
                        {"spares", 0, "N", "that many more, for jobs with --spares", "0"},
                        {"name", 0, "NAME", "name of the cluster: letters, digits, - and _",
                         "local"},
-                       {"state-dir", 0, "DIR", "where its files go; must be new or empty",
-                        "below $XDG_STATE_HOME, ~/.local/state", {}, Names::kFiles},
+                       {"state-dir",
+                        0,
+                        "DIR",
+                        "where its files go; must be new or empty",
+                        "below $XDG_STATE_HOME, ~/.local/state",
+                        {},
+                        Names::kFiles},
                        {"listen", 0, "HOST:PORT", "the controller's address", "127.0.0.1:0"},
                        {"slots", 0, "N", "workers that each node may run; 0: no limit", "0"},
                        {"timeout", 0, "DURATION", "for all of it", "30s"}},
@@ -254,10 +266,8 @@ std::vector<CommandSpec> Commands() {
        .words = {Job()},
        .options = {{"rank", 'r', "RANK", "only this global rank", "all"},
                    {"follow", 'f', "", "go on with new lines until Ctrl-C or the job's end"},
-                   {"tail", 'n', "N", "begin with the last N lines; -1: from the beginning",
-                    "-1"}},
-       .examples = {{"everstep logs gpt --rank 0 -f", ""},
-                    {"everstep logs gpt --tail 20", ""}}},
+                   {"tail", 'n', "N", "begin with the last N lines; -1: from the beginning", "-1"}},
+       .examples = {{"everstep logs gpt --rank 0 -f", ""}, {"everstep logs gpt --tail 20", ""}}},
       {.name = "run",
        .verb = Verb::kRun,
        .summary = "Run a training script, as torchrun does (everstep-run)",
@@ -273,8 +283,8 @@ std::vector<CommandSpec> Commands() {
       {.name = "completion",
        .verb = Verb::kCompletion,
        .summary = "Print a completion script for a shell",
-       .words = {{"SHELL", "bash, zsh or fish", Names::kNone, Count::kOne,
-                  {"bash", "zsh", "fish"}}},
+       .words =
+           {{"SHELL", "bash, zsh or fish", Names::kNone, Count::kOne, {"bash", "zsh", "fish"}}},
        .examples = {{"source <(everstep completion bash)", "for this shell"},
                     {"everstep completion fish > ~/.config/fish/completions/everstep.fish", ""}}},
       {.name = "help",
@@ -300,16 +310,24 @@ const ProgramSpec& Program() {
       .root = {.name = "everstep",
                .summary = "keeps distributed training jobs stepping while machines fail",
                .children = Commands()},
-      .globals = {
-          {"controller", 0, "HOST:PORT[,...]", "address of the controller",
-           "$EVERSTEP_CONTROLLER, else the only local cluster"},
-          {"cluster", 0, "NAME", "a local cluster, by name", "$EVERSTEP_CLUSTER", {},
-           Names::kClusters},
-          {"timeout", 0, "DURATION", "limit of each call", "10s"},
-          {"output", 'o', "FORMAT", "table, json, jsonl or name", "table",
-           {"table", "json", "jsonl", "name"}},
-          {"no-headers", 0, "", "tables without their first line"},
-          {"quiet", 'q', "", "no remarks on stderr, only errors"}}};
+      .globals = {{"controller", 0, "HOST:PORT[,...]", "address of the controller",
+                   "$EVERSTEP_CONTROLLER, else the only local cluster"},
+                  {"cluster",
+                   0,
+                   "NAME",
+                   "a local cluster, by name",
+                   "$EVERSTEP_CLUSTER",
+                   {},
+                   Names::kClusters},
+                  {"timeout", 0, "DURATION", "limit of each call", "10s"},
+                  {"output",
+                   'o',
+                   "FORMAT",
+                   "table, json, jsonl or name",
+                   "table",
+                   {"table", "json", "jsonl", "name"}},
+                  {"no-headers", 0, "", "tables without their first line"},
+                  {"quiet", 'q', "", "no remarks on stderr, only errors"}}};
   return program;
 }
 
@@ -333,7 +351,8 @@ const std::vector<Topic>& Topics() {
        "-o jsonl   one object a line: lists and events\n"
        "-o name    names only, one a line\n"
        "\n"
-       "Data go to stdout, errors and remarks to stderr. With json and jsonl an error is an object\n"
+       "Data go to stdout, errors and remarks to stderr. With json and jsonl an error is an "
+       "object\n"
        "on stdout: {\"error\":{\"code\":...,\"message\":...,\"hint\":...}}.\n"
        "64-bit integers are strings in JSON, as protobuf's JSON form has them.\n"},
       {"environment", "Environment variables",

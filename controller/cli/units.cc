@@ -33,6 +33,8 @@ std::string Plural(std::int64_t count, const std::string& noun) {
   return HumanCount(count) + " " + noun + (count == 1 ? "" : "s");
 }
 
-std::string OrDash(const std::string& text) { return text.empty() ? "-" : text; }
+std::string OrDash(const std::string& text) {
+  return text.empty() ? "-" : text;
+}
 
 }  // namespace everstep::cli

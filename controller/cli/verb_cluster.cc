@@ -161,8 +161,8 @@ void Tell(Context& context, const ClusterInfo& cluster, const TakenDown& down) {
 
 constexpr milliseconds kJobsEndLimit{3'000};
 
-// So that whoever follows a job is told that it ended, and why. Best effort: a controller that does not
-// answer has nothing to say.
+// So that whoever follows a job is told that it ended, and why. Best effort: a controller that does
+// not answer has nothing to say.
 std::size_t EndJobs(const ClusterInfo& cluster) {
   if (!cluster.running || cluster.controller.empty()) return 0;
   AdminClient::Options options;
@@ -194,18 +194,20 @@ VerbResult DownOne(Context& context, const ClusterInfo& cluster, milliseconds li
   const std::string state = StateOf(cluster);
   const bool keep = context.args.Has("keep-files");
   const std::size_t jobs = EndJobs(cluster);
-  if (jobs > 0) context.Remark(fmt::format("{} ended with it", Plural(static_cast<std::int64_t>(jobs), "job")));
+  if (jobs > 0)
+    context.Remark(fmt::format("{} ended with it", Plural(static_cast<std::int64_t>(jobs), "job")));
   const TakenDown down = TakeDown(context.registry, cluster, keep, limit);
   Tell(context, cluster, down);
   if (!down.survivors.empty()) {
-    return CliError{ExitCode::kFailed, "FAILED",
-                    fmt::format("of cluster {} are left: {}", cluster.name,
-                                fmt::join(down.survivors, ", ")),
-                    fmt::format("try again: everstep cluster down {}", cluster.name)};
+    return CliError{
+        ExitCode::kFailed, "FAILED",
+        fmt::format("of cluster {} are left: {}", cluster.name, fmt::join(down.survivors, ", ")),
+        fmt::format("try again: everstep cluster down {}", cluster.name)};
   }
   if (context.json()) {
-    context.Out(WithKind("ClusterDown", fmt::format("{{\"name\":{},\"was\":\"{}\",\"killed\":{}}}\n",
-                                                    JsonQuote(cluster.name), state, down.killed)));
+    context.Out(
+        WithKind("ClusterDown", fmt::format("{{\"name\":{},\"was\":\"{}\",\"killed\":{}}}\n",
+                                            JsonQuote(cluster.name), state, down.killed)));
   } else if (context.output == Output::kName) {
     context.Out(cluster.name + "\n");
   } else {
@@ -223,9 +225,9 @@ VerbResult RunClusterUp(Context& context) {
   Result<ClusterPlan> made = PlanFromOptions(context.args);
   if (!made.ok()) return made.error();
   const ClusterPlan& plan = made.value();
-  const std::string dir = CleanPath(context.args.Has("state-dir")
-                                        ? context.args.Get("state-dir")
-                                        : context.registry.DefaultStateDir(plan.name));
+  const std::string dir =
+      CleanPath(context.args.Has("state-dir") ? context.args.Get("state-dir")
+                                              : context.registry.DefaultStateDir(plan.name));
   const auto began = steady_clock::now();
   const InterruptGuard guard;
   if (Outcome laid = LayOut(context.registry, plan, dir); !laid.ok()) return laid.error();
@@ -269,10 +271,10 @@ VerbResult RunClusterDown(Context& context) {
     if (clusters.size() > 1) {
       std::vector<std::string> names;
       for (const ClusterInfo& cluster : clusters) names.push_back(cluster.name);
-      return CliError{ExitCode::kUsage, "INVALID_ARGUMENT",
-                      fmt::format("there are {} local clusters: {}", names.size(),
-                                  fmt::join(names, ", ")),
-                      fmt::format("say which: everstep cluster down {}; or --all", names[0])};
+      return CliError{
+          ExitCode::kUsage, "INVALID_ARGUMENT",
+          fmt::format("there are {} local clusters: {}", names.size(), fmt::join(names, ", ")),
+          fmt::format("say which: everstep cluster down {}; or --all", names[0])};
     }
   }
   for (const ClusterInfo& cluster : clusters) {
@@ -297,20 +299,20 @@ VerbResult RunClusterList(Context& context) {
     context.Out("No clusters.\n");
     return ExitCode::kOk;
   }
-  Table table({{"NAME"}, {"STATE"}, {"CONTROLLER"}, {"NODES", Align::kRight}, {"CREATED"},
-               {"DIRECTORY"}});
+  Table table(
+      {{"NAME"}, {"STATE"}, {"CONTROLLER"}, {"NODES", Align::kRight}, {"CREATED"}, {"DIRECTORY"}});
   for (const ClusterInfo& cluster : clusters) {
     table.Add({cluster.name, StateOf(cluster), cluster.controller,
-               std::to_string(cluster.plan.nodes.size()), cluster.plan.created,
-               cluster.state_dir});
+               std::to_string(cluster.plan.nodes.size()), cluster.plan.created, cluster.state_dir});
   }
   context.Out(table.Format(context.render.headers, context.render.max_width));
   for (const ClusterInfo& cluster : clusters) {
     if (cluster.running) continue;
     const std::size_t left = ProcessesOf(cluster.state_dir).size();
-    context.Remark(fmt::format("cluster {} is stale: its supervisor is gone, {} of its processes "
-                               "run\n  hint: everstep cluster down {}",
-                               cluster.name, left, cluster.name));
+    context.Remark(
+        fmt::format("cluster {} is stale: its supervisor is gone, {} of its processes "
+                    "run\n  hint: everstep cluster down {}",
+                    cluster.name, left, cluster.name));
   }
   return ExitCode::kOk;
 }

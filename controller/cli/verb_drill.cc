@@ -1,4 +1,5 @@
-// `everstep cluster kill|pause|resume worker|node|agent|keeper|controller`: real signals to real processes.
+// `everstep cluster kill|pause|resume worker|node|agent|keeper|controller`: real signals to real
+// processes.
 #include <algorithm>
 #include <csignal>
 #include <thread>
@@ -99,9 +100,10 @@ void Say(Context& context, Kind kind, int signal, const std::string& subject,
     for (const Struck& one : struck) {
       items.push_back(fmt::format("{{\"pid\":{},\"process\":{}}}", one.pid, JsonQuote(one.what)));
     }
-    context.Out(fmt::format("{{\"apiVersion\":\"everstep/v1\",\"kind\":\"Drill\",\"action\":\"{}\","
-                            "\"subject\":{},\"signal\":{},\"processes\":[{}]}}\n",
-                            Past(kind.action), JsonQuote(subject), signal, fmt::join(items, ",")));
+    context.Out(
+        fmt::format("{{\"apiVersion\":\"everstep/v1\",\"kind\":\"Drill\",\"action\":\"{}\","
+                    "\"subject\":{},\"signal\":{},\"processes\":[{}]}}\n",
+                    Past(kind.action), JsonQuote(subject), signal, fmt::join(items, ",")));
     return;
   }
   std::vector<std::string> parts;
@@ -172,9 +174,8 @@ std::vector<ProcessFacts> Victims(const std::string& dir, Target target) {
     const std::string what = WhatItIs(process);
     return what == "agent" ? 0 : what == "keeper" ? 1 : what == "guard" ? 2 : 3;
   };
-  std::stable_sort(victims.begin(), victims.end(), [&](const auto& a, const auto& b) {
-    return order(a) < order(b);
-  });
+  std::stable_sort(victims.begin(), victims.end(),
+                   [&](const auto& a, const auto& b) { return order(a) < order(b); });
   return victims;
 }
 
@@ -229,8 +230,8 @@ VerbResult RunDrill(Context& context, Verb verb) {
     hold = Hold{.until_ms = WallMilliseconds() + length.count()};
   }
   const std::string subject = controller || kind.target == Target::kNode ? part
-                              : kind.target == Target::kAgent ? "the agent of " + part
-                                                              : "the keeper of " + part;
+                              : kind.target == Target::kAgent            ? "the agent of " + part
+                                                                         : "the keeper of " + part;
   const std::vector<ProcessFacts> victims = Victims(dir, kind.target);
   if (victims.empty()) {
     return CliError{ExitCode::kConflict, "FAILED_PRECONDITION",

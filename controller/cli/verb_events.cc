@@ -26,7 +26,8 @@ VerbResult RunEvents(Context& context) {
   request.set_node(args.Get("node"));
   const Result<std::int64_t> limit = ParseInteger("--limit", args.Get("limit", "0"), 0, 1'000'000);
   if (!limit.ok()) return limit.error();
-  const Result<std::int64_t> after = ParseInteger("--after", args.Get("after", "-1"), -1, INT64_MAX - 1);
+  const Result<std::int64_t> after =
+      ParseInteger("--after", args.Get("after", "-1"), -1, INT64_MAX - 1);
   if (!after.ok()) return after.error();
   request.set_since_sequence(static_cast<std::uint64_t>(after.value() + 1));
   std::string youngest;  // RFC 3339 texts of equal form compare as times

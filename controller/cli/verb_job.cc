@@ -15,9 +15,9 @@ const std::vector<std::string> kStates{"WAITING",  "PREPARING", "ACTIVATING", "R
                                        "STOPPING", "SUCCEEDED", "FAILED",     "CANCELLED"};
 
 struct Condition {
-  std::string state;          // empty: not a state
-  bool ended = false;         // any terminal state
-  std::int64_t step = -1;     // at least; -1: not a step
+  std::string state;       // empty: not a state
+  bool ended = false;      // any terminal state
+  std::int64_t step = -1;  // at least; -1: not a step
   std::int64_t committed = -1;
 
   bool Holds(const v1::JobStatus& job) const {
@@ -30,11 +30,11 @@ struct Condition {
 
 Result<Condition> ReadCondition(const std::string& text) {
   Condition condition;
-  for (const auto& [prefix, value] : {std::pair{"step=", &condition.step},
-                                      std::pair{"committed=", &condition.committed}}) {
+  for (const auto& [prefix, value] :
+       {std::pair{"step=", &condition.step}, std::pair{"committed=", &condition.committed}}) {
     if (text.rfind(prefix, 0) != 0) continue;
-    const Result<std::int64_t> number =
-        ParseInteger(std::string("--for ") + prefix, text.substr(std::string(prefix).size()), 0, INT64_MAX);
+    const Result<std::int64_t> number = ParseInteger(
+        std::string("--for ") + prefix, text.substr(std::string(prefix).size()), 0, INT64_MAX);
     if (!number.ok()) return number.error();
     *value = number.value();
     return condition;
@@ -47,11 +47,11 @@ Result<Condition> ReadCondition(const std::string& text) {
   }
   if (std::find(kStates.begin(), kStates.end(), upper) == kStates.end()) {
     const std::string near = Nearest(upper, kStates);
-    return CliError{ExitCode::kUsage, "INVALID_ARGUMENT",
-                    fmt::format("--for cannot be \"{}\"", text),
-                    near.empty() ? fmt::format("one of: ended, step=N, committed=N, {}",
-                                               fmt::join(kStates, ", "))
-                                 : fmt::format("did you mean: {}", near)};
+    return CliError{
+        ExitCode::kUsage, "INVALID_ARGUMENT", fmt::format("--for cannot be \"{}\"", text),
+        near.empty()
+            ? fmt::format("one of: ended, step=N, committed=N, {}", fmt::join(kStates, ", "))
+            : fmt::format("did you mean: {}", near)};
   }
   condition.state = upper;
   return condition;
@@ -87,8 +87,8 @@ Result<v1::JobStatus> FindJob(AdminClient* client, const std::string& name) {
   Result<v1::JobStatus> job = client->GetJob(name);
   if (job.ok() || job.error().exit != ExitCode::kNotFound || !job.error().hint.empty()) return job;
   CliError error = job.error();
-  error.message = fmt::format("no job is named \"{}\" at the controller {}", name,
-                              client->controller());
+  error.message =
+      fmt::format("no job is named \"{}\" at the controller {}", name, client->controller());
   error.hint = "everstep job list shows the jobs";
   if (Result<v1::JobList> jobs = client->ListJobs(); jobs.ok()) {
     std::vector<std::string> names;
@@ -177,21 +177,21 @@ VerbResult RunJobCancel(Context& context) {
     return cancelled.error();
   }
   if (context.args.Has("wait")) {
-    const Outcome ended = client.value()->FollowJob(name, context.timeout,
-                                                    [&](const v1::JobStatus& now) {
-                                                      job = now;
-                                                      return true;
-                                                    });
+    const Outcome ended =
+        client.value()->FollowJob(name, context.timeout, [&](const v1::JobStatus& now) {
+          job = now;
+          return true;
+        });
     if (!ended.ok()) return ended.error();
   } else if (Result<v1::JobStatus> now = client.value()->GetJob(name); now.ok()) {
     job = now;
   }
-  context.Out(context.output == Output::kTable
-                  ? IsTerminal(job.value())
-                        ? fmt::format("job {} is {}\n", name, job.value().state())
-                        : fmt::format("job {} was asked to end; it is {}\n", name,
-                                      job.value().state())
-                  : JobText(context, job.value()));
+  context.Out(
+      context.output == Output::kTable
+          ? IsTerminal(job.value())
+                ? fmt::format("job {} is {}\n", name, job.value().state())
+                : fmt::format("job {} was asked to end; it is {}\n", name, job.value().state())
+          : JobText(context, job.value()));
   return ExitCode::kOk;
 }
 

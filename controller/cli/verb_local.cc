@@ -15,7 +15,9 @@
 namespace everstep::cli {
 namespace {
 
-bool Executable(const std::string& path) { return ::access(path.c_str(), X_OK) == 0; }
+bool Executable(const std::string& path) {
+  return ::access(path.c_str(), X_OK) == 0;
+}
 
 // The folder this program was called from, links not followed, so that what stands beside the link
 // (a virtual environment's python) is found beside it.
@@ -38,8 +40,10 @@ std::string CalledFolder(const std::string& called_as, const Environment& enviro
 
 VerbResult RunVersion(Context& context) {
   if (context.json()) {
-    context.Out(fmt::format("{{\"apiVersion\":\"everstep/v1\",\"kind\":\"Version\",\"version\":\"{}\","
-                            "\"protocol\":{}}}\n", kVersion, kProtocolVersion));
+    context.Out(
+        fmt::format("{{\"apiVersion\":\"everstep/v1\",\"kind\":\"Version\",\"version\":\"{}\","
+                    "\"protocol\":{}}}\n",
+                    kVersion, kProtocolVersion));
   } else {
     context.Out(context.output == Output::kName ? fmt::format("{}\n", kVersion)
                                                 : fmt::format("everstep {}\n", kVersion));

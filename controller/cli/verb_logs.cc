@@ -46,25 +46,24 @@ VerbResult RunLogs(Context& context) {
                     fmt::format("see: everstep job show {}", request.job())};
   }
   const bool prefix = request.rank() < 0 && job.value().world_size() != 1;
-  const Outcome tailed =
-      client.value()->TailJobLogs(request, [&](const v1::JobLogLines& lines) {
-        std::string out;
-        EachLine(lines.data(), [&](std::string_view line) {
-          if (context.json()) {
-            out += fmt::format(
-                "{{\"job\":{},\"rank\":{},\"node\":{},\"generation\":{},\"stream\":\"{}\","
-                "\"line\":{}}}\n",
-                JsonQuote(request.job()), lines.rank(), JsonQuote(lines.node()),
-                lines.generation(), lines.from_stderr() ? "stderr" : "stdout", JsonQuote(line));
-          } else {
-            if (prefix) out += fmt::format("[{}] ", lines.rank());
-            out += line;
-            out += '\n';
-          }
-        });
-        context.Out(out);
-        return true;
-      });
+  const Outcome tailed = client.value()->TailJobLogs(request, [&](const v1::JobLogLines& lines) {
+    std::string out;
+    EachLine(lines.data(), [&](std::string_view line) {
+      if (context.json()) {
+        out += fmt::format(
+            "{{\"job\":{},\"rank\":{},\"node\":{},\"generation\":{},\"stream\":\"{}\","
+            "\"line\":{}}}\n",
+            JsonQuote(request.job()), lines.rank(), JsonQuote(lines.node()), lines.generation(),
+            lines.from_stderr() ? "stderr" : "stdout", JsonQuote(line));
+      } else {
+        if (prefix) out += fmt::format("[{}] ", lines.rank());
+        out += line;
+        out += '\n';
+      }
+    });
+    context.Out(out);
+    return true;
+  });
   if (!tailed.ok()) return tailed.error();
   return ExitCode::kOk;
 }

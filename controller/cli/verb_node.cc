@@ -78,7 +78,8 @@ VerbResult RunNodeDrain(Context& context) {
   if (request.reason().empty()) {
     return CliError{ExitCode::kUsage, "INVALID_ARGUMENT", "node drain needs --reason",
                     fmt::format("say why, for whoever finds it drained: everstep node drain {} "
-                                "--reason \"memory errors\"", context.args.words[0])};
+                                "--reason \"memory errors\"",
+                                context.args.words[0])};
   }
   const Result<std::chrono::milliseconds> deadline =
       ParseDuration("--deadline", context.args.Get("deadline", "0"));

@@ -1,5 +1,6 @@
 // A local cluster's life with small real processes in place of the programs (cli_fake_part.cc): the
-// supervisor restarts what dies, a drill holds it down, and taking down leaves nothing, whatever is left.
+// supervisor restarts what dies, a drill holds it down, and taking down leaves nothing, whatever is
+// left.
 #include <unistd.h>
 
 #include <chrono>
@@ -40,8 +41,10 @@ class CliCluster : public ::testing::Test {
     root_ = dir;
     programs_ = root_ + "/bin";
     fs::create_directories(programs_);
-    for (const char* name : {"everstep", "everstep-controller", "everstep-agent", "everstep-keeper"}) {
-      fs::copy_file(std::string(EVERSTEP_BINARY_DIR) + "/tests/cli_fake_part", programs_ + "/" + name);
+    for (const char* name :
+         {"everstep", "everstep-controller", "everstep-agent", "everstep-keeper"}) {
+      fs::copy_file(std::string(EVERSTEP_BINARY_DIR) + "/tests/cli_fake_part",
+                    programs_ + "/" + name);
     }
     plan_.name = "t";
     plan_.programs = programs_;
@@ -72,8 +75,9 @@ class CliCluster : public ::testing::Test {
   }
   bool Complete() const {
     return One(dir() + "/controller", "everstep-controller").pid > 0 &&
-           One(node("n0"), "everstep-keeper").pid > 0 && One(node("n1"), "everstep-keeper").pid > 0 &&
-           One(node("n0"), "sleep").pid > 0 && One(node("n1"), "sleep").pid > 0;
+           One(node("n0"), "everstep-keeper").pid > 0 &&
+           One(node("n1"), "everstep-keeper").pid > 0 && One(node("n0"), "sleep").pid > 0 &&
+           One(node("n1"), "sleep").pid > 0;
   }
   void Up() {
     const Outcome up = LayOut(registry(), plan_, dir());
@@ -82,7 +86,9 @@ class CliCluster : public ::testing::Test {
     ASSERT_TRUE(WriteSmallFile(dir() + "/ready", "").ok());
   }
   ClusterInfo Info() const { return ReadCluster("t", dir()); }
-  std::size_t Starts(const std::string& part) const { return ReadSmallFile(part + "/starts").size(); }
+  std::size_t Starts(const std::string& part) const {
+    return ReadSmallFile(part + "/starts").size();
+  }
   void ExpectNothingLeft(const TakenDown& down) {
     EXPECT_TRUE(down.survivors.empty());
     EXPECT_TRUE(ProcessesOf(dir()).empty());

@@ -1,5 +1,5 @@
-// Stands in for the programs of a cluster, by the name it is called: small real processes that behave as
-// the supervisor expects of them (files, children, signals) and do nothing else.
+// Stands in for the programs of a cluster, by the name it is called: small real processes that
+// behave as the supervisor expects of them (files, children, signals) and do nothing else.
 #include <arpa/inet.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
@@ -37,9 +37,11 @@ int Controller(int argc, char** argv) {
   sockaddr_in address{};
   address.sin_family = AF_INET;
   address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  address.sin_port = htons(static_cast<uint16_t>(std::atoi(listen.substr(listen.rfind(':') + 1).c_str())));
+  address.sin_port =
+      htons(static_cast<uint16_t>(std::atoi(listen.substr(listen.rfind(':') + 1).c_str())));
   socklen_t size = sizeof(address);
-  if (::bind(fd, reinterpret_cast<sockaddr*>(&address), size) != 0 || ::listen(fd, 1) != 0) return 4;
+  if (::bind(fd, reinterpret_cast<sockaddr*>(&address), size) != 0 || ::listen(fd, 1) != 0)
+    return 4;
   ::getsockname(fd, reinterpret_cast<sockaddr*>(&address), &size);
   const std::string file = Option(argc, argv, "--address-file");
   std::ofstream(file + ".tmp") << "127.0.0.1:" << ntohs(address.sin_port) << "\n";
@@ -60,11 +62,13 @@ int Agent(int argc, char** argv, const std::string& folder) {
       const std::string program = folder + "/everstep-keeper";
       const std::string socket = dir + "/keeper.sock";
       if (::fork() == 0) {
-        ::execl(program.c_str(), program.c_str(), "--socket", socket.c_str(), "--dir", dir.c_str(), nullptr);
+        ::execl(program.c_str(), program.c_str(), "--socket", socket.c_str(), "--dir", dir.c_str(),
+                nullptr);
       }
       ::_exit(0);
     }
-    for (int i = 0; i < 5000 && ::access((dir + "/keeper.sock").c_str(), F_OK) != 0; ++i) ::usleep(1000);
+    for (int i = 0; i < 5000 && ::access((dir + "/keeper.sock").c_str(), F_OK) != 0; ++i)
+      ::usleep(1000);
     std::ifstream(dir + "/keeper.pid") >> keeper;
   }
   std::signal(SIGTERM, [](int) {
@@ -97,7 +101,8 @@ int main(int argc, char** argv) {
   if (name == "everstep-agent") return Agent(argc, argv, path.substr(0, path.rfind('/')));
   if (name == "everstep-keeper") return Keeper(argc, argv);
   if (argc == 4 && std::strcmp(argv[2], "supervise") == 0) {
-    return everstep::cli::Supervise(argv[3], {{"PATH", "/bin"}, {"EVERSTEP_CONTROLLER", "elsewhere"}});
+    return everstep::cli::Supervise(argv[3],
+                                    {{"PATH", "/bin"}, {"EVERSTEP_CONTROLLER", "elsewhere"}});
   }
   return 2;
 }

@@ -30,10 +30,15 @@ TEST(CliTable, AlignsDashesAndLeavesNoTrailingSpace) {
 
 TEST(CliTable, CutsOnlyWhereATerminalEndsAndNeverInsideACharacter) {
   Table table({{"NAME"}, {"MESSAGE"}});
-  table.Add({"j", "gr\xC3\xB6\xC3\x9F" "er than the terminal"});
-  EXPECT_EQ(table.Format(true, 14), "NAME  MESSAGE\nj     gr\xC3\xB6\xC3\x9F" "e...\n");
+  table.Add({"j",
+             "gr\xC3\xB6\xC3\x9F"
+             "er than the terminal"});
+  EXPECT_EQ(table.Format(true, 14),
+            "NAME  MESSAGE\nj     gr\xC3\xB6\xC3\x9F"
+            "e...\n");
   EXPECT_EQ(table.Format(true, 0),
-            "NAME  MESSAGE\nj     gr\xC3\xB6\xC3\x9F" "er than the terminal\n");
+            "NAME  MESSAGE\nj     gr\xC3\xB6\xC3\x9F"
+            "er than the terminal\n");
 }
 
 TEST(CliTable, EscapeSequencesOfAJobsTextDoNotReachTheTerminal) {
@@ -81,7 +86,10 @@ TEST(CliError, SaysWhatAndWhatToDoNext) {
 }
 
 TEST(CliError, JsonNeverCarriesInvalidUtf8) {
-  EXPECT_EQ(JsonQuote("a\xFF" "b"), "\"a\xEF\xBF\xBD" "b\"");
+  EXPECT_EQ(JsonQuote("a\xFF"
+                      "b"),
+            "\"a\xEF\xBF\xBD"
+            "b\"");
   EXPECT_EQ(JsonQuote("\xC3"), "\"\xEF\xBF\xBD\"");
   EXPECT_EQ(JsonQuote("\xC3\xB6\t\\"), "\"\xC3\xB6\\t\\\\\"");
 }

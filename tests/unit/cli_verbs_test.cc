@@ -1,5 +1,6 @@
-// Transcripts of the command line: tests/unit/cli_golden/*.txt hold commands and what they print, against a
-// small in-process controller with fixed replies. `cli_verbs_test --rewrite` writes them anew; read the diff.
+// Transcripts of the command line: tests/unit/cli_golden/*.txt hold commands and what they print,
+// against a small in-process controller with fixed replies. `cli_verbs_test --rewrite` writes them
+// anew; read the diff.
 //
 //   $ everstep job show gpt      a command; stdout follows as it is
 //   2> error: ...                a line on stderr
@@ -169,11 +170,10 @@ v1::Event MakeEvent(std::uint64_t sequence, const std::string& type, const std::
 }
 
 std::vector<v1::Event> Events() {
-  std::vector<v1::Event> events{
-      MakeEvent(1, "node_registered", "INFO", "registered"),
-      MakeEvent(2, "node_lost", "WARNING", "node_lost"),
-      MakeEvent(3, "worker_exited", "ERROR", "worker_killed"),
-      MakeEvent(4, "generation_activated", "INFO", "node_lost")};
+  std::vector<v1::Event> events{MakeEvent(1, "node_registered", "INFO", "registered"),
+                                MakeEvent(2, "node_lost", "WARNING", "node_lost"),
+                                MakeEvent(3, "worker_exited", "ERROR", "worker_killed"),
+                                MakeEvent(4, "generation_activated", "INFO", "node_lost")};
   events[0].set_node("n0");
   events[1].set_node("n1");
   events[1].set_message("n1 has been silent for longer than its lease");
@@ -218,7 +218,8 @@ class FixedController final : public v1::AdminService::Service {
     }
     if (std::string("gpt-large").rfind(request->job(), 0) == 0) *reply = Gpt();
     if (request->job() == "bert") *reply = Bert();
-    if (request->job() == "\xff") return {grpc::StatusCode::INVALID_ARGUMENT, "a job's name is text"};
+    if (request->job() == "\xff")
+      return {grpc::StatusCode::INVALID_ARGUMENT, "a job's name is text"};
     if (reply->job().empty()) return {grpc::StatusCode::NOT_FOUND, "no such job"};
     return grpc::Status::OK;
   }
@@ -256,7 +257,8 @@ class FixedController final : public v1::AdminService::Service {
       fitting.push_back(event);
     }
     const std::size_t skip = request->limit() > 0 && request->limit() < fitting.size()
-                                 ? fitting.size() - request->limit() : 0;
+                                 ? fitting.size() - request->limit()
+                                 : 0;
     for (std::size_t i = skip; i < fitting.size(); ++i) writer->Write(fitting[i]);
     return grpc::Status::OK;
   }
@@ -351,7 +353,8 @@ class CliTranscripts : public ::testing::Test {
     std::string out;
     std::string err;
   };
-  Ran Run(const std::vector<std::string>& args, bool with_controller = true, std::size_t width = 0) {
+  Ran Run(const std::vector<std::string>& args, bool with_controller = true,
+          std::size_t width = 0) {
     Ran ran;
     Io io;
     io.out = [&](std::string_view text) { ran.out += text; };
@@ -416,29 +419,44 @@ class CliTranscripts : public ::testing::Test {
   std::string state_;
 };
 
-TEST_F(CliTranscripts, Status) { Check("status"); }
+TEST_F(CliTranscripts, Status) {
+  Check("status");
+}
 TEST_F(CliTranscripts, Jobs) {
   Check("job");
   EXPECT_EQ(service_.cancelled, "gpt-large: wrong data");
 }
-TEST_F(CliTranscripts, Nodes) { Check("node"); }
-TEST_F(CliTranscripts, Events) { Check("events"); }
-TEST_F(CliTranscripts, Logs) { Check("logs"); }
+TEST_F(CliTranscripts, Nodes) {
+  Check("node");
+}
+TEST_F(CliTranscripts, Events) {
+  Check("events");
+}
+TEST_F(CliTranscripts, Logs) {
+  Check("logs");
+}
 TEST_F(CliTranscripts, Drills) {
   Check("drill");
   EXPECT_EQ(service_.drilled, 11) << "the last one asks for SEGV";
 }
-TEST_F(CliTranscripts, Errors) { Check("errors"); }
-TEST_F(CliTranscripts, Clusters) { Check("cluster"); }
-TEST_F(CliTranscripts, Help) { Check("help"); }
+TEST_F(CliTranscripts, Errors) {
+  Check("errors");
+}
+TEST_F(CliTranscripts, Clusters) {
+  Check("cluster");
+}
+TEST_F(CliTranscripts, Help) {
+  Check("help");
+}
 
 TEST_F(CliTranscripts, AnAbsentControllerIsRetriedAndThenNamed) {
   server_->Shutdown(std::chrono::system_clock::now());
   const Ran ran = Run({"status", "--timeout", "300ms"});
   EXPECT_EQ(ran.code, 5);
   EXPECT_EQ(ran.out, "");
-  EXPECT_EQ(ran.err.rfind("error: no controller answers at " + address_ + " (EVERSTEP_CONTROLLER)", 0),
-            0u)
+  EXPECT_EQ(
+      ran.err.rfind("error: no controller answers at " + address_ + " (EVERSTEP_CONTROLLER)", 0),
+      0u)
       << ran.err;
 }
 
