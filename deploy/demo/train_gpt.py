@@ -111,7 +111,9 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(args.seed)
     text = load_text()
-    model = DistributedDataParallel(GPT(args.width, args.layers, args.heads, args.context))
+    # DDP lays its buckets anew after a process's first step, and with three ranks the order of a sum depends on the
+    # bucket: with find_unused_parameters it does not, so a step gives the same bits whenever its process was started.
+    model = DistributedDataParallel(GPT(args.width, args.layers, args.heads, args.context), find_unused_parameters=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     trace = args.trace.open("a", buffering=1) if args.trace else None
