@@ -6,9 +6,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <atomic>
 #include <memory>
-#include <set>
 #include <utility>
 #include <vector>
 
@@ -24,11 +22,16 @@ namespace {
 constexpr std::size_t kMaxCommandBytes = 4u << 20;
 constexpr std::uint32_t kMaxWorkersPerNode = 1024;
 
-grpc::Status Busy() {
-  return {grpc::StatusCode::RESOURCE_EXHAUSTED, "the controller is behind with its work\nhint: try again"};
+grpc::Status Ending() { return {grpc::StatusCode::UNAVAILABLE, "the controller ends"}; }
+
+grpc::Status TooManyWatchers(std::size_t count) {
+  return {grpc::StatusCode::RESOURCE_EXHAUSTED,
+          fmt::format("{} streams are open, the limit of this controller\nhint: end others first", count)};
 }
 
-grpc::Status StatusOf(const Reply& reply) {
+grpc::Status StatusOf(const Reply* answer) {
+  if (answer == nullptr) return Ending();
+  const Reply& reply = *answer;
   grpc::StatusCode code = grpc::StatusCode::OK;
   switch (reply.code) {
     case ReplyCode::kOk: return grpc::Status::OK;
@@ -85,31 +88,32 @@ bool Matches(const JournalRecord& r, const v1::WatchEventsRequest& q) {
          (q.node().empty() || r.node == q.node());
 }
 
-// A stream of answers; gone() tells the brain's side that nobody listens any more.
+// A stream of answers. When it is over the brain forgets the watcher that fed it.
 template <typename Message>
 class Writer final : public QueuedWrites<grpc::ServerWriteReactor<Message>, Message> {
  public:
-  Writer(grpc::CallbackServerContext* context, std::size_t max_messages, std::size_t max_bytes)
-      : QueuedWrites<grpc::ServerWriteReactor<Message>, Message>(context, max_messages, max_bytes) {}
-  void Hold(std::shared_ptr<Writer> self) { self_ = std::move(self); }
-  void OnGone(std::function<void()> gone) { gone_ = std::move(gone); }
-  void OnCancel() override { this->End(grpc::Status::CANCELLED, true); }
+  Writer(grpc::CallbackServerContext* context, Brain* brain, QueueLimits limits)
+      : QueuedWrites<grpc::ServerWriteReactor<Message>, Message>(context, limits), brain_(brain) {}
+  // On the brain's thread.
+  void Watches(WatchId id) { watch_ = id; }
+  void OnCancel() override { this->End(grpc::Status::CANCELLED); }
   void OnDone() override {
-    if (gone_) gone_();
-    self_.reset();  // may delete this
+    // On its thread also the order is right: the task that set watch_ ran before.
+    brain_->Post([brain = brain_, self = this->shared_from_this(), this] { brain->Unwatch(watch_); });
+    this->Done();  // may delete this
   }
 
  private:
-  std::shared_ptr<Writer> self_;  // until OnDone
-  std::function<void()> gone_;
+  Brain* const brain_;
+  WatchId watch_ = 0;
 };
 
 template <typename Message>
-std::shared_ptr<Writer<Message>> MakeWriter(grpc::CallbackServerContext* context,
-                                            std::size_t max_messages = 16384,
-                                            std::size_t max_bytes = 32u << 20) {
-  auto writer = std::make_shared<Writer<Message>>(context, max_messages, max_bytes);
-  writer->Hold(writer);
+std::shared_ptr<Writer<Message>> MakeWriter(grpc::CallbackServerContext* context, Brain* brain,
+                                            QueueLimits limits) {
+  limits.slow_readers = &brain->counters().slow_readers;
+  auto writer = std::make_shared<Writer<Message>>(context, brain, limits);
+  writer->Hold();
   return writer;
 }
 
@@ -117,8 +121,14 @@ std::shared_ptr<Writer<Message>> MakeWriter(grpc::CallbackServerContext* context
 
 grpc::ServerUnaryReactor* AdminService::OnBrain(Context* context, std::function<void(Unary*)> task) {
   Unary* reactor = context->DefaultReactor();
-  if (!brain_->Post([reactor, task = std::move(task)] { task(reactor); })) reactor->Finish(Busy());
+  ++brain_->counters().requests;
+  if (!brain_->Post([reactor, task = std::move(task)] { task(reactor); })) reactor->Finish(Refusal());
   return reactor;
+}
+
+grpc::Status AdminService::Refusal() const {
+  if (brain_->stopping()) return Ending();
+  return {grpc::StatusCode::RESOURCE_EXHAUSTED, "the controller is behind with its work\nhint: try again"};
 }
 
 grpc::ServerUnaryReactor* AdminService::GetStatus(Context* context, const v1::GetStatusRequest*,
@@ -160,7 +170,7 @@ grpc::ServerUnaryReactor* AdminService::SubmitJob(Context* context, const v1::Su
     reply->set_job(spec.job);
     brain_->Request(
         [spec](RequestId id) { return controller::SubmitJob{id, spec, RandomHex(16)}; },
-        [reactor](const Reply& answer) { reactor->Finish(StatusOf(answer)); });
+        [reactor](const Reply* answer) { reactor->Finish(StatusOf(answer)); });
   });
 }
 
@@ -200,7 +210,7 @@ grpc::ServerUnaryReactor* AdminService::CancelJob(Context* context, const v1::Ca
     const JobId id = job->record.spec.job;
     brain_->Request(
         [id, reason = request->reason()](RequestId r) { return controller::CancelJob{r, id, reason}; },
-        [reactor](const Reply& answer) { reactor->Finish(StatusOf(answer)); });
+        [reactor](const Reply* answer) { reactor->Finish(StatusOf(answer)); });
   });
 }
 
@@ -216,7 +226,7 @@ grpc::ServerUnaryReactor* AdminService::ListNodes(Context* context, const v1::Li
 
 void AdminService::ChangeNode(Unary* reactor, const std::string& node,
                               std::function<Event(RequestId)> make, v1::NodeStatus* reply) {
-  brain_->Request(std::move(make), [this, reactor, node, reply](const Reply& answer) {
+  brain_->Request(std::move(make), [this, reactor, node, reply](const Reply* answer) {
     const auto it = brain_->state().nodes.find(node);
     if (it != brain_->state().nodes.end()) {
       *reply = NodeStatusOf(brain_->state(), it->second, brain_->now());
@@ -295,7 +305,8 @@ grpc::ServerUnaryReactor* AdminService::Shutdown(Context* context, const v1::Shu
 
 grpc::ServerWriteReactor<v1::Event>* AdminService::WatchEvents(Context* context,
                                                                const v1::WatchEventsRequest* request) {
-  auto writer = MakeWriter<v1::Event>(context);
+  ++brain_->counters().requests;
+  auto writer = MakeWriter<v1::Event>(context, brain_, {.messages = 16384, .bytes = 16u << 20});
   const bool posted = brain_->Post([this, writer, query = *request] {
     const auto& journal = brain_->state().journal;
     if (!journal.empty() && query.since_sequence() != 0 &&
@@ -318,19 +329,20 @@ grpc::ServerWriteReactor<v1::Event>* AdminService::WatchEvents(Context* context,
       writer->End(grpc::Status::OK);
       return;
     }
-    const bool taken = brain_->WatchEvents([writer, query](const JournalRecord& r) {
-      if (writer->over()) return false;
+    const WatchId id = brain_->WatchEvents([writer, query](const JournalRecord& r) {
       return !Matches(r, query) || writer->Enqueue(EventOf(r));
     });
-    if (!taken) writer->End(Busy());
+    writer->Watches(id);
+    if (id == 0) writer->End(TooManyWatchers(brain_->watchers()));
   });
-  if (!posted) writer->End(Busy());
+  if (!posted) writer->End(Refusal());
   return writer.get();
 }
 
 grpc::ServerWriteReactor<v1::JobStatus>* AdminService::FollowJob(Context* context,
                                                                  const v1::FollowJobRequest* request) {
-  auto writer = MakeWriter<v1::JobStatus>(context, 64, 64u << 20);
+  ++brain_->counters().requests;
+  auto writer = MakeWriter<v1::JobStatus>(context, brain_, {.messages = 8, .bytes = 64u << 20});
   const bool posted = brain_->Post([this, writer, query = *request] {
     std::string error;
     const JobStateView* job = FindJobByPrefix(brain_->state(), query.job(), &error);
@@ -338,65 +350,43 @@ grpc::ServerWriteReactor<v1::JobStatus>* AdminService::FollowJob(Context* contex
       writer->End({grpc::StatusCode::NOT_FOUND, error});
       return;
     }
-    const bool taken = brain_->FollowJob(job->record.spec.job, query.with_snapshot(),
-                                         [writer](v1::JobStatus status, bool terminal) {
-                                           if (!writer->Enqueue(std::move(status), true)) return false;
-                                           if (terminal) writer->End(grpc::Status::OK);
-                                           return true;
-                                         });
-    if (!taken) writer->End(Busy());
+    const WatchId id = brain_->FollowJob(
+        job->record.spec.job, query.with_snapshot(), [writer](v1::JobStatus status, bool terminal) {
+          // The newest snapshot must arrive, even when the status it came with is out of date.
+          const bool taken = writer->Replace(std::move(status), [](v1::JobStatus& old, v1::JobStatus* now) {
+            if (now->snapshot().empty()) now->set_snapshot(std::move(*old.mutable_snapshot()));
+          });
+          if (taken && terminal) writer->End(grpc::Status::OK);
+          return taken;
+        });
+    writer->Watches(id);
+    if (id == 0) writer->End(TooManyWatchers(brain_->watchers()));
   });
-  if (!posted) writer->End(Busy());
+  if (!posted) writer->End(Refusal());
   return writer.get();
 }
 
 grpc::ServerWriteReactor<v1::JobLogLines>* AdminService::TailJobLogs(
     Context* context, const v1::TailJobLogsRequest* request) {
-  auto writer = MakeWriter<v1::JobLogLines>(context, 4096, 16u << 20);
-  // Set on the brain's thread, read when the reader is gone: 0 until then.
-  auto number = std::make_shared<std::atomic<std::uint64_t>>(0);
-  writer->OnGone([relay = relay_, number] {
-    if (*number != 0) relay->Close(*number);  // agents hear it with their next lines
-  });
-  const bool posted = brain_->Post([this, writer, number, query = *request] {
+  ++brain_->counters().requests;
+  auto writer = MakeWriter<v1::JobLogLines>(context, brain_, {.messages = 16384, .bytes = 16u << 20});
+  const bool posted = brain_->Post([this, writer, query = *request]() mutable {
     std::string error;
     const JobStateView* job = FindJobByPrefix(brain_->state(), query.job(), &error);
     if (job == nullptr) {
       writer->End({grpc::StatusCode::NOT_FOUND, error});
       return;
     }
-    std::set<std::string> nodes;
-    for (const NodePlan& node : job->plan.nodes) {
-      const bool wanted = query.rank() < 0 || std::any_of(node.workers.begin(), node.workers.end(),
-                                                          [&](const WorkerPlan& w) { return w.rank == query.rank(); });
-      const auto it = brain_->state().nodes.find(node.node);
-      if (wanted && it != brain_->state().nodes.end() && it->second.connected) nodes.insert(node.node);
-    }
-    if (nodes.empty()) {
-      writer->End({grpc::StatusCode::FAILED_PRECONDITION,
-                   fmt::format("no connected node has logs of job {}{}\nhint: everstep job show {}",
-                               job->record.spec.job,
-                               query.rank() < 0 ? std::string() : fmt::format(" rank {}", query.rank()),
-                               job->record.spec.job)});
-      return;
-    }
-    const std::uint64_t id = relay_->Open(
-        {[writer](v1::JobLogLines lines) { return writer->Enqueue(std::move(lines)); },
-         [writer] { writer->End(grpc::Status::OK); }},
-        nodes);
-    *number = id;
-    for (const std::string& node : nodes) {
-      v1::ControllerMessage message;
-      v1::TailLogs* tail = message.mutable_tail_logs();
-      tail->set_request(id);
-      tail->set_job(job->record.spec.job);
-      tail->set_rank(query.rank());
-      tail->set_follow(query.follow());
-      tail->set_tail_lines(query.tail_lines());
-      brain_->SendTo(node, std::move(message));
-    }
+    query.set_job(job->record.spec.job);
+    const WatchId id =
+        brain_->TailLogs(query,
+                         {[writer](v1::JobLogLines lines) { return writer->Enqueue(std::move(lines)); },
+                          [writer] { writer->End(grpc::Status::OK); }},
+                         &error);
+    writer->Watches(id);
+    if (id == 0) writer->End({grpc::StatusCode::FAILED_PRECONDITION, error});
   });
-  if (!posted) writer->End(Busy());
+  if (!posted) writer->End(Refusal());
   return writer.get();
 }
 

@@ -1,4 +1,7 @@
 // AdminService: what the CLI, the launcher and other people ask. Thread-safe.
+//
+// Reads and changes run on the brain's thread; a change is answered after its batch is durable. Texts of errors
+// may carry a second line, "hint: what to do".
 #pragma once
 
 #include <functional>
@@ -6,7 +9,6 @@
 
 #include "admin.grpc.pb.h"
 #include "controller/server/brain.h"
-#include "controller/server/log_relay.h"
 
 namespace everstep::controller {
 
@@ -17,9 +19,8 @@ class AdminService final : public v1::AdminService::CallbackService {
     Timestamp started_at;
     std::function<void()> shutdown;     // null: Shutdown is refused
   };
-  // Both outlive the server.
-  AdminService(Brain* brain, LogRelay* relay, Config config)
-      : brain_(brain), relay_(relay), config_(std::move(config)) {}
+  // The brain outlives the server.
+  AdminService(Brain* brain, Config config) : brain_(brain), config_(std::move(config)) {}
 
   using Context = grpc::CallbackServerContext;
   using Unary = grpc::ServerUnaryReactor;
@@ -39,13 +40,13 @@ class AdminService final : public v1::AdminService::CallbackService {
   grpc::ServerWriteReactor<v1::JobLogLines>* TailJobLogs(Context*, const v1::TailJobLogsRequest*) override;
 
  private:
+  grpc::Status Refusal() const;  // nothing can be posted
   // `task` runs on the brain's thread and finishes the reactor.
   Unary* OnBrain(Context* context, std::function<void(Unary*)> task);
   void ChangeNode(Unary* reactor, const std::string& node, std::function<Event(RequestId)> make,
                   v1::NodeStatus* reply);
 
   Brain* const brain_;
-  LogRelay* const relay_;
   const Config config_;
 };
 

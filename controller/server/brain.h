@@ -7,15 +7,17 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
-#include <thread>
 #include <variant>
 #include <vector>
 
 #include "admin.pb.h"
 #include "agent.pb.h"
 #include "controller/core/controller.h"
+#include "controller/server/log_relay.h"
+#include "controller/server/metrics.h"
 #include "controller/server/process_watch.h"
 #include "controller/store/record_store.h"
 #include "proto/base/clock.h"
@@ -23,46 +25,59 @@
 
 namespace everstep::controller {
 
-// The sending side of one agent's stream. Thread-safe.
+// The sending side of one agent's stream. Thread-safe; nothing here blocks.
 class AgentStream {
  public:
-  enum class Why { kFenced, kRefused, kShutdown };
+  enum class Why : std::uint8_t {
+    kFenced,    // the registration is over
+    kTaken,     // another living node has that name
+    kTooMany,   // no room for one more node
+    kShutdown,  // the controller ends
+  };
   virtual ~AgentStream() = default;
   virtual void Send(v1::ControllerMessage message) = 0;  // a stream that is over drops it
   virtual void Close(Why why, const std::string& text) = 0;
+  // One report was taken in: the stream may read on (it stops when too many wait).
+  virtual void Handled() = 0;
 };
 
 // Somebody who watches; called on the brain's thread, must not block. False: gone, ask no more.
 using EventSink = std::function<bool(const JournalRecord&)>;
 using StatusSink = std::function<bool(v1::JobStatus status, bool terminal)>;
+// Names a watcher; 0: too many are there.
+using WatchId = std::uint64_t;
 
 class Brain {
  public:
   struct Config {
     Options core;
-    std::size_t mailbox = 65536;  // events and requests that wait
-    std::uint32_t max_watchers = 256;
+    std::size_t mailbox = 65536;     // events and requests that wait
+    std::size_t max_watchers = 512;  // followers of events, jobs and logs
   };
 
-  // `store` is open; `clock` outlives the brain.
+  // `clock` outlives the brain.
   Brain(Config config, std::unique_ptr<RecordStore> store, const Clock* clock);
   ~Brain();
+  Brain(const Brain&) = delete;
+  Brain& operator=(const Brain&) = delete;
 
   // Reads the store, or takes `snapshot` when the store is empty; then known-dead nodes are lost at once.
   // Not ok: nothing was changed.
   StoreStatus Recover(const v1::StoreSnapshot* snapshot, const std::vector<NodeId>& known_dead);
 
   // On the calling thread until Stop, or until a batch could not be written: then it returns that status,
-  // and nothing that the batch justified has gone out.
+  // and nothing that the batch justified has gone out. After Stop every request has had its answer and
+  // every agent's stream its last word.
   StoreStatus Run();
-  void Stop();
+  void Stop();  // from any thread
+  bool stopping() const { return stop_; }
 
-  // --- from any thread. False: the mailbox is full, say so to the peer ---
-  bool Post(std::function<void()> task);  // runs on the brain's thread; what it reads is durable
-  bool PostEvent(Event event);
+  // --- from any thread. False: the mailbox is full or closed, say so to the peer ---
+  // Runs on the brain's thread; what it reads is durable.
+  bool Post(std::function<void()> task);
   bool PostRegister(std::uint64_t session, std::shared_ptr<AgentStream> stream, v1::Register message);
   bool PostClosed(std::uint64_t session, std::string evidence);
-  // `agent` is registered on `session`: its report.
+  // A report of the agent that registered on `session`.
   bool PostReport(std::uint64_t session, v1::AgentMessage message);
 
   // --- on the brain's thread, inside a task ---
@@ -70,18 +85,27 @@ class Brain {
   Timestamp now() const { return clock_->Now(); }
   const StoreInfo& store_info() const { return store_->info(); }
   std::string store_text() const { return store_->Describe(); }
-  // The answer comes after the batch is durable.
-  void Request(std::function<Event(RequestId)> make, std::function<void(const Reply&)> answer);
+  std::size_t sessions() const { return sessions_.size(); }
+  std::size_t watchers() const { return watchers_.size() + followers_.size() + tails_.size(); }
+  // The answer comes after the batch is durable; null: the controller ends first.
+  void Request(std::function<Event(RequestId)> make, std::function<void(const Reply*)> answer);
   // A message that the core knows nothing of. False: the node has no stream.
   bool SendTo(const NodeId& node, v1::ControllerMessage message);
-  bool WatchEvents(EventSink sink);
-  bool FollowJob(const JobId& job, bool with_snapshot, StatusSink sink);
+  WatchId WatchEvents(EventSink sink);
+  WatchId FollowJob(const JobId& job, bool with_snapshot, StatusSink sink);
+  // Asks the job's nodes for their logs; lines come to `reader` through the relay. With follow it goes on
+  // through generations, restarts of agents and nodes that join, until the job is over.
+  // *error: no node can answer, or there are too many watchers.
+  WatchId TailLogs(const v1::TailJobLogsRequest& request, LogRelay::Reader reader, std::string* error);
+  // The watcher is gone. Harmless when it was known.
+  void Unwatch(WatchId id);
 
-  // --- counters for /metrics, from any thread ---
-  std::uint64_t events_handled() const { return events_; }
-  std::uint64_t batches_written() const { return batches_; }
-  std::uint64_t batch_nanos() const { return batch_nanos_; }
+  // --- from any thread ---
+  LogRelay& relay() { return relay_; }
+  Counters& counters() { return counters_; }
   std::size_t mailbox_depth() const { return mailbox_.size(); }
+  // Since the thread last came round; it does so at least once a second.
+  Duration silence() const;
 
  private:
   struct Bound {  // newest registration of a node
@@ -95,34 +119,76 @@ class Brain {
   struct Registering {
     std::shared_ptr<AgentStream> stream;
     v1::Register facts;
+    std::optional<std::string> broken;  // its stream broke before it was let in: the evidence
   };
   struct Follower {
+    WatchId id = 0;
     JobId job;
     bool with_snapshot = false;
     StatusSink sink;
-    std::string last;      // serialised, without what changes by itself
-    std::string snapshot;  // newest sent
+    std::string last;  // serialised, without what changes by itself
+    std::uint64_t snapshot_version = 0;
   };
-  using Item = std::variant<Event, std::function<void()>>;
+  struct Tail {
+    v1::TailJobLogsRequest request;  // .job is the whole id
+    std::set<NodeId> asked;
+    Timestamp end_at;  // ns != 0: the job is over, last lines are on their way
+  };
+  struct Register {
+    std::uint64_t session;
+    std::shared_ptr<AgentStream> stream;
+    v1::Register message;
+  };
+  struct Closed {
+    std::uint64_t session;
+    std::string evidence;
+  };
+  struct Report {
+    std::uint64_t session;
+    v1::AgentMessage message;
+  };
+  struct KeeperDead {
+    std::uint64_t session;
+  };
+  using Task = std::function<void()>;
+  using Item = std::variant<Task, Register, Closed, Report, KeeperDead>;
 
+  // brain.cc
+  bool Push(Item item);
+  void Take(Task& task) { task(); }
   void Step(const Event& event);
   bool Commit();
   void CarryOut(Decisions& decisions);
-  void Bind(const Command& command, const RegisteredCommand& registered);
-  void OnRegister(std::uint64_t session, std::shared_ptr<AgentStream> stream, v1::Register message);
-  void OnClosed(std::uint64_t session, const std::string& evidence);
-  void OnReport(std::uint64_t session, const v1::AgentMessage& message);
-  void OnKeeperDead(std::uint64_t session);
-  void TellFollowers(bool all);
   Timestamp Wakeup();
   Timestamp Deadline();
+  void End();
+
+  // brain_sessions.cc
+  void Take(Register& item);
+  void Take(Closed& item);
+  void Take(Report& item);
+  void Take(KeeperDead& item);
+  bool NameTaken(const v1::Register& message, std::string* who) const;
+  void Bind(const Command& command, const RegisteredCommand& registered);
+  void WatchKeeper(const Bound& bound);
+  void Fence(const NodeId& node);
+
+  // brain_watchers.cc
+  void TellWatchers(const JournalRecord& record);
+  void TellFollowers(Timestamp now);
+  void AskForLogs(const NodeId& node, WatchId id, Tail* tail, std::int64_t lines);
+  void TailsOf(const NodeId& node, bool fresh_generation, const JobId& job);
+  void EndTails(Timestamp now);
 
   const Config config_;
   const std::unique_ptr<RecordStore> store_;
   const Clock* const clock_;
   Controller controller_;
+  Counters counters_;
+  LogRelay relay_;
   Mailbox<Item> mailbox_;
   std::atomic<bool> stop_{false};
+  std::atomic<std::int64_t> round_ns_{0};
   const Here here_;
 
   Timestamp wakeup_, wakeup_asked_;
@@ -132,14 +198,19 @@ class Brain {
   std::map<NodeId, Bound> bound_;
   std::map<std::uint64_t, NodeId> sessions_;  // registered ones
   std::map<std::uint64_t, Registering> registering_;
-  std::map<RequestId, std::function<void(const Reply&)>> requests_;
+  std::map<RequestId, std::function<void(const Reply*)>> requests_;
   RequestId last_request_ = 0;
-  std::vector<EventSink> watchers_;
+
+  WatchId last_watch_ = 0;
+  std::map<WatchId, EventSink> watchers_;
   std::vector<Follower> followers_;
+  std::map<WatchId, Tail> tails_;
   std::set<JobId> changed_;
   Timestamp followers_at_;  // next look at what changes without a record (steps, ranks)
+  std::string snapshot_;    // of snapshot_version_
+  std::uint64_t snapshot_version_ = 0;
+  std::uint64_t durable_version_ = 1;  // grows with each batch that changes more than the journal
 
-  std::atomic<std::uint64_t> events_{0}, batches_{0}, batch_nanos_{0};
   std::unique_ptr<ProcessWatch> watch_;  // last: its thread posts
 };
 

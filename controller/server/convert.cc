@@ -10,10 +10,31 @@
 namespace everstep::controller {
 namespace {
 
+constexpr std::size_t kMaxErrorJson = 64u << 10;
+constexpr std::size_t kMaxAddress = 255;
+constexpr int kMaxLabels = 64;
+constexpr std::size_t kMaxLabelBytes = 1024;
+
 bool IsNodeName(const std::string& name) {
   return !name.empty() && name.size() <= 63 && std::all_of(name.begin(), name.end(), [](char c) {
     return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '-';
   });
+}
+
+// What an agent writes for people is cut here: it goes into records and logs.
+std::string Cut(const std::string& text, std::size_t limit = 4096) {
+  return text.size() <= limit ? text : text.substr(0, limit) + "...";
+}
+
+ExitInfo Bounded(ExitInfo exit) {
+  exit.error_json = exit.error_json.substr(0, kMaxErrorJson);  // cut JSON is no JSON, but a text still
+  exit.error_file = Cut(exit.error_file);
+  return exit;
+}
+
+WorkerOnNode Bounded(WorkerOnNode worker) {
+  worker.exit = Bounded(std::move(worker.exit));
+  return worker;
 }
 
 JobOnNode FromProto(const v1::JobOnNode& from) {
@@ -22,7 +43,7 @@ JobOnNode FromProto(const v1::JobOnNode& from) {
   to.generation = from.generation();
   to.activated = from.activated();
   for (const v1::WorkerOnNode& worker : from.workers()) {
-    to.workers.push_back(controller::FromProto(worker));
+    to.workers.push_back(Bounded(controller::FromProto(worker)));
   }
   for (const v1::HeldShard& shard : from.shards()) to.shards.push_back(controller::FromProto(shard));
   return to;
@@ -121,6 +142,19 @@ std::string CheckRegister(const v1::Register& message) {
                        "another --node",
                        message.node().substr(0, 80));
   }
+  if (message.address().empty() || message.address().size() > kMaxAddress || message.data_port() > 65535) {
+    return fmt::format("node {} names no address by which others reach it ('{}', port {})\nhint: start the agent "
+                       "with --address HOST",
+                       message.node(), message.address().substr(0, 80), message.data_port());
+  }
+  const bool long_label = std::any_of(message.labels().begin(), message.labels().end(), [](const auto& label) {
+    return label.first.size() + label.second.size() > kMaxLabelBytes;
+  });
+  if (message.labels_size() > kMaxLabels || long_label) {
+    return fmt::format("node {} has {} labels; at most {} of at most {} bytes are taken\nhint: start the agent with "
+                       "fewer --label",
+                       message.node(), message.labels_size(), kMaxLabels, kMaxLabelBytes);
+  }
   return {};
 }
 
@@ -152,7 +186,7 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
     case v1::AgentMessage::kPrepared: {
       const v1::Prepared& p = m.prepared();
       Prepared e{node,         incarnation, FromProto(p.holds()), p.store_port(),
-                 p.refused(), p.message()};
+                 p.refused(), Cut(p.message())};
       // Which prepare this answers; `holds` tells of the newest generation that ran here.
       e.holds.job = p.job();
       e.holds.generation = p.generation();
@@ -160,14 +194,16 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
     }
     case v1::AgentMessage::kActivated: {
       const v1::Activated& a = m.activated();
-      Activated e{node, incarnation, a.job(), a.generation(), {}, a.failed(), a.message()};
-      for (const v1::WorkerOnNode& w : a.workers()) e.workers.push_back(controller::FromProto(w));
+      Activated e{node, incarnation, a.job(), a.generation(), {}, a.failed(), Cut(a.message())};
+      for (const v1::WorkerOnNode& w : a.workers()) {
+        e.workers.push_back(Bounded(controller::FromProto(w)));
+      }
       return e;
     }
     case v1::AgentMessage::kWorkerExited: {
       const v1::WorkerExited& w = m.worker_exited();
       return WorkerExited{node,     incarnation,    w.job(), w.generation(),
-                          w.rank(), w.local_rank(), w.pid(), controller::FromProto(w.exit())};
+                          w.rank(), w.local_rank(), w.pid(), Bounded(controller::FromProto(w.exit()))};
     }
     case v1::AgentMessage::kWorkerStalled: {
       const v1::WorkerStalled& w = m.worker_stalled();
@@ -180,23 +216,23 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
                            w.generation(),
                            w.rank(),
                            static_cast<StallKind>(w.kind()),
-                           w.evidence(),
+                           Cut(w.evidence()),
                            Milliseconds(w.stalled_ms())};
     }
     case v1::AgentMessage::kShardCopied:
       return ShardCopied{node, incarnation, m.shard_copied().job(),
                          controller::FromProto(m.shard_copied().shard())};
     case v1::AgentMessage::kNotice:
-      return Notice{node, incarnation, m.notice().source(), Milliseconds(m.notice().deadline_ms())};
+      return Notice{node, incarnation, Cut(m.notice().source(), 256), Milliseconds(m.notice().deadline_ms())};
     case v1::AgentMessage::kNodeWarm:
       return NodeWarm{node, incarnation, m.node_warm().job(), m.node_warm().warm(),
-                      m.node_warm().message()};
+                      Cut(m.node_warm().message())};
     case v1::AgentMessage::kKeeperLost:
       return KeeperLost{node, incarnation,
                         KeeperId(keeper.boot_id(), keeper.pid_namespace(),
                                  m.keeper_lost().new_keeper_pid(),
                                  m.keeper_lost().new_keeper_start_time()),
-                        m.keeper_lost().message()};
+                        Cut(m.keeper_lost().message())};
     case v1::AgentMessage::kStopped:
       return Stopped{node, incarnation, m.stopped().job(), m.stopped().generation()};
     case v1::AgentMessage::kRegister:

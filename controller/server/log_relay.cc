@@ -1,15 +1,14 @@
 #include "controller/server/log_relay.h"
 
+#include <iterator>
 #include <utility>
 #include <vector>
 
 namespace everstep::controller {
 
-std::uint64_t LogRelay::Open(Reader reader, std::set<std::string> nodes) {
+void LogRelay::Open(std::uint64_t request, Reader reader, std::set<std::string> nodes, bool follow) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const std::uint64_t request = ++last_;
-  open_[request] = {std::make_shared<Reader>(std::move(reader)), std::move(nodes)};
-  return request;
+  open_[request] = {std::make_shared<Reader>(std::move(reader)), std::move(nodes), follow};
 }
 
 bool LogRelay::Deliver(const std::string& node, const v1::LogLines& lines) {
@@ -18,15 +17,16 @@ bool LogRelay::Deliver(const std::string& node, const v1::LogLines& lines) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto it = open_.find(lines.request());
-    if (it == open_.end()) return false;
+    if (it == open_.end()) return lines.end();  // what is over need not be cancelled
     reader = it->second.reader;
     if (lines.end()) {
       it->second.waiting.erase(node);
-      ended = it->second.waiting.empty();
+      ended = it->second.waiting.empty() && !it->second.follow;
       if (ended) open_.erase(it);
     }
   }
   if (!lines.data().empty()) {
+    bytes_ += lines.data().size();
     v1::JobLogLines out;
     out.set_rank(lines.rank());
     out.set_node(node);
@@ -47,15 +47,25 @@ void LogRelay::NodeGone(const std::string& node) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto it = open_.begin(); it != open_.end();) {
-      if (it->second.waiting.erase(node) > 0 && it->second.waiting.empty()) {
-        ended.push_back(it->second.reader);
-        it = open_.erase(it);
-      } else {
-        ++it;
-      }
+      Entry& entry = it->second;
+      const bool over = entry.waiting.erase(node) > 0 && entry.waiting.empty() && !entry.follow;
+      if (over) ended.push_back(std::move(entry.reader));
+      it = over ? open_.erase(it) : std::next(it);
     }
   }
   for (const auto& reader : ended) reader->end();
+}
+
+void LogRelay::End(std::uint64_t request) {
+  std::shared_ptr<Reader> reader;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto it = open_.find(request);
+    if (it == open_.end()) return;
+    reader = std::move(it->second.reader);
+    open_.erase(it);
+  }
+  reader->end();
 }
 
 void LogRelay::Close(std::uint64_t request) {

@@ -2,6 +2,7 @@
 // Thread-safe.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -23,22 +24,27 @@ class LogRelay {
     std::function<void()> end;
   };
 
-  // Starts a request that these nodes will answer; the number goes into their TailLogs.
-  std::uint64_t Open(Reader reader, std::set<std::string> nodes);
+  // Starts request number `request` that these nodes answer. It is over when each has said so or is gone; with
+  // `follow` only by End.
+  void Open(std::uint64_t request, Reader reader, std::set<std::string> nodes, bool follow);
   // A message of `node`. False: nobody reads it any more, tell the agent to cancel.
   bool Deliver(const std::string& node, const v1::LogLines& lines);
   // The node's stream broke: it will answer nothing more.
   void NodeGone(const std::string& node);
-  void Close(std::uint64_t request);
+  void End(std::uint64_t request);    // and the reader is told
+  void Close(std::uint64_t request);  // the reader is gone
+
+  std::uint64_t bytes() const { return bytes_; }
 
  private:
-  struct Request_ {
+  struct Entry {
     std::shared_ptr<Reader> reader;
     std::set<std::string> waiting;
+    bool follow = false;
   };
   std::mutex mutex_;
-  std::uint64_t last_ = 0;
-  std::map<std::uint64_t, Request_> open_;
+  std::map<std::uint64_t, Entry> open_;
+  std::atomic<std::uint64_t> bytes_{0};
 };
 
 }  // namespace everstep::controller

@@ -1,16 +1,23 @@
 // everstep-controller: opens the store, serves gRPC (and HTTP), runs the brain until told to end.
+#include <arpa/inet.h>
+#include <malloc.h>
+#include <netdb.h>
 #include <signal.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
+#include <condition_variable>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <memory>
-#include <sstream>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <utility>
@@ -22,6 +29,7 @@
 #include "controller/server/admin_service.h"
 #include "controller/server/agent_service.h"
 #include "controller/server/brain.h"
+#include "controller/server/http.h"
 #include "controller/server/options.h"
 #include "controller/store/rocks_store.h"
 #include "proto/base/log.h"
@@ -30,14 +38,17 @@
 namespace everstep::controller {
 namespace {
 
-constexpr int kMaxMessageBytes = 16 << 20;
-constexpr std::size_t kMaxThreads = 8;
+constexpr int kMaxReceiveBytes = 16 << 20;
+constexpr int kMaxSendBytes = 64 << 20;
+constexpr std::chrono::seconds kScrapeWithin{2};
+constexpr Duration kHealthySilence = Seconds(5);
+constexpr std::chrono::milliseconds kLastWords{300};
 
 void Say(const std::string& text) { std::fprintf(stderr, "%s\n", text.c_str()); }
 
 // Written beside and renamed: a reader never sees half of it. Empty: done.
 std::string WriteAtomically(const std::string& path, const std::string& text) {
-  const std::string beside = path + ".tmp";
+  const std::string beside = fmt::format("{}.{}", path, getpid());
   {
     std::ofstream out(beside, std::ios::trunc);
     out << text;
@@ -67,17 +78,177 @@ bool ReadSnapshot(const std::string& path, v1::StoreSnapshot* out) {
   return in && out->ParseFromIstream(&in);
 }
 
-int Serve(const ServerOptions& options) {
+// Why an address cannot be bound, in the system's words; gRPC does not tell.
+std::string BindTrouble(const std::string& address) {
+  std::string host;
+  int port = 0;
+  SplitAddress(address, &host, &port);
+  addrinfo hints{};
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_PASSIVE;
+  addrinfo* found = nullptr;
+  if (const int wrong = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found); wrong != 0) {
+    return gai_strerror(wrong);
+  }
+  const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(found, freeaddrinfo);
+  const int probe = socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  const int yes = 1;
+  setsockopt(probe, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof(yes));
+  const bool bound = bind(probe, found->ai_addr, found->ai_addrlen) == 0 && listen(probe, 1) == 0;
+  const int error = errno;
+  if (probe >= 0) close(probe);
+  return bound ? "it was taken for a moment" : std::strerror(error);
+}
+
+// One stream, one descriptor, one more for its keeper: thousands of nodes need more than the usual 1,024.
+void RaiseDescriptorLimit() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+  limit.rlim_cur = limit.rlim_max;
+  setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+// The page of /metrics, made on the brain's thread.
+bool Scrape(Brain* brain, Timestamp started, std::string* page) {
+  struct Answer {
+    std::mutex mutex;
+    std::condition_variable came;
+    std::string text;
+  };
+  auto answer = std::make_shared<Answer>();
+  const bool posted = brain->Post([brain, started, answer] {
+    brain->counters().log_bytes_relayed = brain->relay().bytes();
+    std::string text = MetricsText(brain->state(), brain->counters(),
+                                   {.cluster = brain->store_info().cluster,
+                                    .version = kVersion,
+                                    .started = started,
+                                    .store_starts = brain->store_info().starts,
+                                    .mailbox_depth = brain->mailbox_depth(),
+                                    .sessions = brain->sessions(),
+                                    .watchers = brain->watchers()},
+                                   brain->now());
+    std::lock_guard<std::mutex> lock(answer->mutex);
+    answer->text = std::move(text);
+    answer->came.notify_one();
+  });
+  if (!posted) return false;
+  std::unique_lock<std::mutex> lock(answer->mutex);
+  if (!answer->came.wait_for(lock, kScrapeWithin, [&] { return !answer->text.empty(); })) return false;
+  *page = std::move(answer->text);
+  return true;
+}
+
+std::string Trouble(const Brain& brain) {
+  if (brain.stopping()) return "the controller ends";
+  const Duration silence = brain.silence();
+  if (silence < kHealthySilence) return {};
+  return fmt::format("the controller's thread has not come round for {:.1f} s (limit {:.0f} s): is the disk of its "
+                     "state directory stuck?",
+                     ToSeconds(silence), ToSeconds(kHealthySilence));
+}
+
+std::unique_ptr<grpc::Server> BuildServer(const ServerOptions& options, AgentService* agents,
+                                          AdminService* admin, int* port) {
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+  grpc::ServerBuilder builder;
+  builder.AddListeningPort(options.listen, grpc::InsecureServerCredentials(), port);
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error, not a share
+  builder.SetMaxReceiveMessageSize(kMaxReceiveBytes);
+  builder.SetMaxSendMessageSize(kMaxSendBytes);
+  builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 128);  // of one connection
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 1000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  // Connections of machines that vanished; the lease has found the loss long before.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 60'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
+  builder.RegisterService(agents);
+  builder.RegisterService(admin);
+  return builder.BuildAndStart();
+}
+
+// Serves until the brain ends. The exit code.
+int Serve(const ServerOptions& options, Brain* brain, const Clock& clock) {
+  const Timestamp started = clock.Now();
+  AgentService agents(brain, options.max_nodes + 256u);
+  AdminService admin(brain, {.started = FormatTimestamp(started),
+                             .started_at = started,
+                             .shutdown = options.allow_shutdown ? [brain] { brain->Stop(); }
+                                                                : std::function<void()>()});
+  int port = 0;
+  const std::unique_ptr<grpc::Server> server = BuildServer(options, &agents, &admin, &port);
+  if (server == nullptr || port == 0) {
+    Say(fmt::format("error: cannot listen on {}: {}\n  hint: ss -ltnp shows who has a port; port 0 takes any free one",
+                    options.listen, BindTrouble(options.listen)));
+    return kExitAddress;
+  }
+  const std::string address = fmt::format("{}:{}", options.listen.substr(0, options.listen.rfind(':')), port);
+  std::unique_ptr<HttpServer> http;
+  if (!options.http.empty()) {
+    std::string wrong;
+    http = HttpServer::Start(options.http,
+                             {.metrics = [=](std::string* page) { return Scrape(brain, started, page); },
+                              .trouble = [=] { return Trouble(*brain); }},
+                             &wrong);
+    if (http == nullptr) {
+      Say("error: " + wrong);
+      return kExitAddress;
+    }
+  }
+  std::string wrong = WriteAtomically(options.state_dir + "/pid", fmt::format("{}\n", getpid()));
+  if (wrong.empty() && http) wrong = WriteAtomically(options.state_dir + "/http.address", http->address() + "\n");
+  if (wrong.empty() && !options.address_file.empty()) wrong = WriteAtomically(options.address_file, address + "\n");
+  if (!wrong.empty()) {
+    Say("error: " + wrong + "\n  hint: give another --state-dir or --address-file, or make room");
+    return kExitStateDir;
+  }
+  for (const std::string& open : {address, http ? http->address() : std::string("127.0.0.1:0")}) {
+    if (IsLoopback(open)) continue;
+    Say(fmt::format("warning: {} is not loopback, and the channel is not encrypted yet: use it in a network you trust",
+                    open));
+    LogWarning("not_encrypted", {{"address", open}});
+  }
+  LogInfo("serving", {{"address", address},
+                      {"http", http ? http->address() : "-"},
+                      {"state_dir", options.state_dir},
+                      {"version", kVersion},
+                      {"pid", getpid()}});
+  const StoreStatus status = brain->Run();
+  if (!status.ok()) {
+    // Nothing of the failed batch may get out by any way: no orderly end.
+    Say(fmt::format("error: {}\n  what was decided but not written has not been carried out; jobs run on, and a "
+                    "controller started again continues from the last durable state",
+                    status.message));
+    std::fflush(nullptr);
+    _exit(kExitStoreFailed);
+  }
+  http.reset();
+  server->Shutdown(std::chrono::system_clock::now() + kLastWords);
+  std::remove((options.state_dir + "/pid").c_str());
+  LogInfo("stopped", {});
+  return kExitOk;
+}
+
+int Start(const ServerOptions& options) {
+  // Before any thread: a process of many threads otherwise keeps one heap for each; signals come to one.
+  mallopt(M_ARENA_MAX, 2);
+  sigset_t signals;
+  sigemptyset(&signals);
+  for (const int s : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&signals, s);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  signal(SIGPIPE, SIG_IGN);
+  signal(SIGXFSZ, SIG_IGN);  // a file size limit is an error of a write
+  RaiseDescriptorLimit();
+
   std::error_code error;
   std::filesystem::create_directories(options.state_dir, error);
-  if (error || access(options.state_dir.c_str(), W_OK) != 0) {
+  if (error || access(options.state_dir.c_str(), R_OK | W_OK | X_OK) != 0) {
     Say(fmt::format("error: cannot write the state directory {}: {}\n  hint: give another --state-dir, or make this "
                     "one writable for uid {}",
                     options.state_dir, error ? error.message() : std::strerror(errno), getuid()));
     return kExitStateDir;
   }
   LogInit({.process = "controller", .file = options.log_file, .json = options.log_json});
-
   StoreStatus status;
   std::unique_ptr<RocksStore> store = RocksStore::Open(
       {.directory = options.state_dir + "/db", .cluster = options.cluster, .product_version = kVersion}, &status);
@@ -88,20 +259,11 @@ int Serve(const ServerOptions& options) {
   }
   v1::StoreSnapshot snapshot;
   if (!options.snapshot.empty() && !ReadSnapshot(options.snapshot, &snapshot)) {
-    Say(fmt::format("error: {} holds no snapshot of a controller\n  hint: leave --from-snapshot away to start from "
+    Say(fmt::format("error: {} holds no snapshot of a controller\n  hint: leave --recover-snapshot away to start from "
                     "the store alone",
                     options.snapshot));
     return kExitUsage;
   }
-
-  // Signals come to one thread, which stops the brain.
-  sigset_t signals;
-  sigemptyset(&signals);
-  sigaddset(&signals, SIGTERM);
-  sigaddset(&signals, SIGINT);
-  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  signal(SIGPIPE, SIG_IGN);
-
   const RealClock clock;
   Brain::Config config;
   config.core.lease = Milliseconds(options.lease_ms);
@@ -113,69 +275,15 @@ int Serve(const ServerOptions& options) {
     Say("error: " + status.message);
     return ExitOf(status.code);
   }
-
-  LogRelay relay;
-  AgentService agents(&brain, &relay, options.max_nodes);
-  AdminService admin(&brain, &relay,
-                     {.started = FormatTimestamp(clock.Now()),
-                      .started_at = clock.Now(),
-                      .shutdown = options.allow_shutdown ? [&brain] { brain.Stop(); } : std::function<void()>()});
-  grpc::EnableDefaultHealthCheckService(true);
-  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
-  grpc::ResourceQuota quota("controller");
-  quota.SetMaxThreads(kMaxThreads);
-  grpc::ServerBuilder builder;
-  int port = 0;
-  builder.AddListeningPort(options.listen, grpc::InsecureServerCredentials(), &port);
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error, not a share
-  builder.SetMaxReceiveMessageSize(kMaxMessageBytes);
-  builder.SetMaxSendMessageSize(64 << 20);
-  builder.SetResourceQuota(quota);
-  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 1000);
-  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
-  builder.RegisterService(&agents);
-  builder.RegisterService(&admin);
-  const std::unique_ptr<grpc::Server> server = builder.BuildAndStart();
-  if (server == nullptr || port == 0) {
-    Say(fmt::format("error: cannot listen on {}: the port is in use, or the address is not this machine's\n  hint: "
-                    "ss -ltnp shows who has it; port 0 takes any free one",
-                    options.listen));
-    return kExitAddress;
-  }
-  const std::string address =
-      fmt::format("{}:{}", options.listen.substr(0, options.listen.rfind(':')), port);
-  std::string wrong = WriteAtomically(options.state_dir + "/pid", fmt::format("{}\n", getpid()));
-  if (wrong.empty() && !options.address_file.empty()) wrong = WriteAtomically(options.address_file, address + "\n");
-  if (!wrong.empty()) {
-    Say("error: " + wrong);
-    return kExitStateDir;
-  }
-  if (!IsLoopback(options.listen)) {
-    Say(fmt::format("warning: {} is not loopback, and the channel is not encrypted: use it in a network you trust",
-                    address));
-  }
-  LogInfo("serving", {{"address", address}, {"state_dir", options.state_dir}, {"version", kVersion}, {"pid", getpid()}});
-
   std::thread([&brain, signals] {
     int signal = 0;
     sigwait(&signals, &signal);
     LogInfo("stopping", {{"signal", signal}});
     brain.Stop();
   }).detach();
-
-  status = brain.Run();
-  // Streams get their last words; requests that nobody answers any more would keep Shutdown waiting, so the
-  // process ends without it.
-  std::this_thread::sleep_for(std::chrono::milliseconds(50));
-  if (!status.ok()) {
-    Say(fmt::format("error: {}\n  what was decided but not written has not been carried out; jobs go on, and a "
-                    "controller started again continues from the last durable state",
-                    status.message));
-    _exit(kExitStoreFailed);
-  }
-  LogInfo("stopped", {});
+  const int code = Serve(options, &brain, clock);
   std::fflush(nullptr);
-  _exit(kExitOk);
+  _exit(code);  // one thread still waits for signals
 }
 
 }  // namespace
@@ -185,5 +293,5 @@ int main(int argc, char** argv) {
   setenv("GRPC_VERBOSITY", "NONE", 0);  // its errors reach people through ours
   everstep::controller::ServerOptions options;
   const int code = everstep::controller::ParseOptions(argc, argv, &options);
-  return code >= 0 ? code : everstep::controller::Serve(options);
+  return code >= 0 ? code : everstep::controller::Start(options);
 }

@@ -1,60 +1,90 @@
 // The sending half of a gRPC reactor with a bounded queue: the brain says Enqueue and goes on, a peer that
 // does not read is cut off.
 //
-// Base: grpc::ServerBidiReactor<...> or grpc::ServerWriteReactor<...>. Thread-safe. Own it by a
-// shared_ptr that the reactor itself gives up in OnDone; callers hold one while they call.
+// Base: grpc::ServerBidiReactor<...> or grpc::ServerWriteReactor<...>. Thread-safe. Owned by a shared_ptr
+// that the reactor itself holds from Hold() to OnDone(); callers hold one while they call. Derived classes
+// that override OnDone call Done() last.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
+#include <cstdint>
 #include <deque>
+#include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <utility>
 
+#include <fmt/format.h>
+#include <grpcpp/alarm.h>
 #include <grpcpp/grpcpp.h>
 
 namespace everstep::controller {
 
-template <typename Base, typename Message>
-class QueuedWrites : public Base {
- public:
-  QueuedWrites(grpc::CallbackServerContext* context, std::size_t max_messages, std::size_t max_bytes)
-      : context_(context), max_messages_(max_messages), max_bytes_(max_bytes) {}
+struct QueueLimits {
+  std::size_t messages = 4096;
+  std::size_t bytes = 16u << 20;
+  // Counts the readers that were cut off; may be null. Outlives the stream.
+  std::atomic<std::uint64_t>* slow_readers = nullptr;
+};
 
-  // False: the stream is over, or its queue is full (then it ends with RESOURCE_EXHAUSTED).
-  // replace: what waits and is not on its way is replaced (states, of which only the newest counts).
-  bool Enqueue(Message message, bool replace = false) {
+template <typename Base, typename Message>
+class QueuedWrites : public Base,
+                     public std::enable_shared_from_this<QueuedWrites<Base, Message>> {
+ public:
+  // A peer that was cut off gets this long to read why; then its stream is reset.
+  static constexpr std::chrono::seconds kLastWords{3};
+
+  QueuedWrites(grpc::CallbackServerContext* context, QueueLimits limits)
+      : context_(context), limits_(limits) {}
+
+  void Hold() { self_ = this->shared_from_this(); }
+
+  // False: the stream is over, or its queue is full (then it ends with RESOURCE_EXHAUSTED and a text).
+  bool Enqueue(Message message) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (end_) return false;
-    if (replace) {
-      while (queue_.size() > 1) PopBack();
-    }
-    const std::size_t bytes = message.ByteSizeLong();
-    if (queue_.size() >= max_messages_ || bytes_ + bytes > max_bytes_) {
-      EndLocked(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED,
-                             "too much waits for this reader: it does not read\nhint: read faster, or "
-                             "ask again from the last sequence seen"),
-                true);
-      return false;
-    }
-    bytes_ += bytes;
-    queue_.emplace_back(std::move(message), bytes);
-    if (!writing_) {
-      writing_ = true;
-      this->StartWrite(&queue_.front().first);
-    }
-    return true;
+    return EnqueueLocked(std::move(message));
   }
 
-  // Ends the stream after what waits; with drop at once, whatever the peer does.
-  void End(grpc::Status status, bool drop = false) {
+  // The same for states, of which only the newest counts: what waits and is not on its way is replaced, after
+  // merge(old, &message) took over what must not be lost. A slow reader is never cut off.
+  template <typename Merge>
+  bool Replace(Message message, const Merge& merge) {
     std::lock_guard<std::mutex> lock(mutex_);
-    EndLocked(std::move(status), drop);
+    if (end_) return false;
+    while (queue_.size() > 1) {
+      merge(queue_.back().first, &message);
+      PopBack();
+    }
+    return EnqueueLocked(std::move(message));
+  }
+
+  // Ends the stream after what waits.
+  void End(grpc::Status status) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (end_) return;
+    end_ = std::move(status);
+    if (!writing_) FinishLocked();
+  }
+
+  // Ends the stream and drops what waits, whatever the peer does.
+  void Cut(grpc::Status status) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    CutLocked(std::move(status));
   }
 
   bool over() const {
     std::lock_guard<std::mutex> lock(mutex_);
     return end_.has_value();
+  }
+
+  // `start` starts an operation from outside a reaction: not when the stream may be finished meanwhile.
+  template <typename Start>
+  void IfOpen(const Start& start) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!end_) start();
   }
 
   void OnWriteDone(bool ok) override {
@@ -73,18 +103,57 @@ class QueuedWrites : public Base {
     if (end_) FinishLocked();
   }
 
+  void OnDone() override { Done(); }
+
+ protected:
+  void Done() {
+    std::shared_ptr<QueuedWrites> self;  // outlives the lock
+    std::lock_guard<std::mutex> lock(mutex_);
+    done_ = true;
+    if (!end_) end_ = grpc::Status::CANCELLED;
+    last_words_.Cancel();
+    self.swap(self_);
+  }
+
+  grpc::CallbackServerContext* const context_;  // valid until OnDone
+
  private:
+  bool EnqueueLocked(Message message) {
+    if (end_) return false;
+    const std::size_t bytes = message.ByteSizeLong();
+    // One message always fits: it is bounded by the server's limit on messages.
+    if (!queue_.empty() && (queue_.size() >= limits_.messages || bytes_ + bytes > limits_.bytes)) {
+      if (limits_.slow_readers != nullptr) ++*limits_.slow_readers;
+      CutLocked(grpc::Status(
+          grpc::StatusCode::RESOURCE_EXHAUSTED,
+          fmt::format("slow_reader: {} messages ({} bytes) wait and are not read, the limit is {} ({} bytes)\n"
+                      "hint: read faster, or ask again from the last one seen",
+                      queue_.size(), bytes_, limits_.messages, limits_.bytes)));
+      return false;
+    }
+    bytes_ += bytes;
+    queue_.emplace_back(std::move(message), bytes);
+    if (!writing_) {
+      writing_ = true;
+      this->StartWrite(&queue_.front().first);
+    }
+    return true;
+  }
   void PopBack() {
     bytes_ -= queue_.back().second;
     queue_.pop_back();
   }
-  void EndLocked(grpc::Status status, bool drop) {
-    if (!end_) end_ = std::move(status);
-    if (drop && writing_) {
-      while (queue_.size() > 1) PopBack();
-      context_->TryCancel();  // a write to a peer that does not read ends only so
-    }
+  void CutLocked(grpc::Status status) {
+    if (end_) return;
+    end_ = std::move(status);
+    while (queue_.size() > (writing_ ? 1u : 0u)) PopBack();
     if (!writing_) FinishLocked();
+    // The status waits behind a write that a peer which does not read may hold up for ever.
+    last_words_.Set(std::chrono::system_clock::now() + kLastWords,
+                    [self = this->shared_from_this()](bool in_time) {
+                      std::lock_guard<std::mutex> lock(self->mutex_);
+                      if (in_time && !self->done_) self->context_->TryCancel();
+                    });
   }
   void FinishLocked() {
     if (finished_) return;
@@ -92,14 +161,16 @@ class QueuedWrites : public Base {
     this->Finish(*end_);
   }
 
-  grpc::CallbackServerContext* const context_;
-  const std::size_t max_messages_, max_bytes_;
+  const QueueLimits limits_;
   mutable std::mutex mutex_;
   std::deque<std::pair<Message, std::size_t>> queue_;  // the front is on its way while writing_
   std::size_t bytes_ = 0;
   bool writing_ = false;
   bool finished_ = false;
+  bool done_ = false;
   std::optional<grpc::Status> end_;
+  grpc::Alarm last_words_;
+  std::shared_ptr<QueuedWrites> self_;  // until OnDone
 };
 
 }  // namespace everstep::controller

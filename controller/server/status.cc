@@ -29,11 +29,6 @@ std::string CommandText(const CommandSpec& spec) {
   return text;
 }
 
-std::string LogDirOf(const CommandSpec& spec) {
-  v1::Command command;
-  return command.ParseFromString(spec.opaque) ? command.log_dir() : std::string();
-}
-
 bool IsMemberOf(const JobStateView& job, const NodeId& node) {
   return std::any_of(job.plan.nodes.begin(), job.plan.nodes.end(),
                      [&](const NodePlan& p) { return p.node == node; });
@@ -51,10 +46,10 @@ void FillFault(const Fault& f, v1::FaultStatus* to) {
   to->set_action(f.action);
   to->set_detected(TimeText(f.detected));
   to->set_recovery_seconds(f.recovered.ns == 0 ? -1.0 : ToSeconds(f.recovered - f.detected));
-  // The occurrence is told by the node's clock: only a small, positive difference means anything.
+  // The occurrence is told by the node's clock: a difference out of this range says that the clocks differ.
   const double detect = f.occurred.ns == 0 ? -1.0 : ToSeconds(f.detected - f.occurred);
-  to->set_detect_seconds(detect < -1.0 || detect > 3600.0 ? -1.0 : std::max(detect, 0.0));
-  if (f.occurred.ns == 0) to->set_detect_seconds(-1.0);
+  to->set_detect_seconds(f.occurred.ns == 0 || detect < -1.0 || detect > 3600.0 ? -1.0
+                                                                               : std::max(detect, 0.0));
   to->set_generation_before(f.generation_before);
   to->set_generation_after(f.generation_after);
   to->set_step_before(f.step_before);
@@ -92,6 +87,11 @@ void FillCause(const WorkerOnNode& w, const JobStateView& job, v1::RootCause* to
 }
 
 }  // namespace
+
+std::string LogDirOf(const CommandSpec& spec) {
+  v1::Command command;
+  return command.ParseFromString(spec.opaque) ? command.log_dir() : std::string();
+}
 
 v1::NodeStatus NodeStatusOf(const ClusterState& state, const NodeState& node, Timestamp now) {
   v1::NodeStatus to;

@@ -13,6 +13,9 @@ v1::NodeStatus NodeStatusOf(const ClusterState& state, const NodeState& node, Ti
 v1::JobStatus JobStatusOf(const ClusterState& state, const JobStateView& job, Timestamp now);
 v1::Event EventOf(const JournalRecord& record);
 
+// Where the job's command wants its logs; empty: each agent's own place.
+std::string LogDirOf(const CommandSpec& command);
+
 // Every record but the journal, for a successor controller.
 v1::StoreSnapshot SnapshotOf(const ClusterState& state, const std::string& cluster);
 
