@@ -138,9 +138,11 @@ class Parser {
   // False: an error, or --help or --version (result_.kind says so).
   bool ReadWords() {
     std::size_t i = 0;
+    bool dashes_seen = false;
     for (; i < arguments_.size(); ++i) {
       const std::string& word = arguments_[i];
       if (word == "--") {
+        dashes_seen = true;
         ++i;
         break;
       }
@@ -177,8 +179,8 @@ class Parser {
           "no training script was given; write `everstep-run [flags] SCRIPT [script's flags]`"));
     }
     result_.flags.script = arguments_[i++];
-    // argparse drops one "--" directly behind the script, so do we.
-    if (i < arguments_.size() && arguments_[i] == "--") ++i;
+    // argparse drops one "--", before the script or directly behind it, so do we.
+    if (!dashes_seen && i < arguments_.size() && arguments_[i] == "--") ++i;
     result_.flags.script_args.assign(arguments_.begin() + static_cast<std::ptrdiff_t>(i),
                                      arguments_.end());
     return true;
