@@ -34,6 +34,7 @@ void Format(ArenaHeader* header, const ArenaSpec& spec) {
   header->rank = spec.rank;
   header->replica = spec.replica ? 1 : 0;
   header->agent.committed_step.store(kNoStep, std::memory_order_relaxed);
+  header->agent.released_step.store(kNoStep, std::memory_order_relaxed);
   header->trainer.step.store(kNoStep, std::memory_order_relaxed);
   if (spec.slot_bytes > 0) {
     std::uint64_t at = kArenaHeaderBytes;

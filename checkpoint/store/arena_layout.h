@@ -57,6 +57,7 @@ struct alignas(64) SlotHeader {
   alignas(64) std::atomic<std::uint64_t> committed_seq;  // ... is committed
   std::atomic<std::uint64_t> replicated_seq;             // ... was verified by the peer
   std::atomic<std::uint64_t> pushing_seq;                // ... is on its way; cleared when it ends
+  std::atomic<std::uint64_t> released_seq;               // ... will not be committed any more
 };
 static_assert(sizeof(SlotHeader) == 192);
 
@@ -83,8 +84,10 @@ struct alignas(64) AgentWord {                  // agent
   std::atomic<std::uint64_t> fence_generation;  // captures of older generations are refused
   std::atomic<std::int64_t> beat_ns;            // CLOCK_MONOTONIC of its newest look; 0: never
   std::atomic<std::int64_t> committed_step;     // newest known; informs only
-  std::atomic<std::uint32_t> has_peer;          // captured slots are pushed to one
-  std::atomic<std::uint32_t> controller_away;   // no commits can be had
+  std::atomic<std::int64_t> released_step;  // up to it, what the fence's generation captured and is
+                                            // not committed will not be any more; -1: none
+  std::atomic<std::uint32_t> has_peer;      // captured slots are pushed to one
+  std::atomic<std::uint32_t> controller_away;  // no commits can be had
 };
 static_assert(sizeof(AgentWord) == 64);
 

@@ -65,6 +65,7 @@ class Service final : public TransferService {
   std::vector<Shard> Survey(const JobId& job) override;
   bool Activate(const Part& part, std::string* error) override;
   void MarkCommitted(const JobId& job, Generation generation, Step step) override;
+  void MarkReleased(const JobId& job, Generation generation, Step step) override;
   void SetControllerAway(bool away) override;
   void Forget(const JobId& job) override;
   void KeeperGone() override;
@@ -84,6 +85,7 @@ class Service final : public TransferService {
   void StartRestore(const LocalPtr& local);
   void Restore(const LocalPtr& local);
   void Ready(const LocalPtr& local, const SlotView& view);
+  void Holds(const LocalPtr& local, const std::optional<SlotView>& view);
   void Watch();
   void Look(const LocalPtr& local);
   void QueuePush(const LocalPtr& local, milliseconds delay);
@@ -213,6 +215,7 @@ bool Service::Activate(const Part& part, std::string* error) {
       slot.pushing_seq.store(0, std::memory_order_relaxed);
       if (!again) slot.replicated_seq.store(0, std::memory_order_relaxed);  // of an earlier peer
     }
+    if (!again) header.agent.released_step.store(kNoStep);
     header.agent.has_peer.store(part.replica_address.empty() ? 0 : 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
@@ -245,7 +248,7 @@ void Service::StartRestore(const LocalPtr& local) {
   if (word.generation == local->generation &&
       (word.state == RestoreState::kReady || word.state == RestoreState::kFresh)) {
     local->restored = true;  // an agent before this one did it
-    if (word.state == RestoreState::kReady) QueuePush(local, milliseconds(0));
+    if (word.state == RestoreState::kReady) Holds(local, local->arena.Look(word.slot % kSlots));
     return;
   }
   if (local->restore.step == kNoStep) {
@@ -270,6 +273,14 @@ void Service::Ready(const LocalPtr& local, const SlotView& view) {
                            .slot_seq = view.seq,
                            .step = view.step()});
   local->restored = true;
+  Holds(local, view);
+}
+
+// What the rank starts from is here, and goes to the peer until something newer is captured.
+void Service::Holds(const LocalPtr& local, const std::optional<SlotView>& view) {
+  if (view && view->fields.generation != local->generation) {
+    listener_->OnCopied(local->job, ToShard(*view, false));
+  }
   QueuePush(local, milliseconds(0));
 }
 
@@ -450,6 +461,25 @@ void Service::MarkCommitted(const JobId& job, Generation generation, Step step) 
     it->second.tidied = true;
   }
   pool_.Submit([this, job, generation, ranks] { Tidy(job, generation, ranks); });
+}
+
+void Service::MarkReleased(const JobId& job, Generation generation, Step step) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = active_.find(job);
+  if (it == active_.end()) return;
+  for (auto& [rank, local] : it->second.locals) {
+    ArenaHeader& header = *local->arena.header();
+    for (std::uint32_t i = 0; i < kSlots; ++i) {
+      const auto view = local->arena.Look(i);
+      if (view && view->fields.generation == generation && view->step() <= step) {
+        header.slot[i].released_seq.store(view->seq, std::memory_order_release);
+      }
+    }
+    // A slower rank may come to a released step after this.
+    if (generation == local->generation && step > header.agent.released_step.load()) {
+      header.agent.released_step.store(step, std::memory_order_release);
+    }
+  }
 }
 
 // A step of this generation is committed: whatever earlier memberships left here is surplus.
