@@ -14,7 +14,7 @@ class DialBackoff {
  public:
   struct Options {
     Duration first = Milliseconds(50);
-    Duration max = Seconds(2);
+    Duration max = Seconds(1);
   };
 
   // `seed` spreads agents that lose the same controller at the same instant.

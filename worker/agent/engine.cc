@@ -17,6 +17,7 @@ namespace {
 namespace v1 = everstep::v1;
 
 constexpr Duration kRegisterTimeout = Seconds(10);
+constexpr Duration kLookForSuccessor = Milliseconds(50);  // while no controller answers
 constexpr Duration kIdleWakeup = Seconds(5);
 // A node without a keeper runs nothing; its controller must not go on thinking that it does.
 constexpr Duration kKeeperAwayLimit = Seconds(3);
@@ -184,6 +185,7 @@ void Engine::HandleOverflow() {
 std::optional<Timestamp> Engine::NextTimer() const {
   std::optional<Timestamp> next = core_.NextWakeup();
   Earliest(&next, dial_at_);
+  if (dial_at_) Earliest(&next, look_at_);
   Earliest(&next, register_by_);
   Earliest(&next, attach_at_);
   Earliest(&next, leave_by_);
@@ -203,6 +205,14 @@ void Engine::CheckTimers(Timestamp now) {
   if (register_by_ && *register_by_ <= now) {
     register_by_.reset();
     session_->Close(fmt::format("no registration within {} ms", ToMilliseconds(kRegisterTimeout)));
+  }
+  // A successor's address is worth a dial at once, however long the old one's waits have become.
+  if (dial_at_ && look_at_ <= now) {
+    look_at_ = now + kLookForSuccessor;
+    if (ReadControllers(options_.node_dir) != dialled_) {
+      backoff_.Succeeded();
+      dial_at_ = now;
+    }
   }
   if (dial_at_ && *dial_at_ <= now) {
     dial_at_.reset();
@@ -232,6 +242,7 @@ void Engine::StartTransfer() {
 void Engine::Dial() {
   if (link_ == 0 || done_) return;  // OnKeeperAttached dials
   std::vector<std::string> controllers = ReadControllers(options_.node_dir);
+  dialled_ = controllers;
   if (controllers.empty()) controllers = options_.controllers;
   if (controllers.empty()) {
     if (last_loss_ != "no address") {
@@ -294,6 +305,7 @@ void Engine::OnStreamLost(std::uint64_t stream, const std::string& why) {
   }
   Feed(SessionLost{why});
   dial_at_ = clock_->Now() + backoff_.Next();
+  look_at_ = clock_->Now();
 }
 
 void Engine::Send(v1::AgentMessage message) {

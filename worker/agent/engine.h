@@ -159,6 +159,8 @@ class Engine final : private checkpoint::Listener {
   std::uint64_t stream_ = 0;               // of the newest dial
   bool stream_open_ = false;
   std::optional<Timestamp> dial_at_;
+  Timestamp look_at_;                 // while dial_at_ is set: next look for other addresses
+  std::vector<std::string> dialled_;  // the addresses at the last dial
   std::optional<Timestamp> register_by_;   // no Registered by then: dial anew
   std::string last_loss_;                  // logged already
   std::atomic<std::uint64_t> incarnation_{0};  // of the registration that stands, for the tailer
