@@ -1,6 +1,5 @@
 #include "checkpoint/core/capture_policy.h"
 
-#include <bit>
 #include <utility>
 
 namespace everstep::checkpoint {
@@ -59,24 +58,21 @@ CaptureDecision DecideCapture(const CaptureFacts& f) {
     const auto slot = static_cast<std::uint32_t>(pending);
     const SlotState& s = f.slots[slot];
     if (alone && !f.replicated_layout) return Skip(slot, "no_controller");
-    if (!f.waited) return WaitFor(slot, "uncommitted");
+    // It may be committed at any moment, until the controller has said that it will not be.
+    if (!f.waited && !s.released) return WaitFor(slot, "uncommitted");
+    if (!alone && !s.released) return Skip(slot, "uncommitted");
     if (s.pushing && f.agent_alive) return Skip(slot, "peer_slow");
-    const auto age = f.step > s.step ? static_cast<std::uint64_t>(f.step - s.step) : 1;
-    if (static_cast<std::uint64_t>(f.step) % std::bit_ceil(age) != 0) return Skip(slot, "realign");
     return Write(slot, true, "never_committed");
   }
 
   const auto target = static_cast<std::uint32_t>(
       keep >= 0 ? 1 - keep : (f.slots[0].whole && !f.slots[1].whole ? 1 : 0));
-  // The step this process came from may have fewer copies than the committed one beside it: its
-  // push to the new peer comes first.
-  if (first_of_generation && f.base >= 0 && f.has_peer && f.agent_alive) {
+  // The step this process came from may have fewer copies than the committed one before it, here or
+  // for another rank, and a newer capture would push its copies out: it is committed first.
+  if (first_of_generation && f.base >= 0 && f.has_peer && !alone) {
     const auto base = static_cast<std::uint32_t>(f.base);
-    const SlotState& b = f.slots[base];
-    const SlotState& other = f.slots[target];
-    if (!b.committed && !b.replicated && other.whole && other.committed) {
-      if (!f.waited) return WaitFor(base, "base_unreplicated");
-      if (b.pushing) return Skip(base, "peer_slow");
+    if (!f.slots[base].committed && !f.slots[base].released) {
+      return f.waited ? Skip(base, "base_uncommitted") : WaitFor(base, "base_uncommitted");
     }
   }
   return Write(target, false, "free");

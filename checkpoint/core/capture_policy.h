@@ -2,13 +2,13 @@
 // says. Pure; libeverstep.so gathers the facts, waits and acts.
 //
 // What it keeps true (docs/internals/lifecycle.md, "Checkpoints"):
-//  - the newest committed step, or the step that this process was restored from until a newer one
-//  is
-//    committed, is never overwritten;
-//  - a captured step that is on its way to a peer is left alone: the capture is skipped instead;
-//  - one that will not be committed (another rank skipped it) gives way, at steps on which every
-//  rank
-//    comes to the same decision, so that all capture the same step again;
+//  - the newest committed step is never overwritten, nor is the step that this process was restored
+//    from, until a newer one is committed;
+//  - a captured step may be committed at any moment, even when word of it is late: it gives way
+//  only
+//    when the controller has released it (another rank went past it, or it lacked copies for long);
+//    who must wait for that too long skips the capture instead;
+//  - a captured step that is on its way to a peer is left alone, too;
 //  - without a controller or agent a replicated layout goes on with what its own node and peer
 //  hold;
 //    a sharded one keeps what it has, since a newer cut could not be agreed on.
@@ -28,6 +28,7 @@ struct SlotState {
   bool committed = false;
   bool replicated = false;  // a peer verified it
   bool pushing = false;     // on its way to a peer now
+  bool released = false;    // the controller gave it up: it will not be committed any more
 };
 
 struct CaptureFacts {

@@ -29,14 +29,12 @@ class JobTable {
     if (!key.empty() || !keyed_[job]) facts.key = DeriveKey(key);
     keyed_[job] = keyed_[job] || !key.empty();
   }
+  // The controller's last word counts: a job that went back to what an older generation had
+  // captured has a newest commit of that one.
   void Committed(const JobId& job, Generation generation, Step step) {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto it = jobs_.find(job);
     if (it == jobs_.end()) return;
-    if (std::pair(generation, step) <=
-        std::pair(it->second.committed_generation, it->second.committed_step)) {
-      return;
-    }
     it->second.committed_generation = generation;
     it->second.committed_step = step;
   }

@@ -278,6 +278,11 @@ void Service::Ready(const LocalPtr& local, const SlotView& view) {
 
 // What the rank starts from is here, and goes to the peer until something newer is captured.
 void Service::Holds(const LocalPtr& local, const std::optional<SlotView>& view) {
+  // Word of its commit may have come before the bytes.
+  const JobFacts facts = jobs_.Find(local->job).value_or(JobFacts{});
+  if (facts.committed_step != kNoStep) {
+    MarkSlots(local->arena, facts.committed_generation, facts.committed_step);
+  }
   if (view && view->fields.generation != local->generation) {
     listener_->OnCopied(local->job, ToShard(*view, false));
   }

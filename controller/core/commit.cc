@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <iterator>
 #include <tuple>
 
 #include "controller/core/impl.h"
@@ -14,7 +15,7 @@ void Controller::Impl::On(const ShardCopied& e) {
   JobStateView* job = FindJob(e.job);
   if (job == nullptr || IsTerminal(job->record.state)) return;
   const bool current =
-      e.shard.generation == job->record.generation &&
+      (e.shard.generation == job->record.generation || IsBase(*job, e.shard)) &&
       (job->record.state == JobState::kRunning || job->record.state == JobState::kActivating);
   if (!current && !Bug(kBugMissingFence)) {
     ++state_.stale_dropped;
@@ -34,6 +35,7 @@ void Controller::Impl::On(const ShardCopied& e) {
 void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const HeldShard& copy) {
   const JobState s = job->record.state;
   if (s != JobState::kRunning && s != JobState::kActivating) return;
+  if (copy.generation != job->record.generation) return CountBase(job, node, copy);
   const JobId& id = job->record.spec.job;
   const everstep::Step step = copy.step;
   if (!job->commits.commits.empty() && job->commits.commits.front().step >= step &&
@@ -41,7 +43,14 @@ void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const He
     return;  // committed already
   }
   Runtime& run = runtime_[id];
-  auto& by_rank = run.copies[step].by_rank;
+  if (step <= run.released) return;
+  // A rank has one uncommitted step at a time: who captured this one has given up those before.
+  if (!run.copies.empty() && run.copies.begin()->first < step) {
+    Release(job, std::prev(run.copies.lower_bound(step))->first);
+  }
+  const auto [copies_of_step, first] = run.copies.try_emplace(step);
+  if (first) copies_of_step->second.since = now_;
+  auto& by_rank = copies_of_step->second.by_rank;
   by_rank[copy.rank][node] = copy;
   const std::size_t world = job->plan.nodes.size() * job->record.spec.nproc_per_node;
   if (by_rank.size() < world) return;
@@ -66,14 +75,109 @@ void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const He
     commit.shards.push_back(source->second);
     commit.replicated_layout = commit.replicated_layout && source->second.replicated_layout;
   }
+  run.copies.erase(run.copies.begin(), run.copies.upper_bound(step));
+  AddCommit(job, std::move(commit));
+}
+
+void Controller::Impl::AddCommit(JobStateView* job, Commit commit) {
+  const JobId& id = job->record.spec.job;
   job->commits.job = id;
   auto& commits = job->commits.commits;
   commits.insert(commits.begin(), std::move(commit));
   if (commits.size() > 2) commits.resize(2);
   dirty_commits_.insert(id);
-  run.copies.erase(run.copies.begin(), run.copies.upper_bound(step));
+  for (const NodePlan& member : job->plan.nodes) TellCommits(job, member.node);
+}
+
+bool Controller::Impl::IsBase(const JobStateView& job, const HeldShard& shard) const {
+  const GenerationPlan& plan = job.plan;
+  if (plan.restore_step == kNoStep || shard.step != plan.restore_step || plan.nodes.empty() ||
+      plan.nodes.front().workers.empty() ||
+      shard.generation != plan.nodes.front().workers.front().restore.shard_generation) {
+    return false;
+  }
+  if (job.commits.commits.empty()) return true;
+  const Commit& newest = job.commits.commits.front();
+  return newest.generation != plan.generation &&
+         std::pair(newest.generation, newest.step) != std::pair(shard.generation, shard.step);
+}
+
+void Controller::Impl::CountBase(JobStateView* job, const NodeId& node, const HeldShard& copy) {
+  if (!IsBase(*job, copy)) return;
+  runtime_[job->record.spec.job].base_copies[copy.rank][node] = copy;
+  CommitBase(job);
+}
+
+// A copy on min(2, nodes) nodes: of each rank's shard, or with a replicated layout of any.
+void Controller::Impl::CommitBase(JobStateView* job) {
+  const auto& copies = runtime_[job->record.spec.job].base_copies;
+  const std::size_t needed = std::min<std::size_t>(2, job->plan.nodes.size());
+  std::set<NodeId> any;
+  for (const auto& [rank, holders] : copies) {
+    for (const auto& [node, shard] : holders) any.insert(node);
+  }
+  Commit commit;
+  commit.copies = static_cast<std::uint32_t>(needed);
+  commit.replicated_layout = true;
   for (const NodePlan& member : job->plan.nodes) {
-    Send(member.node, CommittedCommand{id, job->record.generation, step});
+    for (const WorkerPlan& worker : member.workers) {
+      const auto holders = copies.find(worker.restore.shard_rank);
+      if (holders == copies.end()) return;
+      std::size_t equal = 0;
+      const HeldShard* shard = nullptr;
+      for (const auto& [node, copy] : holders->second) {
+        if (copy.crc_root != worker.restore.crc_root) continue;
+        ++equal;
+        shard = &copy;
+      }
+      if (shard == nullptr) return;
+      if ((shard->replicated_layout ? any.size() : equal) < needed) return;
+      commit.generation = shard->generation;
+      commit.step = shard->step;
+      commit.world_size = shard->world_size;
+      commit.replicated_layout = commit.replicated_layout && shard->replicated_layout;
+      commit.shards.push_back(*shard);
+    }
+  }
+  AddCommit(job, std::move(commit));
+}
+
+void Controller::Impl::Release(JobStateView* job, everstep::Step step) {
+  Runtime& run = runtime_[job->record.spec.job];
+  run.released = step;
+  run.copies.erase(run.copies.begin(), run.copies.upper_bound(step));
+  for (const NodePlan& member : job->plan.nodes) TellCommits(job, member.node);
+}
+
+void Controller::Impl::GiveUpCopies(JobStateView* job) {
+  Runtime& run = runtime_[job->record.spec.job];
+  if (!run.copies.empty() && now_ - run.copies.begin()->second.since >= options_.commit_patience) {
+    Release(job, run.copies.begin()->first);
+  }
+  if (run.base_released || run.base_copies.empty() ||
+      now_ - run.running_since < options_.commit_patience ||
+      !IsBase(*job, run.base_copies.begin()->second.begin()->second)) {
+    return;
+  }
+  run.base_released = true;
+  for (const NodePlan& member : job->plan.nodes) TellCommits(job, member.node);
+}
+
+void Controller::Impl::TellCommits(JobStateView* job, const NodeId& node) {
+  const JobId& id = job->record.spec.job;
+  const Generation generation = job->record.generation;
+  const everstep::Step released = runtime_[id].released;
+  const Commit* newest = job->commits.commits.empty() ? nullptr : &job->commits.commits.front();
+  const bool of_this = newest != nullptr && newest->generation == generation;
+  if (runtime_[id].base_released && !of_this) {
+    const RestorePlan& base = job->plan.nodes.front().workers.front().restore;
+    Send(node, CommittedCommand{id, base.shard_generation, kNoStep, base.step});
+  }
+  if (newest != nullptr && !of_this) {
+    Send(node, CommittedCommand{id, newest->generation, newest->step, kNoStep});
+  }
+  if (of_this || released != kNoStep) {
+    Send(node, CommittedCommand{id, generation, of_this ? newest->step : kNoStep, released});
   }
 }
 

@@ -114,7 +114,10 @@ struct StopJobCommand {
 struct CommittedCommand {
   JobId job;
   Generation generation = 0;
-  Step step = kNoStep;
+  Step step = kNoStep;  // newest committed step of the generation
+  // Steps up to this one that are not committed never will be: their slots may be overwritten.
+  // Before it is said a captured slot stays, since it may be committed at any moment.
+  Step released = kNoStep;
 };
 struct Command {
   NodeId node;

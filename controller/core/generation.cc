@@ -73,6 +73,9 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
   const std::vector<NodeId> nodes = ChooseNodes(*job);
   const std::vector<NodePlan> old = job->plan.nodes;
   run.copies.clear();
+  run.released = kNoStep;
+  run.base_copies.clear();
+  run.base_released = false;
   run.store_ports.clear();
   run.last_call = {};
   run.grow_at = {};
@@ -219,6 +222,10 @@ void Controller::Impl::Activate(JobStateView* job) {
   for (const NodePlan& member : plan.nodes) {
     job->waiting_for.insert(member.node);
     SendActivate(job, member.node);
+  }
+  for (const NodePlan& member : plan.nodes) TellCommits(job, member.node);
+  for (const auto& [node, holds] : job->holdings) {
+    for (const HeldShard& shard : holds.shards) CountBase(job, node, shard);
   }
 }
 

@@ -39,9 +39,13 @@ class Controller::Impl {
     };
     std::map<NodeId, Exclusion> excluded;  // refused; forgotten when they prepare or register anew
     struct Copies {
+      Timestamp since;
       std::map<Rank, std::map<NodeId, HeldShard>> by_rank;
     };
     std::map<everstep::Step, Copies> copies;  // of the newest generation, uncommitted steps
+    std::map<Rank, std::map<NodeId, HeldShard>> base_copies;  // of the step it started from
+    bool base_released = false;
+    everstep::Step released = kNoStep;  // of the newest generation; see CommittedCommand
   };
 
   // nodes.cc
@@ -97,6 +101,17 @@ class Controller::Impl {
   // A copy of the running generation, newly made or named again by a registration: enough to
   // commit?
   void CountCopy(JobStateView* job, const NodeId& node, const HeldShard& copy);
+  // The step that the newest generation started from, while neither it nor a newer one is
+  // committed: fewer copies of it may exist than of the committed one before it.
+  bool IsBase(const JobStateView& job, const HeldShard& shard) const;
+  void CountBase(JobStateView* job, const NodeId& node, const HeldShard& copy);
+  void CommitBase(JobStateView* job);
+  void AddCommit(JobStateView* job, Commit commit);
+  // What lacked copies for too long is given up, so that trainers may capture newer steps.
+  void GiveUpCopies(JobStateView* job);
+  // Gives up the uncommitted steps up to `step`.
+  void Release(JobStateView* job, everstep::Step step);
+  void TellCommits(JobStateView* job, const NodeId& node);
   void PlanRestore(JobStateView* job);
   void Progress(JobStateView* job, everstep::Step step);
 

@@ -385,16 +385,6 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
         On(WorkerExited{e.node, node->record.incarnation, id, generation, worker.rank,
                         worker.local_rank, worker.pid, worker.exit});
       }
-      // A broken stream may have swallowed copies, and the word that they are committed.
-      for (const HeldShard& copy : holds.shards) {
-        if (job.record.generation == generation && copy.generation == generation) {
-          CountCopy(&job, e.node, copy);
-        }
-      }
-      const auto& commits = job.commits.commits;
-      if (!commits.empty() && commits.front().generation == generation) {
-        Send(e.node, CommittedCommand{id, generation, commits.front().step});
-      }
     } else if (s == JobState::kRunning && IsMember(job, e.node)) {
       const std::string why =
           fmt::format("reports generation {} of {}", holds.generation, generation);
@@ -403,6 +393,11 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
     } else if (holds.generation != 0) {
       // Not in this generation: what it still runs is over; what it holds may serve a restore.
       Send(e.node, StopJobCommand{id, holds.generation, IsTerminal(s), true, Reason::kStale});
+    }
+    if (job.record.generation == generation && IsMember(job, e.node)) {
+      // A broken stream may have swallowed copies, and the word of what is committed.
+      for (const HeldShard& copy : holds.shards) CountCopy(&job, e.node, copy);
+      if (current) TellCommits(&job, e.node);
     }
     if (!IsTerminal(s) && s != JobState::kStopping && Eligible(job, *node)) {
       Send(e.node, WarmCommand{id, job.record.spec.command, job.record.spec.nproc_per_node});

@@ -137,7 +137,9 @@ void Controller::Impl::On(const Heartbeat& e) {
   for (const JobProgress& progress : e.jobs) {
     JobStateView* job = FindJob(progress.job);
     if (job == nullptr || job->record.state != JobState::kRunning) continue;
-    if (progress.generation == job->record.generation) Progress(job, progress.step);
+    if (progress.generation != job->record.generation) continue;
+    Progress(job, progress.step);
+    GiveUpCopies(job);
   }
 }
 

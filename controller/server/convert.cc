@@ -112,6 +112,7 @@ struct Writer {
     to->set_job(c.job);
     to->set_generation(c.generation);
     to->set_step(c.step);
+    if (c.released != kNoStep) to->set_released_step(c.released);
   }
 };
 

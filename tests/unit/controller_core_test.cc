@@ -553,5 +553,81 @@ TEST_F(ControllerCopies, CopiesOfAJobThatJustEndedAreNotCommitted) {
   EXPECT_TRUE(Job().commits.commits.empty()) << "the job is over: its bytes are forgotten";
 }
 
+const CommittedCommand* LastCommitted(const Decisions& out) {
+  const CommittedCommand* last = nullptr;
+  for (const Command& c : out.commands) {
+    if (const auto* found = std::get_if<CommittedCommand>(&c.body)) last = found;
+  }
+  return last;
+}
+
+// A rank that skipped a step would make the others keep it for ever; a rank that overwrote one by
+// itself would break a commit that is under way. So the controller says which steps are given up.
+TEST_F(ControllerCopies, AStepThatARankWentPastIsReleasedAndNeverCommitted) {
+  Run();
+  EXPECT_EQ(LastCommitted(Copied("n1", 0, 5, 7, false)), nullptr);
+  Copied("n2", 0, 5, 7, true);
+  const Decisions out = Copied("n2", 1, 6, 8, false);
+  EXPECT_EQ(Count<CommittedCommand>(out), 2);
+  ASSERT_NE(LastCommitted(out), nullptr);
+  EXPECT_EQ(LastCommitted(out)->step, kNoStep);
+  EXPECT_EQ(LastCommitted(out)->released, 5);
+  Copied("n2", 1, 5, 8, false);
+  Copied("n1", 1, 5, 8, true);
+  EXPECT_TRUE(Job().commits.commits.empty()) << "rank 1 may have overwritten it already";
+  Copied("n1", 1, 6, 8, true);
+  Copied("n1", 0, 6, 7, false);
+  Copied("n2", 0, 6, 7, true);
+  ASSERT_EQ(Job().commits.commits.size(), 1u);
+  EXPECT_EQ(Job().commits.commits[0].step, 6);
+}
+
+TEST_F(ControllerCopies, AStepThatLacksCopiesForLongIsReleased) {
+  Run();
+  Copied("n1", 0, 5, 7, false);
+  Heartbeat beat{.node = "n1", .incarnation = Inc("n1")};
+  beat.jobs.push_back({"j", G(), 5, 1});
+  Advance(options_.commit_patience - Milliseconds(1));
+  EXPECT_EQ(LastCommitted(Do(beat)), nullptr);
+  Advance(Milliseconds(1));
+  const Decisions out = Do(beat);
+  ASSERT_NE(LastCommitted(out), nullptr);
+  EXPECT_EQ(LastCommitted(out)->released, 5);
+}
+
+// Found by the simulator: a generation began from a newer step than the committed one, which had
+// fewer copies; captures pushed out the committed step here and the base's copies there.
+TEST_F(ControllerCopies, WhatAGenerationStartsFromIsCommittedWhenItHasItsCopies) {
+  Run();
+  for (const auto& [node, rank, replica] : std::vector<std::tuple<NodeId, Rank, bool>>{
+           {"n1", 0, false}, {"n1", 1, true}, {"n2", 1, false}, {"n2", 0, true}}) {
+    Copied(node, rank, 5, 7u + static_cast<std::uint32_t>(rank), replica);
+  }
+  const Generation first = G();
+  std::vector<HeldShard> on_n1 = {Shard(0, 6, false), Shard(0, 5, false), Shard(1, 5, true)};
+  std::vector<HeldShard> on_n2 = {Shard(1, 6, false), Shard(1, 5, false), Shard(0, 5, true)};
+  Exit("n1", 0, -9, G());
+  Prepare("n1", G(), on_n1);
+  const Decisions begun = Prepare("n2", G(), on_n2);
+  EXPECT_EQ(Job().plan.restore_step, 6);
+  ASSERT_NE(LastCommitted(begun), nullptr);
+  EXPECT_EQ(LastCommitted(begun)->step, 5) << "every member hears what is committed";
+  Activate("n1", G());
+  Activate("n2", G());
+  const auto replica_of = [&](const NodeId& node, Rank rank) {
+    ShardCopied e{.node = node, .incarnation = Inc(node), .job = "j"};
+    e.shard = Shard(rank, 6, true);
+    e.shard.generation = first;
+    return Do(e);
+  };
+  replica_of("n2", 0);
+  EXPECT_EQ(Job().commits.commits[0].step, 5);
+  const Decisions out = replica_of("n1", 1);
+  EXPECT_EQ(Job().commits.commits[0].step, 6);
+  EXPECT_EQ(Job().commits.commits[0].generation, first);
+  ASSERT_NE(LastCommitted(out), nullptr);
+  EXPECT_EQ(LastCommitted(out)->generation, first);
+}
+
 }  // namespace
 }  // namespace everstep::controller

@@ -176,8 +176,11 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
       const v1::StopJob& s = m.stop_job();
       return StopJob{header, s.job(), s.generation(), s.forget(), Duration{}};
     }
-    case v1::ControllerMessage::kCommitted:
-      return Committed{header, m.committed().job(), m.committed().generation(), m.committed().step()};
+    case v1::ControllerMessage::kCommitted: {
+      const v1::Committed& c = m.committed();
+      return Committed{header, c.job(), c.generation(), c.step(),
+                       c.has_released_step() ? c.released_step() : kNoStep};
+    }
     case v1::ControllerMessage::kTailLogs: {
       const v1::TailLogs& t = m.tail_logs();
       return TailLogs{header,     t.request(),    t.job(),   t.rank(),

@@ -291,7 +291,9 @@ void Engine::On(const Survey& e) {
 }
 
 void Engine::On(const MarkCommitted& e) {
-  if (transfer_ != nullptr) transfer_->MarkCommitted(e.job, e.generation, e.step);
+  if (transfer_ == nullptr) return;
+  if (e.step != kNoStep) transfer_->MarkCommitted(e.job, e.generation, e.step);
+  if (e.released != kNoStep) transfer_->MarkReleased(e.job, e.generation, e.released);
 }
 void Engine::On(const ControllerAway& e) {
   if (transfer_ != nullptr) transfer_->SetControllerAway(e.away);

@@ -139,7 +139,11 @@ cp::CaptureFacts Facts(const everstep_client& c, everstep::Step step, std::uint3
                       .generation = view->fields.generation,
                       .committed = h.committed_seq.load(std::memory_order_acquire) == view->seq,
                       .replicated = h.replicated_seq.load(std::memory_order_acquire) == view->seq,
-                      .pushing = h.pushing_seq.load(std::memory_order_acquire) == view->seq};
+                      .pushing = h.pushing_seq.load(std::memory_order_acquire) == view->seq,
+                      .released = h.released_seq.load(std::memory_order_acquire) == view->seq ||
+                                  (view->fields.generation == c.generation &&
+                                   view->step() <= header.agent.released_step.load(
+                                                       std::memory_order_acquire))};
     if (c.base && c.base->slot == i && c.base->seq == view->seq) facts.base = static_cast<int>(i);
   }
   return facts;

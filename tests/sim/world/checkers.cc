@@ -43,6 +43,17 @@ std::optional<Origin> OriginOf(const controller::Event& event) {
       event);
 }
 
+// Copies of the step that the present generation started from are news of the present.
+bool IsBase(const controller::JobStateView& job, Generation generation, Step step) {
+  const controller::GenerationPlan& plan = job.plan;
+  return step != kNoStep && step == plan.restore_step && !plan.nodes.empty() &&
+         generation == plan.nodes.front().workers.front().restore.shard_generation;
+}
+bool IsBase(const controller::JobStateView& job, const controller::Event& event) {
+  const auto* copied = std::get_if<controller::ShardCopied>(&event);
+  return copied != nullptr && IsBase(job, copied->shard.generation, copied->shard.step);
+}
+
 }  // namespace
 
 void Checkers::BeforeStep(const ClusterState& state, const controller::Event& event) {
@@ -65,7 +76,7 @@ void Checkers::BeforeStep(const ClusterState& state, const controller::Event& ev
     const auto job = state.jobs.find(origin->job);
     if (job == state.jobs.end()) {
       stale_ = "an unknown job";
-    } else if (job->second.record.generation != origin->generation) {
+    } else if (job->second.record.generation != origin->generation && !IsBase(job->second, event)) {
       stale_ =
           fmt::format("generation {} of {}", origin->generation, job->second.record.generation);
     }
@@ -192,6 +203,7 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
                           plan.nodes.size() * plan.nodes.front().workers.size();
   const bool whole = commit.replicated_layout ? ranks_at_hand > 0
                                               : same_world && ranks_at_hand == commit.shards.size();
+  if (whole) TellMemory(now, state, plan.job);
   if (whole) {
     Violate(
         now, "commit_kept",
@@ -199,6 +211,20 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
                     name, plan.restore_step, commit.step, commit.generation, where));
   } else {
     env_.truth->Count("committed steps lost with all copies of a shard");
+  }
+}
+
+void Checkers::TellMemory(Timestamp now, const ClusterState& state, const JobId& job) const {
+  if (!env_.truth->told()) return;
+  for (const auto& [id, node] : *env_.nodes) {
+    env_.truth->Note(now, fmt::format("{} holds:{}", id, node->DescribeMemory(job)));
+    const auto known = state.jobs.at(job).holdings.find(id);
+    if (known == state.jobs.at(job).holdings.end()) continue;
+    std::string held;
+    for (const controller::HeldShard& s : known->second.shards) {
+      held += fmt::format(" {}{}@{}/g{}", s.replica ? "r" : "", s.rank, s.step, s.generation);
+    }
+    env_.truth->Note(now, fmt::format("... as the controller knows:{}", held));
   }
 }
 
@@ -210,7 +236,7 @@ void Checkers::CheckCommit(Timestamp now, const ClusterState& state,
   const std::string name =
       fmt::format("job {} step {} of generation {}", record.job, commit.step, commit.generation);
   env_.truth->Count("commits");
-  if (commit.generation != job.record.generation) {
+  if (commit.generation != job.record.generation && !IsBase(job, commit.generation, commit.step)) {
     Violate(
         now, "stale_obeyed",
         fmt::format("{} is committed, the job is at generation {}", name, job.record.generation));
@@ -224,8 +250,13 @@ void Checkers::CheckCommit(Timestamp now, const ClusterState& state,
   std::optional<Lineage> lineage;
   for (const controller::HeldShard& shard : commit.shards) {
     std::set<NodeId> nodes;
-    for (const Truth::Holder& holder : env_.truth->Holders(record.job, shard)) {
-      nodes.insert(holder.node);
+    for (const controller::HeldShard& copy :
+         commit.shards) {  // with a replicated layout any serves
+      if (copy.rank != shard.rank && commit.generation == job.record.generation) continue;
+      if (copy.rank != shard.rank && !commit.replicated_layout) continue;
+      for (const Truth::Holder& holder : env_.truth->Holders(record.job, copy)) {
+        nodes.insert(holder.node);
+      }
     }
     const std::size_t wanted = std::min<std::size_t>(2, job.plan.nodes.size());
     if (nodes.size() < wanted || commit.copies < wanted) {
@@ -298,8 +329,9 @@ void Checkers::OnCommand(Timestamp now, const controller::Command& command) {
     job = a->plan.job;
     generation = a->plan.generation;
   } else if (const auto* c = std::get_if<controller::CommittedCommand>(&command.body)) {
-    auto& said = commits_[c->job];
-    said = std::max(said, {c->generation, c->step});
+    if (c->step != kNoStep) {
+      commits_[c->job] = {c->generation, c->step};
+    }
   }
   if (generation == 0) return;
   Generation& said = generations_[job];
@@ -337,7 +369,10 @@ void Checkers::OnRecovered(Timestamp now, const ClusterState& state) {
       continue;  // its bytes are gone on purpose
     }
     const auto& commits = it->second.commits.commits;
-    if (commits.empty() || std::pair(commits.front().generation, commits.front().step) < said) {
+    const bool known = std::any_of(commits.begin(), commits.end(), [&said = said](const auto& c) {
+      return std::pair(c.generation, c.step) == said;
+    });
+    if (!known) {
       Violate(now, "stored",
               fmt::format("step {} of job {} was called committed, the store does not know it",
                           said.second, id));

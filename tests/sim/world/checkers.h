@@ -57,12 +57,11 @@ class Checkers {
   // Regularly, while the controller runs undisturbed.
   void CheckDeadlines(Timestamp now, const controller::ClusterState& state);
 
+  // Who holds what, into the story.
+  void TellMemory(Timestamp now, const controller::ClusterState& state, const JobId& job) const;
   void Acknowledged(const JobId& job) { acknowledged_.insert(job); }
 
  private:
-  struct Promise {  // newest that was said to the outside
-    Incarnation incarnation = 0;
-  };
   void CheckPlan(Timestamp now, const controller::ClusterState& state,
                  const controller::GenerationPlan& plan);
   void CheckRestore(Timestamp now, const controller::ClusterState& state,

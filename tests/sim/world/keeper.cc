@@ -12,6 +12,7 @@ namespace {
 constexpr Duration kRestoreTimeout = Seconds(20);
 constexpr Duration kFormTimeout = Seconds(20);
 constexpr Duration kCaptureWait = Milliseconds(500);
+constexpr Duration kAgentSilence = Seconds(3);  // then a trainer takes its agent for dead
 
 }  // namespace
 
@@ -57,14 +58,15 @@ void SimNode::CarryOutInKeeper(const agent::Effect& effect) {
     job.generation = a->activate.generation;
     job.activate = a->activate;
     job.exited.clear();
-    if (a->activate.committed_step != kNoStep)
-      job.memory.MarkCommitted(0, a->activate.committed_step);
   } else if (const auto* v = std::get_if<agent::Survey>(&effect)) {
     AfterKeeper(Draw(1, 40), "survey", [this, job = v->job, generation = v->generation] {
       Tell(agent::Surveyed{job, generation, Verified(job)});
     });
   } else if (const auto* m = std::get_if<agent::MarkCommitted>(&effect)) {
-    if (KeeperJob* job = FindJob(m->job)) job->memory.MarkCommitted(m->generation, m->step);
+    if (KeeperJob* job = FindJob(m->job)) {
+      job->memory.MarkCommitted(m->generation, m->step);
+      job->memory.MarkReleased(m->generation, m->released);
+    }
   } else if (const auto* c = std::get_if<agent::ControllerAway>(&effect)) {
     keeper_->controller_away = c->away;
   }
@@ -173,6 +175,8 @@ void SimNode::Fork(const agent::Activate& activate, const controller::WorkerPlan
   process.local_rank = worker.local_rank;
   process.world_size = static_cast<std::int32_t>(activate.world_size);
   process.started = env_.timeline->now();
+  process.patience = kCaptureWait;
+  job->memory.NewProcess(worker.rank);
   job->processes.emplace(key, process);
   Tell(agent::WorkerStarted{activate.job, activate.generation, worker.rank, worker.local_rank,
                             process.pid});
@@ -230,10 +234,12 @@ void SimNode::Restored(const JobId& job, ProcessKey key, const controller::Resto
     return;
   }
   controller::HeldShard own = shard;
-  own.rank = key.second;
   own.replica = false;
-  if (FindJob(job)->memory.Put(own, false)) env_.truth->Copied(name_, keeper_->id, job, own);
+  FindJob(job)->memory.Restore(key.second, own);
+  env_.truth->Copied(name_, keeper_->id, job, own);
+  Tell(agent::ShardCopied{job, own});
   JoinGroup(job, key, *state, shard.step);
+  Push(job, key.second, key.first);
 }
 
 void SimNode::JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step step) {
@@ -249,11 +255,12 @@ void SimNode::JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step st
   member.restored_step = step;
   member.runs = [this, is, job, key] { return is() && !FindProcess(job, key)->stopped; };
   member.capture = [this, job, key, pid](Lineage s, Step n) {
-    Capture(job, key, pid, s, n, env_.timeline->now() + kCaptureWait);
+    Capture(job, key, pid, s, n, env_.timeline->now());
   };
   member.leave = [this, is, job, key, pid](std::int32_t code) {
     if (is()) Die(job, key, pid, code, false);
   };
+  member.ready = [this, is, job, key] { return is() && !FindProcess(job, key)->capturing; };
   env_.training->Join(job, key.first, process.world_size, key.second, std::move(member));
 }
 
@@ -344,26 +351,37 @@ void SimNode::MakeUnkillable(std::int32_t local_rank, Timestamp until) {
 // --- the checkpoint plane ---
 
 void SimNode::Capture(const JobId& job, ProcessKey key, std::int32_t pid, Lineage state, Step step,
-                      Timestamp give_up) {
-  const Process* process = FindProcess(job, key);
+                      Timestamp began) {
+  Process* process = FindProcess(job, key);
   if (process == nullptr || process->pid != pid) return;
   KeeperJob& j = *FindJob(job);
+  process->capturing = j.generation == key.first;
+  if (!process->capturing) return;  // fenced: a newer generation is being prepared
   controller::HeldShard shard;
   shard.rank = key.second;
   shard.world_size = process->world_size;
   shard.generation = key.first;
   shard.step = step;
   shard.replicated_layout = env_.options->replicated_layout;
-  shard.crc_root = env_.truth->Checksum(state, key.second, shard.replicated_layout);
+  shard.crc_root = env_.truth->Checksum(state, key.second);
   shard.bytes = 1 << 20;
-  if (!j.memory.Put(shard, keeper_->controller_away && shard.replicated_layout)) {
-    if (env_.timeline->now() >= give_up) {
-      env_.truth->Count("captures skipped");
-      return;
-    }
-    AfterKeeper(Milliseconds(20), "capture waits", [this, job, key, pid, state, step, give_up] {
-      Capture(job, key, pid, state, step, give_up);
+  Memory::Trainer trainer;
+  trainer.has_peer = j.activate && !j.activate->plan.replica_node.empty();
+  trainer.agent_alive = Responsive() || env_.timeline->now() < agent_gone_since_ + kAgentSilence;
+  trainer.controller_away = keeper_->controller_away;
+  trainer.waited = env_.timeline->now() - began >= process->patience;
+  const checkpoint::CaptureAction action = j.memory.Capture(shard, trainer);
+  if (action == checkpoint::CaptureAction::kWait) {
+    AfterKeeper(Milliseconds(15), "capture waits", [this, job, key, pid, state, step, began] {
+      Capture(job, key, pid, state, step, began);
     });
+    return;
+  }
+  process->capturing = false;
+  process->patience =
+      trainer.waited ? std::max(process->patience / 2, Milliseconds(1)) : kCaptureWait;
+  if (action == checkpoint::CaptureAction::kSkip) {
+    env_.truth->Count("captures skipped");
     return;
   }
   env_.truth->Count("captures");
@@ -379,20 +397,25 @@ void SimNode::Push(const JobId& job, Rank rank, Generation generation) {
   KeeperJob* j = FindJob(job);
   if (j == nullptr || !agent_ || !j->activate || j->activate->generation != generation) return;
   const NodeId to = j->activate->plan.replica_node;
-  const Memory::Slot* slot = j->memory.Newest(rank, generation);
-  if (to.empty() || slot == nullptr || slot->replicated) return;
+  const Memory::Slot* slot = j->memory.ToPush(rank, generation);
+  if (to.empty() || slot == nullptr || slot->replicated || slot->pushing) return;
   const controller::HeldShard shard = slot->shard;
-  AfterKeeper(Draw(300, 600), "push again", [this, job, rank, generation, step = shard.step] {
+  const std::optional<controller::HeldShard> kept = j->memory.Committed(rank);
+  j->memory.MarkPushing(shard, true);
+  AfterKeeper(Draw(300, 600), "push ends", [this, job, rank, generation, shard] {
     KeeperJob* again = FindJob(job);
     if (again == nullptr) return;
-    const Memory::Slot* newest = again->memory.Newest(rank, generation);
-    if (newest != nullptr && newest->shard.step == step) Push(job, rank, generation);
+    again->memory.MarkPushing(shard, false);
+    Push(job, rank, generation);
   });
-  env_.network->Send(name_, to, name_ + " pushes", [this, to, job, shard] {
+  env_.network->Send(name_, to, name_ + " pushes", [this, to, job, generation, shard, kept] {
     SimNode* peer = env_.peer(to);
-    if (peer == nullptr || !peer->Receive(job, shard)) return;
+    if (peer == nullptr || !peer->Receive(job, generation, shard, kept)) return;
     env_.network->Send(to, name_, to + " acknowledges", [this, job, shard] {
-      if (KeeperJob* owner = FindJob(job)) owner->memory.MarkReplicated(shard);
+      KeeperJob* owner = FindJob(job);
+      if (owner == nullptr) return;
+      owner->memory.MarkReplicated(shard);
+      owner->memory.MarkPushing(shard, false);
     });
   });
 }
@@ -408,14 +431,14 @@ void SimNode::PushAll() {
   for (const auto& [id, key] : all) Push(id, key.second, key.first);
 }
 
-bool SimNode::Receive(const JobId& job, controller::HeldShard shard) {
+bool SimNode::Receive(const JobId& job, Generation generation, controller::HeldShard shard,
+                      const std::optional<controller::HeldShard>& kept) {
   KeeperJob* j = FindJob(job);
-  if (j == nullptr || !Responsive() || j->generation != shard.generation ||
-      j->killed >= shard.generation) {
+  if (j == nullptr || !Responsive() || j->generation != generation || j->killed >= generation) {
     return false;
   }
   shard.replica = true;
-  if (!j->memory.Put(shard, keeper_->controller_away && shard.replicated_layout)) return false;
+  if (!j->memory.Receive(shard, generation, kept)) return false;
   env_.truth->Copied(name_, keeper_->id, job, shard);
   Tell(agent::ShardCopied{job, shard});
   return true;
@@ -435,6 +458,12 @@ std::vector<controller::HeldShard> SimNode::Verified(const JobId& job) const {
   const auto it = keeper_->jobs.find(job);
   if (it == keeper_->jobs.end()) return {};
   return it->second.memory.Verified();
+}
+
+std::string SimNode::DescribeMemory(const JobId& job) const {
+  if (!keeper_) return " (no keeper)";
+  const auto it = keeper_->jobs.find(job);
+  return it == keeper_->jobs.end() ? "" : it->second.memory.Describe();
 }
 
 void SimNode::Corrupt(std::uint64_t n) {

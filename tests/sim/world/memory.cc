@@ -1,6 +1,8 @@
 #include "tests/sim/world/memory.h"
 
-#include <algorithm>
+#include <fmt/format.h>
+
+#include <tuple>
 
 namespace everstep::sim {
 namespace {
@@ -9,70 +11,149 @@ bool Older(const Memory::Slot& a, const Memory::Slot& b) {
   return std::pair(a.shard.generation, a.shard.step) < std::pair(b.shard.generation, b.shard.step);
 }
 
+bool Same(const Memory::Slot& slot, const controller::HeldShard& shard) {
+  return slot.whole && slot.shard.step == shard.step && slot.shard.generation == shard.generation &&
+         slot.shard.crc_root == shard.crc_root;
+}
+
 }  // namespace
 
-bool Memory::Put(const controller::HeldShard& shard, bool away) {
-  std::vector<Slot>& slots = arenas_[{shard.rank, shard.replica}];
-  for (Slot& slot : slots) {
-    if (slot.shard.step == shard.step && slot.shard.generation == shard.generation) {
-      if (slot.corrupt) slot = Slot{shard, slot.committed, false, false};
+// The slot an agent may overwrite: an empty one, else not the newest committed one, else the older.
+std::size_t Memory::Choose(const Arena& arena) {
+  const Slot& a = arena.slots[0];
+  const Slot& b = arena.slots[1];
+  if (!a.whole || !b.whole) return a.whole ? 1 : 0;
+  if (a.committed != b.committed) return a.committed ? 1 : 0;
+  return Older(a, b) ? 0 : 1;
+}
+
+checkpoint::CaptureAction Memory::Capture(const controller::HeldShard& shard,
+                                          const Trainer& trainer) {
+  Arena& arena = arenas_[{shard.rank, false}];
+  checkpoint::CaptureFacts facts;
+  facts.step = shard.step;
+  facts.generation = shard.generation;
+  facts.base = arena.base;
+  facts.replicated_layout = shard.replicated_layout;
+  facts.has_peer = trainer.has_peer;
+  facts.agent_alive = trainer.agent_alive;
+  facts.controller_away = trainer.controller_away;
+  facts.waited = trainer.waited;
+  for (std::size_t i = 0; i < 2; ++i) {
+    const Slot& slot = arena.slots[i];
+    facts.slots[i] = {slot.whole,      slot.shard.step, slot.shard.generation, slot.committed,
+                      slot.replicated, slot.pushing,    slot.released};
+  }
+  const checkpoint::CaptureDecision decision = checkpoint::DecideCapture(facts);
+  if (decision.action != checkpoint::CaptureAction::kWrite) return decision.action;
+  if (arena.base == static_cast<int>(decision.slot)) arena.base = -1;
+  arena.slots[decision.slot] = Slot{shard, true};
+  arena.slots[decision.slot].released =
+      shard.generation == released_.first && shard.step <= released_.second;
+  return decision.action;
+}
+
+void Memory::NewProcess(Rank rank) {
+  arenas_[{rank, false}].base = -1;
+}
+
+void Memory::Restore(Rank rank, const controller::HeldShard& shard) {
+  Arena& arena = arenas_[{rank, false}];
+  for (std::size_t i = 0; i < 2; ++i) {
+    if (!Same(arena.slots[i], shard) || arena.slots[i].corrupt ||
+        arena.slots[i].shard.rank != shard.rank) {
+      continue;
+    }
+    arena.slots[i].replicated = arena.slots[i].pushing = false;  // the peer may be another one now
+    arena.base = static_cast<int>(i);
+    return;
+  }
+  const std::size_t target = Choose(arena);  // the agent fills it before the trainer starts
+  arena.slots[target] = Slot{shard, true, IsCommitted(shard)};
+  arena.base = static_cast<int>(target);
+}
+
+bool Memory::Receive(const controller::HeldShard& shard, Generation generation,
+                     const std::optional<controller::HeldShard>& kept) {
+  Arena& arena = arenas_[{shard.rank, true}];
+  for (Slot& slot : arena.slots) {
+    if (kept && Same(slot, *kept)) slot.committed = true;
+  }
+  for (Slot& slot : arena.slots) {
+    if (Same(slot, shard)) {
+      slot.corrupt = false;  // the same bytes, verified again
       return true;
     }
-  }
-  if (slots.size() < 2) {
-    slots.push_back(Slot{shard, false, false, false});
-    return true;
-  }
-  const Slot* newest_committed = nullptr;
-  for (const Slot& slot : slots) {
-    if (slot.committed && (newest_committed == nullptr || Older(*newest_committed, slot))) {
-      newest_committed = &slot;
+    if (slot.whole && (slot.shard.generation > generation ||
+                       (slot.shard.generation == generation && slot.shard.step > shard.step))) {
+      return false;
     }
   }
-  Slot* older = Older(slots[0], slots[1]) ? slots.data() : slots.data() + 1;
-  Slot* newer = older == slots.data() ? slots.data() + 1 : slots.data();
-  Slot* victim = nullptr;
-  if (newest_committed == newer) {
-    victim = older;
-  } else if (newest_committed == older) {
-    // The newer one may be committed any moment, unless its generation is over.
-    if (newer->shard.generation < shard.generation) victim = newer;
-    if (away && newer->replicated) victim = older;
-  } else if (older->shard.generation < shard.generation) {
-    victim = older;
-  } else if (away && newer->replicated) {
-    victim = older;
-  }
-  if (victim == nullptr) return false;
-  *victim = Slot{shard, false, false, false};
+  arena.slots[Choose(arena)] = Slot{shard, true, IsCommitted(shard)};
   return true;
 }
 
+std::optional<controller::HeldShard> Memory::Committed(Rank rank) const {
+  const auto it = arenas_.find({rank, false});
+  if (it == arenas_.end()) return std::nullopt;
+  const Slot* newest = nullptr;
+  for (const Slot& slot : it->second.slots) {
+    if (slot.whole && slot.committed && (newest == nullptr || Older(*newest, slot))) newest = &slot;
+  }
+  if (newest == nullptr) return std::nullopt;
+  return newest->shard;
+}
+
+Memory::Slot* Memory::FindSlot(const controller::HeldShard& shard) {
+  const auto it = arenas_.find({shard.rank, false});
+  if (it == arenas_.end()) return nullptr;
+  for (Slot& slot : it->second.slots) {
+    if (Same(slot, shard)) return &slot;
+  }
+  return nullptr;
+}
+
+bool Memory::IsCommitted(const controller::HeldShard& shard) const {
+  return shard.generation == committed_.first && shard.step == committed_.second;
+}
+
 void Memory::MarkCommitted(Generation generation, Step step) {
-  for (auto& [key, slots] : arenas_) {
-    for (Slot& slot : slots) {
-      if (slot.shard.step == step && (generation == 0 || slot.shard.generation == generation)) {
+  if (step == kNoStep) return;
+  committed_ = {generation, step};
+  for (auto& [key, arena] : arenas_) {
+    for (Slot& slot : arena.slots) {
+      if (slot.whole && slot.shard.step == step && slot.shard.generation == generation) {
         slot.committed = true;
       }
     }
   }
 }
 
-void Memory::MarkReplicated(const controller::HeldShard& shard) {
-  const auto it = arenas_.find({shard.rank, false});
-  if (it == arenas_.end()) return;
-  for (Slot& slot : it->second) {
-    if (slot.shard.step == shard.step && slot.shard.generation == shard.generation) {
-      slot.replicated = true;
+void Memory::MarkReleased(Generation generation, Step step) {
+  if (step == kNoStep) return;
+  released_ = {generation, step};  // a slower rank may come to it after this
+  for (auto& [key, arena] : arenas_) {
+    for (Slot& slot : arena.slots) {
+      if (slot.whole && slot.shard.step <= step && slot.shard.generation == generation) {
+        slot.released = true;
+      }
     }
   }
 }
 
+void Memory::MarkReplicated(const controller::HeldShard& shard) {
+  if (Slot* slot = FindSlot(shard)) slot->replicated = true;
+}
+
+void Memory::MarkPushing(const controller::HeldShard& shard, bool pushing) {
+  if (Slot* slot = FindSlot(shard)) slot->pushing = pushing;
+}
+
 std::vector<controller::HeldShard> Memory::Verified() const {
   std::vector<controller::HeldShard> all;
-  for (const auto& [key, slots] : arenas_) {
-    for (const Slot& slot : slots) {
-      if (!slot.corrupt) all.push_back(slot.shard);
+  for (const auto& [key, arena] : arenas_) {
+    for (const Slot& slot : arena.slots) {
+      if (slot.whole && !slot.corrupt) all.push_back(slot.shard);
     }
   }
   return all;
@@ -80,10 +161,11 @@ std::vector<controller::HeldShard> Memory::Verified() const {
 
 std::optional<controller::HeldShard> Memory::Find(Step step, Generation generation, Rank rank,
                                                   std::uint32_t crc_root) const {
-  for (const auto& [key, slots] : arenas_) {
-    for (const Slot& slot : slots) {
-      if (!slot.corrupt && slot.shard.step == step && slot.shard.generation == generation &&
-          slot.shard.rank == rank && slot.shard.crc_root == crc_root) {
+  for (const auto& [key, arena] : arenas_) {
+    for (const Slot& slot : arena.slots) {
+      if (slot.whole && !slot.corrupt && slot.shard.step == step &&
+          slot.shard.generation == generation && slot.shard.rank == rank &&
+          slot.shard.crc_root == crc_root) {
         return slot.shard;
       }
     }
@@ -91,21 +173,46 @@ std::optional<controller::HeldShard> Memory::Find(Step step, Generation generati
   return std::nullopt;
 }
 
-const Memory::Slot* Memory::Newest(Rank rank, Generation generation) const {
+const Memory::Slot* Memory::ToPush(Rank rank, Generation generation) const {
   const auto it = arenas_.find({rank, false});
   if (it == arenas_.end()) return nullptr;
-  const Slot* newest = nullptr;
-  for (const Slot& slot : it->second) {
-    if (slot.shard.generation != generation || slot.corrupt) continue;
-    if (newest == nullptr || newest->shard.step < slot.shard.step) newest = &slot;
+  const Arena& arena = it->second;
+  const Slot* newest =
+      arena.base < 0 ? nullptr : &arena.slots[static_cast<std::size_t>(arena.base)];
+  bool captured = false;
+  for (const Slot& slot : arena.slots) {
+    if (!slot.whole || slot.shard.generation != generation) continue;
+    if (captured && newest->shard.step > slot.shard.step) continue;
+    newest = &slot;
+    captured = true;
   }
-  return newest;
+  if (!captured && newest != nullptr && newest->shard.rank != rank)
+    return nullptr;  // that rank pushes it
+  return newest == nullptr || newest->corrupt ? nullptr : newest;
+}
+
+std::string Memory::Describe() const {
+  std::string text;
+  for (const auto& [key, arena] : arenas_) {
+    text += fmt::format("  {}{}:", key.second ? "r" : "", key.first);
+    for (std::size_t i = 0; i < 2; ++i) {
+      const Slot& s = arena.slots[i];
+      if (!s.whole) continue;
+      text += fmt::format(" {}/g{}{}{}{}{}{}{}", s.shard.step, s.shard.generation,
+                          arena.base == static_cast<int>(i) ? "B" : "", s.committed ? "C" : "",
+                          s.replicated ? "R" : "", s.pushing ? "P" : "", s.released ? "x" : "",
+                          s.corrupt ? "!" : "");
+    }
+  }
+  return text;
 }
 
 std::optional<controller::HeldShard> Memory::Corrupt(std::uint64_t n) {
   std::vector<Slot*> all;
-  for (auto& [key, slots] : arenas_) {
-    for (Slot& slot : slots) all.push_back(&slot);
+  for (auto& [key, arena] : arenas_) {
+    for (Slot& slot : arena.slots) {
+      if (slot.whole) all.push_back(&slot);
+    }
   }
   if (all.empty()) return std::nullopt;
   Slot* slot = all[n % all.size()];

@@ -1,14 +1,17 @@
-// The checkpoint memory of one node for one job: two slots per rank and role, as the arenas have
-// them. Holds the rule that matters: the newest committed slot is never overwritten, and within a
-// generation a capture waits until the step before it is committed (docs/internals/lifecycle.md,
-// "Checkpoints").
+// The checkpoint memory of one node for one job: arenas of two slots, one for each local rank and
+// one for each peer's rank kept here. Own slots are filled as checkpoint/core's DecideCapture says,
+// the production policy; a peer's slots by the rule of the agent that receives them: never over the
+// newest committed one.
 #pragma once
 
+#include <array>
 #include <map>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
+#include "checkpoint/core/capture_policy.h"
 #include "controller/core/types.h"
 
 namespace everstep::sim {
@@ -17,27 +20,60 @@ class Memory {
  public:
   struct Slot {
     controller::HeldShard shard;
+    bool whole = false;
     bool committed = false;
     bool replicated = false;  // the peer acknowledged it
-    bool corrupt = false;
+    bool pushing = false;     // on its way to the peer
+    bool released = false;    // the controller gave it up
+    bool corrupt = false;     // the bytes do not verify
+  };
+  // Where and how a trainer captures.
+  struct Trainer {
+    bool has_peer = false;
+    bool agent_alive = false;
+    bool controller_away = false;
+    bool waited = false;  // its patience is used up
   };
 
-  // Puts a shard into a slot. False: no slot may be overwritten now. `away`: commits cannot be had,
-  // so the older slot may go once the newer one is replicated.
-  bool Put(const controller::HeldShard& shard, bool away);
+  // A local rank captures `shard`; written when the answer is kWrite.
+  checkpoint::CaptureAction Capture(const controller::HeldShard& shard, const Trainer& trainer);
+  void NewProcess(Rank rank);  // it restored nothing yet
+  // A rank's process restores: into its arena, from there or from a peer's bytes.
+  void Restore(Rank rank, const controller::HeldShard& shard);
+  // A peer's slot arrives, from a rank of `generation` that knows `kept` as its newest committed
+  // one. False: something newer of that generation is here already.
+  bool Receive(const controller::HeldShard& shard, Generation generation,
+               const std::optional<controller::HeldShard>& kept);
+
   void MarkCommitted(Generation generation, Step step);
+  void MarkReleased(Generation generation, Step step);  // and those before
   void MarkReplicated(const controller::HeldShard& shard);
+  void MarkPushing(const controller::HeldShard& shard, bool pushing);
 
   // Every slot whose bytes verify.
   std::vector<controller::HeldShard> Verified() const;
   std::optional<controller::HeldShard> Find(Step step, Generation generation, Rank rank,
                                             std::uint32_t crc_root) const;
-  const Slot* Newest(Rank rank, Generation generation) const;  // own, not a replica
+  // The newest committed own slot of a rank.
+  std::optional<controller::HeldShard> Committed(Rank rank) const;
+  // What a rank of this generation has to send its peer: its newest capture, else what it restored.
+  const Slot* ToPush(Rank rank, Generation generation) const;
+  std::string Describe() const;
   // Spoils the n-th slot, counted over all, and says what lay there. None: there is no slot.
   std::optional<controller::HeldShard> Corrupt(std::uint64_t n);
 
  private:
-  std::map<std::pair<Rank, bool>, std::vector<Slot>> arenas_;  // (rank, replica)
+  struct Arena {
+    std::array<Slot, 2> slots;
+    int base = -1;  // the slot the present process restored from, while it holds that
+  };
+  static std::size_t Choose(const Arena& arena);
+  bool IsCommitted(const controller::HeldShard& shard) const;
+  Slot* FindSlot(const controller::HeldShard& shard);
+
+  std::map<std::pair<Rank, bool>, Arena> arenas_;      // (rank, replica)
+  std::pair<Generation, Step> committed_{0, kNoStep};  // newest that was heard of
+  std::pair<Generation, Step> released_{0, kNoStep};
 };
 
 }  // namespace everstep::sim

@@ -60,6 +60,7 @@ void SimNode::CrashAgent() {
   agent_.reset();
   inbox_.clear();
   agent_paused_until_ = {};
+  agent_gone_since_ = env_.timeline->now();
   // The kernel closes a dead process's sockets; a machine without power closes nothing.
   if (booted_ && stream_ != 0) {
     env_.network->Break(stream_);
@@ -71,7 +72,11 @@ void SimNode::CrashAgent() {
   tick_ = 0;
   stream_ = 0;
   streams_.clear();
-  if (keeper_) keeper_->controller_away = true;
+}
+
+void SimNode::PauseAgent(Timestamp until) {
+  agent_paused_until_ = until;
+  agent_gone_since_ = env_.timeline->now();
 }
 
 void SimNode::StartAgent() {
@@ -164,7 +169,7 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
   } else if (const auto* s = std::get_if<controller::StopJobCommand>(&command.body)) {
     Tell(agent::StopJob{header, s->job, s->generation, s->forget, Grace(s->failed)});
   } else if (const auto* m = std::get_if<controller::CommittedCommand>(&command.body)) {
-    Tell(agent::Committed{header, m->job, m->generation, m->step});
+    Tell(agent::Committed{header, m->job, m->generation, m->step, m->released});
   }
 }
 

@@ -57,7 +57,7 @@ class SimNode {
   void Crash();  // power loss: nothing says goodbye
   void CrashAgent();
   void StartAgent();
-  void PauseAgent(Timestamp until) { agent_paused_until_ = until; }  // SIGSTOP
+  void PauseAgent(Timestamp until);  // SIGSTOP
   void CrashKeeper();
   void Signal(std::int32_t local_rank, std::int32_t code);  // the worker ends with this code
   void StopWorker(std::int32_t local_rank);                 // SIGSTOP
@@ -74,8 +74,11 @@ class SimNode {
   void OnCommand(StreamId stream, const controller::Command& command);
 
   // --- from other nodes' data planes ---
-  bool Receive(const JobId& job,
-               controller::HeldShard shard);  // a peer's slot; true: verified, kept
+  // `generation`: whose ranks send; a slot may be older, when they restored it.
+  // `kept`: the newest committed slot that the sender knows of.
+  bool Receive(
+      const JobId& job, Generation generation, controller::HeldShard shard,
+      const std::optional<controller::HeldShard>& kept);  // a peer's slot; true: verified, kept
   std::optional<controller::HeldShard> Offer(const JobId& job,
                                              const controller::RestorePlan& wanted) const;
 
@@ -83,6 +86,7 @@ class SimNode {
   // Generations of the job with a live process or one about to be.
   std::set<Generation> LiveGenerations(const JobId& job) const;
   std::vector<controller::HeldShard> Verified(const JobId& job) const;
+  std::string DescribeMemory(const JobId& job) const;
 
  private:
   using ProcessKey = std::pair<Generation, Rank>;
@@ -91,6 +95,8 @@ class SimNode {
     std::int32_t local_rank = 0;
     std::int32_t world_size = 0;
     bool stopped = false;
+    bool capturing = false;
+    Duration patience = {};  // with a commit, until a capture is given up
     Timestamp unkillable_until;
     Timestamp started;
   };
@@ -167,6 +173,7 @@ class SimNode {
   EventId tick_ = 0;
   Timestamp tick_at_;
   Timestamp agent_paused_until_;
+  Timestamp agent_gone_since_;
   const Duration clock_skew_;  // this machine's clock against true time
   std::int32_t next_pid_ = 1000;
   Timestamp forks_fail_until_;

@@ -89,6 +89,11 @@ void Training::DoStep(const Key& key) {
                    std::all_of(group.members.begin(), group.members.end(),
                                [](const auto& m) { return m.second.runs(); });
   if (!all || !Connected(group)) return Schedule(key);  // the collective waits
+  if (!std::all_of(group.members.begin(), group.members.end(),
+                   [](const auto& m) { return m.second.ready(); })) {
+    timeline_->After(Milliseconds(10), "step waits", [this, key] { DoStep(key); });
+    return;
+  }
   if (group.step >= options_->total_steps) {
     group.broken = true;  // no step after this
     finished_.insert(key.first);

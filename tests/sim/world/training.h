@@ -21,6 +21,7 @@ class Training {
     NodeId node;
     Lineage restored = kFromNothing;
     Step restored_step = 0;                        // 0: from nothing
+    std::function<bool()> ready;                   // ... and not capturing
     std::function<bool()> runs;                    // alive and not stopped
     std::function<void(Lineage, Step)> capture;    // a step is done: keep it
     std::function<void(std::int32_t code)> leave;  // the process ends itself

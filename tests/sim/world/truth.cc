@@ -32,10 +32,10 @@ bool Truth::Descends(Lineage lineage, Lineage ancestor) const {
   return false;
 }
 
-std::uint32_t Truth::Checksum(Lineage lineage, Rank rank, bool replicated) {
+std::uint32_t Truth::Checksum(Lineage lineage, Rank rank) {
   Digest digest;
   digest.Add(lineage);
-  digest.Add(replicated ? 0 : static_cast<std::uint64_t>(rank) + 1);
+  digest.Add(static_cast<std::uint64_t>(rank) + 1);
   const auto crc = static_cast<std::uint32_t>(digest.value() >> 32);
   const auto [it, fresh] = by_checksum_.emplace(crc, lineage);
   EVERSTEP_CHECK(fresh || it->second == lineage, "two states share a checksum: draw another seed");

@@ -37,8 +37,8 @@ class Truth {
   // `ancestor` is `lineage` itself or one of those it was computed from.
   bool Descends(Lineage lineage, Lineage ancestor) const;
 
-  // The checksum of rank's shard of a state; with a replicated layout the same for every rank.
-  std::uint32_t Checksum(Lineage lineage, Rank rank, bool replicated);
+  // The checksum of a rank's shard of a state; it covers who captured it.
+  std::uint32_t Checksum(Lineage lineage, Rank rank);
   std::optional<Lineage> OfChecksum(std::uint32_t crc_root) const;
 
   // Who verified a copy of a shard at some time.

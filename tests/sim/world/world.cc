@@ -275,6 +275,7 @@ void World::CheckPace(Timestamp now) {
       continue;
     }
     if (pace.committed < before.step - kSkipped) {
+      checkers_.TellMemory(now, *controller_.state(), id);
       truth_.Violate(
           now, "commits_live",
           fmt::format("job {} generation {} had done step {} at the last inspection; step "

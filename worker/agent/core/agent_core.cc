@@ -418,7 +418,7 @@ void AgentCore::On(Timestamp, const Committed& e, Effects* out) {
     out->push_back(Dropped{"committed", fmt::format("job {} is not here", e.job)});
     return;
   }
-  out->push_back(MarkCommitted{e.job, e.generation, e.step});
+  out->push_back(MarkCommitted{e.job, e.generation, e.step, e.released});
 }
 
 void AgentCore::On(Timestamp, const TailLogs& e, Effects* out) {

@@ -134,7 +134,8 @@ struct Survey {
 struct MarkCommitted {
   JobId job;
   Generation generation = 0;
-  Step step = kNoStep;
+  Step step = kNoStep;      // kNoStep: none yet
+  Step released = kNoStep;  // slots of other steps up to this one may be overwritten
 };
 // Whether commits can be had: set in the arenas' headers, so that trainers need not wait for one.
 struct ControllerAway {

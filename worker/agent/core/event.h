@@ -85,7 +85,8 @@ struct Committed {
   Header header;
   JobId job;
   Generation generation = 0;
-  Step step = kNoStep;
+  Step step = kNoStep;      // newest of the generation; kNoStep: none yet
+  Step released = kNoStep;  // uncommitted steps up to this one never will be
 };
 struct TailLogs {
   Header header;
