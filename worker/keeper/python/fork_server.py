@@ -417,6 +417,8 @@ def run_server(folder, config, control, status, keeper):
             if fields[0] == "store":
                 become_store_host(folder, fields[1:], answer, keeper)
             become_worker(libc, fields[1:], answer, server_args, blas, set_by_imports)
+            if kind == "4":
+                follow_main()
             raise Worker
         os.close(answer)
 
@@ -458,6 +460,14 @@ def run_server(folder, config, control, status, keeper):
     say(status, f"ready {len(sys.modules)} modules in {time.monotonic() - began:.1f} s")
     while True:
         serve(*control.read())
+
+
+def follow_main():
+    """multiprocessing keeps the __main__ it was imported under as __mp_main__; runpy.run_path makes another one."""
+    if "__mp_main__" in sys.modules:
+        alias = type(sys)("__main__")
+        alias.__getattr__ = lambda name: getattr(sys.modules["__main__"], name)
+        sys.modules["__mp_main__"] = alias
 
 
 class Worker(Exception):

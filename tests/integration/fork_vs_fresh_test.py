@@ -1,0 +1,257 @@
+"""A worker forked from the fork server cannot be told from a fresh process: fact by fact, for each way to start one.
+
+    EVERSTEP_BIN=build/release/bin .venv/bin/python -m pytest tests/integration/fork_vs_fresh_test.py
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import shutil
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import keeper_client  # noqa: E402
+from keeper_client import MODULE, PROGRAM, RUN_PATH, SCRIPT, Keeper, decode, number, text  # noqa: E402
+
+HERE = pathlib.Path(__file__).resolve().parent
+PROGRAM_PATH = os.path.join(os.environ.get("EVERSTEP_BIN", HERE.parents[1] / "build/release/bin"), "everstep-keeper")
+PYTHON = sys.executable
+# Names of the same two files and processes; nothing else may differ.
+BASE = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "LANG": "C.UTF-8", "EMPTY": ""}
+
+
+@pytest.fixture
+def keeper(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("k")
+    keeper = Keeper(PROGRAM_PATH, folder)
+    yield keeper
+    keeper.close()
+
+
+@pytest.fixture
+def job(tmp_path):
+    shutil.copy(HERE / "scripts" / "facts.py", tmp_path / "facts.py")
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "__init__.py").write_text("")
+    shutil.copy(tmp_path / "facts.py", tmp_path / "package" / "facts.py")
+    return tmp_path
+
+
+def run(keeper, job, name, *, preload, env=None, **spawn):
+    """Runs the worker to its end: (pid of KeeperSpawned was forked, exit code, stdout, stderr)."""
+    rank = 0 if preload else 1
+    out = str(job / "logs" / name / "worker")
+    reply = keeper.spawn(name, rank, python=PYTHON, env=env, cwd=str(job), preload=preload, out=out, **spawn)
+    forked = bool(number(decode(reply[5][0]), 2))
+    code = keeper.wait_exit(name, rank)
+    result = [pathlib.Path(out + end).read_text() for end in (".out", ".err")]
+    for end in (".out", ".err"):
+        os.unlink(out + end)
+    assert forked == preload, text(reply, 3)
+    return code, *result
+
+
+def compare(keeper, job, kind, target, args, name, env=None, umask=0o27):
+    env = {**BASE, **(env or {}), "RANK": "0", "LOCAL_RANK": "0", "EVERSTEP_FACTS": str(job / "facts.json")}
+    server = {k: v for k, v in env.items() if k not in ("RANK", "LOCAL_RANK", "EVERSTEP_FACTS")}
+    state = keeper.fork_server(name, PYTHON, kind, target, args, server, str(job))
+    assert number(state, 2), text(state, 4)
+    seen = []
+    for preload in (True, False):
+        result = run(keeper, job, name, preload=preload, env=env, kind=kind, target=target, args=args, umask=umask)
+        assert (job / "facts.json").exists(), result[2]
+        assert oct((job / "facts.json").stat().st_mode & 0o777) == oct(0o666 & ~umask)
+        seen.append((result, json.loads((job / "facts.json").read_text())))
+        (job / "facts.json").unlink()
+    (forked_end, forked), (fresh_end, fresh) = seen
+    differing = {k: (v, fresh["facts"][k]) for k, v in forked["facts"].items() if v != fresh["facts"][k]}
+    assert differing == {}
+    assert forked_end == fresh_end
+    assert [k for k, v in forked["drawn"].items() if v == fresh["drawn"][k]] == []
+    return forked
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "args"),
+    [
+        (SCRIPT, "facts.py", ["--lr", "0.1", "ü"]),
+        (MODULE, "package.facts", ["x"]),
+        (RUN_PATH, "facts.py", []),
+        (SCRIPT, "facts.py", ["--raise"]),
+        (SCRIPT, "facts.py", ["--exit"]),
+    ],
+    ids=["script", "module", "run_path", "uncaught_exception", "exit_code"],
+)
+def test_a_forked_worker_is_like_a_fresh_one(keeper, job, kind, target, args):
+    compare(keeper, job, kind, target, args, "job")
+
+
+def test_environment_that_is_read_at_start_holds_in_both(keeper, job):
+    (job / "site").mkdir()
+    (job / "site" / "sitecustomize.py").write_text("import sys; sys.customized = 1\n")
+    env = {"PYTHONPATH": str(job / "site"), "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "7", "PYTHONWARNINGS": "ignore"}
+    both = compare(keeper, job, SCRIPT, "facts.py", [], "job", env)
+    assert both["facts"]["sitecustomize"]
+    assert both["facts"]["threads"] == 1
+
+
+def test_two_forked_workers_draw_differently(keeper, job):
+    env = {**BASE}
+    (job / "draw.py").write_text("import random, numpy, torch\nprint(random.random(), numpy.random.rand(), torch.rand(1).item())\n")
+    assert number(keeper.fork_server("job", PYTHON, SCRIPT, "draw.py", [], env, str(job)), 2)
+    draws = []
+    for rank in (0, 1):
+        keeper.spawn("job", rank, python=PYTHON, target="draw.py", env=env, cwd=str(job), preload=True, out=str(job / f"w{rank}"))
+        assert keeper.wait_exit("job", rank) == 0
+        draws.append((job / f"w{rank}.out").read_text().split())
+    assert all(a != b for a, b in zip(*draws, strict=True)), draws
+
+
+def refused(keeper, job, source, reason, name="train.py", target=None, env=None):
+    (job / name).write_text(source)
+    state = keeper.fork_server("job", PYTHON, SCRIPT, target or name, [], env or BASE, str(job))
+    assert number(state, 3), "the fork server should refuse"
+    assert reason in text(state, 4)
+    # The worker starts all the same, and the reply says why it is a fresh one.
+    reply = keeper.spawn("job", 0, python=PYTHON, target=target or name, env=env or BASE, cwd=str(job), preload=True,
+                         out=str(job / "w"))
+    assert not number(decode(reply[5][0]), 2)
+    assert reason in text(reply, 3)
+    keeper.wait_exit("job", 0)
+    return (job / "w.out").read_text()
+
+
+def test_a_script_that_sets_what_libraries_read_at_import_starts_fresh(keeper, job):
+    out = refused(keeper, job, "import os\nos.environ['OMP_NUM_THREADS'] = '1'\nimport torch\nprint(torch.get_num_threads())\n",
+                  "OMP_NUM_THREADS")
+    assert out == "1\n"
+
+
+def test_a_folder_that_shadows_an_imported_module_starts_fresh(keeper, job):
+    (job / "sympy.py").write_text("mine = True\n")
+    assert refused(keeper, job, "import sympy\nprint(sympy.mine)\n", "sympy.py") == "True\n"
+
+
+def test_an_interpreter_that_ignores_the_path_never_runs_the_script_as_server(keeper, job):
+    wrapper = job / "isolated-python"
+    wrapper.write_text(f'#!/bin/sh\nexec {PYTHON} -I "$@"\n')
+    wrapper.chmod(0o755)
+    (job / "train.py").write_text("open('ran', 'a').write('x')\n")
+    state = keeper.fork_server("job", str(wrapper), SCRIPT, "train.py", [], BASE, str(job))
+    assert number(state, 3)
+    assert "PYTHONPATH" in text(state, 4)
+    assert not (job / "ran").exists()
+
+
+def test_imports_of_the_script_that_start_threads_are_left_to_it(keeper, job):
+    package = job / "site" / "threaded"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("import threading, time\nthreading.Thread(target=time.sleep, args=(30,), daemon=True).start()\n")
+    env = {**BASE, "PYTHONPATH": str(job / "site")}
+    (job / "train.py").write_text("import threaded, sys\nprint('done')\n")
+    state = keeper.fork_server("job", PYTHON, SCRIPT, "train.py", [], env, str(job))
+    assert number(state, 2), text(state, 4)
+    assert run(keeper, job, "job", preload=True, env=env, target="train.py") == (0, "done\n", "")
+
+
+def test_another_environment_or_command_starts_the_server_anew(keeper, job):
+    (job / "train.py").write_text("import os\nprint(os.environ['OMP_NUM_THREADS'])\n")
+    assert number(keeper.fork_server("job", PYTHON, SCRIPT, "train.py", [], BASE, str(job)), 2)
+    env = {**BASE, "OMP_NUM_THREADS": "1"}
+    reply = keeper.spawn("job", 0, python=PYTHON, target="train.py", env=env, cwd=str(job), preload=True, out=str(job / "w"))
+    assert "OMP_NUM_THREADS" in text(reply, 3)
+    assert keeper.wait_exit("job", 0) == 0
+    ready = [False]
+
+    def again(event):
+        if 7 in event:
+            ready[0] = bool(number(decode(event[7][0]), 2))
+        return ready[0] or None
+
+    keeper.events.clear()
+    keeper.wait_event(again)
+    reply = keeper.spawn("job", 0, python=PYTHON, target="train.py", env=env, cwd=str(job), preload=True, generation=2,
+                         out=str(job / "w2"))
+    assert number(decode(reply[5][0]), 2), text(reply, 3)
+    assert keeper.wait_exit("job", 0, 2) == 0
+    assert (job / "w2.out").read_text() == "1\n"
+
+
+def test_a_program_that_is_not_python_starts_as_it_is(keeper, job):
+    reply = keeper.spawn("job", 0, kind=PROGRAM, target="sh", args=["-c", "echo $RANK; exit 4"], env={**BASE, "RANK": "6"},
+                         cwd=str(job), preload=True, out=str(job / "w"))
+    assert not number(decode(reply[5][0]), 2)
+    assert keeper.wait_exit("job", 0) == 4
+    assert (job / "w.out").read_text() == "6\n"
+
+
+def store(keeper, job, generation):
+    reply = keeper.call(4, {1: "job", 2: generation, 3: "127.0.0.1", 4: PYTHON, 6: BASE})
+    return number(decode(reply[8][0]), 3)
+
+
+def test_a_store_for_each_generation_and_a_group_that_forms(keeper, job):
+    (job / "train.py").write_text(
+        "import torch, torch.distributed as d\nd.init_process_group('gloo')\nt = torch.ones(1)\nd.all_reduce(t)\nprint(t.item())\n"
+    )
+    assert number(keeper.fork_server("job", PYTHON, SCRIPT, "train.py", [], BASE, str(job)), 2)
+    ports = []
+    for generation in (1, 2):
+        ports.append(store(keeper, job, generation))
+        env = {**BASE, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[-1]),
+               "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        for rank in (0, 1):
+            keeper.spawn("job", rank, python=PYTHON, target="train.py", env={**env, "RANK": str(rank)}, cwd=str(job),
+                         preload=True, generation=generation, out=str(job / f"w{rank}"), watch_ms=5000)
+        assert [keeper.wait_exit("job", rank, generation) for rank in (0, 1)] == [0, 0], (job / "w0.err").read_text()
+        assert (job / "w0.out").read_text() == "2.0\n" * generation
+        keeper.call(6, {1: "job", 2: generation, 3: -1, 6: 1})
+    assert ports[0] != ports[1]
+    assert not [e for e in keeper.events if 10 in e], "a group that formed was called stalled"
+
+
+def test_a_group_that_never_forms_is_told(keeper, job):
+    # Rank 1 gives the store an address where nobody answers, and stays.
+    (job / "train.py").write_text(
+        "import os, time, socket, torch, torch.distributed as d\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    real = socket.socket\n"
+        "    store = d.TCPStore('127.0.0.1', int(os.environ['MASTER_PORT']), is_master=False)\n"
+        "    key = 'default_pg/0//cpu//0/'\n"
+        "    store.wait([key + '0'])\n"
+        "    store.set(key + '1', store.get(key + '0'))\n"
+        "    time.sleep(1000)\n"
+        "d.init_process_group('gloo')\n"
+    )
+    port = store(keeper, job, 1)
+    env = {**BASE, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for rank in (0, 1):
+        keeper.spawn("job", rank, python=PYTHON, target="train.py", env={**env, "RANK": str(rank)}, cwd=str(job), preload=False,
+                     out=str(job / f"w{rank}"), watch_ms=1000)
+    stalled = keeper.wait_event(lambda e: decode(e[10][0]) if 10 in e else None, 60)
+    assert number(stalled, 4) == 2
+    assert "2 ranks" in text(stalled, 5)
+
+
+def test_a_dead_fork_server_comes_back(keeper, job):
+    (job / "train.py").write_text("print('done')\n")
+    state = keeper.fork_server("job", PYTHON, SCRIPT, "train.py", [], BASE, str(job))
+    assert number(state, 2)
+    keeper.events.clear()
+    os.kill(number(state, 5), 9)
+
+    def back(event):
+        s = decode(event[7][0]) if 7 in event else {}
+        return s if number(s, 2) and number(s, 5) != number(state, 5) else None
+
+    keeper.wait_event(back)
+    assert run(keeper, job, "job", preload=True, env=BASE, target="train.py") == (0, "done\n", "")
+
+
+if __name__ == "__main__":
+    assert keeper_client
+    sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))
