@@ -9,10 +9,6 @@
 namespace everstep::controller {
 namespace {
 
-bool Switching(JobState s) {
-  return s == JobState::kPreparing || s == JobState::kActivating || s == JobState::kRunning;
-}
-
 JobState Outcome(Reason end) {
   if (end == Reason::kCompleted) return JobState::kSucceeded;
   return end == Reason::kCancelled ? JobState::kCancelled : JobState::kFailed;
@@ -367,7 +363,10 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
       job.waiting_for.insert(e.node);
       const bool forget = Outcome(job.record.end_reason) != JobState::kFailed;
       Send(e.node, StopJobCommand{id, generation, forget, !forget, job.record.end_reason});
-    } else if (Switching(s) && job.waiting_for.count(e.node) > 0 && s == JobState::kPreparing) {
+    } else if (s == JobState::kPreparing &&
+               (IsMember(job, e.node) || job.waiting_for.count(e.node) > 0)) {
+      // Also when it had answered: a restarted agent knows nothing of that.
+      job.waiting_for.insert(e.node);
       SendPrepare(&job, e.node, true);
     } else if (s == JobState::kActivating && IsMember(job, e.node) && !current) {
       SendActivate(&job, e.node);

@@ -450,6 +450,22 @@ TEST_F(ControllerTest, StoppedControllerBlamesNobody) {
   EXPECT_EQ(controller_->state().nodes.at("n1").record.health, NodeHealth::kAlive);
 }
 
+// Found by the simulator: such a node was told to stop the very generation it had prepared.
+TEST_F(ControllerTest, ANodeThatComesBackWhileOthersPrepareIsAskedAgain) {
+  Join("n1");
+  Join("n2");
+  Submit(2, 2);
+  Prepare("n1", 1);
+  Do(SessionClosed{"n1", Inc("n1"), "reset"});
+  const Decisions out = Join("n1", 0, {{.job = "j", .generation = 1}});
+  EXPECT_EQ(Count<StopJobCommand>(out), 0);
+  EXPECT_EQ(Count<PrepareCommand>(out), 1);
+  Prepare("n2", 1);
+  EXPECT_EQ(Job().record.state, JobState::kPreparing) << "n1 may have lost its store";
+  Prepare("n1", 1);
+  EXPECT_EQ(Job().record.state, JobState::kActivating);
+}
+
 // Found by the simulator: a job waited for ever for a node that had refused once.
 TEST_F(ControllerTest, ANodeThatRefusedIsAskedAgainLaterAndLater) {
   Join("n1");
