@@ -9,6 +9,7 @@
 #include "controller/server/convert.h"
 #include "controller/server/queued_writes.h"
 #include "proto/base/log.h"
+#include "proto/base/version.h"
 
 namespace everstep::controller {
 
@@ -65,8 +66,14 @@ class AgentService::Stream final
   // --- from gRPC ---
   void OnReadDone(bool ok) override {
     if (!ok) {
-      Broken(context_->IsCancelled() ? "connection broken" : "closed by the agent");
-      End(grpc::Status::OK);
+      // An agent that ends resets its stream; what is left is bytes that do not parse, or half a close.
+      const bool broken = context_->IsCancelled();
+      Broken(broken ? "connection broken" : "no message of this version, or closed by the agent");
+      End(broken ? grpc::Status::CANCELLED
+                 : grpc::Status(grpc::StatusCode::INVALID_ARGUMENT,
+                                fmt::format("{}: the agent closed the session, or sent bytes that are no "
+                                            "AgentMessage of version {}",
+                                            peer_, kVersion)));
       return;
     }
     if (over()) return;  // fenced or refused: what still comes is not heard

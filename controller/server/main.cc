@@ -5,7 +5,7 @@
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
-#include <sys/stat.h>
+#include <sys/statvfs.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -38,6 +38,7 @@
 namespace everstep::controller {
 namespace {
 
+constexpr std::uint64_t kLeastRoomBytes = 8u << 20;
 constexpr int kMaxReceiveBytes = 16 << 20;
 constexpr int kMaxSendBytes = 64 << 20;
 constexpr std::chrono::seconds kScrapeWithin{2};
@@ -59,6 +60,23 @@ std::string WriteAtomically(const std::string& path, const std::string& text) {
     return fmt::format("cannot rename {} to {}: {}", beside, path, std::strerror(errno));
   }
   return {};
+}
+
+// Made, writable, and with room: RocksDB ends the process when its first files do not fit. Empty: fine.
+std::string CheckStateDir(const std::string& dir) {
+  std::error_code error;
+  std::filesystem::create_directories(dir, error);
+  if (error) return error.message();
+  if (access(dir.c_str(), R_OK | W_OK | X_OK) != 0) return std::strerror(errno);
+  struct statvfs disk {};
+  if (statvfs(dir.c_str(), &disk) == 0) {
+    const std::uint64_t room = static_cast<std::uint64_t>(disk.f_bavail) * disk.f_frsize;
+    if (room < kLeastRoomBytes) return fmt::format("{} bytes are free on its disk", room);
+  }
+  // What access() cannot know: quotas, read-only mounts under root, a disk that does not answer.
+  const std::string wrong = WriteAtomically(dir + "/probe", std::string(64 << 10, '\0'));
+  std::filesystem::remove(dir + "/probe", error);
+  return wrong;
 }
 
 int ExitOf(StoreCode code) {
@@ -240,12 +258,10 @@ int Start(const ServerOptions& options) {
   signal(SIGXFSZ, SIG_IGN);  // a file size limit is an error of a write
   RaiseDescriptorLimit();
 
-  std::error_code error;
-  std::filesystem::create_directories(options.state_dir, error);
-  if (error || access(options.state_dir.c_str(), R_OK | W_OK | X_OK) != 0) {
-    Say(fmt::format("error: cannot write the state directory {}: {}\n  hint: give another --state-dir, or make this "
-                    "one writable for uid {}",
-                    options.state_dir, error ? error.message() : std::strerror(errno), getuid()));
+  if (const std::string wrong = CheckStateDir(options.state_dir); !wrong.empty()) {
+    Say(fmt::format("error: cannot use the state directory {}: {}\n  hint: give another --state-dir, or make this one "
+                    "writable for uid {} with {} MiB of room",
+                    options.state_dir, wrong, getuid(), kLeastRoomBytes >> 20));
     return kExitStateDir;
   }
   LogInit({.process = "controller", .file = options.log_file, .json = options.log_json});

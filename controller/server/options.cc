@@ -24,6 +24,7 @@ int ParseOptions(int argc, char** argv, ServerOptions* out) {
                "SIGTERM ends it in order; jobs run on, and the next controller on the same state directory takes "
                "them up.",
                "everstep-controller"};
+  app.option_defaults()->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   bool metrics_reference = false;
   app.set_version_flag("--version", fmt::format("everstep {}", kVersion));
   app.add_option("--listen", out->listen, "gRPC address HOST:PORT; port 0 takes any")->capture_default_str();
@@ -37,7 +38,8 @@ int ParseOptions(int argc, char** argv, ServerOptions* out) {
   app.add_option("--address-file", out->address_file, "Write the real gRPC address here once it serves");
   app.add_option("--recover-snapshot,--from-snapshot", out->snapshot,
                  "Start from this snapshot of another controller when the store is empty");
-  app.add_option("--known-dead", out->known_dead, "Nodes known to be gone: lost at once, no lease")->delimiter(',');
+  app.add_option("--known-dead", out->known_dead, "Nodes known to be gone: lost at once, no lease")->delimiter(',')
+      ->multi_option_policy(CLI::MultiOptionPolicy::TakeAll);
   app.add_flag("--allow-shutdown", out->allow_shutdown, "Let AdminService.Shutdown end this process");
   app.add_option("--lease-ms", out->lease_ms, "Silence after which a node is lost; grows with measured delay")
       ->capture_default_str()->check(CLI::Range(200, 600000));

@@ -66,7 +66,9 @@ inline bool Eventually(const std::function<bool()>& holds,
 
 class ControllerProcess {
  public:
-  explicit ControllerProcess(std::string state) : state_(std::move(state)) {}
+  // `output`: where its standard output and error go; beside the state directory when empty.
+  explicit ControllerProcess(std::string state, std::string output = "")
+      : state_(std::move(state)), output_(output.empty() ? state_ + ".out" : std::move(output)) {}
   ~ControllerProcess() { Kill(); }
   ControllerProcess(const ControllerProcess&) = delete;
   ControllerProcess& operator=(const ControllerProcess&) = delete;
@@ -177,8 +179,9 @@ class ControllerProcess {
   bool JobIs(const std::string& job, const std::string& state) {
     return Eventually([&] { return Job(job).state() == state; });
   }
+  // padding: bytes of environment that go with it.
   grpc::Status Submit(const std::string& job, std::uint32_t min_nodes, std::uint32_t max_nodes,
-                      std::uint32_t workers = 1) {
+                      std::uint32_t workers = 1, std::size_t padding = 0) {
     v1::SubmitJobRequest request;
     v1::JobSpec* spec = request.mutable_spec();
     spec->set_job(job);
@@ -190,6 +193,7 @@ class ControllerProcess {
     spec->mutable_command()->set_kind(v1::Command::SCRIPT);
     spec->mutable_command()->set_python("/usr/bin/python3");
     spec->mutable_command()->set_target("train.py");
+    if (padding > 0) (*spec->mutable_command()->mutable_env())["PADDING"] = std::string(padding, 'x');
     v1::SubmitJobReply reply;
     return Call([&](grpc::ClientContext* c) { return admin_->SubmitJob(c, request, &reply); });
   }
@@ -215,9 +219,10 @@ class ControllerProcess {
 
  private:
   std::string address_file() const { return state_ + "/address"; }
-  std::string output_file() const { return state_ + ".out"; }
+  const std::string& output_file() const { return output_; }
 
   const std::string state_;
+  const std::string output_;
   std::string address_;
   pid_t pid_ = -1;
   int exit_ = -1;

@@ -76,8 +76,9 @@ class FakeAgent {
   }
 
   // Stamps the incarnation. False: the stream is over.
-  bool Send(v1::AgentMessage message) {
-    message.set_incarnation(incarnation_);
+  bool Send(v1::AgentMessage message) { return SendAs(incarnation_, std::move(message)); }
+  bool SendAs(std::uint64_t incarnation, v1::AgentMessage message) {
+    message.set_incarnation(incarnation);
     std::lock_guard<std::mutex> lock(write_);
     return stream_ != nullptr && stream_->Write(message);
   }
