@@ -129,6 +129,11 @@ class Cluster:
         return [pid for pid in map(pid_of, files) if pid]
 
     def down(self) -> None:
+        """Takes the cluster down; its logs stay in the soak's directory."""
+        for file in self.state.rglob("*.log"):
+            kept = self.work / "logs" / file.relative_to(self.state)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, kept)
         self.cli("cluster", "down", self.name, check=False)
 
 
@@ -194,7 +199,9 @@ def soak(args: argparse.Namespace, work: Path) -> None:
     left = cluster_processes(cluster.state)
     wrong += [f"process {pid} is left: {command[:120]}" for pid, command in left.items()]
     wrong += [f"file {p} is left" for p in cluster.state.rglob("*.sock")] if cluster.state.exists() else []
-    wrong += [f"/dev/shm/{name} is left" for name in set(os.listdir("/dev/shm")) - shm_before]
+    # Semaphores of Python's multiprocessing are other programs': nothing here makes any.
+    shm = {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
+    wrong += [f"/dev/shm/{name} is left" for name in shm - shm_before]
     redone = ledger.redone(entries)
     print(f"\n{'FAULT':20s} {'COUNT':>6s} {'MEDIAN s':>9s} {'MAX s':>7s}")
     for what, values in sorted(times.items()):
