@@ -30,6 +30,7 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
+constexpr const char* kAnyHttp = "127.0.0.1:0";
 constexpr milliseconds kTick{50};  // while something is awaited
 constexpr milliseconds kIdleTick{1'000};
 constexpr milliseconds kShortLife{2'000};  // an end sooner than this slows the next start
@@ -130,7 +131,7 @@ class Supervisor {
       } else {
         part.argv.insert(part.argv.end(),
                          {"--cluster", plan_.name, "--address-file", part.dir + "/address",
-                          "--log-file", part.dir + "/controller.log", "--listen", plan_.listen});
+                          "--log-file", part.dir + "/controller.log"});
       }
     }
     return "";
@@ -156,7 +157,9 @@ class Supervisor {
     part->next = steady_clock::time_point::max();
     part->started = steady_clock::now();
     std::vector<char*> argv;
-    for (const std::string& word : part->argv) argv.push_back(const_cast<char*>(word.c_str()));
+    std::vector<std::string> words = part->argv;
+    if (!part->node) words.insert(words.end(), {"--listen", listen_, "--http", http_});
+    for (std::string& word : words) argv.push_back(word.data());
     argv.push_back(nullptr);
     std::vector<char*> envp;
     for (const std::string& entry : environment_) envp.push_back(const_cast<char*>(entry.c_str()));
@@ -235,7 +238,7 @@ class Supervisor {
     address_ = address;
     Log(fmt::format("the controller listens on {}", address));
     // It comes back where it was: clients and agents know that place.
-    parts_[0].argv.back() = address;
+    listen_ = address;
     for (Part& part : parts_) {
       if (!part.node) continue;
       if (Outcome written = WriteSmallFile(part.dir + "/controller", address + "\n");
@@ -256,7 +259,14 @@ class Supervisor {
       failure_ = Trouble(*part, how);
       return;
     }
-    if (!part->node && part->short_lives >= 2 * kStartTries) part->argv.back() = plan_.listen;
+    if (!part->node) {
+      std::istringstream http(ReadSmallFile(part->dir + "/http.address"));
+      if (std::string there; http >> there) http_ = there;
+      if (part->short_lives >= 2 * kStartTries) {  // somebody took its place
+        listen_ = plan_.listen;
+        http_ = kAnyHttp;
+      }
+    }
     milliseconds pause = part->short_lives == 0 ? milliseconds(0) : milliseconds(50);
     for (int n = 1; n < part->short_lives && pause < kLongestPause; ++n) pause *= 2;
     pause = std::min(pause, kLongestPause);
@@ -357,7 +367,9 @@ class Supervisor {
   const ClusterPlan plan_;
   std::vector<std::string> environment_;
   std::vector<Part> parts_;  // the controller first
-  std::string address_;
+  std::string address_;      // the controller's, as it said last; empty: not yet
+  std::string listen_ = plan_.listen;
+  std::string http_ = kAnyHttp;
   std::string failure_;
   int signals_ = -1;
   bool ending_ = false;

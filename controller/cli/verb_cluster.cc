@@ -95,6 +95,11 @@ Result<ClusterPlan> PlanFromOptions(const Parsed& args) {
   return plan;
 }
 
+bool IsLoopback(const std::string& address) {
+  return address.rfind("127.", 0) == 0 || address.rfind("localhost:", 0) == 0 ||
+         address.rfind("[::1]", 0) == 0;
+}
+
 // Names of nodes that are not there yet, as a person reads them.
 std::string Missing(const std::vector<std::string>& wanted, const v1::ClusterStatus& status) {
   std::vector<std::string> missing;
@@ -244,10 +249,20 @@ VerbResult RunClusterUp(Context& context) {
     case Output::kJsonl: context.Out(ClusterJson(cluster)); break;
     case Output::kName: context.Out(plan.name + "\n"); break;
     default:
-      context.Out(fmt::format("cluster {} is up: controller {}, {} nodes, {}\n", plan.name,
-                              cluster.controller, plan.nodes.size(), HumanSeconds(took)));
+      context.Out(fmt::format(
+          "cluster {} is up: controller {}, {}, {}\n", plan.name, cluster.controller,
+          Plural(static_cast<std::int64_t>(plan.nodes.size()), "node"), HumanSeconds(took)));
       context.Remark(fmt::format("  export EVERSTEP_CONTROLLER={}\n  files and logs: {}",
                                  cluster.controller, dir));
+      if (!cluster.http.empty()) {
+        context.Remark(fmt::format("  metrics: http://{}/metrics", cluster.http));
+      }
+      if (!IsLoopback(plan.listen)) {
+        context.Remark(
+            fmt::format("  {} is no loopback address, and the channel is not encrypted: for "
+                        "networks that you trust only",
+                        plan.listen));
+      }
   }
   return ExitCode::kOk;
 }

@@ -20,6 +20,7 @@ struct Condition {
   std::int64_t step = -1;  // at least; -1: not a step
   std::int64_t committed = -1;
 
+  bool OfSteps() const { return step >= 0 || committed >= 0; }
   bool Holds(const v1::JobStatus& job) const {
     if (ended) return IsTerminal(job);
     if (step >= 0) return job.step() >= step;
@@ -67,8 +68,10 @@ std::string JobText(Context& context, const v1::JobStatus& job) {
 }
 
 std::string OneLine(const v1::JobStatus& job) {
-  return fmt::format("job {} is {} ({}), generation {}, step {}", job.job(), job.state(),
-                     OrDash(job.reason()), job.generation(), HumanCount(job.step()));
+  std::string steps = "step " + HumanCount(job.step());
+  if (job.committed_step() >= 0) steps += ", committed " + HumanCount(job.committed_step());
+  return fmt::format("job {} is {} ({}), generation {}, {}", job.job(), job.state(),
+                     OrDash(job.reason()), job.generation(), steps);
 }
 
 CliError Unfulfilled(const v1::JobStatus& job, const std::string& wanted) {
@@ -85,11 +88,11 @@ CliError Unfulfilled(const v1::JobStatus& job, const std::string& wanted) {
 
 Result<v1::JobStatus> FindJob(AdminClient* client, const std::string& name) {
   Result<v1::JobStatus> job = client->GetJob(name);
-  if (job.ok() || job.error().exit != ExitCode::kNotFound || !job.error().hint.empty()) return job;
+  if (job.ok() || job.error().exit != ExitCode::kNotFound) return job;
   CliError error = job.error();
   error.message =
       fmt::format("no job is named \"{}\" at the controller {}", name, client->controller());
-  error.hint = "everstep job list shows the jobs";
+  error.hint = "see: everstep job list";
   if (Result<v1::JobList> jobs = client->ListJobs(); jobs.ok()) {
     std::vector<std::string> names;
     for (const v1::JobStatus& one : jobs.value().items()) names.push_back(one.job());
@@ -149,6 +152,9 @@ VerbResult RunJobWait(Context& context) {
         error.message = fmt::format("job {} was not {} within {}: it is {}", name, wanted,
                                     HumanSeconds(static_cast<double>(limit.count()) / 1000.0),
                                     last.value().state());
+        if (condition.value().OfSteps() && last.value().step() < 0) {
+          error.hint = "it has told of no step: only scripts with everstep.Checkpointer do";
+        }
       }
       return error;
     }
