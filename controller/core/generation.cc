@@ -57,6 +57,14 @@ std::vector<NodeId> Controller::Impl::ChooseNodes(const JobStateView& job) const
   }
   std::sort(spares.begin(), spares.end());
   auto spare = spares.begin();
+  // A member that lost its keeper has nothing a warm spare lacks, and would take seconds to import.
+  const Runtime& run = runtime_.at(job.record.spec.job);
+  std::size_t warm_spares = static_cast<std::size_t>(std::count_if(
+      spares.begin(), spares.end(), [](const auto& s) { return !std::get<bool>(s); }));
+  for (NodeId& place : chosen) {
+    if (warm_spares > 0 && run.emptied.contains(place)) place.clear();
+    if (place.empty() && warm_spares > 0) --warm_spares;
+  }
   for (NodeId& place : chosen) {
     if (place.empty() && spare != spares.end()) place = std::get<1>(*spare++);
   }

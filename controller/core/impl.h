@@ -44,6 +44,7 @@ class Controller::Impl {
     };
     std::map<everstep::Step, Copies> copies;  // of the newest generation, uncommitted steps
     std::map<Rank, std::map<NodeId, HeldShard>> base_copies;  // of the step it started from
+    std::set<NodeId> emptied;  // members whose keeper died: no state, no fork server yet
     bool base_released = false;
     everstep::Step released = kNoStep;  // of the newest generation; see CommittedCommand
   };

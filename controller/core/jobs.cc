@@ -396,7 +396,7 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
     if (job.record.generation == generation && IsMember(job, e.node)) {
       // A broken stream may have swallowed copies, and the word of what is committed.
       for (const HeldShard& copy : holds.shards) CountCopy(&job, e.node, copy);
-      if (current) TellCommits(&job, e.node);
+      if (s != JobState::kPreparing) TellCommits(&job, e.node);
     }
     if (!IsTerminal(s) && s != JobState::kStopping && Eligible(job, *node)) {
       Send(e.node, WarmCommand{id, job.record.spec.command, job.record.spec.nproc_per_node});

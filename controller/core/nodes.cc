@@ -109,6 +109,7 @@ void Controller::Impl::On(const KeeperLost& e) {
   NodeState* node = Fresh(e.node, e.incarnation);
   if (node == nullptr) return;
   node->record.keeper_id = e.new_keeper_id;
+  node->warm.clear();
   dirty_nodes_.insert(e.node);
   Journal({.type = "keeper_died",
            .severity = Severity::kError,
@@ -119,7 +120,11 @@ void Controller::Impl::On(const KeeperLost& e) {
   for (auto& [id, job] : state_.jobs) {
     job.holdings.erase(e.node);
     const JobState s = job.record.state;
+    if (IsTerminal(s)) continue;
+    const JobSpec& spec = job.record.spec;
+    if (Eligible(job, *node)) Send(e.node, WarmCommand{id, spec.command, spec.nproc_per_node});
     if (!IsMember(job, e.node)) continue;
+    runtime_[id].emptied.insert(e.node);
     if (s == JobState::kStopping) {
       job.waiting_for.erase(e.node);
       if (job.waiting_for.empty()) FinishStop(&job);
@@ -145,7 +150,9 @@ void Controller::Impl::On(const Heartbeat& e) {
 
 void Controller::Impl::On(const NodeWarm& e) {
   NodeState* node = Fresh(e.node, e.incarnation);
-  if (node != nullptr) node->warm[e.job] = e.warm;
+  if (node == nullptr) return;
+  node->warm[e.job] = e.warm;
+  if (const auto run = runtime_.find(e.job); run != runtime_.end()) run->second.emptied.erase(e.node);
 }
 
 void Controller::Impl::On(const Notice& e) {
