@@ -250,11 +250,18 @@ void Checkers::CheckCommit(Timestamp now, const ClusterState& state,
   std::optional<Lineage> lineage;
   for (const controller::HeldShard& shard : commit.shards) {
     std::set<NodeId> nodes;
-    for (const controller::HeldShard& copy :
-         commit.shards) {  // with a replicated layout any serves
-      if (copy.rank != shard.rank && commit.generation == job.record.generation) continue;
-      if (copy.rank != shard.rank && !commit.replicated_layout) continue;
-      for (const Truth::Holder& holder : env_.truth->Holders(record.job, copy)) {
+    std::vector<controller::HeldShard> serve = {shard};
+    if (commit.replicated_layout && commit.generation != job.record.generation) {
+      // What a generation starts from: with a replicated layout any rank's shard serves.
+      const std::optional<Lineage> of = env_.truth->OfChecksum(shard.crc_root);
+      for (Rank rank = 0; of && rank < commit.world_size; ++rank) {
+        serve.push_back(shard);
+        serve.back().rank = rank;
+        serve.back().crc_root = env_.truth->Checksum(*of, rank);
+      }
+    }
+    for (const controller::HeldShard& one : serve) {
+      for (const Truth::Holder& holder : env_.truth->Holders(record.job, one)) {
         nodes.insert(holder.node);
       }
     }

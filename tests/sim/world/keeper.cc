@@ -68,7 +68,7 @@ void SimNode::CarryOutInKeeper(const agent::Effect& effect) {
       job->memory.MarkReleased(m->generation, m->released);
     }
   } else if (const auto* c = std::get_if<agent::ControllerAway>(&effect)) {
-    keeper_->controller_away = c->away;
+    keeper_->controller_away = controller_away_ = c->away;
   }
 }
 

@@ -82,6 +82,7 @@ void SimNode::PauseAgent(Timestamp until) {
 void SimNode::StartAgent() {
   if (!booted_ || agent_) return;
   ++agent_life_;
+  controller_away_ = true;
   agent_ = std::make_unique<agent::AgentCore>(agent::CoreOptions{});
   AfterAgent(Draw(5, 100), "attach", [this] { AttachKeeper(); });
   Connect();
@@ -97,6 +98,7 @@ void SimNode::AttachKeeper() {
     digest.Add(fmt::format("{}/{}", name_, keeper_life_));
     keeper_->id = digest.value() | 1;
   }
+  keeper_->controller_away = controller_away_;
   Tell(agent::KeeperAttached{fresh, keeper_->remembered, Adopted()});
   PushAll();
 }

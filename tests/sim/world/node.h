@@ -174,7 +174,8 @@ class SimNode {
   Timestamp tick_at_;
   Timestamp agent_paused_until_;
   Timestamp agent_gone_since_;
-  const Duration clock_skew_;  // this machine's clock against true time
+  bool controller_away_ = true;  // as the agent sees it
+  const Duration clock_skew_;    // this machine's clock against true time
   std::int32_t next_pid_ = 1000;
   Timestamp forks_fail_until_;
   Timestamp stores_fail_until_;
