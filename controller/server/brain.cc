@@ -228,10 +228,11 @@ void Brain::CarryOut(Decisions& decisions) {
     if (it == bound_.end() || it->second.incarnation != command.incarnation) continue;
     v1::ControllerMessage message = ToWire(command);
     if (message.has_registered()) message.mutable_registered()->set_cluster(store_->info().cluster);
+    // Before the workers are forked, so that the agent sends their first lines, too.
+    if (message.has_activate()) TailsOf(command.node, message.activate().job());
     const bool registration = message.has_registered();
-    const JobId activated = message.has_activate() ? message.activate().job() : JobId();
     SendTo(command.node, std::move(message));
-    if (registration || !activated.empty()) TailsOf(command.node, !registration, activated);
+    if (registration) TailsOf(command.node, JobId());
   }
   for (const Reply& reply : decisions.replies) {
     const auto it = requests_.find(reply.request);

@@ -177,7 +177,7 @@ class Brain {
   void TellWatchers(const JournalRecord& record);
   void TellFollowers(Timestamp now);
   void AskForLogs(const NodeId& node, WatchId id, Tail* tail, std::int64_t lines);
-  void TailsOf(const NodeId& node, bool fresh_generation, const JobId& job);
+  void TailsOf(const NodeId& node, const JobId& activated);
   void EndTails(Timestamp now);
 
   const Config config_;

@@ -140,17 +140,19 @@ void Brain::AskForLogs(const NodeId& node, WatchId id, Tail* tail, std::int64_t 
   if (SendTo(node, std::move(message))) tail->asked.insert(node);
 }
 
-// A node that joins a followed job sends its files from the beginning; one that comes back after its stream
-// broke only what is new: the rest was sent before.
-void Brain::TailsOf(const NodeId& node, bool fresh_generation, const JobId& job) {
+// A node that joins a followed job (`activated`) sends its files from the beginning; one that registers again
+// (`activated` is empty) only what is new: the rest was sent before its stream broke.
+void Brain::TailsOf(const NodeId& node, const JobId& activated) {
   for (auto& [id, tail] : tails_) {
     if (!tail.request.follow() || tail.end_at.ns != 0 || tail.asked.contains(node)) continue;
-    if (fresh_generation ? tail.request.job() != job : !state().jobs.contains(tail.request.job())) continue;
-    if (!fresh_generation) {
+    if (activated.empty()) {
       const auto& plan = state().jobs.at(tail.request.job()).plan.nodes;
-      if (std::none_of(plan.begin(), plan.end(), [&](const NodePlan& p) { return p.node == node; })) continue;
+      if (std::any_of(plan.begin(), plan.end(), [&](const NodePlan& p) { return p.node == node; })) {
+        AskForLogs(node, id, &tail, 0);
+      }
+    } else if (tail.request.job() == activated) {
+      AskForLogs(node, id, &tail, -1);
     }
-    AskForLogs(node, id, &tail, fresh_generation ? -1 : 0);
   }
 }
 

@@ -1,6 +1,8 @@
 #include "controller/server/status.h"
 
 #include <fmt/format.h>
+#include <google/protobuf/struct.pb.h>
+#include <google/protobuf/util/json_util.h>
 
 #include <algorithm>
 #include <vector>
@@ -59,6 +61,43 @@ void FillFault(const Fault& f, v1::FaultStatus* to) {
   to->set_steps_lost(known ? std::max<Step>(0, f.step_before - (f.step_after - 1)) : -1);
 }
 
+void FillRanks(const JobStateView& job, const NodePlan& node, v1::JobStatus* to) {
+  for (const WorkerPlan& plan : node.workers) {
+    v1::RankStatus* rank = to->add_ranks();
+    rank->set_rank(plan.rank);
+    rank->set_local_rank(plan.local_rank);
+    rank->set_node(node.node);
+    rank->set_state("STARTING");
+    const auto worker = job.workers.find(plan.rank);
+    if (worker == job.workers.end()) continue;
+    const WorkerOnNode& w = worker->second.worker;
+    rank->set_pid(w.pid);
+    rank->set_state(!w.running ? "EXITED" : worker->second.stopped ? "STOPPED" : "RUNNING");
+    if (!w.running) rank->set_exit_code(w.exit.code);
+  }
+}
+
+// Nodes that would be taken now if there were enough of them.
+std::size_t Candidates(const ClusterState& state, const JobSpec& spec) {
+  return static_cast<std::size_t>(std::count_if(state.nodes.begin(), state.nodes.end(), [&](const auto& entry) {
+    const bool named = spec.only_nodes.empty() || std::find(spec.only_nodes.begin(), spec.only_nodes.end(),
+                                                            entry.first) != spec.only_nodes.end();
+    return named && entry.second.record.health == NodeHealth::kAlive && !entry.second.record.draining;
+  }));
+}
+
+// torch's error file: {"message": {"message": "RuntimeError: ...", ...}} or {"message": "..."}; empty: neither.
+std::string MessageOf(const std::string& error_json) {
+  google::protobuf::Struct file;
+  if (error_json.empty() || !google::protobuf::util::JsonStringToMessage(error_json, &file).ok()) return {};
+  const auto outer = file.fields().find("message");
+  if (outer == file.fields().end()) return {};
+  if (outer->second.has_string_value()) return outer->second.string_value();
+  const auto& fields = outer->second.struct_value().fields();
+  const auto inner = fields.find("message");
+  return inner == fields.end() ? std::string() : inner->second.string_value();
+}
+
 void FillCause(const WorkerOnNode& w, const JobStateView& job, v1::RootCause* to) {
   to->set_rank(w.rank);
   to->set_local_rank(w.local_rank);
@@ -77,7 +116,9 @@ void FillCause(const WorkerOnNode& w, const JobStateView& job, v1::RootCause* to
   to->set_time(TimeText(w.exit.error_time.ns != 0 ? w.exit.error_time : w.exit.occurred));
   to->set_error_file(w.exit.error_file);
   to->set_error_json(w.exit.error_json);
-  if (w.exit.oom_killed) {
+  if (std::string said = MessageOf(w.exit.error_json); !said.empty()) {
+    to->set_message(std::move(said));
+  } else if (w.exit.oom_killed) {
     to->set_message("killed by the kernel: out of memory");
   } else if (w.exit.code < 0) {
     to->set_message(fmt::format("ended by signal {}", -w.exit.code));
@@ -145,32 +186,22 @@ v1::JobStatus JobStatusOf(const ClusterState& state, const JobStateView& job, Ti
   to.set_generation(r.generation);
   to.set_min_nodes(r.spec.min_nodes);
   to.set_max_nodes(r.spec.max_nodes);
-  if (HoldsNodes(job)) {
-    to.set_nodes(static_cast<std::uint32_t>(job.plan.nodes.size()));
+  const bool holds = HoldsNodes(job);
+  if (holds) to.set_nodes(static_cast<std::uint32_t>(job.plan.nodes.size()));
+  if (holds || IsTerminal(r.state)) {  // an ended job tells where it ran last
     std::size_t world = 0;
     for (const NodePlan& node : job.plan.nodes) {
       to.add_members(node.node);
       world += node.workers.empty() ? r.spec.nproc_per_node : node.workers.size();
-      for (const WorkerPlan& plan : node.workers) {
-        v1::RankStatus* rank = to.add_ranks();
-        rank->set_rank(plan.rank);
-        rank->set_local_rank(plan.local_rank);
-        rank->set_node(node.node);
-        rank->set_state("STARTING");
-        const auto worker = job.workers.find(plan.rank);
-        if (worker == job.workers.end()) continue;
-        const WorkerOnNode& w = worker->second.worker;
-        rank->set_pid(w.pid);
-        rank->set_state(!w.running                 ? "EXITED"
-                        : worker->second.stopped ? "STOPPED"
-                                                 : "RUNNING");
-        if (!w.running) rank->set_exit_code(w.exit.code);
-      }
+      if (holds) FillRanks(job, node, &to);
     }
     to.set_world_size(static_cast<std::uint32_t>(world));
   }
   std::sort(to.mutable_ranks()->begin(), to.mutable_ranks()->end(),
-            [](const auto& a, const auto& b) { return a.rank() < b.rank(); });
+            [](const auto& x, const auto& y) { return x.rank() < y.rank(); });
+  if (r.state == JobState::kWaiting && to.message().empty()) {
+    to.set_message(fmt::format("{} of at least {} nodes", Candidates(state, r.spec), r.spec.min_nodes));
+  }
   if (!IsTerminal(r.state)) {
     std::uint32_t spares = 0;
     for (const auto& [id, node] : state.nodes) {

@@ -322,6 +322,50 @@ TEST_F(ServerTest, LogLinesComeThroughAndEndWithTheNodesThatHaveThem) {
   EXPECT_EQ(seen, (std::set<std::string>{"n1: hello from 0\n", "n2: hello from 1\n"}));
 }
 
+TEST_F(ServerTest, FollowedLogsGoOnThroughGenerationsAndEndWithTheJob) {
+  Join(2);
+  ASSERT_TRUE(controller_.Submit("train", 1, 1).ok());
+  ASSERT_TRUE(controller_.JobIs("train", "RUNNING"));
+  const int first = controller_.Job("train").members(0) == "n1" ? 1 : 2;
+  FakeAgent& old_member = agent(first);
+  FakeAgent& new_member = agent(3 - first);
+  v1::TailJobLogsRequest request;
+  request.set_job("train");
+  request.set_rank(0);
+  request.set_follow(true);
+  request.set_tail_lines(0);
+  grpc::ClientContext context;
+  context.set_deadline(std::chrono::system_clock::now() + kPatience);
+  auto reader = controller_.admin().TailJobLogs(&context, request);
+  ASSERT_TRUE(old_member.Wait([](const auto& m) { return m.has_tail_logs(); }));
+  old_member.Break();
+  const auto activate = new_member.WaitActivate(2);
+  ASSERT_TRUE(activate);
+  // The one that takes over is asked before its workers start, for all that they will say.
+  const auto asked = new_member.Wait([](const auto& m) { return m.has_tail_logs(); });
+  ASSERT_TRUE(asked);
+  EXPECT_LT(asked->sequence(), activate->sequence());
+  EXPECT_EQ(asked->tail_logs().tail_lines(), -1);
+  v1::AgentMessage lines;
+  lines.mutable_log_lines()->set_request(asked->tail_logs().request());
+  lines.mutable_log_lines()->set_data("generation 2\n");
+  new_member.Send(lines);
+  v1::JobLogLines got;
+  ASSERT_TRUE(reader->Read(&got));
+  EXPECT_EQ(got.data(), "generation 2\n");
+  ASSERT_TRUE(controller_.JobIs("train", "RUNNING"));
+  new_member.Exit(activate->activate(), 0);
+  EXPECT_FALSE(reader->Read(&got));
+  EXPECT_TRUE(reader->Finish().ok());
+  // Agents forget a job that ended well; whoever asks now learns where its files are.
+  grpc::ClientContext late;
+  auto nothing = controller_.admin().TailJobLogs(&late, request);
+  EXPECT_FALSE(nothing->Read(&got));
+  const grpc::Status status = nothing->Finish();
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_NE(status.error_message().find("jobs/train"), std::string::npos) << status.error_message();
+}
+
 TEST_F(ServerTest, ADrillReachesTheNodeOfTheRank) {
   Join(1);
   ASSERT_TRUE(controller_.Submit("train", 1, 1).ok());

@@ -270,6 +270,26 @@ TEST(Status, AFaultTellsWhatItCost) {
   EXPECT_EQ(s.ranks(3).state(), "STARTING");
 }
 
+TEST(Status, TheRootCauseSpeaksTheScriptsOwnWords) {
+  ClusterState state;
+  JobStateView& job = state.jobs["train"];
+  job.record.spec.job = "train";
+  job.record.state = JobState::kFailed;
+  job.plan = TwoNodes();
+  const auto message = [&](const ExitInfo& exit) {
+    job.record.failures = {{.rank = 3, .local_rank = 1, .pid = 7, .running = false, .exit = exit}};
+    return JobStatusOf(state, job, {}).root_cause().message();
+  };
+  EXPECT_EQ(message({.code = 1, .error_json = R"({"message": {"message": "ValueError: no", "extraInfo": {}}})"}),
+            "ValueError: no");
+  EXPECT_EQ(message({.code = 1, .error_json = R"({"message": "plain"})"}), "plain");
+  EXPECT_EQ(message({.code = 3, .error_json = "not json"}), "exit code 3");
+  EXPECT_EQ(message({.code = -11}), "ended by signal 11");
+  EXPECT_EQ(JobStatusOf(state, job, {}).root_cause().node(), "n2");
+  EXPECT_EQ(JobStatusOf(state, job, {}).world_size(), 4u);
+  EXPECT_EQ(JobStatusOf(state, job, {}).nodes(), 0u);
+}
+
 TEST(Status, AJobIsFoundByFourLettersWhenTheyAreEnough) {
   ClusterState state;
   for (const char* id : {"train-a", "train-b", "other"}) state.jobs[id].record.spec.job = id;
