@@ -462,6 +462,43 @@ TEST_F(AgentTest, LogsAreTailedAndFollowedIntoTheNextGeneration) {
   }
 }
 
+TEST_F(AgentTest, AFailedJobsLogsAreThereAfterItsEnd) {
+  StartAgent();
+  ASSERT_TRUE(Registration());
+  ASSERT_TRUE(RunGeneration(1, Shell("echo last words of $RANK >&2; exit 5")));
+  ASSERT_TRUE(Exit(0) && Exit(1));
+  v1::ControllerMessage message;
+  message.mutable_stop_job()->set_job("job");
+  message.mutable_stop_job()->set_generation(1);
+  message.mutable_stop_job()->set_forget(true);
+  ASSERT_TRUE(controller_->Send(message));
+  ASSERT_TRUE(controller_->Wait([](const Message& m) { return m.has_stopped(); }));
+  message.Clear();
+  message.mutable_tail_logs()->set_request(9);
+  message.mutable_tail_logs()->set_job("job");
+  message.mutable_tail_logs()->set_rank(1);
+  message.mutable_tail_logs()->set_tail_lines(10);
+  ASSERT_TRUE(controller_->Send(message));
+  const auto lines = controller_->Wait([](const Message& m) { return m.has_log_lines(); });
+  ASSERT_TRUE(lines);
+  EXPECT_EQ(lines->log_lines().data(), "last words of 1\n");
+  EXPECT_TRUE(lines->log_lines().from_stderr());
+  EXPECT_TRUE(controller_->Wait([](const Message& m) { return m.has_log_lines() && m.log_lines().end(); }));
+}
+
+TEST_F(AgentTest, AStoppedWorkerIsNamed) {
+  StartAgent();
+  ASSERT_TRUE(Registration());
+  const auto activated = RunGeneration(1, Shell(kSleeper));
+  ASSERT_TRUE(activated);
+  kill(activated->activated().workers(1).pid(), SIGSTOP);
+  const auto stalled = controller_->Wait([](const Message& m) { return m.has_worker_stalled(); });
+  ASSERT_TRUE(stalled);
+  EXPECT_EQ(stalled->worker_stalled().kind(), v1::WorkerStalled::STOPPED);
+  EXPECT_EQ(stalled->worker_stalled().rank(), 1);
+  EXPECT_TRUE(RunGeneration(2, Shell(kSleeper))) << "a stopped worker can be ended";
+}
+
 TEST_F(AgentTest, ADrillIsARealSignal) {
   StartAgent();
   ASSERT_TRUE(Registration());

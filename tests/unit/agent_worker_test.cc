@@ -1,16 +1,20 @@
 // What a worker is given by its agent: environment, arguments, log files.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <string>
 
+#include "worker/agent/log_index.h"
 #include "worker/agent/log_layout.h"
 #include "worker/agent/worker_env.h"
 
 namespace everstep::agent {
 namespace {
+
+namespace fs = std::filesystem;
 
 WorkerIdentity Second() {
   WorkerIdentity id;
@@ -154,6 +158,30 @@ TEST_F(LogDirectory, OnlyTheNewestAttemptsAreKept) {
   EXPECT_TRUE(std::filesystem::exists(root_ + "/attempt_9"));
   EXPECT_TRUE(std::filesystem::exists(root_ + "/attempt_mine"));
   EXPECT_EQ(PruneAttempts(root_ + "/absent", 2), 0u);
+}
+
+TEST_F(LogDirectory, AJobsNewestOutputIsFoundAfterTheJob) {
+  EXPECT_EQ(ReadLogIndex(root_, "j").generation, 0u);
+  WriteLogIndex(root_, "j", {"/logs/j_n1", 3, {{0, 4}, {1, 5}}});
+  const LogIndex index = ReadLogIndex(root_, "j");
+  EXPECT_EQ(index.root, "/logs/j_n1");
+  EXPECT_EQ(index.generation, 3u);
+  EXPECT_EQ(index.workers, (std::vector<std::pair<std::int32_t, Rank>>{{0, 4}, {1, 5}}));
+  std::ofstream(root_ + "/jobs/j/last") << "\nx\n";
+  EXPECT_EQ(ReadLogIndex(root_, "j").generation, 0u);
+}
+
+TEST_F(LogDirectory, OnlyTheNewestJobsAreKeptAndThoseThatRun) {
+  for (const char* job : {"a", "b", "c", "d"}) WriteLogIndex(root_, job, {"/x", 1, {}});
+  const auto now = fs::file_time_type::clock::now();
+  int age = 4;
+  for (const char* job : {"a", "b", "c", "d"}) {
+    fs::last_write_time(root_ + "/jobs/" + job + "/last", now - std::chrono::hours(age--));
+  }
+  EXPECT_EQ(PruneJobs(root_, {"a"}, 1), 2u);
+  EXPECT_TRUE(fs::exists(root_ + "/jobs/a")) << "it runs";
+  EXPECT_FALSE(fs::exists(root_ + "/jobs/b"));
+  EXPECT_TRUE(fs::exists(root_ + "/jobs/d"));
 }
 
 }  // namespace

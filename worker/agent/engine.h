@@ -67,6 +67,7 @@ class Engine final : private checkpoint::Listener {
   static constexpr std::size_t kMailbox = 65536;
   static constexpr std::size_t kMaxInbound = 1024;  // controller's messages not yet looked at
   static constexpr std::size_t kKeepAttempts = 20;  // log directories of one job on this node
+  static constexpr std::size_t kKeepJobs = 100;     // ... and of jobs that are over
 
  private:
   // --- engine.cc: the loop, the session, the node's end ---
@@ -131,7 +132,7 @@ class Engine final : private checkpoint::Listener {
   void FailStart(const JobId& job, Generation generation, const std::vector<WorkerSpawn>& spawns,
                  const std::string& error);
   std::string LogRoot(const JobId& job, const CommandSpec& command) const;
-  std::vector<TailFile> TailFiles(const JobId& job, Generation generation,
+  std::vector<TailFile> TailFiles(const TailLogs& request, Generation generation,
                                   const std::vector<WorkerOnNode>& workers) const;
 
   // checkpoint::Listener, on the service's threads.

@@ -11,6 +11,7 @@
 #include "proto/base/version.h"
 #include "worker/agent/convert.h"
 #include "worker/agent/engine.h"
+#include "worker/agent/log_index.h"
 #include "worker/agent/node_dir.h"
 #include "worker/agent/part.h"
 
@@ -166,8 +167,12 @@ void Engine::On(const StartWorkers& e) {
     tailer_->Add(request, std::move(files));
   }
   const std::string root = LogRoot(a.job, a.command);
+  LogIndex index{root, a.generation, {}};
+  for (const WorkerSpawn& s : spawns) index.workers.emplace_back(s.request.local_rank(), s.request.rank());
+  std::vector<JobId> here;
+  for (const auto& [job, view] : core_.jobs()) here.push_back(job);
   auto shared = std::make_shared<std::vector<WorkerSpawn>>(std::move(spawns));
-  const bool posted = files_.Post([this, root, shared, part = PartOf(a)] {
+  const bool posted = files_.Post([this, root, shared, index, here, part = PartOf(a)] {
     std::string why;
     for (const WorkerSpawn& s : *shared) {
       if (why.empty()) MakeLogDirectory(s.paths, &why);
@@ -176,7 +181,10 @@ void Engine::On(const StartWorkers& e) {
     Post([this, shared, why, job = part.job, generation = part.generation] {
       Spawn(job, generation, std::move(*shared), why);
     });
-    PruneAttempts(root, kKeepAttempts);  // while the workers start
+    // While the workers start.
+    WriteLogIndex(options_.node_dir, part.job, index);
+    PruneAttempts(root, kKeepAttempts);
+    PruneJobs(options_.node_dir, here, kKeepJobs);
   });
   if (!posted) FailStart(a.job, a.generation, *shared, "the agent's queue for files is full");
 }
@@ -299,16 +307,24 @@ void Engine::On(const ControllerAway& e) {
   if (transfer_ != nullptr) transfer_->SetControllerAway(e.away);
 }
 
-std::vector<TailFile> Engine::TailFiles(const JobId& job, Generation generation,
+std::vector<TailFile> Engine::TailFiles(const TailLogs& request, Generation generation,
                                         const std::vector<WorkerOnNode>& workers) const {
   std::vector<TailFile> files;
-  const auto view = core_.jobs().find(job);
-  if (view == core_.jobs().end()) return files;
-  const std::string root = LogRoot(job, view->second.command);
-  for (const WorkerOnNode& w : workers) {
-    const LogPaths paths = WorkerLogPaths(root, generation, w.local_rank);
-    files.push_back({job, generation, w.rank, false, paths.stdout_log});
-    files.push_back({job, generation, w.rank, true, paths.stderr_log});
+  const auto add = [&](const std::string& root, Generation g, std::int32_t local_rank, Rank rank) {
+    const LogPaths paths = WorkerLogPaths(root, g, local_rank);
+    files.push_back({request.job, g, rank, false, paths.stdout_log});
+    files.push_back({request.job, g, rank, true, paths.stderr_log});
+  };
+  const auto view = core_.jobs().find(request.job);
+  if (view != core_.jobs().end() && !workers.empty()) {
+    const std::string root = LogRoot(request.job, view->second.command);
+    for (const WorkerOnNode& w : workers) add(root, generation, w.local_rank, w.rank);
+    return files;
+  }
+  // Between two generations, or after the job's end: what it said last.
+  const LogIndex index = ReadLogIndex(options_.node_dir, request.job);
+  for (const auto& [local_rank, rank] : index.workers) {
+    if (request.rank < 0 || request.rank == rank) add(index.root, index.generation, local_rank, rank);
   }
   return files;
 }
@@ -320,7 +336,7 @@ void Engine::On(const Tail& e) {
     return tailer_->Cancel(t.request);
   }
   if (t.follow) follows_[t.request] = t;
-  if (tailer_->Start(t.request, TailFiles(t.job, e.generation, e.workers), t.follow, t.tail_lines)) {
+  if (tailer_->Start(t.request, TailFiles(t, e.generation, e.workers), t.follow, t.tail_lines)) {
     return;
   }
   follows_.erase(t.request);
