@@ -14,8 +14,17 @@ import sys
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
-import keeper_client  # noqa: E402
-from keeper_client import MODULE, PROGRAM, RUN_PATH, SCRIPT, Keeper, decode, number, text  # noqa: E402
+import keeper_client
+from keeper_client import (
+    MODULE,
+    PROGRAM,
+    RUN_PATH,
+    SCRIPT,
+    Keeper,
+    decode,
+    number,
+    text,
+)
 
 HERE = pathlib.Path(__file__).resolve().parent
 PROGRAM_PATH = os.path.join(os.environ.get("EVERSTEP_BIN", HERE.parents[1] / "build/release/bin"), "everstep-keeper")
@@ -133,7 +142,7 @@ def test_a_script_that_sets_what_libraries_read_at_import_starts_fresh(keeper, j
 
 def test_a_folder_that_shadows_an_imported_module_starts_fresh(keeper, job):
     (job / "sympy.py").write_text("mine = True\n")
-    assert refused(keeper, job, "import sympy\nprint(sympy.mine)\n", "sympy.py") == "True\n"
+    assert refused(keeper, job, "import torch, sympy\nprint(sympy.mine)\n", "sympy.py") == "True\n"
 
 
 def test_an_interpreter_that_ignores_the_path_never_runs_the_script_as_server(keeper, job):
@@ -159,26 +168,41 @@ def test_imports_of_the_script_that_start_threads_are_left_to_it(keeper, job):
 
 
 def test_another_environment_or_command_starts_the_server_anew(keeper, job):
-    (job / "train.py").write_text("import os\nprint(os.environ['OMP_NUM_THREADS'])\n")
+    (job / "train.py").write_text("import os, torch\nprint(os.environ['OMP_NUM_THREADS'])\n")
     assert number(keeper.fork_server("job", PYTHON, SCRIPT, "train.py", [], BASE, str(job)), 2)
     env = {**BASE, "OMP_NUM_THREADS": "1"}
-    reply = keeper.spawn("job", 0, python=PYTHON, target="train.py", env=env, cwd=str(job), preload=True, out=str(job / "w"))
-    assert "OMP_NUM_THREADS" in text(reply, 3)
-    assert keeper.wait_exit("job", 0) == 0
-    ready = [False]
+    assert run(keeper, job, "job", preload=True, env=env, target="train.py") == (0, "1\n", "")
+    assert "OMP_NUM_THREADS" in (keeper.folder / "keeper.log").read_text()
 
-    def again(event):
-        if 7 in event:
-            ready[0] = bool(number(decode(event[7][0]), 2))
-        return ready[0] or None
 
-    keeper.events.clear()
-    keeper.wait_event(again)
-    reply = keeper.spawn("job", 0, python=PYTHON, target="train.py", env=env, cwd=str(job), preload=True, generation=2,
-                         out=str(job / "w2"))
-    assert number(decode(reply[5][0]), 2), text(reply, 3)
-    assert keeper.wait_exit("job", 0, 2) == 0
-    assert (job / "w2.out").read_text() == "1\n"
+def test_workers_wait_for_the_imports_that_they_would_do_themselves(keeper, job):
+    (job / "train.py").write_text("import torch\nprint('done')\n")
+    keeper.call(3, {1: "job", 2: PYTHON, 3: BASE, 4: str(job), 7: SCRIPT, 8: "train.py"})
+    asked = [
+        keeper.send(5, {1: "job", 2: 1, 3: rank, 5: SCRIPT, 6: PYTHON, 7: "train.py", 9: BASE, 10: str(job), 12: 1,
+                        14: str(job / f"w{rank}"), 15: str(job / f"w{rank}")})
+        for rank in (0, 1)
+    ]
+    # Its port is there at once, long before torch is.
+    assert store(keeper, job, 1) > 0
+    assert not keeper.replies
+    for rank, id_ in enumerate(asked):
+        assert number(decode(keeper.wait_reply(id_)[5][0]), 2)
+        assert keeper.wait_exit("job", rank) == 0
+
+
+def test_a_worker_stopped_while_it_waits_never_starts(keeper, job):
+    (job / "train.py").write_text("import torch\nopen('ran', 'w')\n")
+    keeper.call(3, {1: "job", 2: PYTHON, 3: BASE, 4: str(job), 7: SCRIPT, 8: "train.py"})
+    asked = keeper.send(5, {1: "job", 2: 1, 3: 0, 5: SCRIPT, 6: PYTHON, 7: "train.py", 9: BASE, 10: str(job), 12: 1})
+    keeper.call(6, {1: "job", 2: 1, 3: -1, 5: 100})
+    assert number(keeper.wait_reply(asked), 2) != 0
+    assert number(keeper.fork_server("job", PYTHON, SCRIPT, "train.py", [], BASE, str(job)), 2)
+    assert not (job / "ran").exists()
+
+
+def test_a_script_that_needs_nothing_installed_does_not_wait(keeper, job):
+    assert refused(keeper, job, "import os\nprint('quick')\n", "nothing that is installed") == "quick\n"
 
 
 def test_a_program_that_is_not_python_starts_as_it_is(keeper, job):
@@ -238,7 +262,7 @@ def test_a_group_that_never_forms_is_told(keeper, job):
 
 
 def test_a_dead_fork_server_comes_back(keeper, job):
-    (job / "train.py").write_text("print('done')\n")
+    (job / "train.py").write_text("import torch\nprint('done')\n")
     state = keeper.fork_server("job", PYTHON, SCRIPT, "train.py", [], BASE, str(job))
     assert number(state, 2)
     keeper.events.clear()

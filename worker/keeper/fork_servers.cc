@@ -209,16 +209,17 @@ void ForkServers::Start(Server* server) {
   std::vector<std::string> fields = {"command", std::to_string(server->spec.command_kind()),
                                      server->spec.target()};
   fields.insert(fields.end(), argv.begin(), argv.end());
-  if (!Send(server, fields, -1)) return;
+  if (!Send(server, fields, {})) return;
   fields = {"preload"};
   for (const std::string& module : server->spec.modules()) fields.push_back(module);
-  if (!Send(server, fields, -1)) return;
+  if (!Send(server, fields, {})) return;
   LogInfo("fork_server_started", {{"job", job}, {"pid", pid}, {"target", server->spec.target()}});
 }
 
 // A server reads when it can: between two imports, or one fork after the other.
-bool ForkServers::Send(Server* server, const std::vector<std::string>& fields, int status_fd) {
-  server->control->SendRaw(Frame(fields), status_fd < 0 ? std::vector<int>() : std::vector<int>{status_fd});
+bool ForkServers::Send(Server* server, const std::vector<std::string>& fields,
+                       const std::vector<int>& descriptors) {
+  server->control->SendRaw(Frame(fields), descriptors);
   if (server->control->broken) {
     Fail(server, "it does not read its requests");
     return false;
@@ -242,15 +243,15 @@ void ForkServers::Watch(Server* server) {
   });
 }
 
-bool ForkServers::Fork(const v1::KeeperSpawn& spawn, int status_fd, std::string* reason) {
+ForkServers::Answer ForkServers::Fork(const v1::KeeperSpawn& spawn, int status_fd, std::string* reason) {
   Server* server = Find(spawn.job());
   if (!IsPython(spawn.command_kind())) {
     *reason = "the command is not Python";
-    return false;
+    return Answer::kNever;
   }
   if (server == nullptr) {
     *reason = "the job has no fork server";
-    return false;
+    return Answer::kNever;
   }
   const bool unknown = server->spec.command_kind() == 0;
   std::string differs;
@@ -263,38 +264,34 @@ bool ForkServers::Fork(const v1::KeeperSpawn& spawn, int status_fd, std::string*
     Stop(server);
     TakeCommand(spawn, &server->spec);
     TakeEnvironment(spawn, &server->spec);
+    LogInfo("fork_server_restarts",
+            {{"job", spawn.job()}, {"why", unknown ? std::string("first workers") : differs}});
     Start(server);
-    *reason = fmt::format("the fork server starts just now ({})", unknown ? "first workers" : differs);
-    return false;
   }
   switch (server->phase) {
     case Phase::kReady: break;
-    case Phase::kFailed: *reason = "the fork server failed: " + server->message; return false;
-    default: *reason = "the fork server still imports"; return false;
+    case Phase::kFailed: *reason = "the fork server failed: " + server->message; return Answer::kNever;
+    default: *reason = "the fork server still imports"; return Answer::kLater;
   }
   std::vector<std::string> fields = {"worker", spawn.cwd(), std::to_string(spawn.umask()),
                                      spawn.stdout_path(), spawn.stderr_path(),
                                      std::to_string(spawn.args_size())};
   for (const std::string& arg : spawn.args()) fields.push_back(arg);
   for (const auto& [key, value] : spawn.env()) fields.push_back(key + "=" + value);
-  if (!Send(server, fields, status_fd)) {
+  if (!Send(server, fields, {status_fd})) {
     *reason = "the fork server failed: " + server->message;
-    return false;
+    return Answer::kNever;
   }
-  return true;
+  return Answer::kAsked;
 }
 
-ForkServers::StoreAnswer ForkServers::ForkStoreHost(const std::string& job,
-                                                    const std::string& bind_address,
-                                                    std::uint32_t port, int status_fd) {
+ForkServers::Answer ForkServers::ForkStoreHost(const std::string& job, int listener, int status_fd) {
   Server* server = Find(job);
   if (server == nullptr || server->phase == Phase::kFailed || server->phase == Phase::kIdle) {
-    return StoreAnswer::kNever;
+    return Answer::kNever;
   }
-  if (!server->store_ready) return StoreAnswer::kLater;
-  return Send(server, {"store", bind_address, std::to_string(port)}, status_fd)
-             ? StoreAnswer::kAsked
-             : StoreAnswer::kNever;
+  if (!server->store_ready) return Answer::kLater;
+  return Send(server, {"store"}, {status_fd, listener}) ? Answer::kAsked : Answer::kNever;
 }
 
 void ForkServers::OnLine(const std::string& job, const std::string& line, bool last) {

@@ -39,14 +39,15 @@ class ForkServers {
   // state follows as KeeperForkServerState events.
   void Configure(const everstep::v1::KeeperForkServer& request, const Done& done);
 
-  // Asks the job's server for a worker. `status_fd` goes with it: the worker writes "P<pid>" there
-  // when it begins, "E<text>" if it cannot. False: *reason says why a fresh process must do.
-  bool Fork(const everstep::v1::KeeperSpawn& spawn, int status_fd, std::string* reason);
+  // kLater: its imports are under way, on_change will tell; a fresh process would not be faster.
+  enum class Answer { kAsked, kLater, kNever };
 
-  // Asks the job's server for a store host (StoreHosts says what it writes to status_fd).
-  enum class StoreAnswer { kAsked, kLater, kNever };
-  StoreAnswer ForkStoreHost(const std::string& job, const std::string& bind_address,
-                            std::uint32_t port, int status_fd);
+  // Asks the job's server for a worker. `status_fd` goes with it: the worker writes "P<pid>" there
+  // when it begins, "E<text>" if it cannot. Else *reason says why a fresh process must do.
+  Answer Fork(const everstep::v1::KeeperSpawn& spawn, int status_fd, std::string* reason);
+
+  // Asks the job's server for a store host on `listener` (StoreHosts says what it writes to status_fd).
+  Answer ForkStoreHost(const std::string& job, int listener, int status_fd);
 
   // Called when a server can fork store hosts, and when it will not come.
   std::function<void(const std::string& job)> on_change;
@@ -80,7 +81,7 @@ class ForkServers {
   void Fail(Server* server, const std::string& why);
   void OnLine(const std::string& job, const std::string& line, bool last);
   void Tell(const Server& server);
-  bool Send(Server* server, const std::vector<std::string>& fields, int status_fd);
+  bool Send(Server* server, const std::vector<std::string>& fields, const std::vector<int>& descriptors);
   void Watch(Server* server);
 
   Context* context_;

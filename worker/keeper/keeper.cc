@@ -55,7 +55,10 @@ Keeper::Keeper(KeeperOptions options)
     const auto it = connections_.find(owner_);
     if (it != connections_.end()) it->second->Send(event);
   };
-  fork_servers_.on_change = [this](const std::string& job) { stores_.OnForkServer(job); };
+  fork_servers_.on_change = [this](const std::string& job) {
+    stores_.OnForkServer(job);  // first: the workers will look for their store
+    workers_.OnForkServer(job);
+  };
 }
 
 Keeper::~Keeper() {

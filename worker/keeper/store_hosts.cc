@@ -1,7 +1,10 @@
 #include "worker/keeper/store_hosts.h"
 
 #include <dirent.h>
+#include <netdb.h>
+#include <netinet/in.h>
 #include <signal.h>
+#include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -28,6 +31,7 @@ namespace v1 = everstep::v1;
 constexpr std::int64_t kLimitNs = 60'000'000'000;
 constexpr std::int64_t kLookNs = 250'000'000;
 constexpr int kStatusFd = 3;
+constexpr int kListenerFd = 4;
 
 }  // namespace
 
@@ -66,8 +70,15 @@ void StoreHosts::Start(const v1::KeeperStoreHost& request, Done done) {
     return;
   }
   const Id id = Make(request, false);
-  hosts_[id]->waiting.push_back(std::move(done));
-  Launch(id);
+  Host* host = hosts_.at(id).get();
+  host->waiting.push_back(std::move(done));
+  std::string error;
+  if (!Bind(host, &error)) {
+    Fail(id, EADDRINUSE, error);
+    return;
+  }
+  if (host->port != 0) Answer(host);
+  Launch(id, true);
 }
 
 StoreHosts::Id StoreHosts::Make(const v1::KeeperStoreHost& spec, bool spare) {
@@ -80,7 +91,38 @@ StoreHosts::Id StoreHosts::Make(const v1::KeeperStoreHost& spec, bool spare) {
   return id;
 }
 
-void StoreHosts::Launch(Id id) {
+// Addresses in figures only: looking a name up may block, so that is left to the store's process.
+bool StoreHosts::Bind(Host* host, std::string* error) {
+  const std::string& address = host->spec.bind_address();
+  const std::string where = address.empty() || address == "localhost" ? "127.0.0.1" : address;
+  const std::string service = std::to_string(host->spec.port());
+  addrinfo hints{};
+  hints.ai_flags = AI_NUMERICHOST | AI_NUMERICSERV | AI_PASSIVE;
+  hints.ai_socktype = SOCK_STREAM;
+  addrinfo* found = nullptr;
+  if (::getaddrinfo(where.c_str(), service.c_str(), &hints, &found) != 0) return true;
+  OwnedFd socket(::socket(found->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  const int one = 1;
+  ::setsockopt(socket.get(), SOL_SOCKET, SO_REUSEADDR, &one, sizeof(one));
+  const bool bound = ::bind(socket.get(), found->ai_addr, found->ai_addrlen) == 0 &&
+                     ::listen(socket.get(), 2048) == 0;
+  const int problem = errno;
+  ::freeaddrinfo(found);
+  if (!bound) {
+    *error = fmt::format("cannot listen at {} port {}: {}{}", where, host->spec.port(), std::strerror(problem),
+                         problem == EADDRINUSE ? "; choose another --master-port, or 0 for a free one" : "");
+    return false;
+  }
+  sockaddr_storage name{};
+  socklen_t size = sizeof(name);
+  ::getsockname(socket.get(), reinterpret_cast<sockaddr*>(&name), &size);
+  host->port = name.ss_family == AF_INET6 ? ntohs(reinterpret_cast<sockaddr_in6*>(&name)->sin6_port)
+                                          : ntohs(reinterpret_cast<sockaddr_in*>(&name)->sin_port);
+  host->listener = std::move(socket);
+  return true;
+}
+
+void StoreHosts::Launch(Id id, bool may_fork) {
   Host* host = hosts_.at(id).get();
   const v1::KeeperStoreHost& spec = host->spec;
   OwnedFd status =
@@ -89,9 +131,12 @@ void StoreHosts::Launch(Id id) {
     Fail(id, errno, fmt::format("no pipe: {}", std::strerror(errno)));
     return;
   }
-  const auto answer = fork_servers_->ForkStoreHost(spec.job(), spec.bind_address(), spec.port(), status.get());
-  host->waiting_for_server = answer == ForkServers::StoreAnswer::kLater;
-  host->forked = answer == ForkServers::StoreAnswer::kAsked;
+  host->pid = 0;
+  const auto answer = may_fork && host->listener
+                          ? fork_servers_->ForkStoreHost(spec.job(), host->listener.get(), status.get())
+                          : ForkServers::Answer::kNever;
+  host->waiting_for_server = answer == ForkServers::Answer::kLater;
+  host->forked = answer == ForkServers::Answer::kAsked;
   if (host->forked) return;
   if (host->waiting_for_server) {
     host->status.Close();
@@ -105,9 +150,13 @@ void StoreHosts::Launch(Id id) {
   launch.argv = {spec.python().empty() ? "python3" : spec.python(), "-u", StoreHostProgram(context_->folder),
                  std::to_string(kStatusFd), std::to_string(::getpid()), spec.bind_address(),
                  std::to_string(spec.port())};
+  launch.keep = {{status.get(), kStatusFd}};
+  if (host->listener) {
+    launch.argv.push_back(std::to_string(kListenerFd));
+    launch.keep.emplace_back(host->listener.get(), kListenerFd);
+  }
   for (const auto& [key, value] : spec.env()) launch.env.push_back(key + "=" + value);
   launch.stdout_path = launch.stderr_path = fmt::format("{}/store-host.log", context_->folder);
-  launch.keep = {{status.get(), kStatusFd}};
   launch.status_fd = status.get();
   std::string error;
   host->pid = keeper::Launch(launch, &error);
@@ -130,26 +179,37 @@ void StoreHosts::OnLine(Id id, const std::string& line, bool last) {
     }
   } else if (line.starts_with("port ")) {
     std::from_chars(line.data() + 5, line.data() + line.size(), host->port);
+    Answer(host);
+  } else if (line.starts_with("serving")) {
+    host->limit_ns = 0;
+    host->listener.Close();
     LogInfo("store_ready", {{"job", host->spec.job()}, {"generation", host->spec.generation()},
                             {"port", host->port}, {"pid", host->pid}, {"spare", host->spare}});
-    Answer(host);
     if (!host->spare) MakeSpare(host->spec);
   } else if (line.starts_with("reached ")) {
     // So many ranks have put their addresses for the default group.
     std::from_chars(line.data() + 8, line.data() + line.size(), host->reached);
     host->reached_ns = MonotonicNanos();
     host->next_look_ns = host->reached_ns + kLookNs;
-  } else if (line.starts_with("E")) {
-    Fail(id, EIO, line.substr(1));
-  } else if (line.starts_with("R") && !last) {
-    Fail(id, EIO, line.substr(1));
-  } else if (last && host->port == 0) {
-    Fail(id, EIO, fmt::format("its process ended before it listened; see {}/store-host.log", context_->folder));
+  } else if (line.starts_with("E") || line.starts_with("R")) {
+    Retry(id, line.substr(1));
+  } else if (last && host->limit_ns != 0) {
+    Retry(id, fmt::format("its process ended before it served; see {}/store-host.log", context_->folder));
   }
 }
 
+// What a fork server could not do a fresh process may.
+void StoreHosts::Retry(Id id, const std::string& why) {
+  Host* host = hosts_.at(id).get();
+  if (!host->forked || host->spare) {
+    Fail(id, EIO, why);
+    return;
+  }
+  LogWarning("store_fork_failed", {{"job", host->spec.job()}, {"why", why}});
+  Launch(id, false);
+}
+
 void StoreHosts::Answer(Host* host) {
-  host->limit_ns = 0;
   for (const Done& done : std::exchange(host->waiting, {})) {
     v1::KeeperReply reply;
     auto* ready = reply.mutable_store_ready();
@@ -192,7 +252,13 @@ void StoreHosts::MakeSpare(const v1::KeeperStoreHost& like) {
   if (like.port() != 0 || hosts_.size() >= kMaxStores) return;
   v1::KeeperStoreHost spec = like;
   spec.set_generation(0);
-  Launch(Make(spec, true));
+  const Id id = Make(spec, true);
+  std::string error;
+  if (!Bind(hosts_.at(id).get(), &error) || !hosts_.at(id)->listener) {
+    End(id);
+    return;
+  }
+  Launch(id, true);
 }
 
 void StoreHosts::OnForkServer(const std::string& job) {
@@ -201,7 +267,7 @@ void StoreHosts::OnForkServer(const std::string& job) {
     if (host->spec.job() == job && host->waiting_for_server) waiting.push_back(id);
   }
   for (const Id id : waiting) {
-    if (hosts_.count(id) != 0) Launch(id);
+    if (hosts_.count(id) != 0) Launch(id, true);
   }
 }
 
@@ -239,12 +305,12 @@ bool StoreHosts::OnExit(pid_t pid, const std::string& how) {
   for (auto& [id, host] : hosts_) {
     if (host->pid != pid) continue;
     host->pid = 0;
-    if (host->port != 0 && !host->spare) {
+    if (host->limit_ns == 0 && !host->spare) {
       // Its generation's workers cannot form groups any more; those that run need it no longer.
       LogWarning("store_lost", {{"job", host->spec.job()}, {"generation", host->spec.generation()}, {"how", how}});
     }
-    if (host->port == 0) {
-      Fail(id, EIO, fmt::format("its process ended ({}); see {}/store-host.log", how, context_->folder));
+    if (host->limit_ns != 0) {
+      Retry(id, fmt::format("its process ended ({}); see {}/store-host.log", how, context_->folder));
     } else {
       End(id);
     }
@@ -285,7 +351,7 @@ void StoreHosts::Tick(std::int64_t now) {
     }
   }
   for (const Id id : late) {
-    Fail(id, ETIMEDOUT, fmt::format("it does not listen after {} s", kLimitNs / 1'000'000'000));
+    Fail(id, ETIMEDOUT, fmt::format("it does not serve after {} s", kLimitNs / 1'000'000'000));
   }
 }
 

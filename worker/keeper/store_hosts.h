@@ -1,5 +1,6 @@
 // The rendezvous stores of a node: one torch TCPStore for each generation, in a process of its own,
-// and one spare ahead of need where a fork server makes it cheap.
+// and one spare ahead of need where a fork server makes it cheap. The keeper binds the port itself and
+// answers at once; ranks that connect before the process serves wait in the listener's queue.
 #pragma once
 
 #include <sys/types.h>
@@ -25,7 +26,8 @@ class StoreHosts {
   StoreHosts(Context* context, ForkServers* fork_servers, Workers* workers)
       : context_(context), fork_servers_(fork_servers), workers_(workers) {}
 
-  // Answers when the store listens; ETIMEDOUT after a minute, ESTALE when its generation is over.
+  // Answers when the port is bound; ESTALE when its generation is over. A host whose process cannot
+  // serve (no torch) closes the port: who connects is refused.
   void Start(const everstep::v1::KeeperStoreHost& request, Done done);
   // Ends the stores of generations up to this one.
   void Kill(const std::string& job, std::uint64_t generation);
@@ -47,9 +49,10 @@ class StoreHosts {
     bool spare = false;
     bool waiting_for_server = false;  // not asked for yet
     bool forked = false;
+    OwnedFd listener;        // ours until the process serves it; none: the process binds a name
     pid_t pid = 0;
-    std::uint32_t port = 0;  // 0: does not listen yet
-    std::int64_t limit_ns = 0;
+    std::uint32_t port = 0;  // 0: not bound yet
+    std::int64_t limit_ns = 0;  // 0: it serves
     std::vector<Done> waiting;
     StatusPipe status;
     // The process group's forming, as the store sees it (gloo's keys).
@@ -62,7 +65,9 @@ class StoreHosts {
   using Id = std::uint64_t;
 
   Id Make(const everstep::v1::KeeperStoreHost& spec, bool spare);
-  void Launch(Id id);
+  void Launch(Id id, bool may_fork);
+  bool Bind(Host* host, std::string* error);
+  void Retry(Id id, const std::string& why);
   void OnLine(Id id, const std::string& line, bool last);
   void Answer(Host* host);
   void Fail(Id id, int error, const std::string& why);

@@ -23,6 +23,7 @@ namespace v1 = everstep::v1;
 
 constexpr std::int64_t kMs = 1'000'000;
 constexpr std::int64_t kStartLimitNs = 30'000 * kMs;
+constexpr std::int64_t kForkLimitNs = 20'000 * kMs;  // then a fresh process
 constexpr std::int64_t kStopToldNs = 300 * kMs;  // stopped for this long: told
 constexpr std::int64_t kScanNs = 500 * kMs;      // process states are read this often
 constexpr std::uint64_t kKeepGenerations = 2;    // ended workers of older ones are dropped
@@ -75,22 +76,46 @@ void Workers::Spawn(const v1::KeeperSpawn& request, Done done) {
   worker->store_port = static_cast<std::uint16_t>(Number(request, "MASTER_PORT"));
   const auto error_file = request.env().find("TORCHELASTIC_ERROR_FILE");
   if (error_file != request.env().end()) worker->error_file = error_file->second;
-  worker->start_limit_ns = MonotonicNanos() + kStartLimitNs;
+  worker->start_limit_ns = MonotonicNanos() + (request.preload() ? kForkLimitNs : kStartLimitNs);
   workers_.emplace(key, std::move(made));
   if (memory_kills_ < 0) memory_kills_ = MemoryKills();
 
   if (request.preload()) {
-    OwnedFd status = worker->status.Open(
-        [this, key](const std::string& line, bool last) { OnLine(key, line, last); });
-    worker->forked = status && fork_servers_->Fork(request, status.get(), &worker->fresh_reason);
+    StartForked(worker);
+  } else {
+    StartFresh(worker);
   }
-  if (!worker->forked) StartFresh(worker);
+}
+
+void Workers::StartForked(Worker* worker) {
+  const WorkerKey key{worker->spec.job(), worker->spec.generation(), worker->spec.rank()};
+  OwnedFd status = worker->status.Open(
+      [this, key](const std::string& line, bool last) { OnLine(key, line, last); });
+  const auto answer = status ? fork_servers_->Fork(worker->spec, status.get(), &worker->fresh_reason)
+                             : ForkServers::Answer::kNever;
+  worker->waiting = answer == ForkServers::Answer::kLater;
+  worker->forked = answer == ForkServers::Answer::kAsked;
+  if (worker->forked) worker->fresh_reason.clear();
+  if (worker->waiting) worker->status.Close();
+  if (answer == ForkServers::Answer::kNever) StartFresh(worker);
+}
+
+void Workers::OnForkServer(const std::string& job) {
+  std::vector<WorkerKey> waiting;
+  for (const auto& [key, worker] : workers_) {
+    if (key.job == job && worker->phase == Phase::kStarting && worker->waiting) waiting.push_back(key);
+  }
+  for (const WorkerKey& key : waiting) {
+    const auto it = workers_.find(key);
+    if (it != workers_.end() && it->second->waiting) StartForked(it->second.get());
+  }
 }
 
 void Workers::StartFresh(Worker* worker) {
   const v1::KeeperSpawn& spec = worker->spec;
   const WorkerKey key{spec.job(), spec.generation(), spec.rank()};
-  worker->forked = false;
+  worker->forked = worker->waiting = false;
+  worker->start_limit_ns = MonotonicNanos() + kStartLimitNs;
   if (worker->signal_on_start != 0) {
     Failed(key, ESTALE, "it was stopped before it began");
     return;
@@ -194,7 +219,7 @@ void Workers::Failed(const WorkerKey& key, int error, const std::string& why) {
 
 // A worker leads its group; the group is signalled. Until it is reaped the number is its own.
 void Workers::Signal(Worker* worker, int signal) {
-  if (worker->phase == Phase::kStarting && worker->forked) {
+  if (worker->phase == Phase::kStarting && (worker->forked || worker->waiting)) {
     if (worker->signal_on_start != SIGKILL) worker->signal_on_start = signal;
     return;
   }
@@ -249,6 +274,7 @@ void Workers::Kill(const v1::KeeperKill& request, const Done& done) {
     Ask(worker.get(), signal, grace_ns);
     ++killed;
   }
+  DropWaiting();
   if (killed > 0) {
     LogInfo("workers_stopped", {{"job", request.job()}, {"generation", request.generation()},
                                 {"count", killed}, {"grace_ms", request.grace_ms()}});
@@ -262,6 +288,16 @@ void Workers::KillAll(std::uint32_t grace_ms) {
     fences_[key.job] = std::numeric_limits<std::uint64_t>::max();
     Ask(worker.get(), SIGTERM, static_cast<std::int64_t>(grace_ms) * kMs);
   }
+  DropWaiting();
+}
+
+// Workers that were asked to end before the fork server had heard of them.
+void Workers::DropWaiting() {
+  std::vector<WorkerKey> dropped;
+  for (const auto& [key, worker] : workers_) {
+    if (worker->waiting && worker->signal_on_start != 0) dropped.push_back(key);
+  }
+  for (const WorkerKey& key : dropped) Failed(key, ESTALE, "it was stopped before it began");
 }
 
 bool Workers::AnyRunning() const {
@@ -463,9 +499,9 @@ void Workers::Tick(std::int64_t now) {
   for (const WorkerKey& key : late) {
     const auto it = workers_.find(key);
     if (it == workers_.end()) continue;
-    if (it->second->forked) {
-      it->second->fresh_reason = "the fork server did not answer in time";
-      it->second->start_limit_ns = now + kStartLimitNs;
+    if (it->second->forked || it->second->waiting) {
+      it->second->fresh_reason = it->second->waiting ? "the fork server's imports take too long"
+                                                     : "the fork server did not answer in time";
       StartFresh(it->second.get());
     } else {
       Failed(key, ETIMEDOUT, "it did not begin within the limit; is its folder or log on a hung disk?");

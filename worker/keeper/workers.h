@@ -36,6 +36,9 @@ class Workers {
   // for the fork server came from a fresh process. ESTALE: the generation is over; EEXIST: it is there.
   void Spawn(const everstep::v1::KeeperSpawn& request, Done done);
 
+  // The job's fork server is ready, or will not come: workers that wait for it start.
+  void OnForkServer(const std::string& job);
+
   // Answers at once; exits follow as events. rank -1: every process of generations up to the given
   // one, then SIGKILL after the grace, and nothing of them starts any more. rank >= 0: that rank of
   // exactly that generation; without a grace only the signal (a drill, not our request).
@@ -79,6 +82,7 @@ class Workers {
     Phase phase = Phase::kStarting;
     pid_t pid = 0;
     bool forked = false;        // by the fork server
+    bool waiting = false;       // for the fork server, not asked for yet
     bool by_request = false;
     std::string fresh_reason;
     std::string error_file;
@@ -95,12 +99,14 @@ class Workers {
     Done done;
     StatusPipe status;
   };
+  void StartForked(Worker* worker);
   void StartFresh(Worker* worker);
   void OnLine(const WorkerKey& key, const std::string& line, bool last);
   void Started(Worker* worker);
   void Failed(const WorkerKey& key, int error, const std::string& why);
   void Signal(Worker* worker, int signal);
   void LookAgain();
+  void DropWaiting();
   void Ask(Worker* worker, int signal, std::int64_t grace_ns);
   void PruneBefore(const std::string& job, std::uint64_t generation);
   Worker* FindPid(pid_t pid);

@@ -32,6 +32,7 @@ PRELOAD = (
 )
 # Never imported ahead: they look at the rank, or start threads, when they are imported.
 NOT_AHEAD = ("deepspeed", "horovod", "jax", "mpi4py", "tensorflow", "__future__", "__main__", "everstep")
+LOADERS = ("import_module", "__import__", "exec", "eval", "run_path", "run_module")
 # Read once, at import: a script that sets them before its own imports needs a fresh process.
 READ_AT_IMPORT = ("OMP_", "MKL_", "OPENBLAS_", "GOTO_", "KMP_", "GOMP_", "NUMEXPR_", "BLIS_", "TORCH", "PYTORCH_NVML", "LD_")
 PR_SET_PDEATHSIG, PR_SET_MM, PR_SET_MM_MAP = 1, 35, 14
@@ -40,6 +41,14 @@ SIGKILL = 9
 
 class Refused(Exception):
     """Why workers of this job must start as fresh processes."""
+
+    after_imports = False
+
+
+class ImportedTooMuch(Refused):
+    """It may be the script's own imports: without them another try is worth it."""
+
+    after_imports = True
 
 
 def say(fd, text):
@@ -67,8 +76,8 @@ class Control:
         return out
 
     def read(self):
-        """One frame: its fields, and the descriptor that came with it (or -1)."""
-        passed = -1
+        """One frame: its fields, and the descriptors that came with it."""
+        passed = []
         if self.socket is None:
             head = self.fill(4)
         else:
@@ -76,7 +85,7 @@ class Control:
 
             head, extra, _, _ = self.socket.recvmsg(4, 64)
             for _, _, data in extra:
-                passed = array.array("i", data[:4])[0]
+                passed = array.array("i", data).tolist()
             if not head:
                 os._exit(0)
             head += self.fill(4 - len(head))
@@ -133,20 +142,48 @@ def reads_before_import(tree):
     return None
 
 
-def scan(path, local, imports, seen):
-    """Collects what the source at `path`, and the local modules it imports, import at their top level."""
+def names_of(node):
+    """Top-level names that an import statement names."""
+    if hasattr(node, "module"):  # from X import ...
+        return {node.module.split(".")[0]} if node.module and not node.level else set()
+    return {alias.name.split(".")[0] for alias in node.names}
+
+
+def installed_imports(tree, local):
+    """Whether the source imports anything, at any place, that is neither its own nor the standard library's."""
     import ast
 
-    if path in seen or len(seen) > 200 or not path.endswith(".py"):
-        return
+    names, at_top = set(), set(map(id, tree.body))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in at_top and names_of(node) & set(local):
+            return True  # what a local module needs later is not looked at
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names |= names_of(node)
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in LOADERS:
+            return True
+    return bool(names - set(local) - set(getattr(sys, "stdlib_module_names", ())))
+
+
+def scan(path, local, imports, seen):
+    """Collects what the source at `path`, and the local modules it imports, import at their top level.
+
+    True if any of them needs what is installed: else there is nothing to gain from importing it ahead.
+    """
+    import ast
+
+    if path in seen:
+        return False
+    if len(seen) > 200 or not path.endswith(".py"):
+        return True
     seen.add(path)
     try:
         with open(path, "rb") as file:
             tree = ast.parse(file.read())
     except (OSError, SyntaxError, ValueError):
-        return  # the script itself will say it
+        return True  # the script itself will say it
     if variable := reads_before_import(tree):
         raise Refused(f"{path} sets {variable}, which libraries read when they are imported")
+    worth = installed_imports(tree, local)
     bodies = list(tree.body)
     for node in bodies:
         names = []
@@ -159,9 +196,10 @@ def scan(path, local, imports, seen):
         for name in names:
             top = name.split(".")[0]
             if top in local:
-                scan(local[top], local, imports, seen)
+                worth = scan(local[top], local, imports, seen) or worth
             elif name not in imports and top not in NOT_AHEAD:
                 imports.append(name)
+    return worth
 
 
 def source_of(kind, target):
@@ -323,7 +361,7 @@ def detach(libc, keeper):
     return True
 
 
-def become_worker(libc, fields, answer, server_args, blas, set_by_imports):
+def become_worker(libc, fields, answer, command, server_args, blas, set_by_imports):
     try:
         cwd, mask, out, err, count = fields[:5]
         args = fields[5 : 5 + int(count)]
@@ -343,11 +381,12 @@ def become_worker(libc, fields, answer, server_args, blas, set_by_imports):
         os.environ.update(environment)
         for key, value in set_by_imports.items():
             os.environ.setdefault(key, value)
-        for argv in (sys.argv, sys.orig_argv):
-            argv[len(argv) - server_args :] = args
+        command[len(command) - server_args :] = args
+        for argv in (sys.argv, getattr(sys, "orig_argv", [])):
+            argv[len(argv) - server_args :] = args if argv else []
         reseed()
         restore_blas_threads(blas)
-        show_command(libc, sys.orig_argv, environment)
+        show_command(libc, command, environment)
         os.write(answer, b"P%d\n" % os.getpid())
         os.close(answer)
     except BaseException as problem:
@@ -355,14 +394,14 @@ def become_worker(libc, fields, answer, server_args, blas, set_by_imports):
         os._exit(127)
 
 
-def become_store_host(folder, fields, answer, keeper):
+def become_store_host(folder, listener, answer, keeper):
     try:
         import importlib.util
 
         spec = importlib.util.spec_from_file_location("store_host", os.path.join(folder, "everstep_store_host.py"))
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.serve(answer, keeper, fields[0], int(fields[1]))
+        module.serve(answer, keeper, "", 0, listener)
     except BaseException as problem:
         say(answer, f"E{problem}")
     finally:
@@ -375,17 +414,17 @@ def become_store_host(folder, fields, answer, keeper):
 def check(libc):
     """No thread and no CUDA context may exist when we fork."""
     if thread_count() != 1:
-        raise Refused(f"the imports started threads ({thread_count() - 1})")
+        raise ImportedTooMuch(f"the imports started threads ({thread_count() - 1})")
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "cuda"):
         return
     if torch.cuda.is_initialized():
-        raise Refused("the imports initialised CUDA")
+        raise ImportedTooMuch("the imports initialised CUDA")
     child = os.fork()
     if child == 0:
         os._exit(9 if torch.cuda._is_in_bad_fork() else 0)
     if os.waitpid(child, 0)[1] != 0:
-        raise Refused("the imports touched CUDA, which does not survive a fork")
+        raise ImportedTooMuch("the imports touched CUDA, which does not survive a fork")
 
 
 def run_server(folder, config, control, status, keeper):
@@ -407,7 +446,8 @@ def run_server(folder, config, control, status, keeper):
     before = set(sys.modules)
     blas, set_by_imports = [], {}
 
-    def serve(fields, answer):
+    def serve(fields, passed):
+        answer = passed[0]
         if thread_count() != 1:
             say(answer, f"Rthe fork server has {thread_count()} threads")
         elif detach(libc, keeper):
@@ -415,12 +455,13 @@ def run_server(folder, config, control, status, keeper):
             os.close(control_fd)
             os.close(status)
             if fields[0] == "store":
-                become_store_host(folder, fields[1:], answer, keeper)
-            become_worker(libc, fields[1:], answer, server_args, blas, set_by_imports)
+                become_store_host(folder, passed[1], answer, keeper)
+            become_worker(libc, fields[1:], answer, argv, server_args, blas, set_by_imports)
             if kind == "4":
                 follow_main()
             raise Worker
-        os.close(answer)
+        for fd in passed:
+            os.close(fd)
 
     def between(name):
         if name == "torch.distributed" and thread_count() == 1:
@@ -435,7 +476,8 @@ def run_server(folder, config, control, status, keeper):
     if modules:
         names = modules
     else:
-        scan(path, local, hints, set())
+        if not scan(path, local, hints, set()):
+            raise Refused("the script imports nothing that is installed: a fresh process starts as fast")
         names = [*PRELOAD, *(hints if config.stage == "2" else [])]
     threads = os.environ.get("OPENBLAS_NUM_THREADS")
     variables = dict(os.environ)
@@ -523,7 +565,7 @@ def enter(folder):
         try:
             run_server(folder, config, control, int(status), int(keeper))
         except Refused as refused:
-            if stage != "2" or config.preload[1:]:
+            if stage != "2" or config.preload[1:] or not refused.after_imports:
                 raise
             print(f"fork server: {refused}; once more without the script's own imports", file=sys.stderr)
             again("3")

@@ -1,9 +1,10 @@
 """A process that hosts one generation's TCPStore and watches whether its process group forms.
 
-    python everstep_store_host.py STATUS_FD KEEPER_PID ADDRESS PORT
+    python everstep_store_host.py STATUS_FD KEEPER_PID ADDRESS PORT [LISTENER_FD]
 
-Lines on STATUS_FD: "P<pid>", "port <n>" when it listens (torch may still be importing), "reached <ranks>" once every rank of gloo's default
-group has put its address there, or "E<text>". Ends with the keeper.
+The keeper has bound the port already and hands the listener over; only where ADDRESS is a name is it bound here.
+Lines on STATUS_FD: "P<pid>", "port <n>" (bound here), "serving", "reached <ranks>" when so many ranks of gloo's default
+group have put their addresses there, or "E<text>". Ends with the keeper.
 """
 
 import os
@@ -11,7 +12,7 @@ import sys
 import time
 
 
-def serve(status: int, keeper: int, address: str, port: int) -> None:
+def serve(status: int, keeper: int, address: str, port: int, listener_fd: int = -1) -> None:
     def say(line: str) -> None:
         os.write(status, (line + "\n").encode())
 
@@ -27,17 +28,21 @@ def serve(status: int, keeper: int, address: str, port: int) -> None:
         say(f"P{os.getpid()}")
         if importlib.util.find_spec("torch") is None:
             raise ModuleNotFoundError("No module named 'torch'")
-        family, _, _, _, where = socket.getaddrinfo(address or "127.0.0.1", port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(where)
-        listener.listen(2048)
-        port = listener.getsockname()[1]
-        # Importing torch takes a second; ranks that connect meanwhile wait in the listener's backlog.
-        say(f"port {port}")
+        if listener_fd >= 0:
+            listener = socket.socket(fileno=listener_fd)
+        else:
+            family, _, _, _, where = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+            listener = socket.socket(family, socket.SOCK_STREAM)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+            listener.listen(2048)
+            # Importing torch takes a second; ranks that connect meanwhile wait in the listener's queue.
+            say(f"port {listener.getsockname()[1]}")
+        host, port = listener.getsockname()[:2]
         from torch.distributed import TCPStore
 
-        store = TCPStore(where[0], port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
+        say("serving")
     except Exception as problem:
         say(f"E{type(problem).__name__}: {problem}".replace("\n", " "))
         os._exit(1)
@@ -68,4 +73,4 @@ def watch(store, say) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+    serve(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), *map(int, sys.argv[5:]))
