@@ -85,6 +85,7 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
   run.base_copies.clear();
   run.base_released = false;
   run.store_ports.clear();
+  run.surveyed.clear();
   run.last_call = {};
   run.grow_at = {};
   run.ran = false;
@@ -180,6 +181,7 @@ void Controller::Impl::On(const Prepared& e) {
     Prepare(job, Reason::kPrepareRefused, e.message, true);
     return;
   }
+  run.surveyed.insert(e.node);
   if (!e.refused) {  // one that leaves and cannot says so, and holds the switch up no longer
     run.excluded.erase(e.node);
     job->holdings[e.node] = e.holds;
@@ -189,9 +191,23 @@ void Controller::Impl::On(const Prepared& e) {
   if (job->waiting_for.empty()) Activate(job);
 }
 
+// What a node said of its memory before this switch may no longer be so.
+bool Controller::Impl::AskSources(JobStateView* job) {
+  const std::set<NodeId>& surveyed = runtime_[job->record.spec.job].surveyed;
+  for (const NodePlan& member : job->plan.nodes) {
+    for (const WorkerPlan& worker : member.workers) {
+      const NodeId& source = worker.restore.source_node;
+      if (!source.empty() && surveyed.count(source) == 0) job->waiting_for.insert(source);
+    }
+  }
+  for (const NodeId& source : job->waiting_for) SendPrepare(job, source, false);
+  return !job->waiting_for.empty();
+}
+
 void Controller::Impl::Activate(JobStateView* job) {
   const JobSpec& spec = job->record.spec;
   GenerationPlan& plan = job->plan;
+  const GenerationPlan prepared = plan;
   plan.phase = Phase::kActivate;
   plan.master_addr = plan.nodes.front().address;
   plan.master_port = spec.master_port != 0
@@ -215,6 +231,10 @@ void Controller::Impl::Activate(JobStateView* job) {
     }
   }
   PlanRestore(job);
+  if (!Bug(kBugDoubleActivation) && AskSources(job)) {
+    plan = prepared;
+    return;
+  }
   job->record.state = JobState::kActivating;
   job->deadline = now_ + options_.activate_timeout;
   job->waiting_for.clear();

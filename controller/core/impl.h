@@ -32,6 +32,7 @@ class Controller::Impl {
     everstep::Step step_at_start = kNoStep;
     bool ran = false;  // the newest generation reached RUNNING
     std::map<NodeId, std::uint32_t> store_ports;
+    std::set<NodeId> surveyed;  // told in this generation what they hold
     struct Exclusion {
       Timestamp until;
       Duration retry = {};
@@ -90,6 +91,9 @@ class Controller::Impl {
   void Prepare(JobStateView* job, Reason reason, const std::string& evidence, bool failed,
                bool worker_failure = false);
   void Activate(JobStateView* job);
+  // Asks sources of the plan's restore that are no members what they hold now; false: all have
+  // told.
+  bool AskSources(JobStateView* job);
   void SendPrepare(JobStateView* job, const NodeId& node, bool failed);
   void SendActivate(JobStateView* job, const NodeId& node);
   void Running(JobStateView* job);

@@ -152,7 +152,8 @@ void Controller::Impl::On(const NodeWarm& e) {
   NodeState* node = Fresh(e.node, e.incarnation);
   if (node == nullptr) return;
   node->warm[e.job] = e.warm;
-  if (const auto run = runtime_.find(e.job); run != runtime_.end()) run->second.emptied.erase(e.node);
+  if (const auto run = runtime_.find(e.job); run != runtime_.end())
+    run->second.emptied.erase(e.node);
 }
 
 void Controller::Impl::On(const Notice& e) {

@@ -645,5 +645,37 @@ TEST_F(ControllerCopies, WhatAGenerationStartsFromIsCommittedWhenItHasItsCopies)
   EXPECT_EQ(LastCommitted(out)->generation, first);
 }
 
+// Found by the simulator: a node outside the job was named as the source of a slot that it had no
+// more, again and again.
+TEST_F(ControllerCopies, ASourceOutsideTheGenerationIsAskedBeforeItIsNamed) {
+  Run();
+  const Generation first = G();
+  HeldShard both = Shard(0, 5, false);
+  both.replicated_layout = true;
+  Exit("n1", 0, -9, G());
+  Prepare("n1", G(), {both});
+  Prepare("n2", G());
+  Activate("n1", G());
+  Activate("n2", G());
+  Join("n3");
+  Join("n4");
+  Do(DrainNode{.request = 2, .node = "n1", .reason = "disk"});
+  Prepare("n1", G(), {both});  // it leaves, and holds the only copy
+  Prepare("n2", G());
+  Prepare("n3", G());
+  Do(NodeProcessDead{"n2", Inc("n2"), "gone"});
+  Prepare("n3", G());
+  const Decisions asked = Prepare("n4", G());
+  EXPECT_EQ(Job().record.state, JobState::kPreparing);
+  ASSERT_EQ(asked.commands.size(), 1u);
+  EXPECT_EQ(asked.commands[0].node, "n1");
+  ASSERT_TRUE(std::holds_alternative<PrepareCommand>(asked.commands[0].body));
+  Prepare("n1", G(), {both});
+  EXPECT_EQ(Job().record.state, JobState::kActivating);
+  EXPECT_EQ(Job().plan.restore_step, 5);
+  EXPECT_EQ(Job().plan.nodes[0].workers[0].restore.source_node, "n1");
+  EXPECT_EQ(Job().plan.nodes[0].workers[0].restore.shard_generation, first);
+}
+
 }  // namespace
 }  // namespace everstep::controller
