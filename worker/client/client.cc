@@ -27,8 +27,8 @@ struct everstep_client {
   everstep::Rank rank = 0;
   std::int32_t world_size = 0;
   everstep::Generation generation = 0;
-  std::uint32_t commit_wait_ms = 500;
-  std::uint32_t wait_ms = 500;       // what is left of it after waits in vain
+  std::uint32_t commit_wait_ms = 2000;  // longer than a lease: who is silent that long is lost anyway
+  std::uint32_t wait_ms = 2000;      // what is left of it after waits in vain
   std::optional<cp::SlotView> base;  // what restore() gave
   std::optional<cp::SlotWriter> writer;
   cp::SlotFields fields;

@@ -51,7 +51,7 @@ typedef struct everstep_options {
   int32_t rank;
   int32_t world_size;
   uint32_t connect_timeout_ms; /* 0: 5000 */
-  uint32_t commit_wait_ms; /* longest wait for a commit in capture_begin; 0: 500. Halved after each
+  uint32_t commit_wait_ms; /* longest wait for a commit in capture_begin; 0: 2000. Halved after each
                               wait in vain, full again after a commit. */
   uint32_t reserved;
   uint64_t generation; /* EVERSTEP_GENERATION */

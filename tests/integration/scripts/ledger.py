@@ -48,10 +48,10 @@ def main() -> None:
             model(batch).square().mean().backward()
             optimizer.step()
             dist.all_reduce(leave)
-            checkpoint.step(step)
             entry = {"step": step, "rank": rank, "world": dist.get_world_size(), "crc": weights_crc(model.module),
                      "generation": int(os.environ.get("EVERSTEP_GENERATION", "0")), "at": time.time(), "pid": os.getpid()}
             ledger.write(json.dumps(entry) + "\n")
+            checkpoint.step(step)  # after the entry: a step that is safe has one
             if leave.item():
                 break
             time.sleep(max(0.0, until - time.time()))

@@ -137,7 +137,7 @@ class Client:
     """One attached arena. Not thread-safe; does not work in a forked child."""
 
     def __init__(self, keeper: str, job: str, rank: int, world_size: int, generation: int,
-                 commit_wait: float = 0.5, connect_timeout: float = 5.0) -> None:
+                 commit_wait: float = 2.0, connect_timeout: float = 5.0) -> None:
         """Attaches. Times in seconds. Raises OSError (no library) or EverstepError."""
         self._lib = load_library()
         self._handle = c.c_void_p()

@@ -62,7 +62,7 @@ class Checkpointer:
 
     def __init__(self, state: Mapping[str, Any], *, directory: str | os.PathLike[str] | None = None,
                  every: int = 1, replicated: bool | None = None, rng: bool = True,
-                 restore_timeout: float = 120.0, commit_wait: float = 0.5) -> None:
+                 restore_timeout: float = 120.0, commit_wait: float = 2.0) -> None:
         if not isinstance(state, Mapping) or not state:
             raise TypeError("Checkpointer: state must be a mapping of names to objects, and not empty")
         if every < 1:
