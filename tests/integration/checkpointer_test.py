@@ -32,10 +32,13 @@ BUILD = Path(os.environ.get("EVERSTEP_BUILD", ROOT / "build/release"))
 sys.path.insert(0, str(ROOT / "worker/python"))
 os.environ.setdefault("EVERSTEP_LIBRARY", str(BUILD / "lib/libeverstep.so"))
 
-import everstep  # noqa: E402
-from everstep import _library, checkpointer  # noqa: E402
-from everstep._files import FileTier  # noqa: E402
-from everstep._table import Decoder, Encoder, Flattened  # noqa: E402
+import everstep
+from everstep import _library, checkpointer
+from everstep._files import FileTier
+from everstep._table import Decoder, Encoder, Flattened
+
+
+torch.set_num_threads(1)  # the same bits on every machine, and no fight for its cores
 
 
 class Node:

@@ -89,7 +89,7 @@ typedef struct everstep_stats {
   uint64_t copy_ns;       /* between begin and commit */
   int64_t newest_step;    /* whole in this arena; -1: none */
   int64_t committed_step; /* newest that the agent reported; -1: none */
-  char last_skip[32];     /* why: "peer_slow", "no_controller", "realign", ... */
+  char last_skip[32];     /* why: "uncommitted", "peer_slow", "no_controller", ... */
 } everstep_stats;
 
 /* EVERSTEP_ABI_VERSION of the library; refuse another than the one compiled against. */

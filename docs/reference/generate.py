@@ -1,0 +1,139 @@
+"""Writes c-abi.md from worker/client/everstep.h and python.md from the package's docstrings.
+
+    docs/reference/generate.py            writes both
+    docs/reference/generate.py --check    exit 1 when one of them is not what would be written
+
+Reads source text only: neither the library nor torch is loaded.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+HEADER = ROOT / "worker/client/everstep.h"
+PACKAGE = ROOT / "worker/python/everstep"
+
+
+def comment_text(comment: str) -> str:
+    lines = [re.sub(r"^\s*\*? ?", "", line).rstrip() for line in comment.strip("/*").splitlines()]
+    return "\n".join(lines).strip()
+
+
+def c_abi() -> str:
+    source = HEADER.read_text()
+    out = ["# libeverstep.so: the C ABI", "",
+           "Written by `docs/reference/generate.py` from `worker/client/everstep.h`; a test keeps it equal.", ""]
+    first = re.search(r"/\*.*?\*/", source, re.S)
+    assert first
+    intro, _, conventions = comment_text(first.group()).partition("Conventions:")
+    listed, _, after = conventions.partition("\n\n")
+    out += [intro.strip(), "", "## Conventions", "", re.sub(r"\n(?!\d)", "\n   ", re.sub(r"(?m)^ +", "", listed.strip("\n"))), "", after.strip(), ""]
+    body = source[source.index("#define EVERSTEP_ABI_VERSION"):]
+
+    out += ["## Values", "", "| name | value | |", "|---|---|---|"]
+    for name, value, note in re.findall(r"#define (EVERSTEP_\w+) (\S+)(?:[ \t]*/\*(.*?)\*/)?", body):
+        out.append(f"| `{name}` | {value.strip('()')} | {' '.join(note.split())} |")
+    out.append("")
+
+    out += ["## Structs", ""]
+    for fields, name in re.findall(r"typedef struct \w+ \{(.*?)\} (\w+);", body, re.S):
+        out += [f"### {name}", "", "```c", f"typedef struct {name} {{"]
+        out += [line.rstrip() for line in fields.strip("\n").splitlines()]
+        out += [f"}} {name};", "```", ""]
+
+    out += ["## Functions", ""]
+    functions = re.compile(r"(?:/\*(?P<note>(?:(?!\*/).)*)\*/\s*)?(?P<decl>(?:int|void|uint32_t|const char\*) everstep_\w+\([^;]*\));",
+                           re.S)
+    for match in functions.finditer(body):
+        name = re.search(r"(everstep_\w+)\(", match["decl"])
+        assert name
+        out += [f"### {name[1]}", "", "```c", re.sub(r"\n\s+", "\n    ", match["decl"]) + ";", "```", ""]
+        if match["note"]:
+            out += [comment_text(match["note"]), ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def signature(node: ast.FunctionDef) -> str:
+    arguments = ast.unparse(node.args)
+    arguments = re.sub(r"^self(, )?", "", arguments)
+    returns = f" -> {ast.unparse(node.returns)}" if node.returns and node.name != "__init__" else ""
+    return f"({arguments}){returns}"
+
+
+def docstring(node: ast.ClassDef | ast.FunctionDef) -> list[str]:
+    text = ast.get_docstring(node) or ""
+    out: list[str] = []
+    in_arguments = False
+    for line in text.splitlines():
+        if line == "Args:":
+            in_arguments = True
+            out.append("Arguments:")
+            out.append("")
+        elif in_arguments and (match := re.match(r"    (\w+): (.*)", line)):
+            out.append(f"- `{match[1]}`: {match[2]}")
+        elif in_arguments and line.startswith("        "):
+            out.append("  " + line.strip())
+        else:
+            in_arguments = in_arguments and not line
+            out.append(line)
+    return out
+
+
+def python() -> str:
+    init = ast.parse((PACKAGE / "__init__.py").read_text())
+    out = ["# The everstep package", "",
+           "Written by `docs/reference/generate.py` from the package's docstrings; a test keeps it equal.", "",
+           inspect.cleandoc(ast.get_docstring(init) or ""), ""]
+    classes: dict[str, ast.ClassDef] = {}
+    for module in ("checkpointer.py", "_library.py"):
+        for node in ast.parse((PACKAGE / module).read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                classes[node.name] = node
+    for name in ("Checkpointer", "Stats", "EverstepError", "StaleGenerationError"):
+        node = classes[name]
+        methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
+        init_method = next((m for m in methods if m.name == "__init__"), None)
+        shown = signature(init_method) if init_method and name == "Checkpointer" else ""
+        out += [f"## everstep.{name}", ""]
+        if shown:
+            out += ["```python", f"everstep.{name}{shown}", "```", ""]
+        out += [*docstring(node), ""]
+        fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
+        if fields:
+            lines = (PACKAGE / "checkpointer.py").read_text().splitlines()
+            out += ["| field | type | |", "|---|---|---|"]
+            for field in fields:
+                note = lines[field.lineno - 1].partition("#")[2].strip()
+                out.append(f"| `{ast.unparse(field.target)}` | {ast.unparse(field.annotation)} | {note} |")
+            out.append("")
+        for method in methods:
+            if method.name.startswith("_"):
+                continue
+            is_property = any(ast.unparse(d) == "property" for d in method.decorator_list)
+            out += [f"### {name}.{method.name}", "", "```python",
+                    f"{method.name}{'' if is_property else signature(method)}", "```", "", *docstring(method), ""]
+    return "\n".join(out).rstrip() + "\n"
+
+
+def main() -> int:
+    check = sys.argv[1:] == ["--check"]
+    stale = []
+    for name, text in (("c-abi.md", c_abi()), ("python.md", python())):
+        path = ROOT / "docs/reference" / name
+        if check:
+            if not path.exists() or path.read_text() != text:
+                stale.append(name)
+        else:
+            path.write_text(text)
+    for name in stale:
+        print(f"docs/reference/{name} is not what docs/reference/generate.py would write: run it")
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
