@@ -1,6 +1,7 @@
 #include "controller/cli/error.h"
 
 #include <cstddef>
+#include <system_error>
 
 #include <fmt/format.h>
 
@@ -38,6 +39,10 @@ std::size_t Utf8Length(std::string_view s) {
 }
 
 }  // namespace
+
+std::string ErrnoText(int error) {
+  return std::generic_category().message(error);
+}
 
 std::string JsonQuote(std::string_view text) {
   std::string out = "\"";

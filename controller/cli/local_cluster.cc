@@ -53,7 +53,7 @@ Outcome CheckPlan(const ClusterPlan& plan, const std::string& state_dir) {
     const std::string path = plan.programs + "/" + program;
     if (::access(path.c_str(), X_OK) == 0) continue;
     return CliError{ExitCode::kFailed, "NOT_FOUND",
-                    fmt::format("cannot start {}: {}", path, std::strerror(errno)),
+                    fmt::format("cannot start {}: {}", path, ErrnoText(errno)),
                     fmt::format("{} belongs beside everstep; is the installation whole?", program)};
   }
   return Done{};
@@ -74,12 +74,12 @@ Outcome MakeDirectory(const std::string& state_dir) {
                       "choose another with --state-dir; everstep cluster list shows whose it may "
                       "be"};
     }
-    if (::access(state_dir.c_str(), W_OK) != 0) return NoDirectory(state_dir, std::strerror(errno));
+    if (::access(state_dir.c_str(), W_OK) != 0) return NoDirectory(state_dir, ErrnoText(errno));
     return Done{};
   }
   fs::create_directories(fs::path(state_dir).parent_path(), error);
   if (error) return NoDirectory(state_dir, error.message());
-  if (::mkdir(state_dir.c_str(), 0700) != 0) return NoDirectory(state_dir, std::strerror(errno));
+  if (::mkdir(state_dir.c_str(), 0700) != 0) return NoDirectory(state_dir, ErrnoText(errno));
   return Done{};
 }
 

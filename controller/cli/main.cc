@@ -22,7 +22,8 @@ void WriteAll(int fd, std::string_view text) {
     if (n < 0 && errno == EINTR) continue;
     if (n <= 0) {
       if (fd == STDOUT_FILENO && !output_failed) {
-        std::fprintf(stderr, "error: cannot write the output: %s\n", std::strerror(errno));
+        std::fprintf(stderr, "error: cannot write the output: %s\n",
+                     everstep::cli::ErrnoText(errno).c_str());
       }
       output_failed = output_failed || fd == STDOUT_FILENO;
       return;

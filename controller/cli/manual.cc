@@ -62,7 +62,7 @@ std::string Columns(const Rows& rows) {
     if (left.size() <= width && !text.empty()) {
       out += "  " + left + text.substr(left.size() + 2);
     } else {
-      out += "  " + left + "\n" + text;
+      out += fmt::format("  {}\n{}", left, text);
     }
   }
   return out;
@@ -97,7 +97,7 @@ Rows OptionRows(const std::vector<OptionSpec>& options,
   return rows;
 }
 
-std::string MarkdownCell(std::string text) {
+std::string MarkdownCell(const std::string& text) {
   std::string out;
   for (const char c : text) {
     if (c == '|') out += '\\';
@@ -110,8 +110,9 @@ void OptionTable(const std::vector<OptionSpec>& options, std::string* out) {
   *out += "| option | meaning | default |\n|---|---|---|\n";
   for (const OptionSpec& option : options) {
     if (option.hidden) continue;
-    std::string left = "`--" + option.name + (option.value.empty() ? "" : " " + option.value) + "`";
-    if (option.letter != 0) left = fmt::format("`-{}` ", option.letter) + left;
+    const std::string left =
+        fmt::format("{}`--{}{}{}`", option.letter != 0 ? fmt::format("`-{}` ", option.letter) : "",
+                    option.name, option.value.empty() ? "" : " ", option.value);
     *out += fmt::format("| {} | {} | {} |\n", MarkdownCell(left), MarkdownCell(option.help),
                         MarkdownCell(option.fallback));
   }

@@ -1,6 +1,5 @@
 #include "controller/cli/proc.h"
 
-#include <dirent.h>
 #include <fcntl.h>
 #include <poll.h>
 #include <sys/syscall.h>
@@ -9,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <filesystem>
 #include <map>
 #include <set>
 #include <thread>
@@ -111,10 +111,11 @@ bool Alive(const ProcessId& id) {
 
 std::vector<ProcessFacts> ProcessesOf(const std::string& directory, bool own_children) {
   std::map<pid_t, ProcessFacts> all;
-  DIR* proc = ::opendir("/proc");
-  if (proc == nullptr) return {};
-  while (const dirent* entry = ::readdir(proc)) {
-    const pid_t pid = static_cast<pid_t>(std::atol(entry->d_name));
+  std::error_code unreadable;
+  std::filesystem::directory_iterator entry("/proc", unreadable);
+  for (; !unreadable && entry != std::filesystem::directory_iterator();
+       entry.increment(unreadable)) {
+    const pid_t pid = static_cast<pid_t>(std::atol(entry->path().filename().c_str()));
     Stat stat;
     if (pid <= 1 || pid == ::getpid() || !ReadStat(pid, &stat) || stat.state == 'Z') continue;
     ProcessFacts facts;
@@ -134,7 +135,6 @@ std::vector<ProcessFacts> ProcessesOf(const std::string& directory, bool own_chi
     }
     all.emplace(pid, std::move(facts));
   }
-  ::closedir(proc);
 
   std::set<pid_t> found;
   for (auto& [pid, facts] : all) {
@@ -168,6 +168,7 @@ std::vector<ProcessFacts> ProcessesOf(const std::string& directory, bool own_chi
     }
   }
   std::vector<ProcessFacts> out;
+  out.reserve(found.size());
   for (const pid_t pid : found) out.push_back(std::move(all.at(pid)));
   return out;
 }

@@ -35,7 +35,7 @@ std::string FirstWord(const std::string& text) {
 
 CliError Failed(const std::string& what, const std::string& path, int error) {
   return {ExitCode::kFailed, "FAILED",
-          fmt::format("cannot {} {}: {}", what, path, std::strerror(error)),
+          fmt::format("cannot {} {}: {}", what, path, ErrnoText(error)),
           error == ENOSPC ? "free some space, or choose another place with --state-dir"
           : error == EACCES || error == EROFS
               ? "choose a directory that you may write, with --state-dir or XDG_STATE_HOME"

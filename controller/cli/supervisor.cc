@@ -54,6 +54,15 @@ std::string HowItEnded(int status) {
   return fmt::format("exited with code {}", WEXITSTATUS(status));
 }
 
+// For exec: a pointer to each, then a null pointer.
+std::vector<char*> Pointers(std::vector<std::string>* words) {
+  std::vector<char*> out;
+  out.reserve(words->size() + 1);
+  for (std::string& word : *words) out.push_back(word.data());
+  out.push_back(nullptr);
+  return out;
+}
+
 struct Part {
   std::string name;  // "controller" or the node's
   bool node = false;
@@ -75,7 +84,8 @@ class Supervisor {
       environment.erase(name);
     }
     environment[kStateVariable] = state_dir_;
-    for (const auto& [name, value] : environment) environment_.push_back(name + "=" + value);
+    for (const auto& [name, value] : environment)
+      environment_.push_back(fmt::format("{}={}", name, value));
   }
 
   int Run() {
@@ -83,7 +93,7 @@ class Supervisor {
     sigset_t handled;
     ::sigemptyset(&handled);
     for (const int signal : {SIGCHLD, SIGTERM, SIGINT, SIGHUP}) ::sigaddset(&handled, signal);
-    ::sigprocmask(SIG_BLOCK, &handled, nullptr);
+    ::pthread_sigmask(SIG_BLOCK, &handled, nullptr);
     signals_ = ::signalfd(-1, &handled, SFD_CLOEXEC | SFD_NONBLOCK);
     const ProcessId self = Identify(::getpid());
     if (Outcome written = WriteSmallFile(state_dir_ + "/supervisor.pid",
@@ -118,7 +128,7 @@ class Supervisor {
       const std::string program =
           plan_.programs + (part.node ? "/everstep-agent" : "/everstep-controller");
       if (::access(program.c_str(), X_OK) != 0) {
-        return fmt::format("cannot start {}: {}", program, std::strerror(errno));
+        return fmt::format("cannot start {}: {}", program, ErrnoText(errno));
       }
       part.argv = {program, "--state-dir", part.node ? state_dir_ : part.dir};
       if (part.node) {
@@ -156,21 +166,17 @@ class Supervisor {
   void Start(Part* part) {
     part->next = steady_clock::time_point::max();
     part->started = steady_clock::now();
-    std::vector<char*> argv;
     std::vector<std::string> words = part->argv;
     if (!part->node) words.insert(words.end(), {"--listen", listen_, "--http", http_});
-    for (std::string& word : words) argv.push_back(word.data());
-    argv.push_back(nullptr);
-    std::vector<char*> envp;
-    for (const std::string& entry : environment_) envp.push_back(const_cast<char*>(entry.c_str()));
-    envp.push_back(nullptr);
+    const std::vector<char*> argv = Pointers(&words);
+    const std::vector<char*> envp = Pointers(&environment_);
     const std::string output = part->dir + (part->node ? "/agent.out" : "/controller.out");
     const pid_t pid = ::fork();
     if (pid == 0) {
       ::setsid();
       sigset_t none;
       ::sigemptyset(&none);
-      ::sigprocmask(SIG_SETMASK, &none, nullptr);
+      ::pthread_sigmask(SIG_SETMASK, &none, nullptr);
       const int nothing = ::open("/dev/null", O_RDONLY);
       const int file = ::open(output.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
       if (nothing >= 0) ::dup2(nothing, 0);
@@ -181,11 +187,11 @@ class Supervisor {
       }
       if (nothing > 2) ::close(nothing);
       ::execve(argv[0], argv.data(), envp.data());
-      ::dprintf(2, "cannot start %s: %s\n", argv[0], std::strerror(errno));
+      ::dprintf(2, "cannot start %s: %s\n", argv[0], ErrnoText(errno).c_str());
       ::_exit(127);
     }
     if (pid < 0) {
-      Log(fmt::format("cannot start {}: {}", part->name, std::strerror(errno)));
+      Log(fmt::format("cannot start {}: {}", part->name, ErrnoText(errno)));
       part->next = steady_clock::now() + kLongestPause;
       return;
     }
@@ -390,13 +396,10 @@ Outcome StartSupervisor(const std::string& programs, const std::string& state_di
   const std::string own = programs + "/everstep";
   const std::string log = state_dir + "/supervisor.log";
   std::vector<std::string> words{own, "cluster", "supervise", state_dir};
-  std::vector<char*> argv;
-  for (std::string& word : words) argv.push_back(word.data());
-  argv.push_back(nullptr);
+  const std::vector<char*> argv = Pointers(&words);
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC) != 0) {
-    return CliError{ExitCode::kFailed, "FAILED", fmt::format("no pipe: {}", std::strerror(errno)),
-                    ""};
+    return CliError{ExitCode::kFailed, "FAILED", fmt::format("no pipe: {}", ErrnoText(errno)), ""};
   }
   const pid_t middle = ::fork();
   if (middle == 0) {
@@ -428,7 +431,7 @@ Outcome StartSupervisor(const std::string& programs, const std::string& state_di
   ::close(ends[0]);
   if (error == 0) return Done{};
   return CliError{ExitCode::kFailed, "FAILED",
-                  fmt::format("cannot start {}: {}", own, std::strerror(error)), ""};
+                  fmt::format("cannot start {}: {}", own, ErrnoText(error)), ""};
 }
 
 Outcome WriteHold(const std::string& part_dir, const Hold& hold) {

@@ -104,9 +104,9 @@ CommandSpec NodeCommands() {
            .examples = {{"everstep node undrain n2", ""}}}}};
 }
 
-CommandSpec DrillCommands(std::string name, std::string summary, std::string description,
-                          const std::vector<Verb>& verbs, const OptionSpec* option,
-                          const OptionSpec* worker_option) {
+CommandSpec DrillCommands(const std::string& name, const std::string& summary,
+                          const std::string& description, const std::vector<Verb>& verbs,
+                          const OptionSpec* option, const OptionSpec* worker_option) {
   const auto options = [&](bool worker) {
     std::vector<OptionSpec> list;
     const OptionSpec* one = worker ? worker_option : option;

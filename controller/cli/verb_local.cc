@@ -139,7 +139,7 @@ VerbResult RunProgramBeside(Context& context, const std::string& called_as) {
   argv.push_back(nullptr);
   ::execv(program.c_str(), argv.data());
   return CliError{ExitCode::kFailed, "NOT_FOUND",
-                  fmt::format("cannot start {}: {}", program, std::strerror(errno)),
+                  fmt::format("cannot start {}: {}", program, ErrnoText(errno)),
                   fmt::format("{} belongs beside everstep; is the installation whole?", name)};
 }
 
