@@ -6,15 +6,17 @@ The scripts import no torch, so a case costs about a second.
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch import Run, wait_for
+from launch import PROGRAMS, RUN, Run, clean_environment, wait_for
 
 SCRIPTS = Path(__file__).parent / "scripts"
 STEADY, PROBE = SCRIPTS / "steady.py", SCRIPTS / "probe.py"
@@ -285,3 +287,144 @@ def test_an_environment_that_is_too_large(work: Path) -> None:
     run = Run(work, "--standalone", PROBE, env=big)
     assert run.wait(30) == 2, run.told()
     assert "1048576" in run.stderr()
+
+
+# --- programs that are stopped, not dead ---
+
+
+@pytest.mark.parametrize("program", ["agent", "controller"])
+def test_a_stopped_program_is_replaced_and_the_workers_run_on(work: Path, program: str) -> None:
+    steady = Steady(work)
+    steady.wait_for_steps()
+    before = {line[2] for line in steady.lines()}
+    old = steady.run.pid_of(program)
+    assert old, steady.run.told()
+    os.kill(old, signal.SIGSTOP)
+    wait_for(f"a new {program}", lambda: steady.run.pid_of(program) not in (0, old), 20)
+    assert f"everstep-{program} is stopped (SIGSTOP)" in steady.run.stderr()
+    seen = len(steady.lines())
+    wait_for("more steps", lambda: len(steady.lines()) > seen + 20)
+    assert steady.finish() == 0, steady.run.told()
+    if program == "controller":  # a stopped agent's node is lost before it is replaced
+        assert {line[2] for line in steady.lines()} == before, "a worker was restarted"
+    steady.run.assert_nothing_left()
+
+
+def test_a_stopped_worker_is_named_and_restarted(work: Path) -> None:
+    steady = Steady(work)
+    steady.wait_for_steps()
+    victim = steady.newest(1)
+    assert victim is not None
+    os.kill(victim[2], signal.SIGSTOP)
+    steady.wait_for_steps(generation=victim[3] + 1)
+    assert steady.finish() == 0, steady.run.told()
+    assert "worker_stopped" in steady.run.stderr(), steady.run.told()
+    steady.run.assert_nothing_left()
+
+
+# --- on a terminal ---
+
+
+def test_on_a_terminal_one_live_line_is_redrawn_and_goes(work: Path) -> None:
+    leader, follower = os.openpty()
+    process = subprocess.Popen([str(RUN), "--state-dir", str(work / "s"), "--standalone", str(STEADY)], stdin=subprocess.DEVNULL, stdout=follower, stderr=follower,
+                               env=clean_environment() | {"PROGRESS": str(work / "progress")}, start_new_session=True)
+    os.close(follower)
+    shown = b""
+
+    def read() -> bytes:
+        nonlocal shown
+        if select.select([leader], [], [], 0.1)[0]:
+            try:
+                shown += os.read(leader, 65536)
+            except OSError:  # the other end is closed
+                pass
+        return shown
+
+    try:
+        wait_for("a live line", lambda: b"RUNNING  1 worker on 1 node" in read())
+        (work / "progress.end").touch()
+        wait_for("the end", lambda: (read(), process.poll() is not None)[1])
+        read()
+        assert process.returncode == 0, shown
+        assert b"rank 0 of 1 finished\r\n" in shown
+        assert shown.endswith(b"\r\x1b[K"), shown[-200:]
+    finally:
+        process.kill()
+        process.wait(10)
+        os.close(leader)
+
+
+# --- on a standing cluster ---
+
+
+class Cluster:
+    """A controller and agents as separate processes, without a launcher."""
+
+    def __init__(self, work: Path, nodes: int) -> None:
+        self.work, self.processes = work / "c", []
+        address = self.work / "controller" / "address"
+        self.start("everstep-controller", "--listen", "127.0.0.1:0", "--state-dir", self.work / "controller", "--address-file", address)
+        self.address = wait_for("the controller", lambda: address.read_text().strip() if address.exists() else "")
+        for i in range(nodes):
+            self.start("everstep-agent", "--node", f"n{i}", "--state-dir", self.work, "--controller", self.address, "--leave-timeout", "0")
+
+    def start(self, program: str, *arguments: object) -> None:
+        self.work.mkdir(parents=True, exist_ok=True)
+        with (self.work / f"{program}.out").open("ab") as out:
+            self.processes.append(subprocess.Popen([str(PROGRAMS / program), *map(str, arguments)], env=clean_environment(), stdin=subprocess.DEVNULL, stdout=out, stderr=out))
+
+    def stop(self) -> None:
+        for process in reversed(self.processes):
+            process.terminate()
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+
+
+@pytest.fixture
+def cluster(work: Path) -> Iterator[Cluster]:
+    cluster = Cluster(work, 2)
+    yield cluster
+    cluster.stop()
+
+
+def test_a_cluster_runs_the_job_and_its_output_comes_back(work: Path, cluster: Cluster) -> None:
+    (work / "facts").mkdir()
+    run = Run(work, "--controller", cluster.address, "--nnodes", "2", "--nproc-per-node", "2", PROBE, env={"FACTS": str(work / "facts")})
+    assert run.wait() == 0, run.told()
+    assert sorted(run.stdout().splitlines()) == [f"out of rank {r}" for r in range(4)], run.told()
+    assert sorted(run.stderr().splitlines()) == [f"err of rank {r}" for r in range(4)], run.told()
+    assert len(list((work / "facts").glob("*.json"))) == 4
+    assert not run.state.exists(), "a run on a cluster needs no directory of its own"
+
+
+def test_a_cluster_s_job_that_fails_tells_why(work: Path, cluster: Cluster) -> None:
+    run = Run(work, "--controller", cluster.address, "--nnodes", "2", "--max-restarts", "0", PROBE, env={"FACTS": str(work), "ENDING": "record", "ENDING_RANKS": "1"})
+    assert run.wait() == 1, run.told()
+    assert "ValueError: boom" in run.stderr()
+    assert "rank      : 1 (local_rank: 0)" in run.stderr()
+
+
+def test_a_signal_cancels_the_job_on_the_cluster(work: Path, cluster: Cluster) -> None:
+    progress = work / "progress"
+    run = Run(work, "--controller", cluster.address, "--nnodes", "2", STEADY, env={"PROGRESS": str(progress)})
+    wait_for("steps", lambda: progress.exists() and len(progress.read_text().splitlines()) > 20)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait(30) == 1, run.told()
+    size = len(progress.read_text())
+    again = Run(work, "--controller", cluster.address, PROBE, name="again", env={"FACTS": str(work)})
+    assert again.wait() == 0, again.told()
+    assert len(progress.read_text()) == size, "workers of a cancelled job ran on"
+
+
+def test_the_same_name_twice_is_refused(work: Path, cluster: Cluster) -> None:
+    first = Run(work, "--controller", cluster.address, "--name", "twin", STEADY, env={"PROGRESS": str(work / "progress")})
+    wait_for("steps", lambda: (work / "progress").exists())
+    second = Run(work, "--controller", cluster.address, "--name", "twin", STEADY, name="second")
+    assert second.wait(30) == 1, second.told()
+    assert "twin" in second.stderr()
+    (work / "progress.end").touch()
+    assert first.wait() == 0, first.told()

@@ -49,9 +49,10 @@ TEST(LauncherFlags, DefaultsAreTorchruns) {
 }
 
 TEST(LauncherFlags, BothSpellingsAndBothFormsMeanTheSame) {
-  for (const Words& words : {Words{"--nproc-per-node", "4", "t.py"}, Words{"--nproc_per_node", "4", "t.py"},
-                             Words{"--nproc-per-node=4", "t.py"}, Words{"--nproc_per_node=4", "t.py"},
-                             Words{"--nproc", "4", "t.py"}}) {
+  for (const Words& words :
+       {Words{"--nproc-per-node", "4", "t.py"}, Words{"--nproc_per_node", "4", "t.py"},
+        Words{"--nproc-per-node=4", "t.py"}, Words{"--nproc_per_node=4", "t.py"},
+        Words{"--nproc", "4", "t.py"}}) {
     EXPECT_EQ(Good(words).workers.number, 4U) << words.front();
   }
 }
@@ -89,8 +90,11 @@ TEST(LauncherFlags, WorkersAreANumberOrAKindOfDevice) {
 }
 
 TEST(LauncherFlags, TheEnvironmentGivesDefaultsAndTheCommandLineWins) {
-  const Environment environment = {{"PET_NNODES", "1:4"}, {"PET_NPROC_PER_NODE", "2"}, {"PET_MODULE", "1"},
-                                   {"PET_STANDALONE", "0"}, {"PET_MAX_RESTARTS", "0"}};
+  const Environment environment = {{"PET_NNODES", "1:4"},
+                                   {"PET_NPROC_PER_NODE", "2"},
+                                   {"PET_MODULE", "1"},
+                                   {"PET_STANDALONE", "0"},
+                                   {"PET_MAX_RESTARTS", "0"}};
   const LaunchFlags f = Good({"--nproc-per-node=3", "pkg.train"}, environment);
   EXPECT_EQ(f.max_nodes, 4U);
   EXPECT_EQ(f.workers.number, 3U);

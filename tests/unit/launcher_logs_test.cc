@@ -52,7 +52,8 @@ TEST_F(LauncherLogs, BytesPassAsTheyAreWritten) {
 }
 
 TEST_F(LauncherLogs, TeeShowsWholePrefixedLines) {
-  LogFollower follower = Follow({.workers = 2, .tee = {.all = 3, .by_local_rank = {}}, .role = "rank"});
+  LogFollower follower =
+      Follow({.workers = 2, .tee = {.all = 3, .by_local_rank = {}}, .role = "rank"});
   Write(1, 1, "stdout", "one\ntw");
   follower.Poll();
   EXPECT_EQ(out_, "[rank1]:one\n");
@@ -109,8 +110,8 @@ TEST_F(LauncherLogs, APrefixTemplateKnowsTheRank) {
 }
 
 TEST_F(LauncherLogs, PickedLinesAreCopiedToAFile) {
-  LogFollower follower =
-      Follow({.workers = 1, .tee = {.all = 1, .by_local_rank = {}}, .stdout_filters = {"loss", "step"}});
+  LogFollower follower = Follow(
+      {.workers = 1, .tee = {.all = 1, .by_local_rank = {}}, .stdout_filters = {"loss", "step"}});
   Write(1, 0, "stdout", "hello\nloss 3\nbye\nstep 4\n");
   follower.Poll();
   std::ifstream in(dir_ / "attempt_1" / "filtered_stdout.log");

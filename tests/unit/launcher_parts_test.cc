@@ -1,4 +1,5 @@
-// The parts a run is made of: the job it hands in, the directory it takes, the programs it starts, what it tells.
+// The parts a run is made of: the job it hands in, the directory it takes, the programs it starts,
+// what it tells.
 #include <arpa/inet.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -190,7 +191,9 @@ TEST_F(Folder, ALongPathIsRefusedWithTheLimit) {
 
 TEST_F(Folder, AProcessIsStartedWatchedAndReaped) {
   Process process;
-  ASSERT_EQ(process.Start({.argv = {"/bin/sh", "-c", "echo said; exit 3"}, .output = folder_ + "/out"}), "");
+  ASSERT_EQ(
+      process.Start({.argv = {"/bin/sh", "-c", "echo said; exit 3"}, .output = folder_ + "/out"}),
+      "");
   const auto status = process.Wait(std::chrono::seconds(10));
   ASSERT_TRUE(status.has_value());
   EXPECT_EQ(StatusText(*status), "exited with code 3");
@@ -200,7 +203,8 @@ TEST_F(Folder, AProcessIsStartedWatchedAndReaped) {
 
 TEST_F(Folder, AProgramThatIsNotThereIsAnErrorAtTheStart) {
   Process process;
-  const std::string wrong = process.Start({.argv = {"/nowhere/program"}, .output = folder_ + "/out"});
+  const std::string wrong =
+      process.Start({.argv = {"/nowhere/program"}, .output = folder_ + "/out"});
   EXPECT_TRUE(Has(wrong, "/nowhere/program")) << wrong;
   EXPECT_TRUE(Has(wrong, "No such file")) << wrong;
   EXPECT_FALSE(process.running());
@@ -239,22 +243,25 @@ TEST_F(Folder, TheLastLinesOfALogAreItsEnd) {
 // --- endpoints ---
 
 TEST(Endpoint, IsReadAsTorchrunReadsIt) {
-  const Endpoint c10d = FindEndpoint(Flags({"--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1"}));
+  const Endpoint c10d =
+      FindEndpoint(Flags({"--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1"}));
   EXPECT_EQ(c10d.text(), "127.0.0.1:29400");
   EXPECT_TRUE(c10d.here);
   EXPECT_TRUE(c10d.loopback);
-  const Endpoint node1 = FindEndpoint(Flags({"--nnodes", "2", "--node-rank", "1", "--master-port", "7000"}));
+  const Endpoint node1 =
+      FindEndpoint(Flags({"--nnodes", "2", "--node-rank", "1", "--master-port", "7000"}));
   EXPECT_EQ(node1.text(), "127.0.0.1:7000");
   EXPECT_FALSE(node1.here);
-  const Endpoint told = FindEndpoint(Flags({"--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:7000",
-                                            "--rdzv-conf", "is_host=false"}));
+  const Endpoint told = FindEndpoint(Flags({"--rdzv-backend", "c10d", "--rdzv-endpoint",
+                                            "127.0.0.1:7000", "--rdzv-conf", "is_host=false"}));
   EXPECT_FALSE(told.here);
 }
 
 TEST(Endpoint, ErrorsNameTheFlag) {
   EXPECT_TRUE(Has(FindEndpoint(Flags({"--rdzv-backend", "c10d"})).error, "--rdzv-endpoint"));
-  EXPECT_TRUE(Has(FindEndpoint(Flags({"--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:x"})).error,
-                  "the port must be a number"));
+  EXPECT_TRUE(
+      Has(FindEndpoint(Flags({"--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:x"})).error,
+          "the port must be a number"));
 }
 
 TEST(Endpoint, SplitsHostAndPort) {
@@ -341,6 +348,17 @@ TEST(Story, TheLiveLineSaysHowTheJobStands) {
   EXPECT_EQ(LiveLine(status),
             "everstep: j RUNNING  2 workers on 1 node  generation 1  step 120 (119 safe)  1 fault, "
             "0.40 s lost");
+}
+
+TEST(Story, LinesFromElsewhereAreShownByTheSameFlags) {
+  v1::JobLogLines lines;
+  lines.set_rank(3);
+  lines.set_data("one\ntwo\n");
+  EXPECT_EQ(ShownLines(Flags({}), 2, lines), "one\ntwo\n");
+  EXPECT_EQ(ShownLines(Flags({"-t", "1"}), 2, lines), "[default3]:one\n[default3]:two\n");
+  EXPECT_EQ(ShownLines(Flags({"-r", "1:1"}), 2, lines), "");
+  EXPECT_EQ(ShownLines(Flags({"--local-ranks-filter", "0"}), 2, lines), "");
+  EXPECT_EQ(ShownLines(Flags({"--local-ranks-filter", "1"}), 2, lines), "one\ntwo\n");
 }
 
 TEST(Story, TimesAreTorchruns) {

@@ -10,7 +10,9 @@ constexpr Probe kUp = Probe::kListens;
 constexpr Probe kGone = Probe::kRefused;
 constexpr Probe kDark = Probe::kSilent;
 
-Timestamp At(std::int64_t ms) { return Timestamp{} + Milliseconds(ms); }
+Timestamp At(std::int64_t ms) {
+  return Timestamp{} + Milliseconds(ms);
+}
 
 std::vector<Peer> Members(std::initializer_list<const char*> nodes) {
   std::vector<Peer> peers;
@@ -83,7 +85,8 @@ TEST(Succession, SilenceIsSucceededByAMajority) {
   EXPECT_EQ(s.Step(At(5'000), dark).verdict, Verdict::kTakeOver);
 }
 
-// The host is dead for sure, but b, which comes first, is behind a cut: it may act there, so c may not.
+// The host is dead for sure, but b, which comes first, is behind a cut: it may act there, so c may
+// not.
 TEST(Succession, AnUnseenPeerBeforeUsNeedsAMajority) {
   Succession c("c", "a", Members({"a", "b", "c"}));
   const Sight cut{false, kGone, kGone, {kGone, kDark, kUp}};

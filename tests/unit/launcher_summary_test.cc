@@ -10,7 +10,8 @@ namespace everstep::launcher {
 namespace {
 
 WorkerFailure Killed() {
-  return {.rank = 3, .local_rank = 1, .node = "n2", .pid = 4711, .exit_code = -9, .time = "12:00:00"};
+  return {
+      .rank = 3, .local_rank = 1, .node = "n2", .pid = 4711, .exit_code = -9, .time = "12:00:00"};
 }
 
 bool Has(const std::string& text, std::string_view part) {
@@ -22,9 +23,16 @@ TEST(LauncherSummary, ASuccessWithoutFaultsIsSilent) {
 }
 
 TEST(LauncherSummary, TheRootCauseIsInTorchrunsLayout) {
-  RunOutcome o{.job = "j", .script = "train.py", .state = "FAILED", .reason = "restarts_exhausted",
-               .message = "rank 3 on n2 was killed", .exit_code = kExitFailed, .restarts = 2,
-               .max_restarts = 2, .best_step = 41, .log_dir = "/logs/j"};
+  RunOutcome o{.job = "j",
+               .script = "train.py",
+               .state = "FAILED",
+               .reason = "restarts_exhausted",
+               .message = "rank 3 on n2 was killed",
+               .exit_code = kExitFailed,
+               .restarts = 2,
+               .max_restarts = 2,
+               .best_step = 41,
+               .log_dir = "/logs/j"};
   o.failures = {Killed()};
   EXPECT_EQ(FormatSummary(o),
             "=====================================================\n"
@@ -49,15 +57,22 @@ TEST(LauncherSummary, TheRootCauseIsInTorchrunsLayout) {
 }
 
 TEST(LauncherSummary, FaultsThatWereSurvivedAreTold) {
-  RunOutcome o{.job = "j", .script = "t.py", .state = "SUCCEEDED", .lost_capacity = 1,
+  RunOutcome o{.job = "j",
+               .script = "t.py",
+               .state = "SUCCEEDED",
+               .lost_capacity = 1,
                .seconds_lost = 0.314};
-  o.faults = {{.reason = "worker_killed", .subject = "rank 1 on n1", .action = "restart in place",
-               .recovery_seconds = 0.314, .steps_lost = 1}};
-  EXPECT_EQ(FormatSummary(o),
-            "everstep: 1 fault in this run (0 restarts charged to the script, 1 not); "
-            "0.31 s lost, 1 step\n"
-            "everstep:   rank 1 on n1: worker_killed; restart in place; recovered in 0.31 s, 1 steps "
-            "lost\n");
+  o.faults = {{.reason = "worker_killed",
+               .subject = "rank 1 on n1",
+               .action = "restart in place",
+               .recovery_seconds = 0.314,
+               .steps_lost = 1}};
+  EXPECT_EQ(
+      FormatSummary(o),
+      "everstep: 1 fault in this run (0 restarts charged to the script, 1 not); "
+      "0.31 s lost, 1 step\n"
+      "everstep:   rank 1 on n1: worker_killed; restart in place; recovered in 0.31 s, 1 steps "
+      "lost\n");
 }
 
 TEST(LauncherSummary, LongListsAreCutAndCounted) {
@@ -83,15 +98,18 @@ TEST(LauncherSummary, TheTracebackComesFromTheErrorFile) {
 }
 
 TEST(LauncherSummary, AnythingMayStandInAnErrorFile) {
-  for (const char* json : {"", "{", "[]", "{\"message\":7}", "{\"message\":{\"extraInfo\":[]}}", "\xff\xfe",
-                           "{\"message\":{\"message\":null}}"}) {
+  for (const char* json : {"", "{", "[]", "{\"message\":7}", "{\"message\":{\"extraInfo\":[]}}",
+                           "\xff\xfe", "{\"message\":{\"message\":null}}"}) {
     EXPECT_EQ(TextOfErrorFile(json), "") << json;
   }
 }
 
 TEST(LauncherSummary, CapacityIsToBeSubmittedAgain) {
-  const std::string text = FormatSummary({.job = "j", .script = "t.py", .state = "FAILED",
-                                          .reason = "join_timeout", .exit_code = kExitCapacity});
+  const std::string text = FormatSummary({.job = "j",
+                                          .script = "t.py",
+                                          .state = "FAILED",
+                                          .reason = "join_timeout",
+                                          .exit_code = kExitCapacity});
   EXPECT_TRUE(Has(text, "exit code 75: too few nodes"));
   EXPECT_TRUE(Has(text, "submit it again"));
   EXPECT_FALSE(Has(text, "Root Cause"));

@@ -90,8 +90,7 @@ struct AdminClient::Impl {
     const auto deadline = steady_clock::now() + limit;
     CallResult result{CallResult::Kind::kUnreachable, "no controller is named"};
     while (true) {
-      const auto left =
-          std::chrono::duration_cast<milliseconds>(deadline - steady_clock::now());
+      const auto left = std::chrono::duration_cast<milliseconds>(deadline - steady_clock::now());
       if (left.count() <= 0) return result;
       if (auto target = Stub()) {
         grpc::ClientContext context;
@@ -147,7 +146,9 @@ AdminClient::AdminClient(const std::string& addresses) : impl_(std::make_unique<
   impl_->addresses = SplitAddresses(addresses);
 }
 
-AdminClient::~AdminClient() { impl_->End(); }
+AdminClient::~AdminClient() {
+  impl_->End();
+}
 
 void AdminClient::SetAddresses(const std::string& addresses) {
   std::lock_guard<std::mutex> lock(impl_->mutex);
@@ -237,14 +238,14 @@ void AdminClient::Follow(const std::string& job, bool with_snapshot,
   });
 }
 
-void AdminClient::Tail(const std::string& job,
-                       std::function<void(const v1::JobLogLines&)> take) {
+void AdminClient::Tail(const std::string& job, std::function<void(const v1::JobLogLines&)> take) {
   v1::TailJobLogsRequest request;
   request.set_job(job);
   request.set_rank(-1);
   request.set_follow(true);
   request.set_tail_lines(-1);
-  // Where a broken stream is taken up again, lines of before would be shown twice: then only new ones.
+  // Where a broken stream is taken up again, lines of before would be shown twice: then only new
+  // ones.
   auto seen = std::make_shared<bool>(false);
   impl_->Keep(1, [request, seen, take = std::move(take)](v1::AdminService::Stub& stub,
                                                          grpc::ClientContext* context) {
@@ -260,7 +261,9 @@ void AdminClient::Tail(const std::string& job,
   });
 }
 
-void AdminClient::EndFollow() { impl_->End(); }
+void AdminClient::EndFollow() {
+  impl_->End();
+}
 
 bool IsTerminal(const v1::JobStatus& status) {
   return status.state() == "SUCCEEDED" || status.state() == "FAILED" ||

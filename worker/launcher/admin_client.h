@@ -49,7 +49,8 @@ class AdminClient {
   CallResult Shutdown(std::chrono::milliseconds limit);
 
   // Status after status to `take`, on a thread of the client; dials again, forever, when the stream
-  // breaks (`lost` is told why, once for each break). One job at a time; ends after a terminal state.
+  // breaks (`lost` is told why, once for each break). One job at a time; ends after a terminal
+  // state.
   void Follow(const std::string& job, bool with_snapshot,
               std::function<void(v1::JobStatus status)> take,
               std::function<void(const CallResult& why)> lost);

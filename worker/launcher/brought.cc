@@ -24,7 +24,7 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 constexpr milliseconds kAddressPoll{5};
-constexpr int kControllerCannotBind = 3;  // everstep-controller's exit code
+constexpr int kControllerCannotBind = 3;          // everstep-controller's exit code
 constexpr std::size_t kControllerArguments = 10;  // of argv, those that stay for a restart
 constexpr milliseconds kKeeperEndLimit{5'000};
 constexpr milliseconds kAgentSlack{5'000};
@@ -50,8 +50,8 @@ Brought::Brought(BroughtOptions options) : options_(std::move(options)) {
 }
 
 Brought::~Brought() {
-  StopNode(false);
-  StopController(false);
+  StopNode(How::kAtOnce);
+  StopController(How::kAtOnce);
   for (const int end : {lifeline_read_, lifeline_write_}) {
     if (end >= 0) ::close(end);
   }
@@ -81,11 +81,15 @@ std::string Brought::StartController(const Start& start) {
   std::filesystem::create_directories(dir, error);
   std::filesystem::remove(dir + "/address", error);
   controller_.argv = {options_.programs + "/everstep-controller",
-                      "--listen", start.listen,
-                      "--state-dir", dir,
-                      "--address-file", dir + "/address",
-                      "--log-file", dir + "/controller.log",
-                  "--allow-shutdown"};
+                      "--listen",
+                      start.listen,
+                      "--state-dir",
+                      dir,
+                      "--address-file",
+                      dir + "/address",
+                      "--log-file",
+                      dir + "/controller.log",
+                      "--allow-shutdown"};
   EVERSTEP_CHECK(controller_.argv.size() == kControllerArguments);
   if (!start.snapshot.empty()) {
     controller_.argv.insert(controller_.argv.end(), {"--from-snapshot", start.snapshot});
@@ -97,11 +101,11 @@ std::string Brought::StartController(const Start& start) {
   std::string wrong = Launch(&controller_);
   if (wrong.empty()) wrong = WaitForAddress();
   if (!wrong.empty()) {
-    StopController(false);
+    StopController(How::kAtOnce);
     return wrong;
   }
-  // Where it stands now it stands again after a restart, so agents and launchers find it. What it knows by then
-  // is in its own store.
+  // Where it stands now it stands again after a restart, so agents and launchers find it. What it
+  // knows by then is in its own store.
   controller_.argv[2] = controller_address_;
   controller_.argv.resize(kControllerArguments);
   return {};
@@ -117,7 +121,8 @@ std::string Brought::WaitForAddress() {
       return Trouble(controller_, StatusText(*status) + " before it served");
     }
   }
-  return Trouble(controller_, fmt::format("did not serve within {} s", kControllerStartLimit.count()));
+  return Trouble(controller_,
+                 fmt::format("did not serve within {} s", kControllerStartLimit.count()));
 }
 
 std::string Brought::SetControllers(const std::string& controllers) {
@@ -134,12 +139,18 @@ std::string Brought::StartAgent(const std::string& controllers,
   lifeline_write_ = ends[1];
   if (std::string wrong = SetControllers(controllers); !wrong.empty()) return wrong;
   agent_.argv = {options_.programs + "/everstep-agent",
-                 "--node", options_.state->node(),
-                 "--state-dir", options_.state->path(),
-                 "--address", options_.address,
-                 "--leave-timeout", fmt::format("{}", options_.leave_timeout.count() / 1000.0),
-                 "--stop-grace", fmt::format("{}", options_.stop_grace.count() / 1000.0),
-                 "--lifeline", std::to_string(lifeline_read_)};
+                 "--node",
+                 options_.state->node(),
+                 "--state-dir",
+                 options_.state->path(),
+                 "--address",
+                 options_.address,
+                 "--leave-timeout",
+                 fmt::format("{}", options_.leave_timeout.count() / 1000.0),
+                 "--stop-grace",
+                 fmt::format("{}", options_.stop_grace.count() / 1000.0),
+                 "--lifeline",
+                 std::to_string(lifeline_read_)};
   for (const auto& [key, value] : labels) {
     agent_.argv.insert(agent_.argv.end(), {"--label", key + "=" + value});
   }
@@ -165,13 +176,17 @@ std::string Brought::Mind(Program* program) {
   const auto now = steady_clock::now();
   if (program->process.running()) {
     const auto status = program->process.Reap();
-    if (!status) return {};
+    if (!status) {
+      MindStopped(program, now);
+      return {};
+    }
+    program->stopped_since.reset();
     const bool short_life = now - program->started < kShortLife;
     program->short_lives = short_life ? program->short_lives + 1 : 0;
     if (program->short_lives >= kMaxShortLives) {
       program->wanted = false;
-      return Trouble(*program, fmt::format("{} {} times in a row", StatusText(*status),
-                                           program->short_lives));
+      return Trouble(
+          *program, fmt::format("{} {} times in a row", StatusText(*status), program->short_lives));
     }
     options_.say(fmt::format("{} {}; starting it again, the workers run on", program->name,
                              StatusText(*status)));
@@ -181,12 +196,19 @@ std::string Brought::Mind(Program* program) {
   return Launch(program);
 }
 
-steady_clock::time_point Brought::next_tend() const {
-  auto next = steady_clock::time_point::max();
-  for (const Program* program : {&controller_, &agent_}) {
-    if (program->wanted && !program->process.running()) next = std::min(next, program->again);
+// One that is stopped holds its locks and its place and does nothing with them.
+void Brought::MindStopped(Program* program, steady_clock::time_point now) {
+  if (now < program->look_again) return;
+  program->look_again = now + kStoppedLook;
+  if (!program->process.stopped()) {
+    program->stopped_since.reset();
+    return;
   }
-  return next;
+  if (!program->stopped_since) program->stopped_since = now;
+  if (now - *program->stopped_since < kStoppedLimit) return;
+  options_.say(fmt::format("{} is stopped (SIGSTOP); replacing it", program->name));
+  program->stopped_since.reset();
+  program->process.Signal(SIGKILL);
 }
 
 void Brought::EndKeeper() {
@@ -197,13 +219,17 @@ void Brought::EndKeeper() {
   }
 }
 
-bool Brought::StopNode(bool orderly) {
+bool Brought::StopNode(How how) {
   agent_.wanted = false;
   bool in_order = true;
-  if (agent_.process.running() && orderly) {
+  if (agent_.process.running() && how != How::kAtOnce) {
     agent_.process.Signal(SIGTERM);
+    agent_.process.Signal(SIGCONT);
     in_order =
-        agent_.process.Wait(options_.leave_timeout + options_.stop_grace + kAgentSlack).has_value();
+        agent_.process
+            .Wait(how == How::kIdle ? kAgentSlack
+                                    : options_.leave_timeout + options_.stop_grace + kAgentSlack)
+            .has_value();
   }
   if (agent_.process.running()) {
     agent_.process.Signal(SIGKILL);
@@ -215,11 +241,12 @@ bool Brought::StopNode(bool orderly) {
   return in_order;
 }
 
-bool Brought::StopController(bool orderly) {
+bool Brought::StopController(How how) {
   controller_.wanted = false;
   bool in_order = true;
-  if (controller_.process.running() && orderly) {
+  if (controller_.process.running() && how != How::kAtOnce) {
     controller_.process.Signal(SIGTERM);
+    controller_.process.Signal(SIGCONT);
     in_order = controller_.process.Wait(kControllerStopLimit).has_value();
   }
   if (controller_.process.running()) {

@@ -1,5 +1,6 @@
-// What a launcher brings and supervises: this node's agent (which brings the keeper) and, on the node that owns
-// the endpoint, the controller. One that dies is started again, at the same address; workers run on meanwhile.
+// What a launcher brings and supervises: this node's agent (which brings the keeper) and, on the
+// node that owns the endpoint, the controller. One that dies is started again, at the same address;
+// workers run on meanwhile.
 //
 // One owner thread, the same for all calls. Every wait is bounded.
 #pragma once
@@ -10,6 +11,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,15 +25,18 @@ inline constexpr std::chrono::seconds kControllerStopLimit{5};
 // A program that ended this often in a row, each time within kShortLife, is not started again.
 inline constexpr int kMaxShortLives = 5;
 inline constexpr std::chrono::seconds kShortLife{3};
+// A program that is stopped (SIGSTOP) for this long is replaced.
+inline constexpr std::chrono::milliseconds kStoppedLimit{1'000};
+inline constexpr std::chrono::milliseconds kStoppedLook{250};
 
 struct BroughtOptions {
   std::string programs;  // folder of everstep-controller and everstep-agent
   Environment environment;
-  const StateDir* state = nullptr;  // outlives this
+  const StateDir* state = nullptr;    // outlives this
   std::string address = "127.0.0.1";  // of this node, for the others
-  std::string local_command;  // a file for the agent's --local-command; empty: none
-  std::chrono::milliseconds leave_timeout{0};  // SIGTERM: time to move workers away
-  std::chrono::milliseconds stop_grace{30'000};  // then, workers' SIGTERM to SIGKILL
+  std::string local_command;          // a file for the agent's --local-command; empty: none
+  std::chrono::milliseconds leave_timeout{0};        // SIGTERM: time to move workers away
+  std::chrono::milliseconds stop_grace{30'000};      // then, workers' SIGTERM to SIGKILL
   std::function<void(const std::string& line)> say;  // one sentence for the person
 };
 
@@ -48,12 +53,14 @@ class Brought {
     std::string snapshot;    // a file with a StoreSnapshot to start from; empty: none
     std::string known_dead;  // a node of the snapshot that is known to be dead; empty: none
   };
-  // Starts a controller and waits until it answers at an address. Empty on success, else a sentence.
+  // Starts a controller and waits until it answers at an address. Empty on success, else a
+  // sentence.
   std::string StartController(const Start& start);
   // The newest controller could not bind its address.
   bool controller_address_taken() const { return address_taken_; }
   // Starts the agent, which dials `controllers` ("host:port,..."). Does not wait.
-  std::string StartAgent(const std::string& controllers, const std::map<std::string, std::string>& labels);
+  std::string StartAgent(const std::string& controllers,
+                         const std::map<std::string, std::string>& labels);
   // The agent finds its controllers here from its next dial on.
   std::string SetControllers(const std::string& controllers);
 
@@ -62,15 +69,19 @@ class Brought {
 
   // Readable when a program ended: then call Tend.
   void AddTo(std::vector<pollfd>* polled) const;
-  // Starts again what ended. Empty, or the sentence that says why there is no more trying.
+  // Starts again what ended or is stopped; called at least every kStoppedLook. Empty, or the
+  // sentence that says why there is no more trying.
   std::string Tend();
-  // When Tend wants to be called at the latest; max(): no need.
-  std::chrono::steady_clock::time_point next_tend() const;
 
-  // Ends the node (agent, keeper, workers), then the controller. In order if `orderly`, else at once. False: it
-  // took force where order was asked for.
-  bool StopNode(bool orderly);
-  bool StopController(bool orderly);
+  // How an end is brought about.
+  enum class How : std::uint8_t {
+    kAtOnce,
+    kIdle,     // in order; no worker is left, so nothing takes long
+    kInOrder,  // in order; the controller may move workers away, and they have their grace
+  };
+  // Ends the node (agent, keeper, workers). False: it took force where order was asked for.
+  bool StopNode(How how);
+  bool StopController(How how);
 
  private:
   struct Program {
@@ -82,10 +93,13 @@ class Brought {
     std::chrono::steady_clock::time_point started;
     std::chrono::steady_clock::time_point again;  // not running: when to start it
     int short_lives = 0;
+    std::optional<std::chrono::steady_clock::time_point> stopped_since;
+    std::chrono::steady_clock::time_point look_again;  // for its being stopped
   };
 
   std::string Launch(Program* program);
   std::string Mind(Program* program);
+  void MindStopped(Program* program, std::chrono::steady_clock::time_point now);
   std::string WaitForAddress();
   std::string Trouble(const Program& program, const std::string& what) const;
   void EndKeeper();

@@ -44,7 +44,9 @@ void Console::Worker(bool from_stderr, std::string_view bytes) {
   Draw();
 }
 
-void Console::Say(std::string_view text) { Text(fmt::format("everstep: {}\n", text)); }
+void Console::Say(std::string_view text) {
+  Text(fmt::format("everstep: {}\n", text));
+}
 
 void Console::Text(std::string_view text) {
   if (text.empty()) return;

@@ -1,8 +1,8 @@
-// What a person sees: workers' bytes on stdout and stderr as they come, Everstep's own lines on stderr, and
-// on a terminal one live line below them that is redrawn in place.
+// What a person sees: workers' bytes on stdout and stderr as they come, Everstep's own lines on
+// stderr, and on a terminal one live line below them that is redrawn in place.
 //
-// One thread. Writes block, as the workers' own would: a reader that stops reading stops the console,
-// not the training.
+// One thread. Writes block, as the workers' own would: a reader that stops reading stops the
+// console, not the training.
 #pragma once
 
 #include <string>

@@ -99,7 +99,8 @@ Endpoint FindEndpoint(const LaunchFlags& flags) {
     if (!SplitHostPort(flags.rdzv_endpoint, &endpoint.host, &endpoint.port)) {
       endpoint.host = flags.rdzv_endpoint;
       endpoint.port = is_static ? kDefaultPort : kDefaultRdzvPort;
-      if (endpoint.host.find(':') != std::string::npos && endpoint.host.find(']') == std::string::npos &&
+      if (endpoint.host.find(':') != std::string::npos &&
+          endpoint.host.find(']') == std::string::npos &&
           endpoint.host.find(':') == endpoint.host.rfind(':')) {
         endpoint.error = fmt::format(
             "everstep-run: --rdzv-endpoint={}: the port must be a number from 0 to 65535; write "
@@ -113,14 +114,16 @@ Endpoint FindEndpoint(const LaunchFlags& flags) {
     endpoint.port = flags.master_port.value_or(kDefaultPort);
   } else {
     endpoint.error =
-        "everstep-run: --rdzv-backend=c10d with more than one node needs --rdzv-endpoint=HOST:PORT, the "
+        "everstep-run: --rdzv-backend=c10d with more than one node needs "
+        "--rdzv-endpoint=HOST:PORT, the "
         "same on every node";
     return endpoint;
   }
   const std::vector<Address> addresses = Resolve(endpoint.host, endpoint.port, SOCK_STREAM);
   if (addresses.empty()) {
     endpoint.error = fmt::format(
-        "everstep-run: the endpoint's host {} has no address; correct the name, or give an IP address",
+        "everstep-run: the endpoint's host {} has no address; correct the name, or give an IP "
+        "address",
         endpoint.host);
     return endpoint;
   }
@@ -141,14 +144,16 @@ Endpoint FindEndpoint(const LaunchFlags& flags) {
 
 std::string LocalAddress(const LaunchFlags& flags, const Endpoint& endpoint) {
   if (!flags.local_addr.empty()) return flags.local_addr;
-  for (const Address& address : Resolve(endpoint.host, endpoint.port == 0 ? 1 : endpoint.port, SOCK_DGRAM)) {
+  for (const Address& address :
+       Resolve(endpoint.host, endpoint.port == 0 ? 1 : endpoint.port, SOCK_DGRAM)) {
     // Connecting a datagram socket sends nothing: it asks the kernel for the route.
     const int probe = ::socket(address.storage.ss_family, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     if (probe < 0) continue;
     Address own;
     own.length = sizeof(own.storage);
     const bool known =
-        ::connect(probe, reinterpret_cast<const sockaddr*>(&address.storage), address.length) == 0 &&
+        ::connect(probe, reinterpret_cast<const sockaddr*>(&address.storage), address.length) ==
+            0 &&
         ::getsockname(probe, reinterpret_cast<sockaddr*>(&own.storage), &own.length) == 0;
     ::close(probe);
     if (!known) continue;
@@ -165,7 +170,8 @@ Probe ProbeTcp(const std::string& host, std::uint16_t port, int limit_ms) {
         ::socket(address.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
     if (probe < 0) continue;
     int error = 0;
-    if (::connect(probe, reinterpret_cast<const sockaddr*>(&address.storage), address.length) != 0) {
+    if (::connect(probe, reinterpret_cast<const sockaddr*>(&address.storage), address.length) !=
+        0) {
       error = errno;
       if (error == EINPROGRESS) {
         pollfd ready{probe, POLLOUT, 0};

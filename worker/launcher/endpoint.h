@@ -1,4 +1,5 @@
-// Where the launchers of a job meet: the endpoint of a torchrun command line, and whether it is this machine's.
+// Where the launchers of a job meet: the endpoint of a torchrun command line, and whether it is
+// this machine's.
 #pragma once
 
 #include <cstdint>
@@ -8,23 +9,24 @@
 
 namespace everstep::launcher {
 
-inline constexpr std::uint16_t kDefaultPort = 29500;  // torchrun's for --master-port
+inline constexpr std::uint16_t kDefaultPort = 29500;      // torchrun's for --master-port
 inline constexpr std::uint16_t kDefaultRdzvPort = 29400;  // and for --rdzv-endpoint
 
 struct Endpoint {
   std::string host;
   std::uint16_t port = 0;
-  bool loopback = false;  // the host as written is this machine's inside: 127.*, ::1, localhost
-  bool here = false;      // the host is this machine (an address of an interface, or its name)
-  std::string error;      // not empty: the endpoint cannot be read
+  bool loopback = false;     // the host as written is this machine's inside: 127.*, ::1, localhost
+  bool here = false;         // the host is this machine (an address of an interface, or its name)
+  std::string error;         // not empty: the endpoint cannot be read
   std::string text() const;  // host:port, an IPv6 address in brackets
 };
 
-// From --rdzv-endpoint (c10d) or --master-addr and --master-port (static); looks at interfaces and asks the
-// resolver. `is_host` in --rdzv-conf decides where it is given, --node-rank with static.
+// From --rdzv-endpoint (c10d) or --master-addr and --master-port (static); looks at interfaces and
+// asks the resolver. `is_host` in --rdzv-conf decides where it is given, --node-rank with static.
 Endpoint FindEndpoint(const LaunchFlags& flags);
 
-// This machine's address as `endpoint` sees it: --local-addr, else the source address of a route to it.
+// This machine's address as `endpoint` sees it: --local-addr, else the source address of a route to
+// it.
 std::string LocalAddress(const LaunchFlags& flags, const Endpoint& endpoint);
 
 // A TCP connect with a limit: does anybody listen?

@@ -7,11 +7,13 @@
 
 namespace everstep::launcher {
 
-inline constexpr std::int32_t kExitSucceeded = 0;    // every worker exited 0
-inline constexpr std::int32_t kExitFailed = 1;       // a worker failed and the budget is spent; a signal
-inline constexpr std::int32_t kExitUsage = 2;        // the command line was refused, nothing ran
-inline constexpr std::int32_t kExitCapacity = 75;    // EX_TEMPFAIL: machines are missing, submit again
-inline constexpr std::int32_t kExitNoProgress = 93;  // it cannot get on, submitting again will not help
+inline constexpr std::int32_t kExitSucceeded = 0;  // every worker exited 0
+inline constexpr std::int32_t kExitFailed = 1;  // a worker failed and the budget is spent; a signal
+inline constexpr std::int32_t kExitUsage = 2;   // the command line was refused, nothing ran
+inline constexpr std::int32_t kExitCapacity =
+    75;  // EX_TEMPFAIL: machines are missing, submit again
+inline constexpr std::int32_t kExitNoProgress =
+    93;  // it cannot get on, submitting again will not help
 
 // "a worker failed and its restarts are spent"; "an exit code that is not Everstep's" for others.
 std::string_view ExitMeaning(std::int32_t exit_code);

@@ -1,5 +1,6 @@
-// Every flag of everstep-run, one row each: how it is spelt, where its default comes from, what it means.
-// ParseFlags, --help and docs/reference/flags.md all read this one table (launcher_flags_test compares the page).
+// Every flag of everstep-run, one row each: how it is spelt, where its default comes from, what it
+// means. ParseFlags, --help and docs/reference/flags.md all read this one table
+// (launcher_flags_test compares the page).
 #pragma once
 
 #include <cstdint>
@@ -8,23 +9,55 @@
 namespace everstep::launcher {
 
 enum class FlagId : std::uint8_t {
-  kNnodes, kNprocPerNode, kRdzvBackend, kRdzvEndpoint, kRdzvId, kRdzvConf, kStandalone, kMaxRestarts,
-  kMonitorInterval, kStartMethod, kEventLogHandler, kRole, kModule, kNoPython, kRunPath, kLogDir,
-  kRedirects, kTee, kLocalRanksFilter, kDuplicateStdoutFilters, kDuplicateStderrFilters, kNodeRank,
-  kMasterAddr, kMasterPort, kLocalAddr, kLogsSpecs, kNumaBinding, kSignalsToHandle, kShutdownTimeout,
-  kVirtualLocalRank, kController, kStateDir, kName, kSpares, kNoPreload,
-  kDryRun, kHelp, kVersion
+  kNnodes,
+  kNprocPerNode,
+  kRdzvBackend,
+  kRdzvEndpoint,
+  kRdzvId,
+  kRdzvConf,
+  kStandalone,
+  kMaxRestarts,
+  kMonitorInterval,
+  kStartMethod,
+  kEventLogHandler,
+  kRole,
+  kModule,
+  kNoPython,
+  kRunPath,
+  kLogDir,
+  kRedirects,
+  kTee,
+  kLocalRanksFilter,
+  kDuplicateStdoutFilters,
+  kDuplicateStderrFilters,
+  kNodeRank,
+  kMasterAddr,
+  kMasterPort,
+  kLocalAddr,
+  kLogsSpecs,
+  kNumaBinding,
+  kSignalsToHandle,
+  kShutdownTimeout,
+  kVirtualLocalRank,
+  kController,
+  kStateDir,
+  kName,
+  kSpares,
+  kNoPreload,
+  kDryRun,
+  kHelp,
+  kVersion
 };
 
 struct FlagRow {
   FlagId id;
-  std::string_view name;         // "--nproc-per-node"; the '_' spelling is accepted too
-  char letter;                   // 'r' for -r; 0: none
+  std::string_view name;  // "--nproc-per-node"; the '_' spelling is accepted too
+  char letter;            // 'r' for -r; 0: none
   bool takes_value;
   std::string_view variable;     // environment default; empty: none
   std::string_view placeholder;  // for --help
   std::string_view help;
-  bool torchrun;                 // false: our own; must be spelt in full
+  bool torchrun;  // false: our own; must be spelt in full
 };
 
 inline constexpr FlagRow kFlagTable[] = {
@@ -61,10 +94,11 @@ inline constexpr FlagRow kFlagTable[] = {
      "to files only: 1 stdout, 2 stderr, 3 both", true},
     {FlagId::kTee, "--tee", 't', true, "PET_TEE", "0-3 or R:0-3,...",
      "to files and to the console, with a prefix", true},
-    {FlagId::kLocalRanksFilter, "--local-ranks-filter", 0, true, "PET_LOCAL_RANKS_FILTER", "R,R,...",
-     "only these local ranks are shown on the console", true},
+    {FlagId::kLocalRanksFilter, "--local-ranks-filter", 0, true, "PET_LOCAL_RANKS_FILTER",
+     "R,R,...", "only these local ranks are shown on the console", true},
     {FlagId::kDuplicateStdoutFilters, "--duplicate-stdout-filters", 0, true,
-     "PET_DUPLICATE_STDOUT_FILTERS", "TEXT,...", "lines with one of these are copied to a file", true},
+     "PET_DUPLICATE_STDOUT_FILTERS", "TEXT,...", "lines with one of these are copied to a file",
+     true},
     {FlagId::kDuplicateStderrFilters, "--duplicate-stderr-filters", 0, true,
      "PET_DUPLICATE_STDERR_FILTERS", "TEXT,...", "the same for stderr", true},
     {FlagId::kNodeRank, "--node-rank", 0, true, "PET_NODE_RANK", "N",
@@ -78,8 +112,8 @@ inline constexpr FlagRow kFlagTable[] = {
     {FlagId::kLogsSpecs, "--logs-specs", 0, true, "", "NAME", "not supported: name none", true},
     {FlagId::kNumaBinding, "--numa-binding", 0, true, "", "node|socket|exclusive|core-complex",
      "bind workers to the CPUs near their GPU", true},
-    {FlagId::kSignalsToHandle, "--signals-to-handle", 0, true, "PET_SIGNALS_TO_HANDLE", "SIG,SIG,...",
-     "signals that end the run; TERM, INT, HUP, QUIT by default", true},
+    {FlagId::kSignalsToHandle, "--signals-to-handle", 0, true, "PET_SIGNALS_TO_HANDLE",
+     "SIG,SIG,...", "signals that end the run; TERM, INT, HUP, QUIT by default", true},
     {FlagId::kShutdownTimeout, "--shutdown-timeout", 0, true, "PET_SHUTDOWN_TIMEOUT", "SECONDS",
      "between SIGTERM and SIGKILL; 30 by default", true},
     {FlagId::kVirtualLocalRank, "--virtual-local-rank", 0, false, "PET_VIRTUAL_LOCAL_RANK", "",
@@ -94,8 +128,7 @@ inline constexpr FlagRow kFlagTable[] = {
      "warm nodes kept beyond the maximum; 0 by default", false},
     {FlagId::kNoPreload, "--no-preload", 0, false, "EVERSTEP_NO_PRELOAD", "",
      "start workers cold, without the fork server", false},
-    {FlagId::kDryRun, "--dry-run", 0, false, "", "",
-     "print the job as JSON, start nothing", false},
+    {FlagId::kDryRun, "--dry-run", 0, false, "", "", "print the job as JSON, start nothing", false},
     {FlagId::kHelp, "--help", 'h', false, "", "", "this text", true},
     {FlagId::kVersion, "--version", 0, false, "", "", "the version", false},
 };

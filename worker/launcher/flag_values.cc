@@ -64,13 +64,14 @@ std::string ReadNodes(std::string_view text, std::uint32_t* min_nodes, std::uint
   const std::vector<std::string_view> parts = Split(text, ':');
   std::int64_t low = 0;
   std::int64_t high = 0;
-  if (parts.size() > 2 || !ParseDecimal(parts.front(), &low) || !ParseDecimal(parts.back(), &high)) {
+  if (parts.size() > 2 || !ParseDecimal(parts.front(), &low) ||
+      !ParseDecimal(parts.back(), &high)) {
     return "must be a number of nodes or MIN:MAX, as in 4 or 2:8";
   }
   if (low < 1 || high > kMaxNodes) return fmt::format("nodes go from 1 to {}", kMaxNodes);
   if (low > high) {
-    return fmt::format("the minimum {} is above the maximum {}; did you mean {}:{}", low, high, high,
-                       low);
+    return fmt::format("the minimum {} is above the maximum {}; did you mean {}:{}", low, high,
+                       high, low);
   }
   *min_nodes = static_cast<std::uint32_t>(low);
   *max_nodes = static_cast<std::uint32_t>(high);
@@ -177,8 +178,9 @@ std::string ReadSignals(std::string_view text, std::vector<std::string>* out) {
 
 std::string ReadJobName(std::string_view text, std::string* out) {
   const bool fits = !text.empty() && text.size() <= 128 &&
-                    text.find_first_not_of("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-                                           "0123456789_.-") == std::string_view::npos;
+                    text.find_first_not_of(
+                        "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                        "0123456789_.-") == std::string_view::npos;
   if (!fits) return "must be 1 to 128 characters of A-Z a-z 0-9 _ . -";
   *out = std::string(text);
   return {};

@@ -13,7 +13,8 @@
 namespace everstep::launcher {
 
 // A decimal number within [low, high]; spaces around it are allowed, as Python's int() allows them.
-std::string ReadInteger(std::string_view text, std::int64_t low, std::int64_t high, std::int64_t* out);
+std::string ReadInteger(std::string_view text, std::int64_t low, std::int64_t high,
+                        std::int64_t* out);
 std::string ReadSeconds(std::string_view text, double* out);
 std::string ReadNodes(std::string_view text, std::uint32_t* min_nodes, std::uint32_t* max_nodes);
 std::string ReadWorkerCount(std::string_view text, WorkerCount* out);

@@ -19,8 +19,9 @@ std::string Dashed(std::string_view name) {
   return text;
 }
 
-std::string Error(std::string_view text) { return fmt::format("everstep-run: {}", text); }
-
+std::string Error(std::string_view text) {
+  return fmt::format("everstep-run: {}", text);
+}
 
 // What one word of the command line is, by argparse's rules.
 struct Word {
@@ -61,8 +62,8 @@ Word ClassifyLong(const std::string& word) {
   } else if (candidates.size() > 1) {
     std::vector<std::string_view> names;
     for (const FlagRow* row : candidates) names.push_back(row->name);
-    result.error = Error(fmt::format("{} could mean {}; write it in full", typed,
-                                     fmt::join(names, " or ")));
+    result.error =
+        Error(fmt::format("{} could mean {}; write it in full", typed, fmt::join(names, " or ")));
   } else if (word.find(' ') == std::string::npos) {
     result.error = Error(fmt::format("unknown flag {}{} (flags of the script go after the script)",
                                      typed, kSeeHelp));
@@ -80,8 +81,8 @@ Word ClassifyShort(const std::string& word) {
     return result;
   }
   if (!LooksLikeNegativeNumber(word) && word.find(' ') == std::string::npos) {
-    result.error = Error(fmt::format("unknown flag {}{} (flags of the script go after the script)",
-                                     word, kSeeHelp));
+    result.error = Error(
+        fmt::format("unknown flag {}{} (flags of the script go after the script)", word, kSeeHelp));
   }
   return result;
 }
@@ -154,12 +155,13 @@ class Parser {
         if (!Apply(*read.flag, "", read.flag->name)) return false;
         read = Classify("-" + *read.attached);
         if (!read.error.empty()) return Fail(read.error);
-        if (read.flag == nullptr) return Fail(Error(fmt::format("{} is not a flag{}", word, kSeeHelp)));
+        if (read.flag == nullptr)
+          return Fail(Error(fmt::format("{} is not a flag{}", word, kSeeHelp)));
       }
       if (!read.flag->takes_value) {
         if (read.attached) {
-          return Fail(Error(fmt::format("{} takes no value; leave out '={}'", read.flag->name,
-                                        *read.attached)));
+          return Fail(Error(
+              fmt::format("{} takes no value; leave out '={}'", read.flag->name, *read.attached)));
         }
         if (!Apply(*read.flag, "", read.flag->name)) return false;
         continue;
@@ -205,29 +207,23 @@ class Parser {
     std::int64_t number = 0;
     std::string wrong;
     switch (id) {
-      case FlagId::kNnodes:
-        return ReadNodes(value, &f.min_nodes, &f.max_nodes);
-      case FlagId::kNprocPerNode:
-        return ReadWorkerCount(value, &f.workers);
+      case FlagId::kNnodes: return ReadNodes(value, &f.min_nodes, &f.max_nodes);
+      case FlagId::kNprocPerNode: return ReadWorkerCount(value, &f.workers);
       case FlagId::kRdzvBackend:
         if (value != "static" && value != "c10d") {
-          return "only static and c10d are understood; the controller does what etcd does elsewhere, "
+          return "only static and c10d are understood; the controller does what etcd does "
+                 "elsewhere, "
                  "so use c10d";
         }
         f.rdzv_backend = value;
         return {};
-      case FlagId::kRdzvEndpoint:
-        f.rdzv_endpoint = value;
-        return {};
+      case FlagId::kRdzvEndpoint: f.rdzv_endpoint = value; return {};
       case FlagId::kRdzvId:
         if (value.empty()) return "must not be empty";
         f.rdzv_id = value;
         return {};
-      case FlagId::kRdzvConf:
-        return ReadConfig(value, &f.rdzv_conf);
-      case FlagId::kStandalone:
-        f.standalone = true;
-        return {};
+      case FlagId::kRdzvConf: return ReadConfig(value, &f.rdzv_conf);
+      case FlagId::kStandalone: f.standalone = true; return {};
       case FlagId::kMaxRestarts:
         wrong = ReadInteger(value, 0, kMaxRestartsLimit, &number);
         f.max_restarts = static_cast<std::int32_t>(number);
@@ -239,30 +235,15 @@ class Parser {
         return ReadSeconds(value, &f.monitor_interval_seconds);
       case FlagId::kStartMethod:
         return OneOf(value, {"spawn", "fork", "forkserver"}, &f.start_method);
-      case FlagId::kEventLogHandler:
-        f.event_log_handler = value;
-        return {};
-      case FlagId::kRole:
-        f.role = value;
-        return {};
-      case FlagId::kModule:
-        module_ = true;
-        return {};
-      case FlagId::kNoPython:
-        no_python_ = true;
-        return {};
-      case FlagId::kRunPath:
-        run_path_ = true;
-        return {};
-      case FlagId::kLogDir:
-        f.log_dir = value;
-        return {};
-      case FlagId::kRedirects:
-        return ReadStreams(value, &f.redirects);
-      case FlagId::kTee:
-        return ReadStreams(value, &f.tee);
-      case FlagId::kLocalRanksFilter:
-        return ReadRanks(value, &f.local_ranks_filter);
+      case FlagId::kEventLogHandler: f.event_log_handler = value; return {};
+      case FlagId::kRole: f.role = value; return {};
+      case FlagId::kModule: module_ = true; return {};
+      case FlagId::kNoPython: no_python_ = true; return {};
+      case FlagId::kRunPath: run_path_ = true; return {};
+      case FlagId::kLogDir: f.log_dir = value; return {};
+      case FlagId::kRedirects: return ReadStreams(value, &f.redirects);
+      case FlagId::kTee: return ReadStreams(value, &f.tee);
+      case FlagId::kLocalRanksFilter: return ReadRanks(value, &f.local_ranks_filter);
       case FlagId::kDuplicateStdoutFilters:
         f.duplicate_stdout_filters = ReadFilters(value);
         return {};
@@ -281,48 +262,31 @@ class Parser {
         wrong = ReadInteger(value, 0, 65535, &number);
         f.master_port = static_cast<std::uint16_t>(number);
         return wrong;
-      case FlagId::kLocalAddr:
-        f.local_addr = value;
-        return {};
+      case FlagId::kLocalAddr: f.local_addr = value; return {};
       case FlagId::kLogsSpecs:
-        return "plug-ins for logs are not supported; leave the flag out and use --log-dir, --tee and "
+        return "plug-ins for logs are not supported; leave the flag out and use --log-dir, --tee "
+               "and "
                "--redirects";
       case FlagId::kNumaBinding:
         return OneOf(value, {"node", "socket", "exclusive", "core-complex"}, &f.numa_binding);
-      case FlagId::kSignalsToHandle:
-        return ReadSignals(value, &f.signals_to_handle);
+      case FlagId::kSignalsToHandle: return ReadSignals(value, &f.signals_to_handle);
       case FlagId::kShutdownTimeout:
         wrong = ReadInteger(value, 0, 86400, &number);
         f.shutdown_timeout_seconds = static_cast<std::uint32_t>(number);
         shutdown_timeout_given_ = true;
         return wrong;
-      case FlagId::kVirtualLocalRank:
-        f.virtual_local_rank = true;
-        return {};
-      case FlagId::kController:
-        f.controller = value;
-        return {};
-      case FlagId::kStateDir:
-        f.state_dir = value;
-        return {};
-      case FlagId::kName:
-        return ReadJobName(value, &f.name);
+      case FlagId::kVirtualLocalRank: f.virtual_local_rank = true; return {};
+      case FlagId::kController: f.controller = value; return {};
+      case FlagId::kStateDir: f.state_dir = value; return {};
+      case FlagId::kName: return ReadJobName(value, &f.name);
       case FlagId::kSpares:
         wrong = ReadInteger(value, 0, kMaxNodes, &number);
         f.spares = static_cast<std::uint32_t>(number);
         return wrong;
-      case FlagId::kNoPreload:
-        f.preload = false;
-        return {};
-      case FlagId::kDryRun:
-        f.dry_run = true;
-        return {};
-      case FlagId::kHelp:
-        result_.kind = ParseKind::kHelp;
-        return {};
-      case FlagId::kVersion:
-        result_.kind = ParseKind::kVersion;
-        return {};
+      case FlagId::kNoPreload: f.preload = false; return {};
+      case FlagId::kDryRun: f.dry_run = true; return {};
+      case FlagId::kHelp: result_.kind = ParseKind::kHelp; return {};
+      case FlagId::kVersion: result_.kind = ParseKind::kVersion; return {};
     }
     return "is not known";
   }
@@ -356,8 +320,8 @@ class Parser {
       if (found != environment_.end()) {
         const std::string wrong = ReadInteger(found->second, 0, 86400, &number);
         if (!wrong.empty()) {
-          return Fail(Error(fmt::format("TORCH_ELASTIC_SHUTDOWN_TIMEOUT={}: {}; correct or unset it",
-                                        found->second, wrong)));
+          return Fail(Error(fmt::format(
+              "TORCH_ELASTIC_SHUTDOWN_TIMEOUT={}: {}; correct or unset it", found->second, wrong)));
         }
         f.shutdown_timeout_seconds = static_cast<std::uint32_t>(number);
       }
@@ -372,9 +336,10 @@ class Parser {
       }
     }
     if (f.standalone && f.max_nodes > 1) {
-      return Fail(Error(fmt::format("--standalone is one node and --nnodes asks for up to {}; leave one "
-                                    "of the two out",
-                                    f.max_nodes)));
+      return Fail(
+          Error(fmt::format("--standalone is one node and --nnodes asks for up to {}; leave one "
+                            "of the two out",
+                            f.max_nodes)));
     }
     if (f.rdzv_backend == "static" && f.max_nodes > 1 && f.node_rank >= f.max_nodes) {
       return Fail(Error(fmt::format("--node-rank={}: --nnodes={} makes {} the highest", f.node_rank,
@@ -388,12 +353,16 @@ class Parser {
     const LaunchFlags& f = result_.flags;
     if (f.node_rank != 0 && (f.rdzv_backend != "static" || f.standalone)) {
       result_.warnings.emplace_back(
-          "--node-rank has no effect without --rdzv-backend=static: nodes are numbered as they join");
+          "--node-rank has no effect without --rdzv-backend=static: nodes are numbered as they "
+          "join");
+    }
+    if (f.spares != 0 && f.standalone) {
+      result_.warnings.emplace_back("--spares has no effect with --standalone: there is one node");
     }
     if (f.event_log_handler != "null") {
-      result_.warnings.push_back(fmt::format(
-          "--event-log-handler={} has no effect: `everstep events` shows the events",
-          f.event_log_handler));
+      result_.warnings.push_back(
+          fmt::format("--event-log-handler={} has no effect: `everstep events` shows the events",
+                      f.event_log_handler));
     }
   }
 
@@ -441,23 +410,21 @@ std::string HelpText() {
 
 Resolved ResolveWorkers(const WorkerCount& wish, const MachineFacts& machine) {
   const auto missing = [](std::string_view what) {
-    return Resolved{0, fmt::format("everstep-run: --nproc-per-node={} but this machine shows no {}; "
-                                   "check the driver, or give a number",
-                                   what, what)};
+    return Resolved{0,
+                    fmt::format("everstep-run: --nproc-per-node={} but this machine shows no {}; "
+                                "check the driver, or give a number",
+                                what, what)};
   };
   switch (wish.kind) {
-    case WorkerCountKind::kNumber:
-      return {wish.number, {}};
-    case WorkerCountKind::kCpu:
-      return {machine.cpus, {}};
+    case WorkerCountKind::kNumber: return {wish.number, {}};
+    case WorkerCountKind::kCpu: return {machine.cpus, {}};
     case WorkerCountKind::kGpu:
       if (machine.gpus == 0) return missing("gpu");
       return {machine.gpus, {}};
     case WorkerCountKind::kXpu:
       if (machine.xpus == 0) return missing("xpu");
       return {machine.xpus, {}};
-    case WorkerCountKind::kAuto:
-      break;
+    case WorkerCountKind::kAuto: break;
   }
   if (machine.gpus > 0) return {machine.gpus, {}};
   if (machine.xpus > 0) return {machine.xpus, {}};

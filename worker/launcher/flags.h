@@ -1,10 +1,11 @@
 // The command line of everstep-run: torchrun's, flag for flag, and our own beside it.
 //
-// Pure: the command line and the environment come in as values, a LaunchFlags or one sentence of error
-// goes out. Nothing is read from the machine (how many CPUs, which host) and nothing is printed; that is
-// for the caller. Follows argparse where torchrun's users rely on it: `--nproc-per-node` and
-// `--nproc_per_node`, `--flag value` and `--flag=value`, unique abbreviations, `-r3`, PET_* defaults,
-// and everything after the script belongs to the script.
+// Pure: the command line and the environment come in as values, a LaunchFlags or one sentence of
+// error goes out. Nothing is read from the machine (how many CPUs, which host) and nothing is
+// printed; that is for the caller. Follows argparse where torchrun's users rely on it:
+// `--nproc-per-node` and
+// `--nproc_per_node`, `--flag value` and `--flag=value`, unique abbreviations, `-r3`, PET_*
+// defaults, and everything after the script belongs to the script.
 //
 // Thread-safe: no state. Reference: docs/reference/flags.md.
 #pragma once
@@ -63,7 +64,7 @@ struct LaunchFlags {
   std::map<std::string, std::string> rdzv_conf;
   bool standalone = false;
   std::int32_t max_restarts = 0;
-  bool max_restarts_given = false;  // by flag or PET_MAX_RESTARTS
+  bool max_restarts_given = false;        // by flag or PET_MAX_RESTARTS
   double monitor_interval_seconds = 0.1;  // accepted; exits are events here, nothing polls
   std::string start_method = "spawn";     // accepted; workers are programs, not functions
   std::string event_log_handler = "null";
@@ -92,7 +93,7 @@ struct LaunchFlags {
   std::string state_dir;   // --state-dir; empty: a directory of this run, see state.h
   std::string name;        // --name; empty: made from rdzv_id or the script
   std::uint32_t spares = 0;
-  bool preload = true;     // --no-preload: workers start cold
+  bool preload = true;  // --no-preload: workers start cold
   bool dry_run = false;
 };
 

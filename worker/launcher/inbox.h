@@ -1,7 +1,8 @@
-// What other threads have for the main one: the newest status of the job, lines of remote workers, and the
-// news that the controller is out of reach. A descriptor tells poll().
+// What other threads have for the main one: the newest status of the job, lines of remote workers,
+// and the news that the controller is out of reach. A descriptor tells poll().
 //
-// Thread-safe. Statuses overwrite each other (each is whole); lines are bounded, their writer waits.
+// Thread-safe. Statuses overwrite each other (each is whole); lines are bounded, their writer
+// waits.
 #pragma once
 
 #include <sys/eventfd.h>

@@ -11,7 +11,8 @@
 namespace everstep::launcher {
 namespace {
 
-std::uint32_t ConfigMilliseconds(const LaunchFlags& flags, const char* key, std::uint32_t fallback) {
+std::uint32_t ConfigMilliseconds(const LaunchFlags& flags, const char* key,
+                                 std::uint32_t fallback) {
   const auto found = flags.rdzv_conf.find(key);
   double seconds = 0;
   if (found == flags.rdzv_conf.end() || !ReadSeconds(found->second, &seconds).empty()) {
@@ -63,7 +64,8 @@ std::string MakeJobSpec(const LaunchFlags& flags, const SubmitterFacts& facts, v
   for (const auto& [key, value] : facts.environment) bytes += key.size() + value.size() + 2;
   if (bytes > kMaxEnvironmentBytes) {
     return fmt::format(
-        "everstep-run: the environment has {} bytes, a job carries at most {}; unset large variables",
+        "everstep-run: the environment has {} bytes, a job carries at most {}; unset large "
+        "variables",
         bytes, kMaxEnvironmentBytes);
   }
   *spec = {};
@@ -76,8 +78,8 @@ std::string MakeJobSpec(const LaunchFlags& flags, const SubmitterFacts& facts, v
   spec->set_strict_restarts(flags.max_restarts_given && flags.max_restarts == 0);
   spec->set_join_timeout_ms(ConfigMilliseconds(flags, "join_timeout", kDefaultJoinTimeoutMs));
   spec->set_last_call_ms(ConfigMilliseconds(flags, "last_call_timeout", kDefaultLastCallMs));
-  // A port the user chose is where scripts of other programs may look. With more nodes the controller stands
-  // there: it is the one port that all of them know.
+  // A port the user chose is where scripts of other programs may look. With more nodes the
+  // controller stands there: it is the one port that all of them know.
   const bool chosen = flags.rdzv_backend == "static" && !flags.standalone && flags.max_nodes == 1;
   spec->set_master_port(chosen ? flags.master_port.value_or(0) : 0);
   spec->set_submitted_ns(facts.now_ns);
@@ -88,7 +90,8 @@ std::string MakeJobSpec(const LaunchFlags& flags, const SubmitterFacts& facts, v
   command->set_target(flags.script);
   for (const std::string& arg : flags.script_args) command->add_args(arg);
   for (const auto& [key, value] : facts.environment) (*command->mutable_env())[key] = value;
-  if (facts.workers > 1) {  // torchrun's choice; made here, so that fork servers import torch with it
+  if (facts.workers >
+      1) {  // torchrun's choice; made here, so that fork servers import torch with it
     command->mutable_env()->insert({"OMP_NUM_THREADS", "1"});
   }
   command->set_cwd(facts.cwd);

@@ -1,4 +1,5 @@
-// From a command line to the job that is handed to a controller. Pure but for the facts it is given.
+// From a command line to the job that is handed to a controller. Pure but for the facts it is
+// given.
 #pragma once
 
 #include <cstdint>
@@ -13,11 +14,11 @@ namespace everstep::launcher {
 struct SubmitterFacts {
   Environment environment;  // goes to the workers
   std::string cwd;
-  std::string python;       // absolute; empty only for kProgram
+  std::string python;  // absolute; empty only for kProgram
   std::uint32_t umask = 022;
-  std::uint32_t workers = 1;    // per node, as ResolveWorkers says
-  bool terminal = false;        // stdout is one: workers' output is line-buffered
-  std::string random;           // 6 hexadecimal digits, makes a name unique
+  std::uint32_t workers = 1;  // per node, as ResolveWorkers says
+  bool terminal = false;      // stdout is one: workers' output is line-buffered
+  std::string random;         // 6 hexadecimal digits, makes a name unique
   std::int64_t now_ns = 0;
 };
 
@@ -26,9 +27,11 @@ inline constexpr std::uint32_t kDefaultJoinTimeoutMs = 600 * 1000;  // torchrun'
 inline constexpr std::uint32_t kDefaultLastCallMs = 1000;
 // Once every rank told the store its address, a process group forms in milliseconds or not at all.
 inline constexpr std::uint32_t kStartTimeoutMs = 5000;
-inline constexpr std::uint32_t kRestartGraceMs = 500;  // a peer is dead: the others lose nothing more
+inline constexpr std::uint32_t kRestartGraceMs =
+    500;  // a peer is dead: the others lose nothing more
 
-// --name, else --rdzv-id when one was given, else the script's stem and `random`; always a good job name.
+// --name, else --rdzv-id when one was given, else the script's stem and `random`; always a good job
+// name.
 std::string JobName(const LaunchFlags& flags, const std::string& random);
 
 // *spec is written whole. Not empty: the error, in the launcher's form.

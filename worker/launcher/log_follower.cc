@@ -17,12 +17,12 @@ namespace everstep::launcher {
 struct LogFollower::File {
   std::string path;
   std::int32_t local_rank = 0;
-  bool tee = false;     // false: bytes pass as they are
-  std::string prefix;   // made with the first line
+  bool tee = false;      // false: bytes pass as they are
+  std::string prefix;    // made with the first line
   std::string filtered;  // file for the lines that a filter picks; empty: none
   bool from_stderr = false;
   int descriptor = -1;
-  std::string line;     // unfinished, prefix mode only
+  std::string line;  // unfinished, prefix mode only
 };
 
 LogFollower::LogFollower(FollowOptions options, Sink sink)
@@ -46,8 +46,7 @@ void LogFollower::FindAttempts() {
     if (name.rfind(kPrefix, 0) != 0) continue;
     std::uint64_t attempt = 0;
     const char* end = name.data() + name.size();
-    const std::from_chars_result read =
-        std::from_chars(name.data() + kPrefix.size(), end, attempt);
+    const std::from_chars_result read = std::from_chars(name.data() + kPrefix.size(), end, attempt);
     if (read.ec != std::errc() || read.ptr != end) continue;
     if (!any_ || attempt > newest_) found.push_back(attempt);
   }
@@ -107,12 +106,11 @@ void LogFollower::ShowLine(File* file, std::string_view line, std::string* lines
   *lines += whole;
   if (file->filtered.empty()) return;
   const auto& filters = file->from_stderr ? options_.stderr_filters : options_.stdout_filters;
-  const bool picked = std::any_of(filters.begin(), filters.end(), [line](const std::string& needle) {
-    return line.find(needle) != std::string_view::npos;
-  });
+  const bool picked = std::any_of(
+      filters.begin(), filters.end(),
+      [line](const std::string& needle) { return line.find(needle) != std::string_view::npos; });
   if (!picked) return;
-  const int out =
-      ::open(file->filtered.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
+  const int out = ::open(file->filtered.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644);
   if (out < 0) return;  // a full disk must not end the console
   [[maybe_unused]] const ssize_t written = ::write(out, whole.data(), whole.size());
   ::close(out);

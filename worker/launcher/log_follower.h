@@ -2,13 +2,13 @@
 //
 //   DIR/attempt_G/LOCAL_RANK/{stdout.log,stderr.log}
 //
-// generation after generation, and hands new bytes to a sink. A generation's directory is made after the
-// workers of the one before were reaped, so its appearance says that older files are complete: they are
-// read to their end, then closed.
+// generation after generation, and hands new bytes to a sink. A generation's directory is made
+// after the workers of the one before were reaped, so its appearance says that older files are
+// complete: they are read to their end, then closed.
 //
 // One thread. Poll never blocks; the owner calls it again soon (20 ms) while it returns 0, at once
-// otherwise. Files and directories that are not there yet are no error. Bounded: kMaxReadPerPoll bytes
-// of each file per Poll, kMaxLine bytes of an unfinished line.
+// otherwise. Files and directories that are not there yet are no error. Bounded: kMaxReadPerPoll
+// bytes of each file per Poll, kMaxLine bytes of an unfinished line.
 #pragma once
 
 #include <cstddef>
@@ -29,15 +29,17 @@ inline constexpr std::size_t kMaxLine = 64 * 1024;
 
 struct FollowOptions {
   std::string dir;
-  std::uint32_t workers = 1;                     // local ranks 0 .. workers-1
-  StreamSpec redirects;                          // these streams go to files only
-  StreamSpec tee;                                // these are shown with a prefix, whatever `redirects` says
+  std::uint32_t workers = 1;  // local ranks 0 .. workers-1
+  StreamSpec redirects;       // these streams go to files only
+  StreamSpec tee;             // these are shown with a prefix, whatever `redirects` says
   std::vector<std::int32_t> local_ranks_filter;  // empty: all
   std::string role = "default";                  // of the prefix "[default0]:"
-  // TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE: ${role_name}, ${local_rank}, ${rank}; empty: "[ROLE LOCAL_RANK]:".
+  // TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE: ${role_name}, ${local_rank}, ${rank}; empty: "[ROLE
+  // LOCAL_RANK]:".
   std::string prefix_template;
   std::function<std::int32_t(std::int32_t local_rank)> rank_of;  // null: the ranks are equal
-  // --duplicate-stdout-filters: lines of tee'd streams with one of these go to attempt_G/filtered_stdout.log, too.
+  // --duplicate-stdout-filters: lines of tee'd streams with one of these go to
+  // attempt_G/filtered_stdout.log, too.
   std::vector<std::string> stdout_filters;
   std::vector<std::string> stderr_filters;
 };

@@ -2,6 +2,7 @@
 
 #include <sched.h>
 #include <sys/random.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +13,8 @@
 #include <vector>
 
 #include <fmt/format.h>
+
+#include "proto/base/clock.h"
 
 extern char** environ;
 
@@ -122,6 +125,28 @@ std::string FindPython(const Environment& environment, const std::string& comman
       "everstep-run: no Python interpreter: PYTHON_EXEC and VIRTUAL_ENV are unset or empty, none "
       "beside {}, no python3 in PATH; activate an environment or set PYTHON_EXEC",
       command);
+  return {};
+}
+
+std::string GatherFacts(const LaunchFlags& flags, const Environment& environment,
+                        const std::string& command, SubmitterFacts* facts) {
+  facts->environment = environment;
+  std::error_code error;
+  facts->cwd = std::filesystem::current_path(error).string();
+  if (error) return "everstep-run: the working directory is gone; change to one that exists";
+  if (flags.script_kind != ScriptKind::kProgram) {
+    std::string wrong;
+    facts->python = FindPython(environment, command, &wrong);
+    if (facts->python.empty()) return wrong;
+  }
+  const Resolved workers = ResolveWorkers(flags.workers, ProbeMachine(environment));
+  if (!workers.error.empty()) return workers.error;
+  facts->workers = workers.workers;
+  facts->umask = ::umask(022);
+  ::umask(static_cast<mode_t>(facts->umask));
+  facts->terminal = ::isatty(STDOUT_FILENO) != 0;
+  facts->random = RandomHex(6);
+  facts->now_ns = RealClock().Now().ns;
   return {};
 }
 

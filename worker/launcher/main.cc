@@ -23,7 +23,9 @@ int main(int argc, char** argv) {
       ParseFlags(std::vector<std::string>(argv + 1, argv + argc), request.environment);
   switch (parsed.kind) {
     case ParseKind::kHelp: fmt::print("{}", HelpText()); return kExitSucceeded;
-    case ParseKind::kVersion: fmt::print("everstep {}\n", everstep::kVersion); return kExitSucceeded;
+    case ParseKind::kVersion:
+      fmt::print("everstep {}\n", everstep::kVersion);
+      return kExitSucceeded;
     case ParseKind::kError: fmt::print(stderr, "{}\n", parsed.error); return kExitUsage;
     case ParseKind::kRun: break;
   }
@@ -34,7 +36,6 @@ int main(int argc, char** argv) {
   request.command = CommandPath(argv[0], request.environment);
   std::error_code error;
   // Links are followed here: the other programs lie where the file itself lies.
-  request.programs =
-      std::filesystem::read_symlink("/proc/self/exe", error).parent_path().string();
+  request.programs = std::filesystem::read_symlink("/proc/self/exe", error).parent_path().string();
   return Run(request);
 }

@@ -11,7 +11,9 @@ constexpr char kEndpointLabel[] = "endpoint";  // on the node that brought the f
 
 }  // namespace
 
-std::string Meeting::Open() { return ports_.Open(options_.address); }
+std::string Meeting::Open() {
+  return ports_.Open(options_.address);
+}
 
 std::map<std::string, std::string> Meeting::Labels() const {
   std::map<std::string, std::string> labels = {{kBeaconLabel, ports_.beacon()},
@@ -44,7 +46,8 @@ void Meeting::Start() {
 std::optional<std::string> Meeting::OnStatus(const v1::JobStatus& status,
                                              const std::string& controller) {
   v1::StoreSnapshot snapshot;
-  if (status.snapshot().empty() || !snapshot.ParseFromString(status.snapshot())) return std::nullopt;
+  if (status.snapshot().empty() || !snapshot.ParseFromString(status.snapshot()))
+    return std::nullopt;
   snapshot_ = status.snapshot();
   std::string host;
   for (const v1::NodeRecord& node : snapshot.nodes()) {

@@ -1,5 +1,5 @@
-// A launcher's part among the launchers of one job: what it tells the others of itself, whom it knows, and the newest
-// records of the controller, from which it can bring a successor.
+// A launcher's part among the launchers of one job: what it tells the others of itself, whom it
+// knows, and the newest records of the controller, from which it can bring a successor.
 //
 // One owner thread, but for the watch inside.
 #pragma once
@@ -20,9 +20,9 @@ class Meeting {
  public:
   struct Options {
     std::string node;
-    std::string address;      // of this node, for the others
-    std::string endpoint;     // host:port of the first controller
-    bool host = false;        // it is brought here
+    std::string address;         // of this node, for the others
+    std::string endpoint;        // host:port of the first controller
+    bool host = false;           // it is brought here
     std::function<void()> wake;  // from any thread: TakeNews has something
   };
   explicit Meeting(Options options) : options_(std::move(options)) {}
@@ -34,18 +34,19 @@ class Meeting {
   // The job is known: from now on the others are watched.
   void Start();
 
-  // A status came from the controller at `controller`. The list of addresses ("host:port,...") at which one may be
-  // found, when it is another than before.
+  // A status came from the controller at `controller`. The list of addresses ("host:port,...") at
+  // which one may be found, when it is another than before.
   std::optional<std::string> OnStatus(const v1::JobStatus& status, const std::string& controller);
   void SetFollowed(bool followed);
 
   struct News {
-    std::string say;             // for the person; empty: nothing
+    std::string say;                  // for the person; empty: nothing
     std::optional<Ruling> take_over;  // this launcher is to start a controller
   };
   News TakeNews();
 
-  // Where a controller of this launcher stands, and the records it starts from. The port is free from now on.
+  // Where a controller of this launcher stands, and the records it starts from. The port is free
+  // from now on.
   std::string ReleaseControllerAddress();
   const std::string& snapshot() const { return snapshot_; }
 

@@ -133,6 +133,15 @@ void Process::Signal(int signal) {
   if (running()) ::kill(pid_, signal);  // not reaped yet, so the number is still ours
 }
 
+bool Process::stopped() const {
+  if (!running()) return false;
+  std::ifstream in(fmt::format("/proc/{}/stat", pid_));
+  std::string text;
+  std::getline(in, text);
+  const std::size_t end = text.rfind(')');  // a name may hold anything
+  return end != std::string::npos && end + 2 < text.size() && text[end + 2] == 'T';
+}
+
 std::optional<int> Process::Reap() {
   int status = 0;
   if (!running() || ::waitpid(pid_, &status, WNOHANG) != pid_) return std::nullopt;

@@ -1,7 +1,6 @@
 #include "worker/launcher/run.h"
 
 #include <poll.h>
-#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,7 +16,6 @@
 
 #include <fmt/format.h>
 
-#include "proto/base/clock.h"
 #include "worker/launcher/admin_client.h"
 #include "worker/launcher/brought.h"
 #include "worker/launcher/console.h"
@@ -39,10 +37,10 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
-constexpr milliseconds kLogPoll{20};       // how late a worker's line may show
+constexpr milliseconds kLogPoll{20};  // how late a worker's line may show
 constexpr milliseconds kIdlePoll{200};
 constexpr milliseconds kSubmitLimit{20'000};
-constexpr milliseconds kReachLimit{5'000};  // a standing controller may be starting again
+constexpr milliseconds kReachLimit{5'000};    // a standing controller may be starting again
 constexpr milliseconds kForeignLimit{3'000};  // a controller that has just started answers by then
 constexpr milliseconds kCancelLimit{2'000};
 constexpr milliseconds kCancelSlack{10'000};  // beyond the workers' own grace
@@ -62,9 +60,10 @@ class Runner {
         flags_(request.flags),
         console_(::isatty(STDERR_FILENO) != 0),
         signals_(flags_.signals_to_handle) {
-    place_ = !flags_.controller.empty() && !flags_.standalone ? Place::kCluster
-             : flags_.max_nodes > 1 || flags_.spares > 0      ? Place::kNodes
-                                                              : Place::kAlone;
+    place_ = flags_.standalone                           ? Place::kAlone
+             : !flags_.controller.empty()                ? Place::kCluster
+             : flags_.max_nodes > 1 || flags_.spares > 0 ? Place::kNodes
+                                                         : Place::kAlone;
   }
 
   int Run() {
@@ -94,30 +93,17 @@ class Runner {
   // The job as it will be handed in. Looks at the machine, starts nothing.
   std::string Describe() {
     SubmitterFacts facts;
-    facts.environment = request_.environment;
-    std::error_code error;
-    facts.cwd = std::filesystem::current_path(error).string();
-    if (error) return "everstep-run: the working directory is gone; change to one that exists";
-    std::string wrong;
-    // A program needs an interpreter too: the rendezvous store is PyTorch's.
-    facts.python = FindPython(request_.environment, request_.command, &wrong);
-    if (facts.python.empty() && flags_.script_kind != ScriptKind::kProgram) return wrong;
+    std::string wrong = GatherFacts(flags_, request_.environment, request_.command, &facts);
+    if (!wrong.empty()) return wrong;
     const bool file =
         flags_.script_kind == ScriptKind::kPython || flags_.script_kind == ScriptKind::kRunPath;
+    std::error_code error;
     if (file && place_ != Place::kCluster && !std::filesystem::exists(flags_.script, error)) {
       return fmt::format(
           "everstep-run: there is no script {} in {}; correct the path, or use -m for a module and "
           "--no-python for a program",
           flags_.script, facts.cwd);
     }
-    const Resolved workers = ResolveWorkers(flags_.workers, ProbeMachine(request_.environment));
-    if (!workers.error.empty()) return workers.error;
-    facts.workers = workers.workers;
-    facts.umask = ::umask(022);
-    ::umask(static_cast<mode_t>(facts.umask));
-    facts.terminal = ::isatty(STDOUT_FILENO) != 0;
-    facts.random = RandomHex(6);
-    facts.now_ns = RealClock().Now().ns;
     random_ = facts.random;
     return MakeJobSpec(flags_, facts, &spec_);
   }
@@ -161,7 +147,8 @@ class Runner {
     const bool foreign = !endpoint.here && Taken(endpoint);
     if (endpoint.here) {
       if (!endpoint.loopback) {
-        console_.Say(fmt::format("the controller listens on {}; its channel is not encrypted", address));
+        console_.Say(
+            fmt::format("the controller listens on {}; its channel is not encrypted", address));
       }
       const std::string wrong = brought_->StartController({.listen = address});
       if (!wrong.empty() && !(brought_->controller_address_taken() && place_ == Place::kNodes)) {
@@ -185,7 +172,8 @@ class Runner {
       if (std::string wrong = meeting_->Open(); !wrong.empty()) return Fail(wrong);
       labels = meeting_->Labels();
     }
-    if (std::string wrong = brought_->StartAgent(address, labels); !wrong.empty()) return Fail(wrong);
+    if (std::string wrong = brought_->StartAgent(address, labels); !wrong.empty())
+      return Fail(wrong);
     return endpoint.here ? Submit() : Join(address);
   }
 
@@ -200,21 +188,22 @@ class Runner {
   }
 
   std::string Submit() {
-    const CallResult result = client_->Submit(
-        spec_, &job_, place_ == Place::kCluster ? kReachLimit : kSubmitLimit);
+    const CallResult result =
+        client_->Submit(spec_, &job_, place_ == Place::kCluster ? kReachLimit : kSubmitLimit);
     if (result.ok()) return {};
     if (result.kind == CallResult::Kind::kUnreachable) {
-      return Fail(fmt::format("the controller {} does not answer: {}; is it running?",
-                              place_ == Place::kCluster ? flags_.controller
-                                                        : brought_->controller_address(),
-                              result.message));
+      return Fail(fmt::format(
+          "the controller {} does not answer: {}; is it running?",
+          place_ == Place::kCluster ? flags_.controller : brought_->controller_address(),
+          result.message));
     }
     return Fail(fmt::format("the job was refused: {}", result.message));
   }
 
   // Another launcher brings the controller and hands the job in: waits for both.
   std::string Join(const std::string& address) {
-    const auto deadline = steady_clock::now() + milliseconds(std::max(spec_.join_timeout_ms(), 1000U));
+    const auto deadline =
+        steady_clock::now() + milliseconds(std::max(spec_.join_timeout_ms(), 1000U));
     bool said = false;
     while (steady_clock::now() < deadline) {
       v1::JobList jobs;
@@ -231,10 +220,12 @@ class Runner {
       if (signals_.Take()) return Fail("stopped by a signal before the job was found");
       if (std::string wrong = brought_->Tend(); !wrong.empty()) return Fail(wrong);
     }
-    Refuse(fmt::format("everstep-run: no job at {} within {} s; start the launcher of that machine, or raise "
-                       "join_timeout in --rdzv-conf",
-                       address, spec_.join_timeout_ms() / 1000),
-           kExitCapacity);
+    Refuse(
+        fmt::format(
+            "everstep-run: no job at {} within {} s; start the launcher of that machine, or raise "
+            "join_timeout in --rdzv-conf",
+            address, spec_.join_timeout_ms() / 1000),
+        kExitCapacity);
     return "no job";
   }
 
@@ -254,7 +245,8 @@ class Runner {
     follow.stderr_filters = flags_.duplicate_stderr_filters;
     const auto prefix = request_.environment.find("TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE");
     if (prefix != request_.environment.end()) follow.prefix_template = prefix->second;
-    if (place_ == Place::kNodes) follow.rank_of = [this](std::int32_t local) { return RankOf(local); };
+    if (place_ == Place::kNodes)
+      follow.rank_of = [this](std::int32_t local) { return RankOf(local); };
     if (place_ == Place::kCluster) {
       client_->Tail(job_, [this](const v1::JobLogLines& lines) { inbox_.PutLines(lines); });
     } else {
@@ -262,9 +254,8 @@ class Runner {
       follow.dir = command.log_dir().empty()
                        ? fmt::format("{}/jobs/{}", state_.node_dir(), job_)
                        : fmt::format("{}/{}_{}", command.log_dir(), job_, state_.node());
-      logs_ = std::make_unique<LogFollower>(follow, [this](bool err, std::string_view bytes) {
-        console_.Worker(err, bytes);
-      });
+      logs_ = std::make_unique<LogFollower>(
+          follow, [this](bool err, std::string_view bytes) { console_.Worker(err, bytes); });
     }
     while (!over_) {
       std::vector<pollfd> polled = {{signals_.descriptor(), POLLIN, 0},
@@ -302,7 +293,9 @@ class Runner {
   }
 
   void OnInbox(Inbox::Content content) {
-    for (const v1::JobLogLines& lines : content.lines) ShowLines(lines);
+    for (const v1::JobLogLines& lines : content.lines) {
+      console_.Worker(lines.from_stderr(), ShownLines(flags_, spec_.nproc_per_node(), lines));
+    }
     if (!content.lost.empty() && !lost_since_) {
       lost_since_ = steady_clock::now();
       if (meeting_ != nullptr) meeting_->SetFollowed(false);
@@ -322,6 +315,21 @@ class Runner {
     for (const std::string& line : story_.News(newest_)) console_.Say(line);
     console_.SetLive(LiveLine(newest_));
     over_ = over_ || IsTerminal(newest_);
+    CheckWorkers();
+  }
+
+  // torchrun lets nodes differ; here all nodes of a job are alike.
+  void CheckWorkers() {
+    if (place_ != Place::kNodes || over_ || newest_.nodes() == 0 || newest_.world_size() == 0)
+      return;
+    const std::uint32_t workers = newest_.world_size() / newest_.nodes();
+    if (workers == spec_.nproc_per_node()) return;
+    console_.Say(fmt::format(
+        "--nproc-per-node is {} here and {} on the node that handed the job in; give all "
+        "nodes the same",
+        spec_.nproc_per_node(), workers));
+    left_ = true;
+    over_ = true;
   }
 
   // The controller died with its machine, and it is this launcher's turn.
@@ -338,27 +346,6 @@ class Runner {
           {.listen = address, .snapshot = file, .known_dead = news.take_over->dead});
     }
     if (!wrong.empty()) console_.Say(wrong);
-  }
-
-  void ShowLines(const v1::JobLogLines& lines) {
-    const std::int32_t local = lines.rank() % static_cast<std::int32_t>(spec_.nproc_per_node());
-    const auto& filter = flags_.local_ranks_filter;
-    if (!filter.empty() && std::find(filter.begin(), filter.end(), local) == filter.end()) return;
-    const std::uint8_t bit = lines.from_stderr() ? kStreamErr : kStreamOut;
-    const bool tee = (flags_.tee.For(local) & bit) != 0;
-    if (!tee && (flags_.redirects.For(local) & bit) != 0) return;
-    if (!tee) {
-      console_.Worker(lines.from_stderr(), lines.data());
-      return;
-    }
-    std::string text;
-    std::string_view rest = lines.data();
-    while (!rest.empty()) {
-      const std::size_t end = std::min(rest.find('\n'), rest.size() - 1);
-      text += fmt::format("[{}{}]:{}", flags_.role, lines.rank(), rest.substr(0, end + 1));
-      rest.remove_prefix(end + 1);
-    }
-    console_.Worker(lines.from_stderr(), text);
   }
 
   void OnSignal(int signal) {
@@ -378,8 +365,8 @@ class Runner {
     cancelled_ = true;
     console_.Say(fmt::format("{}: stopping the workers, at most {} s; once more stops them at once",
                              SignalLabel(signal), flags_.shutdown_timeout_seconds));
-    cancel_deadline_ = steady_clock::now() + milliseconds(flags_.shutdown_timeout_seconds * 1000) +
-                       kCancelSlack;
+    cancel_deadline_ =
+        steady_clock::now() + milliseconds(flags_.shutdown_timeout_seconds * 1000) + kCancelSlack;
     const CallResult result = client_->Cancel(job_, SignalLabel(signal), kCancelLimit);
     if (result.ok()) return;
     console_.Say(fmt::format("the controller does not take the cancel ({})", result.message));
@@ -399,9 +386,10 @@ class Runner {
     while (steady_clock::now() < deadline) {
       v1::ClusterStatus status;
       if (!client_->Status(&status, kCancelLimit).ok()) return;
-      const bool others = std::any_of(status.nodes().begin(), status.nodes().end(), [this](const auto& node) {
-        return node.node() != state_.node() && node.state() == "ALIVE";
-      });
+      const bool others =
+          std::any_of(status.nodes().begin(), status.nodes().end(), [this](const auto& node) {
+            return node.node() != state_.node() && node.state() == "ALIVE";
+          });
       if (!others || signals_.Take()) return;
       std::this_thread::sleep_for(kLogPoll);
     }
@@ -422,7 +410,9 @@ class Runner {
 
   int Finish() {
     const bool known = IsTerminal(newest_);
-    if (brought_ != nullptr && !brought_->StopNode(/*orderly=*/!forced_) && !forced_) {
+    using How = Brought::How;
+    const How how = forced_ ? How::kAtOnce : known ? How::kIdle : How::kInOrder;
+    if (brought_ != nullptr && !brought_->StopNode(how) && !forced_) {
       console_.Say("the agent did not end in time and was killed");
     }
     if (logs_ != nullptr) logs_->Finish();
@@ -430,7 +420,7 @@ class Runner {
     inbox_.Close();
     client_->EndFollow();
     if (known && meeting_ != nullptr && brought_->has_controller() && !forced_) AwaitOthers();
-    if (brought_ != nullptr) brought_->StopController(/*orderly=*/!forced_);
+    if (brought_ != nullptr) brought_->StopController(how);
     int code = kExitFailed;
     std::string log_dir;
     if (known) {
@@ -479,6 +469,8 @@ class Runner {
 
 }  // namespace
 
-int Run(const RunRequest& request) { return Runner(request).Run(); }
+int Run(const RunRequest& request) {
+  return Runner(request).Run();
+}
 
 }  // namespace everstep::launcher

@@ -15,7 +15,8 @@ struct RunRequest {
 };
 
 // Blocks until the run is over, whatever happens to it; see exit_codes.h. Handles the signals of
-// --signals-to-handle meanwhile. Called once, on the main thread, before any other thread was started.
+// --signals-to-handle meanwhile. Called once, on the main thread, before any other thread was
+// started.
 int Run(const RunRequest& request);
 
 }  // namespace everstep::launcher

@@ -1,5 +1,5 @@
-// The signals of --signals-to-handle as a descriptor. Blocks them in this thread and in those it starts, so it
-// is made before any other thread.
+// The signals of --signals-to-handle as a descriptor. Blocks them in this thread and in those it
+// starts, so it is made before any other thread.
 #pragma once
 
 #include <optional>

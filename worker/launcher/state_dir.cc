@@ -42,13 +42,15 @@ std::string StateDir::Open(const std::string& wanted, const std::string& node,
   const std::string socket = node_dir() + "/keeper.sock";
   if (socket.size() > kMaxSocketPath) {
     return fmt::format(
-        "everstep-run: the socket {} has {} bytes, a unix socket takes {}; name a shorter directory with "
+        "everstep-run: the socket {} has {} bytes, a unix socket takes {}; name a shorter "
+        "directory with "
         "--state-dir",
         socket, socket.size(), kMaxSocketPath);
   }
   const auto refused = [this](const char* what, const std::string& why) {
     return fmt::format(
-        "everstep-run: cannot {} the state directory {}: {}; name one that can be written with --state-dir",
+        "everstep-run: cannot {} the state directory {}: {}; name one that can be written with "
+        "--state-dir",
         what, path_, why);
   };
   fs::create_directories(path_, error);
@@ -58,13 +60,15 @@ std::string StateDir::Open(const std::string& wanted, const std::string& node,
   if (lock_ < 0) return refused("write", std::strerror(errno));
   if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
     return fmt::format(
-        "everstep-run: the state directory {} is in use by another run; give each its own --state-dir",
+        "everstep-run: the state directory {} is in use by another run; give each its own "
+        "--state-dir",
         path_);
   }
   const bool marked = fs::exists(path_ + "/run", error);
   if (!marked && fs::exists(controller(), error)) {
     return fmt::format(
-        "everstep-run: {} is the state directory of a cluster; name another with --state-dir, or run on "
+        "everstep-run: {} is the state directory of a cluster; name another with --state-dir, or "
+        "run on "
         "that cluster with --controller",
         path_);
   }
@@ -86,8 +90,8 @@ void StateDir::CleanButLogs() {
   if (!opened_) return;
   std::error_code error;
   fs::remove_all(controller() + "/db", error);
-  for (const char* name : {"keeper.sock", "keeper.sock.lock", "agent.pid", "keeper.pid", "controller",
-                           "command", "python"}) {
+  for (const char* name : {"keeper.sock", "keeper.sock.lock", "agent.pid", "keeper.pid",
+                           "controller", "command", "python"}) {
     fs::remove_all(node_dir() + "/" + name, error);
   }
   for (const char* name : {"address", "pid"}) fs::remove(controller() + "/" + name, error);

@@ -1,9 +1,10 @@
-// The directory of one run: its controller's store, its node, the workers' logs. One launcher at a time.
+// The directory of one run: its controller's store, its node, the workers' logs. One launcher at a
+// time.
 //
 //   STATE/{run,lock}  controller/  nodes/NAME/
 //
-// Not thread-safe. `run` marks a directory as a launcher's own: what an earlier run left in it may be
-// cleared; a cluster's directory, which has no such mark, is refused.
+// Not thread-safe. `run` marks a directory as a launcher's own: what an earlier run left in it may
+// be cleared; a cluster's directory, which has no such mark, is refused.
 #pragma once
 
 #include <string>
@@ -19,8 +20,8 @@ class StateDir {
   StateDir(const StateDir&) = delete;
   StateDir& operator=(const StateDir&) = delete;
 
-  // `wanted` empty: a new directory below $TMPDIR (or /tmp) that Remove may take away. Else that one, made
-  // if need be. Empty on success, else the error in the launcher's form.
+  // `wanted` empty: a new directory below $TMPDIR (or /tmp) that Remove may take away. Else that
+  // one, made if need be. Empty on success, else the error in the launcher's form.
   std::string Open(const std::string& wanted, const std::string& node,
                    const Environment& environment, const std::string& random);
 
@@ -30,8 +31,8 @@ class StateDir {
   const std::string& node() const { return node_; }
   bool temporary() const { return temporary_; }
 
-  // Takes everything away if it is temporary; else only what means nothing after the run (sockets, pid
-  // files). The logs of a directory that the user named stay.
+  // Takes everything away if it is temporary; else only what means nothing after the run (sockets,
+  // pid files). The logs of a directory that the user named stay.
   void Clean();
   // Keeps the workers' and the programs' logs, takes the rest.
   void CleanButLogs();
@@ -44,7 +45,8 @@ class StateDir {
   int lock_ = -1;
 };
 
-// Writes through a temporary file and a rename: a reader sees the old or the new content. False: errno says why.
+// Writes through a temporary file and a rename: a reader sees the old or the new content. False:
+// errno says why.
 bool WriteFileAtomically(const std::string& path, const std::string& content);
 
 }  // namespace everstep::launcher

@@ -1,8 +1,10 @@
 #include "worker/launcher/story.h"
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <ctime>
+#include <string_view>
 
 #include <fmt/format.h>
 
@@ -51,7 +53,8 @@ std::vector<std::string> Story::News(const v1::JobStatus& status) {
                   ? fmt::format("waiting for nodes: {} of {}", status.nodes(), status.min_nodes())
                   : status.message();
   }
-  // The first moments of every run are a wait; only one that follows a fault, or says more, is news.
+  // The first moments of every run are a wait; only one that follows a fault, or says more, is
+  // news.
   if (waiting != waiting_ && !waiting.empty() && (status.generation() > 0 || !waiting_.empty())) {
     lines.push_back(waiting);
   }
@@ -102,6 +105,26 @@ RunOutcome OutcomeOf(const v1::JobStatus& status, const std::string& script,
                               fault.recovery_seconds(), fault.steps_lost()});
   }
   return outcome;
+}
+
+std::string ShownLines(const LaunchFlags& flags, std::uint32_t nproc_per_node,
+                       const v1::JobLogLines& lines) {
+  const std::int32_t local = lines.rank() % static_cast<std::int32_t>(nproc_per_node);
+  const auto& filter = flags.local_ranks_filter;
+  if (!filter.empty() && std::find(filter.begin(), filter.end(), local) == filter.end()) return {};
+  const std::uint8_t bit = lines.from_stderr() ? kStreamErr : kStreamOut;
+  if ((flags.tee.For(local) & bit) == 0) {
+    return (flags.redirects.For(local) & bit) != 0 ? std::string() : lines.data();
+  }
+  // Local ranks would name several workers at once here.
+  std::string text;
+  std::string_view rest = lines.data();
+  while (!rest.empty()) {
+    const std::size_t end = std::min(rest.find('\n'), rest.size() - 1);
+    text += fmt::format("[{}{}]:{}", flags.role, lines.rank(), rest.substr(0, end + 1));
+    rest.remove_prefix(end + 1);
+  }
+  return text;
 }
 
 std::string LocalTime(const std::string& rfc3339) {

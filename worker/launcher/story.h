@@ -1,5 +1,6 @@
-// What a job's statuses tell a person, as they come: plain lines for what is news, the text of the live
-// line, and at the end the facts of the summary. Pure but for the order in which statuses are given.
+// What a job's statuses tell a person, as they come: plain lines for what is news, the text of the
+// live line, and at the end the facts of the summary. Pure but for the order in which statuses are
+// given.
 #pragma once
 
 #include <cstdint>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "admin.pb.h"
+#include "worker/launcher/flags.h"
 #include "worker/launcher/summary.h"
 
 namespace everstep::launcher {
@@ -31,6 +33,11 @@ std::string LiveLine(const v1::JobStatus& status);
 // `script` as the user wrote it; the log directory is the status's own, else `log_dir`.
 RunOutcome OutcomeOf(const v1::JobStatus& status, const std::string& script,
                      const std::string& log_dir);
+
+// Lines that came from a worker through the controller, as --tee, --redirects and
+// --local-ranks-filter want them shown; empty: not at all.
+std::string ShownLines(const LaunchFlags& flags, std::uint32_t nproc_per_node,
+                       const v1::JobLogLines& lines);
 
 // "2026-01-31T14:02:11.482Z" as torchrun prints times: "2026-01-31_15:02:11", local. Else as it is.
 std::string LocalTime(const std::string& rfc3339);

@@ -13,7 +13,8 @@ Succession::Succession(std::string node, std::string host, std::vector<Peer> pee
 
 Ruling Succession::Step(Timestamp now, const Sight& sight) {
   EVERSTEP_CHECK(sight.peers.size() == peers_.size(), "a sight is of other peers");
-  // A port that listens is a controller that lives, or one that is being started again by its launcher.
+  // A port that listens is a controller that lives, or one that is being started again by its
+  // launcher.
   if (sight.followed || sight.controller == Probe::kListens) {
     refused_since_.reset();
     silent_since_.reset();
@@ -21,16 +22,15 @@ Ruling Succession::Step(Timestamp now, const Sight& sight) {
   }
   bool host_launcher_lives = false;
   for (std::size_t i = 0; i < peers_.size(); ++i) {
-    host_launcher_lives = host_launcher_lives ||
-                          (peers_[i].node == host_ && sight.peers[i] == Probe::kListens);
+    host_launcher_lives =
+        host_launcher_lives || (peers_[i].node == host_ && sight.peers[i] == Probe::kListens);
   }
   if (host_launcher_lives || sight.host_agent == Probe::kListens) {
     refused_since_.reset();
     silent_since_.reset();
     return {Verdict::kWait, fmt::format("{} lives and starts its controller again", host_)};
   }
-  const bool proof =
-      sight.controller == Probe::kRefused && sight.host_agent == Probe::kRefused;
+  const bool proof = sight.controller == Probe::kRefused && sight.host_agent == Probe::kRefused;
   std::optional<Timestamp>& since = proof ? refused_since_ : silent_since_;
   (proof ? silent_since_ : refused_since_).reset();
   if (!since) since = now;
@@ -55,15 +55,17 @@ Ruling Succession::Step(Timestamp now, const Sight& sight) {
     unknown = unknown || (peers_[i].node != host_ && sight.peers[i] == Probe::kSilent);
   }
   if ((!proof || unknown) && !majority) {
-    return {Verdict::kNoMajority,
-            fmt::format("{} of {} members see each other; no controller is started without proof or a "
-                        "majority",
-                        seen, members)};
+    return {
+        Verdict::kNoMajority,
+        fmt::format("{} of {} members see each other; no controller is started without proof or a "
+                    "majority",
+                    seen, members)};
   }
   if (first != node_) return {Verdict::kWait, fmt::format("{} is to start a controller", first)};
   return {Verdict::kTakeOver,
-          proof ? fmt::format("{} is dead: its ports refuse connections", host_)
-                : fmt::format("{} is silent, {} of {} members see each other", host_, seen, members),
+          proof
+              ? fmt::format("{} is dead: its ports refuse connections", host_)
+              : fmt::format("{} is silent, {} of {} members see each other", host_, seen, members),
           proof ? host_ : std::string()};
 }
 

@@ -1,9 +1,11 @@
-// Who starts a controller when the one of a job without a standing cluster is gone with its machine. Pure: what
-// a launcher sees and the time go in, a verdict with its reason comes out. docs/adr/0006-succession.md is the why.
+// Who starts a controller when the one of a job without a standing cluster is gone with its
+// machine. Pure: what a launcher sees and the time go in, a verdict with its reason comes out.
+// docs/adr/0006-succession.md is the why.
 //
-// Two controllers of one job never act at once: each needs proof that the old one is dead (the host's kernel refuses the
-// controller's and the agent's port), or a majority of the last members, and among the living only the first in
-// order may act. What a successor does not see alive it must have proof of, or be in the majority.
+// Two controllers of one job never act at once: each needs proof that the old one is dead (the
+// host's kernel refuses the controller's and the agent's port), or a majority of the last members,
+// and among the living only the first in order may act. What a successor does not see alive it must
+// have proof of, or be in the majority.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +18,8 @@
 
 namespace everstep::launcher {
 
-inline constexpr Duration kProofHolds = Milliseconds(500);   // refusals for this long are a death
-inline constexpr Duration kSilenceHolds = Seconds(5);        // silence for this long may be one
+inline constexpr Duration kProofHolds = Milliseconds(500);  // refusals for this long are a death
+inline constexpr Duration kSilenceHolds = Seconds(5);       // silence for this long may be one
 
 // One launcher of the job. In order: members by group rank, then the others by name.
 struct Peer {
@@ -37,9 +39,9 @@ struct Sight {
 };
 
 enum class Verdict : std::uint8_t {
-  kNone,         // the controller is there, or has been away for a moment only
-  kWait,         // another launcher is to act, or there is no proof yet
-  kNoMajority,   // silence, and too few see each other: nobody may act
+  kNone,        // the controller is there, or has been away for a moment only
+  kWait,        // another launcher is to act, or there is no proof yet
+  kNoMajority,  // silence, and too few see each other: nobody may act
   kTakeOver,
 };
 
@@ -51,7 +53,8 @@ struct Ruling {
 
 class Succession {
  public:
-  // `peers` holds this launcher's own `node`, and usually `host`: the node whose launcher brought the controller.
+  // `peers` holds this launcher's own `node`, and usually `host`: the node whose launcher brought
+  // the controller.
   Succession(std::string node, std::string host, std::vector<Peer> peers);
 
   // REQUIRES sight.peers.size() == peers().size().

@@ -48,7 +48,8 @@ std::string Indented(std::string_view text) {
   return out;
 }
 
-// torch/distributed/elastic/multiprocessing/errors: _FAILURE_FORMAT_TEMPLATE, its stray spaces included.
+// torch/distributed/elastic/multiprocessing/errors: _FAILURE_FORMAT_TEMPLATE, its stray spaces
+// included.
 std::string FormatFailure(std::size_t index, const WorkerFailure& f) {
   std::string name;
   if (f.exit_code < 0 && !SignalName(-f.exit_code).empty()) {
@@ -62,8 +63,8 @@ std::string FormatFailure(std::size_t index, const WorkerFailure& f) {
       "  exitcode  : {} (pid: {}) {}\n"
       "  error_file: {}\n"
       "  traceback : {}",
-      index, f.time.empty() ? "<N/A>" : f.time, f.node, f.rank, f.local_rank, f.exit_code, f.pid, name,
-      f.error_file.empty() ? "<N/A>" : f.error_file, Indented(FailureMessage(f)));
+      index, f.time.empty() ? "<N/A>" : f.time, f.node, f.rank, f.local_rank, f.exit_code, f.pid,
+      name, f.error_file.empty() ? "<N/A>" : f.error_file, Indented(FailureMessage(f)));
 }
 
 // Characters of the longest line, not bytes: UTF-8 continues with 10xxxxxx.
@@ -77,7 +78,8 @@ std::size_t LongestLine(std::string_view text) {
   return longest;
 }
 
-// _MSG_FORMAT_TEMPLATE of the same file. Failures are numbered by rank; the root cause keeps its number.
+// _MSG_FORMAT_TEMPLATE of the same file. Failures are numbered by rank; the root cause keeps its
+// number.
 std::string FormatFailures(const RunOutcome& o) {
   std::vector<const WorkerFailure*> by_rank;
   for (const WorkerFailure& failure : o.failures) by_rank.push_back(&failure);
@@ -105,8 +107,8 @@ std::string FormatFailures(const RunOutcome& o) {
   const std::string border(width, '=');
   const std::string section(width, '-');
   return fmt::format(
-      "{}\n{}\n{}\nFailures:\n{}\n{}\nRoot Cause (first observed failure):\n{}\n{}\n", border, title,
-      section, others, section, root, border);
+      "{}\n{}\n{}\nFailures:\n{}\n{}\nRoot Cause (first observed failure):\n{}\n{}\n", border,
+      title, section, others, section, root, border);
 }
 
 std::string FormatFaults(const std::vector<FaultLine>& faults) {
@@ -170,9 +172,10 @@ std::string FormatSummary(const RunOutcome& o) {
       known = known || fault.steps_lost >= 0;
       steps += std::max<std::int64_t>(fault.steps_lost, 0);
     }
-    text += fmt::format("everstep: {} fault{} in this run ({} restart{} charged to the script, {} not)",
-                        o.faults.size(), o.faults.size() == 1 ? "" : "s", o.restarts,
-                        o.restarts == 1 ? "" : "s", o.lost_capacity);
+    text +=
+        fmt::format("everstep: {} fault{} in this run ({} restart{} charged to the script, {} not)",
+                    o.faults.size(), o.faults.size() == 1 ? "" : "s", o.restarts,
+                    o.restarts == 1 ? "" : "s", o.lost_capacity);
     text += fmt::format("; {:.2f} s lost", o.seconds_lost);
     if (known) text += fmt::format(", {} step{}", steps, steps == 1 ? "" : "s");
     text += '\n';

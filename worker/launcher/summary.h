@@ -1,5 +1,5 @@
-// The last words of a run on the console: which worker failed first and why, in torchrun's layout (tools
-// grep it), then what Everstep did about the faults of the run and what the exit code means.
+// The last words of a run on the console: which worker failed first and why, in torchrun's layout
+// (tools grep it), then what Everstep did about the faults of the run and what the exit code means.
 //
 // Pure: facts in, text out. Thread-safe: no state.
 #pragma once
@@ -26,9 +26,9 @@ struct WorkerFailure {
 
 // One fault that was recovered from, or was the last.
 struct FaultLine {
-  std::string reason;    // "worker_killed"
-  std::string subject;   // "rank 1 on n2"
-  std::string action;    // "restart in place"; empty: none was taken
+  std::string reason;            // "worker_killed"
+  std::string subject;           // "rank 1 on n2"
+  std::string action;            // "restart in place"; empty: none was taken
   double recovery_seconds = -1;  // -1: never recovered
   std::int64_t steps_lost = -1;  // -1: unknown
 };
@@ -53,11 +53,12 @@ struct RunOutcome {
 // At most this many failures and faults are listed; the rest is counted.
 inline constexpr std::size_t kMaxListed = 16;
 
-// What a worker's error file tells: the Python traceback if there is one, else the message. When the
-// file is empty or not torch's JSON: the signal by name, or how to get a traceback.
+// What a worker's error file tells: the Python traceback if there is one, else the message. When
+// the file is empty or not torch's JSON: the signal by name, or how to get a traceback.
 std::string FailureMessage(const WorkerFailure& failure);
 
-// Whole text, with its last newline. Empty when the run succeeded without a fault: silence is good news.
+// Whole text, with its last newline. Empty when the run succeeded without a fault: silence is good
+// news.
 std::string FormatSummary(const RunOutcome& outcome);
 
 }  // namespace everstep::launcher

@@ -24,7 +24,7 @@ namespace everstep::launcher {
 namespace {
 
 constexpr int kProbeLimitMs = 250;
-constexpr std::chrono::milliseconds kStep{50};         // while the controller is away
+constexpr std::chrono::milliseconds kStep{50};          // while the controller is away
 constexpr std::chrono::milliseconds kQuietStep{1'000};  // while it answers: silence shows here
 
 // A socket bound to any port of `address`; -1: errno says why.
@@ -51,9 +51,9 @@ int BindAny(const std::string& address, std::string* text) {
   }
   Endpoint endpoint;
   endpoint.host = address;
-  endpoint.port = ntohs(own.ss_family == AF_INET6
-                            ? reinterpret_cast<const sockaddr_in6*>(&own)->sin6_port
-                            : reinterpret_cast<const sockaddr_in*>(&own)->sin_port);
+  endpoint.port =
+      ntohs(own.ss_family == AF_INET6 ? reinterpret_cast<const sockaddr_in6*>(&own)->sin6_port
+                                      : reinterpret_cast<const sockaddr_in*>(&own)->sin_port);
   *text = endpoint.text();
   return bound;
 }
@@ -81,8 +81,9 @@ std::string Ports::Open(const std::string& address) {
   beacon_ = BindAny(address, &beacon_text_);
   controller_ = beacon_ < 0 ? -1 : BindAny(address, &controller_text_);
   if (controller_ < 0 || ::listen(beacon_, 128) != 0) {
-    return fmt::format("cannot listen on this node's address {}: {}; name the right one with --local-addr",
-                       address, std::strerror(errno));
+    return fmt::format(
+        "cannot listen on this node's address {}: {}; name the right one with --local-addr",
+        address, std::strerror(errno));
   }
   return {};
 }
@@ -124,7 +125,8 @@ Watch::~Watch() {
   thread_.join();
 }
 
-void Watch::Update(const std::string& controller, const std::string& host, std::vector<Peer> peers) {
+void Watch::Update(const std::string& controller, const std::string& host,
+                   std::vector<Peer> peers) {
   std::lock_guard<std::mutex> lock(mutex_);
   const auto same = [](const Peer& a, const Peer& b) {
     return a.node == b.node && a.beacon == b.beacon && a.data == b.data && a.member == b.member;
@@ -184,7 +186,8 @@ void Watch::Loop() {
       host = host_;
       followed = followed_;
     }
-    while (true) {  // whoever asks whether we live is answered by the kernel; this empties its queue
+    while (
+        true) {  // whoever asks whether we live is answered by the kernel; this empties its queue
       const int caller = ::accept4(options_.beacon, nullptr, nullptr, SOCK_CLOEXEC);
       if (caller < 0) break;
       ::close(caller);

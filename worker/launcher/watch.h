@@ -1,6 +1,8 @@
-// The thread that looks for a dead controller host: holds this launcher's beacon, probes the others, asks Succession.
+// The thread that looks for a dead controller host: holds this launcher's beacon, probes the
+// others, asks Succession.
 //
-// Thread-safe. `act` runs on the watch's thread, at most once between two Update calls that name another host.
+// Thread-safe. `act` runs on the watch's thread, at most once between two Update calls that name
+// another host.
 #pragma once
 
 #include <atomic>
@@ -20,7 +22,8 @@ namespace everstep::launcher {
 inline constexpr char kBeaconLabel[] = "launcher";
 inline constexpr char kSuccessorLabel[] = "successor";
 
-// Two ports of this node: one that listens as long as the launcher lives, and one that is kept free for a controller.
+// Two ports of this node: one that listens as long as the launcher lives, and one that is kept free
+// for a controller.
 class Ports {
  public:
   ~Ports();
@@ -39,7 +42,8 @@ class Ports {
   std::string controller_text_;
 };
 
-// The peers that a snapshot names, in the order of succession: members by group rank, then the others by name.
+// The peers that a snapshot names, in the order of succession: members by group rank, then the
+// others by name.
 std::vector<Peer> PeersOf(const v1::StoreSnapshot& snapshot, const v1::JobStatus& status);
 
 class Watch {
@@ -47,8 +51,8 @@ class Watch {
   struct Options {
     std::string node;
     int beacon = -1;  // a listening socket; connections to it are accepted and closed
-    std::function<void(const Ruling& ruling)> act;   // kTakeOver
-    std::function<void(const std::string&)> say;     // once for each kNoMajority
+    std::function<void(const Ruling& ruling)> act;  // kTakeOver
+    std::function<void(const std::string&)> say;    // once for each kNoMajority
   };
   explicit Watch(Options options);
   ~Watch();
@@ -62,7 +66,8 @@ class Watch {
 
  private:
   void Loop();
-  Sight Look(const std::string& controller, const std::string& host, const std::vector<Peer>& peers);
+  Sight Look(const std::string& controller, const std::string& host,
+             const std::vector<Peer>& peers);
 
   const Options options_;
   std::mutex mutex_;

@@ -25,7 +25,7 @@ def main() -> None:
         step = 0
         while not os.path.exists(progress + ".end"):
             step += 1
-            out.write(f"{step} {os.environ['RANK']} {os.getpid()} {os.environ.get('EVERSTEP_GENERATION', 0)}\n")
+            out.write(f"{step} {os.environ['RANK']} {os.getpid()} {os.environ.get('EVERSTEP_GENERATION', '0')}\n")
             time.sleep(0.02)
     print(f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']} finished", flush=True)
 
