@@ -1,0 +1,300 @@
+// The C ABI as a foreign caller meets it: right calls, wrong calls, absent and odd keepers.
+#include <gtest/gtest.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <filesystem>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "tests/integration/arena_host.h"
+#include "worker/client/everstep.h"
+
+namespace everstep {
+namespace {
+
+using std::chrono::steady_clock;
+
+class Silent final : public checkpoint::Listener {
+ public:
+  void OnCaptured(const JobId&, Generation, Rank, Step) override {}
+  void OnCopied(const JobId& job, const checkpoint::Shard& shard) override {
+    ++copied;
+    if (auto* s = service.load(); s != nullptr && commits) {
+      s->MarkCommitted(job, shard.generation, shard.step);
+    }
+  }
+  void OnTrouble(const JobId&, const std::string&) override {}
+  std::atomic<int> copied{0};
+  std::atomic<bool> commits{true};
+  std::atomic<checkpoint::TransferService*> service{nullptr};
+};
+
+class ClientAbi : public ::testing::Test {
+ protected:
+  void SetUp() override {
+    char name[] = "/tmp/everstep-abi-XXXXXX";
+    folder = mkdtemp(name);
+    keeper = folder + "/keeper.sock";
+  }
+  void TearDown() override {
+    for (everstep_client* c : open) everstep_close(c);
+    listener.service = nullptr;
+    if (service) service->Stop();
+    host.reset();
+    std::filesystem::remove_all(folder);
+  }
+  void StartNode() {
+    host = std::make_unique<testing::ArenaHost>(keeper);
+    auto started = checkpoint::TransferService::Start({}, host.get(), &listener);
+    ASSERT_TRUE(started.ok()) << started.error().message;
+    service = std::move(started.value());
+    listener.service = service.get();
+  }
+  void Activate(Generation generation, Step step = kNoStep) {
+    checkpoint::Part part{.job = "job",
+                          .generation = generation,
+                          .world_size = 1,
+                          .data_key = "k",
+                          .workers = {{.rank = 0}},
+                          .replica_address = ""};
+    for (const checkpoint::Shard& s : service->Survey("job")) {
+      if (step == kNoStep || s.step != step) continue;
+      part.workers[0].restore = {.step = s.step,
+                                 .shard_rank = s.rank,
+                                 .shard_generation = s.generation,
+                                 .crc_root = s.crc_root,
+                                 .bytes = s.bytes};
+    }
+    std::string error;
+    service->Begin("job", generation, "k");
+    ASSERT_TRUE(service->Activate(part, &error)) << error;
+  }
+  everstep_options Options(Generation generation = 1) {
+    everstep_options o{};
+    o.size = sizeof o;
+    o.world_size = 1;
+    o.connect_timeout_ms = 2000;
+    o.commit_wait_ms = 50;
+    o.generation = generation;
+    o.job = "job";
+    o.keeper = keeper.c_str();
+    return o;
+  }
+  int Open(const everstep_options& options, everstep_client** c) {
+    const int code = everstep_open(&options, c);
+    if (*c != nullptr) open.push_back(*c);
+    return code;
+  }
+  int Capture(everstep_client* c, std::int64_t step, const std::string& data) {
+    const int begun =
+        everstep_capture_begin(c, step, data.size() + 1024, EVERSTEP_REPLICATED_LAYOUT);
+    if (begun != EVERSTEP_OK) return begun;
+    const everstep_piece piece{data.data(), data.size()};
+    const int written = everstep_capture_write(c, &piece, 1, nullptr);
+    return written != EVERSTEP_OK ? written : everstep_capture_commit(c, "{}", 2);
+  }
+  bool UntilCopied(int n) {
+    const auto deadline = steady_clock::now() + std::chrono::seconds(20);
+    while (listener.copied < n && steady_clock::now() < deadline) std::this_thread::yield();
+    return listener.copied >= n;
+  }
+  static std::string Error(everstep_client* c) { return everstep_last_error(c); }
+  template <typename T>
+  static T Sized() {
+    T t{};
+    t.size = sizeof t;
+    return t;
+  }
+
+  std::string folder, keeper;
+  Silent listener;
+  std::unique_ptr<testing::ArenaHost> host;
+  std::unique_ptr<checkpoint::TransferService> service;
+  std::vector<everstep_client*> open;
+};
+
+TEST_F(ClientAbi, CapturesAndRestoresTheSameBytes) {
+  EXPECT_EQ(everstep_abi_version(), EVERSTEP_ABI_VERSION);
+  StartNode();
+  Activate(1);
+  everstep_client* c = nullptr;
+  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK) << Error(c);
+  auto slot = Sized<everstep_slot>();
+  EXPECT_EQ(everstep_restore(c, 1000, &slot), EVERSTEP_NONE);
+  EXPECT_EQ(everstep_reserve(c, 1 << 20), EVERSTEP_OK);
+  ASSERT_EQ(everstep_capture_begin(c, 4, 1000, 0), EVERSTEP_OK);
+  const everstep_piece pieces[] = {{"hello", 5}, {"", 0}, {"world", 5}};
+  std::uint64_t offsets[3];
+  ASSERT_EQ(everstep_capture_write(c, pieces, 3, offsets), EVERSTEP_OK);
+  EXPECT_EQ(offsets[0], 0u);
+  EXPECT_EQ(offsets[1], 64u);
+  EXPECT_EQ(offsets[2], 64u);
+  ASSERT_EQ(everstep_capture_commit(c, "table", 5), EVERSTEP_OK);
+  ASSERT_TRUE(UntilCopied(1));
+
+  Activate(2, 4);
+  everstep_client* next = nullptr;
+  ASSERT_EQ(Open(Options(2), &next), EVERSTEP_OK) << Error(next);
+  ASSERT_EQ(everstep_restore(next, 1000, &slot), EVERSTEP_OK) << Error(next);
+  EXPECT_EQ(slot.step, 4);
+  EXPECT_EQ(slot.generation, 1u);
+  EXPECT_EQ(slot.payload_bytes, 133u);
+  const void* data = nullptr;
+  ASSERT_EQ(everstep_payload(next, &slot, &data), EVERSTEP_OK);
+  EXPECT_EQ(std::memcmp(static_cast<const char*>(data) + 64, "world", 5), 0);
+  EXPECT_EQ(std::memcmp(static_cast<const char*>(data) + slot.table_offset, "table", 5), 0);
+  EXPECT_EQ(Capture(c, 5, "late"), EVERSTEP_ESTALE);
+  EXPECT_NE(Error(c).find("generation 1, the job is at 2"), std::string::npos);
+}
+
+TEST_F(ClientAbi, WrongCallsAreToldAndHarmless) {
+  everstep_client* c = nullptr;
+  EXPECT_EQ(everstep_open(nullptr, nullptr), EVERSTEP_EINVAL);
+  everstep_options small = Options();
+  small.size = 8;
+  EXPECT_EQ(Open(small, &c), EVERSTEP_EINVAL);
+  EXPECT_EQ(everstep_capture_begin(c, 0, 10, 0), EVERSTEP_EINVAL);
+  EXPECT_NE(Error(c).find("never attached"), std::string::npos);
+  EXPECT_NE(std::string(everstep_last_error(nullptr)), "");
+  EXPECT_EQ(everstep_capture_begin(nullptr, 0, 10, 0), EVERSTEP_EINVAL);
+  everstep_close(nullptr);
+  everstep_capture_abort(nullptr);
+
+  StartNode();
+  Activate(1);
+  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK) << Error(c);
+  EXPECT_EQ(everstep_capture_commit(c, "", 0), EVERSTEP_EINVAL);
+  EXPECT_EQ(everstep_capture_write(c, nullptr, 0, nullptr), EVERSTEP_EINVAL);
+  EXPECT_EQ(everstep_capture_begin(c, -1, 10, 0), EVERSTEP_EINVAL);
+  EXPECT_EQ(everstep_restore(c, 10, nullptr), EVERSTEP_EINVAL);
+  ASSERT_EQ(everstep_capture_begin(c, 0, 100, 0), EVERSTEP_OK);
+  EXPECT_EQ(everstep_capture_begin(c, 1, 100, 0), EVERSTEP_EINVAL);
+  EXPECT_EQ(everstep_reserve(c, 100), EVERSTEP_EINVAL);
+  const std::string much(1 << 20, 'x');
+  const everstep_piece piece{much.data(), much.size()};
+  EXPECT_EQ(everstep_capture_write(c, &piece, 1, nullptr), EVERSTEP_EINVAL);
+  EXPECT_NE(Error(c).find("do not fit"), std::string::npos) << Error(c);
+  everstep_capture_abort(c);
+  auto slot = Sized<everstep_slot>();
+  EXPECT_EQ(everstep_find(c, 100, &slot), EVERSTEP_NONE);
+  EXPECT_EQ(Capture(c, 0, "good"), EVERSTEP_OK) << Error(c);
+  EXPECT_EQ(everstep_capture_begin(c, 1, std::uint64_t{1} << 43, 0), EVERSTEP_ENOMEM);
+  EXPECT_NE(Error(c).find("8.0 TiB"), std::string::npos) << Error(c);
+}
+
+TEST_F(ClientAbi, AnOlderCallersStructIsFilledNoFurther) {
+  StartNode();
+  Activate(1);
+  everstep_client* c = nullptr;
+  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK);
+  ASSERT_EQ(Capture(c, 3, "data"), EVERSTEP_OK);
+  everstep_stats stats;
+  std::memset(&stats, 0x5A, sizeof stats);
+  stats.size = 16;  // up to `captured`
+  ASSERT_EQ(everstep_get_stats(c, &stats), EVERSTEP_OK);
+  EXPECT_EQ(stats.captured, 1u);
+  EXPECT_EQ(stats.skipped, 0x5A5A5A5A5A5A5A5Au);
+}
+
+TEST_F(ClientAbi, AForkedChildIsRefused) {
+  StartNode();
+  Activate(1);
+  everstep_client* c = nullptr;
+  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK);
+  const pid_t pid = fork();
+  if (pid == 0) _exit(everstep_report_step(c, 1) == EVERSTEP_EINVAL ? 0 : 1);
+  int status = 0;
+  ASSERT_EQ(waitpid(pid, &status, 0), pid);
+  EXPECT_EQ(status, 0);
+  EXPECT_EQ(everstep_report_step(c, 1), EVERSTEP_OK);
+}
+
+TEST_F(ClientAbi, FindTakesTheOlderStepWhenTheNewestIsDamaged) {
+  StartNode();
+  Activate(1);
+  everstep_client* c = nullptr;
+  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK);
+  ASSERT_EQ(Capture(c, 1, "one"), EVERSTEP_OK);
+  ASSERT_TRUE(UntilCopied(1));
+  ASSERT_EQ(Capture(c, 2, "two"), EVERSTEP_OK);
+  auto slot = Sized<everstep_slot>();
+  ASSERT_EQ(everstep_find(c, 9, &slot), EVERSTEP_OK);
+  EXPECT_EQ(slot.step, 2);
+  const void* data = nullptr;
+  ASSERT_EQ(everstep_payload(c, &slot, &data), EVERSTEP_OK);
+  static_cast<char*>(const_cast<void*>(data))[0] ^= 1;
+  ASSERT_EQ(everstep_find(c, 9, &slot), EVERSTEP_OK) << Error(c);
+  EXPECT_EQ(slot.step, 1);
+  ASSERT_EQ(everstep_find(c, 0, &slot), EVERSTEP_NONE);
+}
+
+TEST_F(ClientAbi, AnUncommittedStepIsLeftAloneUntilItIsReleased) {
+  StartNode();
+  Activate(1);
+  everstep_client* c = nullptr;
+  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK);
+  ASSERT_EQ(Capture(c, 1, "one"), EVERSTEP_OK);
+  ASSERT_TRUE(UntilCopied(1));
+  listener.commits = false;
+  auto stats = Sized<everstep_stats>();
+  const auto deadline = steady_clock::now() + std::chrono::seconds(20);
+  do {
+    ASSERT_EQ(everstep_get_stats(c, &stats), EVERSTEP_OK);
+  } while (stats.committed_step != 1 && steady_clock::now() < deadline);
+  ASSERT_EQ(Capture(c, 2, "two"), EVERSTEP_OK);
+  ASSERT_TRUE(UntilCopied(2));
+  EXPECT_EQ(Capture(c, 3, "three"), EVERSTEP_SKIPPED);
+  ASSERT_EQ(everstep_get_stats(c, &stats), EVERSTEP_OK);
+  EXPECT_STREQ(stats.last_skip, "uncommitted");
+  EXPECT_EQ(stats.newest_step, 2);
+  service->MarkReleased("job", 1, 2);
+  EXPECT_EQ(Capture(c, 4, "four"), EVERSTEP_OK) << Error(c);
+  ASSERT_EQ(everstep_get_stats(c, &stats), EVERSTEP_OK);
+  EXPECT_EQ(stats.replaced, 1u);
+  auto slot = Sized<everstep_slot>();
+  ASSERT_EQ(everstep_find(c, 3, &slot), EVERSTEP_OK);
+  EXPECT_EQ(slot.step, 1) << "the committed step was overwritten";
+}
+
+TEST_F(ClientAbi, NoKeeperASilentOneAndAnOddOneAreTold) {
+  everstep_client* c = nullptr;
+  EXPECT_EQ(Open(Options(), &c), EVERSTEP_EUNAVAILABLE);
+  EXPECT_NE(Error(c).find("is the agent of this node running?"), std::string::npos) << Error(c);
+
+  const std::string longer = "/tmp/" + std::string(200, 'x');
+  everstep_options far = Options();
+  far.keeper = longer.c_str();
+  EXPECT_EQ(Open(far, &c), EVERSTEP_EINVAL);
+  EXPECT_NE(Error(c).find("1 to 107 bytes"), std::string::npos) << Error(c);
+
+  const int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  std::memcpy(address.sun_path, keeper.data(), keeper.size());
+  ASSERT_EQ(bind(fd, reinterpret_cast<sockaddr*>(&address), sizeof address), 0);
+  ASSERT_EQ(listen(fd, 8), 0);
+  everstep_options hurry = Options();
+  hurry.connect_timeout_ms = 100;
+  EXPECT_EQ(Open(hurry, &c), EVERSTEP_ETIMEDOUT);
+  EXPECT_NE(Error(c).find("no answer in 100 ms"), std::string::npos) << Error(c);
+
+  std::thread odd([fd] {
+    close(accept(fd, nullptr, nullptr));  // the one that timed out
+    const int client = accept(fd, nullptr, nullptr);
+    const std::vector<char> junk(sizeof(keeper::AttachReply), 'j');
+    EXPECT_EQ(write(client, junk.data(), junk.size()), static_cast<ssize_t>(junk.size()));
+    close(client);
+  });
+  EXPECT_EQ(Open(Options(), &c), EVERSTEP_EINVAL);
+  EXPECT_NE(Error(c).find("none of an Everstep keeper's"), std::string::npos) << Error(c);
+  odd.join();
+  close(fd);
+}
+
+}  // namespace
+}  // namespace everstep
