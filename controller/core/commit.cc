@@ -241,6 +241,38 @@ void Controller::Impl::PlanRestore(JobStateView* job) {
   }
 }
 
+void Controller::Impl::JournalRestore(const JobStateView& job) {
+  const GenerationPlan& plan = job.plan;
+  const everstep::Step committed =
+      job.commits.commits.empty() ? kNoStep : job.commits.commits.front().step;
+  std::size_t local = 0, peer = 0;
+  std::uint64_t bytes = 0;
+  for (const NodePlan& member : plan.nodes) {
+    for (const WorkerPlan& worker : member.workers) {
+      if (worker.restore.step == kNoStep) continue;
+      const bool here = worker.restore.source_node == member.node;
+      ++(here ? local : peer);
+      bytes += here ? 0 : worker.restore.bytes;
+    }
+  }
+  if (local + peer == 0 && committed == kNoStep) return;  // there was nothing to restore
+  const bool lost = plan.restore_step < committed;
+  const JobId& id = job.record.spec.job;
+  Journal(
+      {.type = "restore",
+       .severity = lost ? Severity::kError : Severity::kInfo,
+       .reason = plan.restore_step == kNoStep ? Reason::kNoCommonStep
+                 : peer > 0                   ? Reason::kRestoredFromPeer
+                                              : Reason::kRestoredFromLocal,
+       .job = id,
+       .generation = plan.generation,
+       .message = plan.restore_step == kNoStep
+                      ? fmt::format("job {} starts from nothing: no step is complete", id)
+                      : fmt::format("job {} goes back to step {}", id, plan.restore_step),
+       .evidence = fmt::format("step={} committed={} ranks_local={} ranks_from_peers={} bytes={}",
+                               plan.restore_step, committed, local, peer, bytes)});
+}
+
 void Controller::Impl::Progress(JobStateView* job, everstep::Step step) {
   if (step == kNoStep) return;
   job->step = std::max(job->step, step);

@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "controller/core/impl.h"
 
@@ -42,6 +43,9 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
     } else if (const auto* plan = std::get_if<GenerationRecord>(&record)) {
       // Older generations' records may still be there: the newest counts, whatever the order.
       JobStateView& view = state_.jobs[plan->plan.job];
+      const GenerationPlan& older =
+          plan->plan.generation >= view.plan.generation ? view.plan : plan->plan;
+      if (older.generation != 0) Forget(older);
       if (plan->plan.generation >= view.plan.generation) view.plan = plan->plan;
     } else if (const auto* commit = std::get_if<CommitRecord>(&record)) {
       state_.jobs[commit->job].commits = *commit;
@@ -61,6 +65,7 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
       node.record.health = NodeHealth::kSuspect;
       node.reason = Reason::kControllerRestarted;
     }
+    Watch(node);
   }
   for (auto& [id, job] : state_.jobs) {
     Runtime& run = runtime_[id];
@@ -85,6 +90,10 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
   for (auto& [id, job] : state_.jobs) {
     if (job.record.state == JobState::kStopping && job.waiting_for.empty()) FinishStop(&job);
   }
+  if (!records.empty()) {
+    recovered_ = fmt::format("nodes={} jobs={} records={}", state_.nodes.size(), state_.jobs.size(),
+                             records.size());
+  }
   Flush();
   out_ = nullptr;
 }
@@ -94,9 +103,7 @@ std::optional<Timestamp> Controller::Impl::NextWakeup() const {
   const auto at = [&next](Timestamp t) {
     if (t.ns != 0 && (!next || t < *next)) next = t;
   };
-  for (const auto& [id, node] : state_.nodes) {
-    if (node.record.health != NodeHealth::kLost) at(node.last_heard + node.lease);
-  }
+  at(node_wakeup_);
   for (const auto& [id, job] : state_.jobs) {
     if (IsTerminal(job.record.state)) continue;
     if (!Bug(kBugLostWakeup)) at(job.deadline);
@@ -142,22 +149,31 @@ void Controller::Impl::Journal(JournalRecord record) {
   }
 }
 
+void Controller::Impl::JournalRecovery() {
+  if (recovered_.empty()) return;
+  Journal({.type = "controller_recovered",
+           .severity = Severity::kWarning,
+           .reason = Reason::kControllerRestarted,
+           .message = "a controller took over from what the store held",
+           .evidence = std::exchange(recovered_, "")});
+}
+
 void Controller::Impl::Flush() {
   for (const NodeId& id : dirty_nodes_) out_->records.emplace_back(state_.nodes.at(id).record);
   for (const JobId& id : dirty_jobs_) out_->records.emplace_back(state_.jobs.at(id).record);
   for (const JobId& id : dirty_plans_) {
-    const GenerationPlan& plan = state_.jobs.at(id).plan;
-    out_->records.emplace_back(GenerationRecord{plan});
-    if (plan.phase == Phase::kPrepare && plan.generation > 2) {
-      out_->deletions.push_back(
-          {Deletion::Table::kGeneration, fmt::format("{}/{}", id, plan.generation - 2)});
-    }
+    out_->records.emplace_back(GenerationRecord{state_.jobs.at(id).plan});
   }
   for (const JobId& id : dirty_commits_) out_->records.emplace_back(state_.jobs.at(id).commits);
   dirty_nodes_.clear();
   dirty_jobs_.clear();
   dirty_plans_.clear();
   dirty_commits_.clear();
+}
+
+void Controller::Impl::Forget(const GenerationPlan& plan) {
+  out_->deletions.push_back(
+      {Deletion::Table::kGeneration, fmt::format("{}/{}", plan.job, plan.generation)});
 }
 
 JobStateView* Controller::Impl::FindJob(const JobId& id) {

@@ -34,8 +34,9 @@ struct Options {
   Duration commit_patience = Seconds(60);     // a step short of copies for this long is given up
   std::size_t max_nodes = 20000;
   std::size_t max_jobs = 1000;
-  std::size_t journal_limit = 10000;  // records kept
-  std::size_t fault_limit = 256;      // per job
+  std::size_t journal_limit = 10000;    // records kept
+  std::size_t fault_limit = 256;        // per job
+  Duration notice_margin = Seconds(5);  // a node with a notice is left this long before its end
   // Seeded bugs for the simulator's own test (tests/sim/seeded_bugs_test.cc); never set elsewhere.
   std::uint32_t bugs = 0;
 };

@@ -25,6 +25,7 @@ struct NodeRecord {
   bool draining = false;
   std::string drain_reason;
   NodeFacts facts;
+  Timestamp leave_by;  // after a notice: its jobs leave it then at the latest; ns == 0: not known
 };
 struct JobRecord {
   JobSpec spec;

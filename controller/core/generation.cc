@@ -3,7 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
-#include <tuple>
+#include <utility>
 
 #include "controller/core/impl.h"
 
@@ -15,9 +15,29 @@ bool Controller::Impl::IsMember(const JobStateView& job, const NodeId& node) con
 }
 
 bool Controller::Impl::Eligible(const JobStateView& job, const NodeState& node) const {
+  return !node.record.draining &&
+         Fit(job, node, IsMember(job, node.record.node), TakenByOthers(job));
+}
+
+Controller::Impl::Taken Controller::Impl::TakenByOthers(const JobStateView& job) const {
+  Taken taken;
+  for (const auto& [other, view] : state_.jobs) {
+    if (other == job.record.spec.job || IsTerminal(view.record.state) ||
+        view.record.state == JobState::kWaiting) {
+      continue;
+    }
+    for (const NodePlan& member : view.plan.nodes) {
+      taken[member.node] += view.record.spec.nproc_per_node;
+    }
+  }
+  return taken;
+}
+
+bool Controller::Impl::Fit(const JobStateView& job, const NodeState& node, bool member,
+                           const Taken& taken) const {
   const JobSpec& spec = job.record.spec;
   const NodeId& id = node.record.node;
-  if (node.record.draining || node.record.health == NodeHealth::kLost) return false;
+  if (node.record.health == NodeHealth::kLost) return false;
   const auto run = runtime_.find(spec.job);
   if (run != runtime_.end()) {
     const auto refused = run->second.excluded.find(id);
@@ -28,34 +48,36 @@ bool Controller::Impl::Eligible(const JobStateView& job, const NodeState& node) 
     return false;
   }
   // A suspect member keeps its place until its lease ends; a suspect stranger is not taken in.
-  if (node.record.health == NodeHealth::kSuspect && !IsMember(job, id)) return false;
+  if (node.record.health == NodeHealth::kSuspect && !member) return false;
   if (node.record.facts.slots == 0) return true;
-  std::uint64_t used = spec.nproc_per_node;
-  for (const auto& [other, view] : state_.jobs) {
-    if (other == spec.job || IsTerminal(view.record.state) ||
-        view.record.state == JobState::kWaiting || !IsMember(view, id)) {
-      continue;
-    }
-    used += view.record.spec.nproc_per_node;
-  }
+  const auto others = taken.find(id);
+  const std::uint64_t used = spec.nproc_per_node + (others == taken.end() ? 0 : others->second);
   return used <= node.record.facts.slots;
 }
 
 std::vector<NodeId> Controller::Impl::ChooseNodes(const JobStateView& job) const {
   const std::size_t max = job.record.spec.max_nodes;
-  std::vector<NodeId> chosen;  // by group rank; empty: a lost node's place
+  const Taken taken = TakenByOthers(job);
+  std::vector<NodeId> chosen;  // by group rank; empty: a place that its node leaves or has left
+  std::vector<std::string_view> members;
   for (const NodePlan& member : job.plan.nodes) {
+    members.emplace_back(member.node);
     const auto node = state_.nodes.find(member.node);
-    const bool stays = node != state_.nodes.end() && Eligible(job, node->second);
+    const bool stays = node != state_.nodes.end() && !node->second.record.draining &&
+                       Fit(job, node->second, true, taken);
     chosen.push_back(stays ? member.node : NodeId());
   }
-  std::vector<std::tuple<bool, NodeId>> spares;  // warm ones first, then by name
+  std::sort(members.begin(), members.end());
+  std::vector<std::pair<bool, const NodeId*>> spares;  // warm ones first, then by name
   for (const auto& [id, node] : state_.nodes) {
-    if (IsMember(job, id) || !Eligible(job, node)) continue;
+    if (node.record.draining || std::binary_search(members.begin(), members.end(), id) ||
+        !Fit(job, node, false, taken)) {
+      continue;
+    }
     const auto warm = node.warm.find(job.record.spec.job);
-    spares.emplace_back(warm == node.warm.end() || !warm->second, id);
+    spares.emplace_back(warm == node.warm.end() || !warm->second, &id);
   }
-  std::sort(spares.begin(), spares.end());
+  std::stable_partition(spares.begin(), spares.end(), [](const auto& s) { return !s.first; });
   auto spare = spares.begin();
   // A member that lost its keeper has nothing a warm spare lacks, and would take seconds to import.
   const Runtime& run = runtime_.at(job.record.spec.job);
@@ -66,12 +88,42 @@ std::vector<NodeId> Controller::Impl::ChooseNodes(const JobStateView& job) const
     if (place.empty() && warm_spares > 0) --warm_spares;
   }
   for (NodeId& place : chosen) {
-    if (place.empty() && spare != spares.end()) place = std::get<1>(*spare++);
+    if (place.empty() && spare != spares.end()) place = *(spare++)->second;
+  }
+  for (std::size_t i = 0; i < chosen.size(); ++i) {
+    if (!chosen[i].empty()) continue;
+    const auto node = state_.nodes.find(job.plan.nodes[i].node);
+    if (node != state_.nodes.end() && Lingers(node->second) &&
+        Fit(job, node->second, true, taken)) {
+      chosen[i] = node->first;
+    }
   }
   std::erase(chosen, NodeId());
-  while (chosen.size() < max && spare != spares.end()) chosen.push_back(std::get<1>(*spare++));
+  while (chosen.size() < max && spare != spares.end()) chosen.push_back(*(spare++)->second);
   if (chosen.size() > max) chosen.resize(max);
   return chosen;
+}
+
+bool Controller::Impl::Better(const JobStateView& job, Reason* reason,
+                              std::string* evidence) const {
+  std::vector<NodeId> leaving;
+  for (const NodePlan& member : job.plan.nodes) {
+    const auto node = state_.nodes.find(member.node);
+    if (node != state_.nodes.end() && node->second.record.draining) leaving.push_back(member.node);
+  }
+  if (leaving.empty() && job.plan.nodes.size() >= job.record.spec.max_nodes) return false;
+  const std::vector<NodeId> chosen = ChooseNodes(job);
+  if (chosen.size() < job.plan.nodes.size()) return false;
+  for (const NodeId& id : leaving) {
+    if (std::find(chosen.begin(), chosen.end(), id) != chosen.end()) continue;
+    const std::string& why = state_.nodes.at(id).record.drain_reason;
+    *reason = why.starts_with(ReasonName(Reason::kNotice)) ? Reason::kNotice : Reason::kNodeDrained;
+    *evidence = fmt::format("node {} can be left now: {}", id, why);
+    return true;
+  }
+  *reason = Reason::kNodeJoined;
+  *evidence = fmt::format("nodes={} were={}", chosen.size(), job.plan.nodes.size());
+  return chosen.size() > job.plan.nodes.size();
 }
 
 void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::string& evidence,
@@ -117,6 +169,7 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
   job->message = evidence;
   job->deadline = now_ + options_.prepare_timeout;
   const std::uint32_t restarts = job->plan.restart_count + (worker_failure ? 1 : 0);
+  if (job->plan.generation != 0) Forget(job->plan);
   job->plan = GenerationPlan{};
   job->plan.job = id;
   job->plan.generation = generation;
@@ -247,6 +300,7 @@ void Controller::Impl::Activate(JobStateView* job) {
            .message = fmt::format("job {}: generation {} starts after step {}", spec.job,
                                   plan.generation, plan.restore_step),
            .evidence = fmt::format("master={}:{}", plan.master_addr, plan.master_port)});
+  JournalRestore(*job);
   for (const NodePlan& member : plan.nodes) {
     job->waiting_for.insert(member.node);
     SendActivate(job, member.node);
@@ -313,11 +367,14 @@ void Controller::Impl::Running(JobStateView* job) {
            .reason = job->plan.reason,
            .job = id,
            .generation = job->record.generation,
-           .message = fmt::format("job {}: generation {} runs", id, job->record.generation)});
+           .message = fmt::format("job {}: generation {} runs", id, job->record.generation),
+           .evidence = fmt::format("workers={} restore_step={}", job->workers.size(),
+                                   job->plan.restore_step)});
   Consider(job);
 }
 
 void Controller::Impl::On(const Tick&) {
+  JournalRecovery();
   // A late tick means that the controller itself stood still: silence in that time proves nothing.
   const std::optional<Timestamp> due = NextWakeup();
   if (due && now_ - *due > options_.heartbeat_interval) {
@@ -328,16 +385,22 @@ void Controller::Impl::On(const Tick&) {
   }
   std::vector<NodeId> silent;
   for (const auto& [id, node] : state_.nodes) {
-    if (node.record.health != NodeHealth::kLost && now_ >= node.last_heard + node.lease) {
+    if (node.record.health != NodeHealth::kLost && now_ >= node.last_heard + node.lease / 2) {
       silent.push_back(id);
     }
   }
   for (const NodeId& id : silent) {
     const NodeState& node = state_.nodes.at(id);
-    LoseNode(id, Reason::kNodeLost,
-             fmt::format("silent_ms={} lease_ms={}", ToMilliseconds(now_ - node.last_heard),
-                         ToMilliseconds(node.lease)));
+    const std::string evidence =
+        fmt::format("silent_ms={} lease_ms={}", ToMilliseconds(now_ - node.last_heard),
+                    ToMilliseconds(node.lease));
+    if (now_ >= node.last_heard + node.lease) {
+      LoseNode(id, Reason::kNodeLost, evidence);
+    } else if (node.record.health == NodeHealth::kAlive) {
+      Suspect(id, Reason::kHeartbeatOverdue, evidence);
+    }
   }
+  LeaveNodes();
   for (auto& [id, job] : state_.jobs) {
     if (IsTerminal(job.record.state)) continue;
     Runtime& run = runtime_[id];
@@ -370,11 +433,13 @@ void Controller::Impl::On(const Tick&) {
     }
     if (run.grow_at.ns != 0 && now_ >= run.grow_at && job.record.state == JobState::kRunning) {
       run.grow_at = {};
-      if (ChooseNodes(job).size() > job.plan.nodes.size()) {
-        Prepare(&job, Reason::kNodeJoined, fmt::format("nodes={}", ChooseNodes(job).size()), false);
-      }
+      Reason reason;
+      std::string evidence;
+      if (Better(job, &reason, &evidence)) Prepare(&job, reason, evidence, false);
     }
   }
+  node_wakeup_ = {};
+  for (const auto& [id, node] : state_.nodes) Watch(node);
 }
 
 }  // namespace everstep::controller

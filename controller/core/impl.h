@@ -6,6 +6,7 @@
 #include <map>
 #include <set>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "controller/core/bugs.h"
@@ -61,7 +62,13 @@ class Controller::Impl {
   void On(const DrainNode& e);
   void On(const UndrainNode& e);
   void LoseNode(const NodeId& id, Reason reason, const std::string& evidence);
-  void StartDrain(const NodeId& id, Reason reason, const std::string& why);
+  // `pause`: a job that cannot go on without the node waits; else it trains on with it.
+  void StartDrain(const NodeId& id, Reason reason, const std::string& why, bool pause = false);
+  void LeaveNodes();  // whose notice has run down
+  void Suspect(const NodeId& id, Reason reason, const std::string& evidence);
+  // When a node's silence (or its notice) next matters; ns == 0: never.
+  Timestamp NodeDeadline(const NodeState& node) const;
+  void Watch(const NodeState& node);  // takes its deadline into node_wakeup_
   // The node if the message is of its present incarnation; else null, counted as stale.
   NodeState* Fresh(const NodeId& id, Incarnation incarnation);
   void Heard(NodeState* node);
@@ -83,6 +90,7 @@ class Controller::Impl {
   void AddFault(JobStateView* job, Reason reason, std::string subject, std::string evidence);
   JobOnNode ReportedOrEmpty(const NodeRegistered& e, const JobId& job) const;
   void Reattach(NodeState* node, const NodeRegistered& e);
+  void Overtaken(JobStateView* job, const NodeId& node, const JobOnNode& holds);
 
   // generation.cc
   void On(const Prepared& e);
@@ -98,7 +106,16 @@ class Controller::Impl {
   void SendActivate(JobStateView* job, const NodeId& node);
   void Running(JobStateView* job);
   std::vector<NodeId> ChooseNodes(const JobStateView& job) const;
+  // Workers of other jobs, by node; empty when no node has a limit.
+  using Taken = std::map<std::string_view, std::uint64_t>;
+  Taken TakenByOthers(const JobStateView& job) const;
+  // May take part, a drain left out of account.
+  bool Fit(const JobStateView& job, const NodeState& node, bool member, const Taken& taken) const;
   bool Eligible(const JobStateView& job, const NodeState& node) const;
+  // Its notice leaves it time, and nobody can take its place: it stays until leave_by.
+  bool Lingers(const NodeState& node) const;
+  // Nodes better than those that run now: more of them, or free of one that is leaving. Null: none.
+  bool Better(const JobStateView& job, Reason* reason, std::string* evidence) const;
   bool IsMember(const JobStateView& job, const NodeId& node) const;
 
   // commit.cc
@@ -118,12 +135,17 @@ class Controller::Impl {
   void Release(JobStateView* job, everstep::Step step);
   void TellCommits(JobStateView* job, const NodeId& node);
   void PlanRestore(JobStateView* job);
+  void JournalRestore(const JobStateView& job);
   void Progress(JobStateView* job, everstep::Step step);
 
   // controller.cc
   void Send(const NodeId& node, decltype(Command::body) body);
   void Answer(RequestId request, ReplyCode code, std::string message, std::string hint = "");
   void Journal(JournalRecord record);
+  void Forget(const GenerationPlan& plan);  // its record: recovery needs the newest one alone
+  // Not in Recover itself, so that recovering the same records again yields the same state: with
+  // the first registration or tick after it.
+  void JournalRecovery();
   void Flush();
   bool Bug(SeededBug bug) const { return (options_.bugs & bug) != 0; }
   JobStateView* FindJob(const JobId& id);
@@ -132,6 +154,10 @@ class Controller::Impl {
   ClusterState state_;
   std::map<JobId, Runtime> runtime_;
   Timestamp now_;
+  // No node's deadline is earlier. Beats only move deadlines away, so it is exact after a tick and
+  // a little early before it: an idle tick costs less than a search at each beat.
+  Timestamp node_wakeup_;
+  std::string recovered_;  // evidence of a recovery that the journal does not have yet
   Decisions* out_ = nullptr;
   std::set<NodeId> dirty_nodes_;
   std::set<JobId> dirty_jobs_, dirty_plans_, dirty_commits_;

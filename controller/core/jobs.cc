@@ -73,7 +73,8 @@ void Controller::Impl::On(const SubmitJob& e) {
            .reason = Reason::kSubmitted,
            .job = spec.job,
            .message = fmt::format("job {} submitted: {} to {} nodes, {} workers each", spec.job,
-                                  spec.min_nodes, spec.max_nodes, spec.nproc_per_node)});
+                                  spec.min_nodes, spec.max_nodes, spec.nproc_per_node),
+           .evidence = fmt::format("spares={} max_restarts={}", spec.spares, spec.max_restarts)});
   Answer(e.request, ReplyCode::kOk, fmt::format("job '{}' submitted", spec.job));
   for (const auto& [id, node] : state_.nodes) {
     if (Eligible(job, node)) Send(id, WarmCommand{spec.job, spec.command, spec.nproc_per_node});
@@ -103,8 +104,10 @@ void Controller::Impl::Consider(JobStateView* job) {
     } else if (run.last_call.ns == 0) {
       run.last_call = now_ + (job->record.generation == 0 ? spec.last_call : options_.grow_delay);
     }
-  } else if (job->record.state == JobState::kRunning && job->plan.nodes.size() < spec.max_nodes) {
-    if (ChooseNodes(*job).size() <= job->plan.nodes.size()) {
+  } else if (job->record.state == JobState::kRunning) {
+    Reason reason;
+    std::string evidence;
+    if (!Better(*job, &reason, &evidence)) {
       run.grow_at = {};
     } else if (run.grow_at.ns == 0) {
       run.grow_at = now_ + options_.grow_delay;
@@ -284,7 +287,10 @@ void Controller::Impl::Finish(JobStateView* job, JobState outcome, Reason reason
            .reason = reason,
            .job = id,
            .generation = record.generation,
-           .message = fmt::format("job {} ends: {}", id, message)});
+           .message = fmt::format("job {} ends: {}", id, message),
+           .evidence = fmt::format("restarts={} lost_capacity={} no_progress={} best_step={}",
+                                   record.restarts, record.lost_capacity, record.no_progress,
+                                   record.best_step)});
   for (const NodePlan& member : job->plan.nodes) {
     if (state_.nodes.at(member.node).record.health == NodeHealth::kLost) continue;
     job->waiting_for.insert(member.node);
@@ -352,10 +358,40 @@ JobOnNode Controller::Impl::ReportedOrEmpty(const NodeRegistered& e, const JobId
   return none;
 }
 
+// A node knows a generation that this store does not: the store is an older copy, or another
+// controller went on meanwhile. Numbers only grow, so the next one must be beyond both.
+void Controller::Impl::Overtaken(JobStateView* job, const NodeId& node, const JobOnNode& holds) {
+  const JobId& id = job->record.spec.job;
+  const std::string evidence = fmt::format("node={} has_generation={} store_had={}", node,
+                                           holds.generation, job->record.generation);
+  Journal({.type = "store_behind",
+           .severity = Severity::kWarning,
+           .reason = Reason::kControllerRestarted,
+           .job = id,
+           .node = node,
+           .generation = holds.generation,
+           .message = fmt::format("job {}: the store is behind what node {} runs", id, node),
+           .evidence = evidence});
+  job->record.generation = holds.generation;
+  dirty_jobs_.insert(id);
+  const JobState s = job->record.state;
+  if (s == JobState::kPreparing || s == JobState::kActivating || s == JobState::kRunning) {
+    AddFault(job, Reason::kControllerRestarted, fmt::format("node {}", node), evidence);
+    Prepare(job, Reason::kControllerRestarted, evidence, false);
+  } else if (job->record.state == JobState::kStopping) {
+    const bool forget = Outcome(job->record.end_reason) != JobState::kFailed;
+    for (const NodeId& member : job->waiting_for) {
+      Send(member,
+           StopJobCommand{id, job->record.generation, forget, !forget, job->record.end_reason});
+    }
+  }
+}
+
 void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
   for (auto& [id, job] : state_.jobs) {
     const JobOnNode holds = ReportedOrEmpty(e, id);
     if (!holds.shards.empty()) job.holdings[e.node] = holds;
+    if (holds.generation > job.record.generation) Overtaken(&job, e.node, holds);
     const JobState s = job.record.state;
     const Generation generation = job.record.generation;
     const bool current = holds.generation == generation && holds.activated;

@@ -24,16 +24,34 @@ void Controller::Impl::Heard(NodeState* node) {
   const Duration wanted = std::max(4 * gap, node->lease - node->lease / 16);
   node->lease = std::clamp(wanted, options_.lease, std::max(options_.lease, options_.max_lease));
   node->last_heard = now_;
+  Watch(*node);
+}
+
+Timestamp Controller::Impl::NodeDeadline(const NodeState& node) const {
+  if (node.record.health == NodeHealth::kLost) return {};
+  const bool alive = node.record.health == NodeHealth::kAlive;
+  const Timestamp silence = node.last_heard + (alive ? node.lease / 2 : node.lease);
+  return node.record.leave_by.ns != 0 ? std::min(silence, node.record.leave_by) : silence;
+}
+
+void Controller::Impl::Watch(const NodeState& node) {
+  const Timestamp deadline = NodeDeadline(node);
+  if (deadline.ns != 0 && (node_wakeup_.ns == 0 || deadline < node_wakeup_)) {
+    node_wakeup_ = deadline;
+  }
 }
 
 void Controller::Impl::On(const NodeRegistered& e) {
+  JournalRecovery();
   auto it = state_.nodes.find(e.node);
   if (it == state_.nodes.end() && state_.nodes.size() >= options_.max_nodes) {
     Journal({.type = "node_refused",
              .severity = Severity::kError,
+             .reason = Reason::kTooManyNodes,
              .node = e.node,
-             .message = fmt::format("node {} is one too many: this controller takes {}", e.node,
-                                    options_.max_nodes)});
+             .message = fmt::format("node {} is one too many", e.node),
+             .evidence =
+                 fmt::format("nodes={} max_nodes={}", state_.nodes.size(), options_.max_nodes)});
     out_->close_sessions.push_back(e.node);
     return;
   }
@@ -51,6 +69,7 @@ void Controller::Impl::On(const NodeRegistered& e) {
     // What announced its end has ended; this is another life of the node.
     node.record.draining = false;
     node.record.drain_reason.clear();
+    node.record.leave_by = {};
   }
   if (node.connected) out_->close_sessions.push_back(e.node);
   node.record.node = e.node;
@@ -63,6 +82,7 @@ void Controller::Impl::On(const NodeRegistered& e) {
   node.lease = std::max(node.lease, options_.lease);
   node.next_sequence = 1;
   node.warm.clear();
+  Watch(node);
   node.reason = reattached ? Reason::kReattached : Reason::kRegistered;
   node.evidence.clear();
   if (reattached) ++node.reattached;
@@ -90,15 +110,23 @@ void Controller::Impl::On(const SessionClosed& e) {
   NodeState* node = Fresh(e.node, e.incarnation);
   if (node == nullptr) return;
   node->connected = false;
-  node->record.health = NodeHealth::kSuspect;
-  node->reason = Reason::kStreamBroken;
-  node->evidence = e.evidence;
+  Suspect(e.node, Reason::kStreamBroken, e.evidence);
+}
+
+void Controller::Impl::Suspect(const NodeId& id, Reason reason, const std::string& evidence) {
+  NodeState& node = state_.nodes.at(id);
+  node.record.health = NodeHealth::kSuspect;
+  node.reason = reason;
+  node.evidence = evidence;
+  Watch(node);
   Journal({.type = "node_suspect",
            .severity = Severity::kWarning,
-           .reason = Reason::kStreamBroken,
-           .node = e.node,
-           .message = fmt::format("node {} is suspect: its stream broke", e.node),
-           .evidence = e.evidence});
+           .reason = reason,
+           .node = id,
+           .message = fmt::format(
+               "node {} is suspect: {}", id,
+               reason == Reason::kStreamBroken ? "its stream broke" : "its heartbeat is overdue"),
+           .evidence = evidence});
 }
 
 void Controller::Impl::On(const NodeProcessDead& e) {
@@ -138,7 +166,20 @@ void Controller::Impl::On(const KeeperLost& e) {
 void Controller::Impl::On(const Heartbeat& e) {
   NodeState* node = Fresh(e.node, e.incarnation);
   if (node == nullptr) return;
+  const Duration silent = now_ - node->last_heard;
   Heard(node);
+  if (node->connected && node->record.health == NodeHealth::kSuspect) {
+    node->record.health = NodeHealth::kAlive;
+    node->reason = Reason::kHeartbeatResumed;
+    node->evidence = fmt::format("silent_ms={}", ToMilliseconds(silent));
+    Journal(
+        {.type = "node_alive",
+         .reason = node->reason,
+         .node = e.node,
+         .message = fmt::format("node {} is heard again", e.node),
+         .evidence = fmt::format("{} lease_ms={}", node->evidence, ToMilliseconds(node->lease))});
+    for (auto& [id, job] : state_.jobs) Consider(&job);
+  }
   for (const JobProgress& progress : e.jobs) {
     JobStateView* job = FindJob(progress.job);
     if (job == nullptr || job->record.state != JobState::kRunning) continue;
@@ -157,9 +198,15 @@ void Controller::Impl::On(const NodeWarm& e) {
 }
 
 void Controller::Impl::On(const Notice& e) {
-  if (Fresh(e.node, e.incarnation) == nullptr) return;
+  NodeState* node = Fresh(e.node, e.incarnation);
+  if (node == nullptr) return;
+  const Duration left = std::max(e.deadline - options_.notice_margin, Duration{});
+  node->record.leave_by = e.deadline.count() > 0 ? now_ + left : Timestamp{};
+  dirty_nodes_.insert(e.node);
   StartDrain(e.node, Reason::kNotice,
              fmt::format("source={} deadline_ms={}", e.source, ToMilliseconds(e.deadline)));
+  LeaveNodes();
+  Watch(*node);
 }
 
 void Controller::Impl::On(const DrainNode& e) {
@@ -193,21 +240,16 @@ void Controller::Impl::On(const DrainNode& e) {
       }
     }
   }
-  StartDrain(e.node, Reason::kNodeDrained, e.reason);
-  Answer(e.request, ReplyCode::kOk, fmt::format("node '{}' is draining", e.node));
   // With allow_pause a job that cannot go on without the node waits for another one.
-  for (auto& [id, job] : state_.jobs) {
-    const JobState s = job.record.state;
-    if (e.allow_pause && IsMember(job, e.node) &&
-        (s == JobState::kRunning || s == JobState::kActivating || s == JobState::kPreparing)) {
-      Prepare(&job, Reason::kNodeDrained, e.reason, false);
-    }
-  }
+  StartDrain(e.node, Reason::kNodeDrained, e.reason, e.allow_pause);
+  Answer(e.request, ReplyCode::kOk, fmt::format("node '{}' is draining", e.node));
 }
 
-void Controller::Impl::StartDrain(const NodeId& id, Reason reason, const std::string& why) {
+void Controller::Impl::StartDrain(const NodeId& id, Reason reason, const std::string& why,
+                                  bool pause) {
   NodeState& node = state_.nodes.at(id);
-  if (!node.record.draining) {
+  const bool first = !node.record.draining;
+  if (first) {
     node.record.draining = true;
     node.record.drain_reason = fmt::format("{}: {}", ReasonName(reason), why);
     dirty_nodes_.insert(id);
@@ -222,8 +264,48 @@ void Controller::Impl::StartDrain(const NodeId& id, Reason reason, const std::st
     const JobState s = job.record.state;
     if (s != JobState::kRunning && s != JobState::kActivating && s != JobState::kPreparing)
       continue;
-    if (IsMember(job, id) && ChooseNodes(job).size() >= job.record.spec.min_nodes) {
+    if (!IsMember(job, id)) continue;
+    const std::vector<NodeId> chosen = ChooseNodes(job);
+    const bool lingers = std::find(chosen.begin(), chosen.end(), id) != chosen.end();
+    if (!lingers && chosen.size() >= job.record.spec.min_nodes) {
       Prepare(&job, reason, fmt::format("node {}: {}", id, why), false);
+      continue;
+    }
+    if (pause) Prepare(&job, reason, fmt::format("node {}: {}", id, why), false);
+    if (pause || !first) continue;
+    Journal({.type = "drain_deferred",
+             .severity = Severity::kWarning,
+             .reason = reason,
+             .job = job_id,
+             .node = id,
+             .generation = job.record.generation,
+             .message = fmt::format("job {} trains on with node {}: no node can take its place",
+                                    job_id, id),
+             .evidence = lingers ? fmt::format("leaves_in_ms={}",
+                                               ToMilliseconds(node.record.leave_by - now_))
+                                 : fmt::format("nodes_left={} min_nodes={}", chosen.size(),
+                                               job.record.spec.min_nodes)});
+  }
+}
+
+bool Controller::Impl::Lingers(const NodeState& node) const {
+  return node.record.draining && node.record.leave_by > now_;
+}
+
+void Controller::Impl::LeaveNodes() {
+  for (auto& [id, node] : state_.nodes) {
+    if (node.record.leave_by.ns == 0 || now_ < node.record.leave_by) continue;
+    node.record.leave_by = {};
+    dirty_nodes_.insert(id);
+    for (auto& [job_id, job] : state_.jobs) {
+      const JobState s = job.record.state;
+      const bool runs =
+          s == JobState::kRunning || s == JobState::kActivating || s == JobState::kPreparing;
+      // Too few nodes without it: the job waits, its state safe, rather than die with the node.
+      if (runs && IsMember(job, id)) {
+        Prepare(&job, Reason::kNotice, fmt::format("node {}: {}", id, node.record.drain_reason),
+                false);
+      }
     }
   }
 }
@@ -237,6 +319,7 @@ void Controller::Impl::On(const UndrainNode& e) {
   }
   it->second.record.draining = false;
   it->second.record.drain_reason.clear();
+  it->second.record.leave_by = {};
   dirty_nodes_.insert(e.node);
   Journal({.type = "node_undrained",
            .reason = Reason::kUndrained,
@@ -252,6 +335,7 @@ void Controller::Impl::LoseNode(const NodeId& id, Reason reason, const std::stri
   node.record.health = NodeHealth::kLost;
   if (node.connected) out_->close_sessions.push_back(id);
   node.connected = false;
+  node.record.leave_by = {};
   node.reason = reason;
   node.evidence = evidence;
   node.warm.clear();

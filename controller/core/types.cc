@@ -44,7 +44,9 @@ constexpr std::array<const char*, static_cast<std::size_t>(Reason::kCount)> kRea
     "committed",
     "restored_from_local",
     "restored_from_peer",
-    "no_common_step"};
+    "no_common_step",
+    "too_many_nodes",
+    "heartbeat_resumed"};
 static_assert(kReasons.back() != nullptr, "every reason has a name");
 
 }  // namespace

@@ -61,6 +61,9 @@ enum class Reason : std::uint8_t {
   kRestoredFromLocal,
   kRestoredFromPeer,
   kNoCommonStep,  // no step is complete: starts from nothing (or the script's own file)
+  // added later: numbers are stored
+  kTooManyNodes,      // the controller's limit
+  kHeartbeatResumed,  // a suspect node is heard again
   kCount
 };
 const char* ReasonName(Reason reason);  // "worker_killed"

@@ -122,6 +122,7 @@ void ToProto(const NodeRecord& from, v1::NodeRecord* to) {
   to->set_address(from.facts.address);
   to->set_data_port(from.facts.data_port);
   to->set_slots(from.facts.slots);
+  to->set_leave_by_ns(from.leave_by.ns);
   for (const auto& [name, value] : from.facts.labels) (*to->mutable_labels())[name] = value;
 }
 
@@ -134,6 +135,7 @@ bool FromProto(const v1::NodeRecord& from, NodeRecord* to) {
   to->facts.address = from.address();
   to->facts.data_port = from.data_port();
   to->facts.slots = from.slots();
+  to->leave_by = {from.leave_by_ns()};
   for (const auto& [name, value] : from.labels()) to->facts.labels[name] = value;
   return ToEnum(from.health(), NodeHealth::kLost, &to->health);
 }

@@ -158,7 +158,8 @@ std::vector<Record> OneOfEach() {
                   .health = NodeHealth::kSuspect,
                   .draining = true,
                   .drain_reason = "disk",
-                  .facts = {"10.0.0.1", 4711, 8, {{"rack", "r1"}}}};
+                  .facts = {"10.0.0.1", 4711, 8, {{"rack", "r1"}}},
+                  .leave_by = {77}};
   JobSpec spec{.job = "a.b-1",
                .min_nodes = 2,
                .max_nodes = 4,
@@ -240,6 +241,7 @@ TEST(RecordFormat, EveryFieldOfEveryRecordSurvives) {
   ASSERT_TRUE(DecodeRecord(KeyOf(all[0]), EncodeRecord(all[0]), &back).ok());
   EXPECT_EQ(std::get<NodeRecord>(back).facts, std::get<NodeRecord>(all[0]).facts);
   EXPECT_EQ(std::get<NodeRecord>(back).keeper_id, 0xDEADBEEFCAFEULL);
+  EXPECT_EQ(std::get<NodeRecord>(back).leave_by, Timestamp{77});
   ASSERT_TRUE(DecodeRecord(KeyOf(all[1]), EncodeRecord(all[1]), &back).ok());
   EXPECT_EQ(std::get<JobRecord>(back).spec, std::get<JobRecord>(all[1]).spec);
   EXPECT_EQ(std::get<JobRecord>(back).faults, std::get<JobRecord>(all[1]).faults);
