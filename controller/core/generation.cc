@@ -244,13 +244,23 @@ void Controller::Impl::On(const Prepared& e) {
   if (job->waiting_for.empty()) Activate(job);
 }
 
-// What a node said of its memory before this switch may no longer be so.
+// What a node said of its memory before this switch may no longer be so, and one that did not come
+// back since the controller started has said nothing.
 bool Controller::Impl::AskSources(JobStateView* job) {
   const std::set<NodeId>& surveyed = runtime_[job->record.spec.job].surveyed;
   for (const NodePlan& member : job->plan.nodes) {
     for (const WorkerPlan& worker : member.workers) {
       const NodeId& source = worker.restore.source_node;
       if (!source.empty() && surveyed.count(source) == 0) job->waiting_for.insert(source);
+    }
+  }
+  const auto& commits = job->commits.commits;
+  if (!commits.empty() && job->plan.restore_step < commits.front().step) {
+    // Whoever is away may hold what is committed: it comes back or is lost, soon.
+    for (const auto& [id, node] : state_.nodes) {
+      if (!node.connected && node.record.health != NodeHealth::kLost && surveyed.count(id) == 0) {
+        job->waiting_for.insert(id);
+      }
     }
   }
   for (const NodeId& source : job->waiting_for) SendPrepare(job, source, false);

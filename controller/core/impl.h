@@ -99,8 +99,8 @@ class Controller::Impl {
   void Prepare(JobStateView* job, Reason reason, const std::string& evidence, bool failed,
                bool worker_failure = false);
   void Activate(JobStateView* job);
-  // Asks sources of the plan's restore that are no members what they hold now; false: all have
-  // told.
+  // Asks nodes outside the generation that the plan's restore needs what they hold now; false: all
+  // have told.
   bool AskSources(JobStateView* job);
   void SendPrepare(JobStateView* job, const NodeId& node, bool failed);
   void SendActivate(JobStateView* job, const NodeId& node);

@@ -677,5 +677,32 @@ TEST_F(ControllerCopies, ASourceOutsideTheGenerationIsAskedBeforeItIsNamed) {
   EXPECT_EQ(Job().plan.nodes[0].workers[0].restore.shard_generation, first);
 }
 
+// Found by the simulator: a restarted controller started a generation from nothing while the node
+// with the committed step was about to register.
+TEST_F(ControllerCopies, AfterARestartTheCommittedStepIsWaitedFor) {
+  Join("n1");
+  Submit(1, 1);
+  RunAll();
+  Copied("n1", 0, 5, 7, false);
+  ASSERT_EQ(Job().commits.commits.size(), 1u);
+  JobOnNode memory{.job = "j", .generation = G(), .shards = {Shard(0, 5, false)}};
+  memory.shards[0].world_size = 1;
+  Join("n2");
+  Do(DrainNode{.request = 2, .node = "n1", .reason = "disk"});
+  std::vector<Record> records;
+  for (const auto& [key, record] : store_) records.push_back(record);
+  controller_ = std::make_unique<Controller>(options_);
+  Decisions out;
+  controller_->Recover(now_, records, &out);
+  ASSERT_EQ(Job().waiting_for, (std::set<NodeId>{"n2"})) << "n1 is no member any more";
+  Join("n2");
+  Prepare("n2", G());
+  EXPECT_EQ(Job().record.state, JobState::kPreparing);
+  Join("n1", 0, {memory});
+  Prepare("n1", G(), memory.shards);
+  EXPECT_EQ(Job().record.state, JobState::kActivating);
+  EXPECT_EQ(Job().plan.restore_step, 5);
+}
+
 }  // namespace
 }  // namespace everstep::controller
