@@ -377,7 +377,7 @@ void Checkers::OnRecovered(Timestamp now, const ClusterState& state) {
     }
     const auto& commits = it->second.commits.commits;
     const bool known = std::any_of(commits.begin(), commits.end(), [&said = said](const auto& c) {
-      return std::pair(c.generation, c.step) == said;
+      return std::pair(c.generation, c.step) >= said;
     });
     if (!known) {
       Violate(now, "stored",

@@ -62,7 +62,12 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
   o.seed = seed;
   o.nodes = static_cast<std::uint32_t>(random.Between(2, 6));
   o.controller.bugs = bugs;
-  o.controller.prepare_timeout = Seconds(30);
+  if (random.Chance(400)) {  // impatient: nodes are given up before they answer
+    o.controller.prepare_timeout = Milliseconds(random.Between(2000, 12000));
+    o.controller.activate_timeout = Milliseconds(random.Between(2000, 20000));
+    o.controller.stop_timeout = Milliseconds(random.Between(3000, 20000));
+  }
+  if (random.Chance(300)) o.controller.commit_patience = Milliseconds(random.Between(2000, 20000));
   o.network.max_delay = Milliseconds(random.Between(1, 40));
   o.network.late_per_mille = static_cast<std::uint32_t>(random.Between(0, 600));
   o.network.drop_per_mille =
