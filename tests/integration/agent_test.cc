@@ -486,6 +486,32 @@ TEST_F(AgentTest, AFailedJobsLogsAreThereAfterItsEnd) {
   EXPECT_TRUE(controller_->Wait([](const Message& m) { return m.has_log_lines() && m.log_lines().end(); }));
 }
 
+TEST_F(AgentTest, AFollowerIsNotSentWhatAnEarlierLifeOfTheNodeSaid) {
+  StartAgent();
+  ASSERT_TRUE(Registration());
+  ASSERT_TRUE(RunGeneration(1, Shell("echo early; exec sleep 1000"), 1));
+  ASSERT_TRUE(Eventually([&] { return !Read(Log(1, 0, "stdout.log")).empty(); }));
+  const int keeper = PidIn(node_ / "keeper.pid");
+  ASSERT_GT(keeper, 1);
+  KillAgent();
+  kill(keeper, SIGKILL);
+  ASSERT_TRUE(Eventually([&] { return !Alive(keeper); }));
+  const std::size_t from = controller_->count();
+  StartAgent();
+  ASSERT_TRUE(Registration(from));
+  v1::ControllerMessage tail;
+  tail.mutable_tail_logs()->set_request(6);
+  tail.mutable_tail_logs()->set_job("job");
+  tail.mutable_tail_logs()->set_rank(-1);
+  tail.mutable_tail_logs()->set_follow(true);
+  tail.mutable_tail_logs()->set_tail_lines(-1);
+  ASSERT_TRUE(controller_->Send(tail));
+  ASSERT_TRUE(RunGeneration(2, Shell("echo late; exec sleep 1000"), 1));
+  const auto lines = controller_->Wait([](const Message& m) { return m.has_log_lines(); });
+  ASSERT_TRUE(lines);
+  EXPECT_EQ(lines->log_lines().data(), "late\n");
+}
+
 TEST_F(AgentTest, AStoppedWorkerIsNamed) {
   StartAgent();
   ASSERT_TRUE(Registration());

@@ -321,6 +321,9 @@ std::vector<TailFile> Engine::TailFiles(const TailLogs& request, Generation gene
     for (const WorkerOnNode& w : workers) add(root, generation, w.local_rank, w.rank);
     return files;
   }
+  // Who follows gets each generation's files as it starts; what an earlier life of this node said was sent
+  // by that one.
+  if (request.follow) return files;
   // Between two generations, or after the job's end: what it said last.
   const LogIndex index = ReadLogIndex(options_.node_dir, request.job);
   for (const auto& [local_rank, rank] : index.workers) {
