@@ -225,10 +225,16 @@ void Engine::StartTransfer() {
   if (!transfer_factory_) return;
   checkpoint::TransferOptions o;
   o.bind_address = IsLoopback(address_) ? "127.0.0.1" : address_;
-  o.port = static_cast<std::uint16_t>(options_.data_port);
+  const bool any = options_.data_port == 0;
+  o.port = any ? ReadDataPort(options_.node_dir) : static_cast<std::uint16_t>(options_.data_port);
   auto started = transfer_factory_(o, keeper_.get(), this);
+  if (!started.ok() && any && o.port != 0) {  // somebody took the port meanwhile
+    o.port = 0;
+    started = transfer_factory_(o, keeper_.get(), this);
+  }
   if (started.ok()) {
     transfer_ = std::move(started.value());
+    WriteDataPort(options_.node_dir, transfer_->port());
     LogInfo("data_plane_started",
             {{"address", o.bind_address}, {"port", std::uint32_t{transfer_->port()}}});
   } else {

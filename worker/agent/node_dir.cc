@@ -108,16 +108,36 @@ bool WriteControllers(const std::string& node_dir, const std::vector<std::string
   return !ec;
 }
 
+namespace {
+
+// A number for people and successors; what cannot be written is found out by them.
+void WriteNumber(const std::string& path, std::int64_t number) {
+  const std::string temporary = path + ".new";
+  std::ofstream(temporary, std::ios::trunc) << number << '\n';
+  std::error_code ec;
+  std::filesystem::rename(temporary, path, ec);
+}
+
+}  // namespace
+
 void WriteKeeperPid(const std::string& node_dir, std::int32_t pid) {
   const std::string path = node_dir + "/keeper.pid";
   if (pid <= 0) {
     unlink(path.c_str());
     return;
   }
-  const std::string temporary = path + ".new";
-  std::ofstream(temporary, std::ios::trunc) << pid << '\n';
-  std::error_code ec;
-  std::filesystem::rename(temporary, path, ec);
+  WriteNumber(path, pid);
+}
+
+std::uint16_t ReadDataPort(const std::string& node_dir) {
+  const std::string text = ReadFile(node_dir + "/data.port", 16);
+  unsigned port = 0;
+  std::from_chars(text.data(), text.data() + text.size(), port);
+  return port < 65536 ? static_cast<std::uint16_t>(port) : std::uint16_t{0};
+}
+
+void WriteDataPort(const std::string& node_dir, std::uint16_t port) {
+  WriteNumber(node_dir + "/data.port", port);
 }
 
 std::string BootId() {

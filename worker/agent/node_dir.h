@@ -32,6 +32,11 @@ bool WriteControllers(const std::string& node_dir, const std::vector<std::string
 // keeper.pid, for people and drills. pid 0: removes it.
 void WriteKeeperPid(const std::string& node_dir, std::int32_t pid);
 
+// data.port: where the node's checkpoint data plane listened last. Plans name it, so an agent that is started
+// again takes the same one. 0: unknown.
+std::uint16_t ReadDataPort(const std::string& node_dir);
+void WriteDataPort(const std::string& node_dir, std::uint16_t port);
+
 std::string BootId();
 std::uint64_t PidNamespace();  // inode; 0: unknown
 
