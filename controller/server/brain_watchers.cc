@@ -106,18 +106,14 @@ WatchId Brain::TailLogs(const v1::TailJobLogsRequest& request, LogRelay::Reader 
     if (wanted && bound != bound_.end() && bound->second.stream) nodes.insert(node.node);
   }
   const JobState s = job.record.state;
-  if (s == JobState::kSucceeded || s == JobState::kCancelled) {  // agents have forgotten it
-    *error = fmt::format("job {} is {}, its logs are no longer sent\nhint: the files are on {}, {}", request.job(),
-                         JobStateName(s), names.empty() ? "no node" : names,
-                         LogDirOf(job.record.spec.command).empty()
-                             ? fmt::format("in STATE/nodes/NODE/jobs/{}", request.job())
-                             : "in " + LogDirOf(job.record.spec.command));
-    return 0;
-  }
   if (nodes.empty() && (!request.follow() || IsTerminal(s))) {
-    *error = fmt::format("no connected node has logs of job {}{}\nhint: everstep job show {}", request.job(),
+    *error = fmt::format("no connected node has logs of job {}{}\nhint: {}", request.job(),
                          request.rank() < 0 ? std::string() : fmt::format(" rank {}", request.rank()),
-                         request.job());
+                         names.empty() ? "everstep job show " + request.job()
+                         : LogDirOf(job.record.spec.command).empty()
+                             ? fmt::format("the files are on {}, in STATE/nodes/NODE/jobs/{}", names, request.job())
+                             : fmt::format("the files are on {}, in {}", names,
+                                           LogDirOf(job.record.spec.command)));
     return 0;
   }
   const WatchId id = ++last_watch_;
