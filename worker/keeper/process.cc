@@ -1,5 +1,6 @@
 #include "worker/keeper/process.h"
 
+#include <dirent.h>
 #include <fcntl.h>
 #include <linux/close_range.h>
 #include <signal.h>
@@ -10,9 +11,11 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#include <set>
 #include <string_view>
 
 #include <fmt/format.h>
@@ -272,6 +275,39 @@ std::uint64_t AvailableMemory() {
     }
   }
   return available;
+}
+
+int CountConnections(pid_t pid, std::uint16_t port) {
+  std::set<unsigned long> sockets;
+  const std::string folder = fmt::format("/proc/{}/fd", pid);
+  DIR* dir = ::opendir(folder.c_str());
+  if (dir == nullptr) return -1;
+  while (const dirent* entry = ::readdir(dir)) {
+    char target[64];
+    const ssize_t n = ::readlinkat(::dirfd(dir), entry->d_name, target, sizeof(target) - 1);
+    if (n <= 0) continue;
+    target[n] = '\0';
+    unsigned long inode;
+    if (std::sscanf(target, "socket:[%lu]", &inode) == 1) sockets.insert(inode);
+  }
+  ::closedir(dir);
+  int count = 0;
+  for (const char* table : {"tcp", "tcp6"}) {
+    std::FILE* file = std::fopen(fmt::format("/proc/{}/net/{}", pid, table).c_str(), "re");
+    if (file == nullptr) continue;
+    char line[512];
+    while (std::fgets(line, sizeof(line), file) != nullptr) {
+      unsigned local = 0, remote = 0, state = 0;
+      unsigned long inode = 0;
+      if (std::sscanf(line, "%*d: %*[0-9A-Fa-f]:%x %*[0-9A-Fa-f]:%x %x %*s %*s %*s %*s %*s %lu", &local,
+                      &remote, &state, &inode) != 4) {
+        continue;
+      }
+      if (state == 1 && local != port && remote != port && sockets.count(inode) != 0) ++count;
+    }
+    std::fclose(file);
+  }
+  return count;
 }
 
 }  // namespace everstep::keeper

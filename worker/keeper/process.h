@@ -54,4 +54,8 @@ std::int64_t MemoryKills();
 // Bytes that can still be had: the smaller of the machine's and the control group's.
 std::uint64_t AvailableMemory();
 
+// How many TCP connections of `pid` are established, those to or from `port` not counted. -1: cannot
+// be told. Reads /proc.
+int CountConnections(pid_t pid, std::uint16_t port);
+
 }  // namespace everstep::keeper

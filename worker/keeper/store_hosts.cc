@@ -1,6 +1,5 @@
 #include "worker/keeper/store_hosts.h"
 
-#include <dirent.h>
 #include <netdb.h>
 #include <netinet/in.h>
 #include <signal.h>
@@ -11,9 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
-#include <cstdio>
 #include <cstring>
-#include <set>
 #include <utility>
 
 #include <fmt/format.h>
@@ -29,6 +26,7 @@ namespace {
 namespace v1 = everstep::v1;
 
 constexpr std::int64_t kLimitNs = 60'000'000'000;
+constexpr std::int64_t kSpareDelayNs = 2'000'000'000;
 constexpr std::int64_t kLookNs = 250'000'000;
 constexpr int kStatusFd = 3;
 constexpr int kListenerFd = 4;
@@ -61,7 +59,7 @@ void StoreHosts::Start(const v1::KeeperStoreHost& request, Done done) {
     host->spec.set_generation(request.generation());
     host->waiting.push_back(std::move(done));
     Answer(host.get());
-    MakeSpare(request);
+    WishSpare(request);
     return;
   }
   if (hosts_.size() >= kMaxStores) {
@@ -185,7 +183,7 @@ void StoreHosts::OnLine(Id id, const std::string& line, bool last) {
     host->listener.Close();
     LogInfo("store_ready", {{"job", host->spec.job()}, {"generation", host->spec.generation()},
                             {"port", host->port}, {"pid", host->pid}, {"spare", host->spare}});
-    if (!host->spare) MakeSpare(host->spec);
+    if (!host->spare) WishSpare(host->spec);
   } else if (line.starts_with("reached ")) {
     // So many ranks have put their addresses for the default group.
     std::from_chars(line.data() + 8, line.data() + line.size(), host->reached);
@@ -245,6 +243,11 @@ void StoreHosts::End(Id id) {
   }
 }
 
+// Not at once: the generation's workers start now, and need the processors.
+void StoreHosts::WishSpare(const v1::KeeperStoreHost& like) {
+  wishes_[like.job()] = {like, MonotonicNanos() + kSpareDelayNs};
+}
+
 void StoreHosts::MakeSpare(const v1::KeeperStoreHost& like) {
   for (const auto& [id, host] : hosts_) {
     if (host->spare && host->spec.job() == like.job()) return;
@@ -288,9 +291,11 @@ void StoreHosts::Forget(const std::string& job) {
   }
   for (const Id id : over) End(id);
   fences_.erase(job);
+  wishes_.erase(job);
 }
 
 void StoreHosts::KillAll() {
+  wishes_.clear();
   while (!hosts_.empty()) End(hosts_.begin()->first);
 }
 
@@ -339,10 +344,22 @@ std::optional<std::int64_t> StoreHosts::NextDeadline() const {
       next = host->next_look_ns;
     }
   }
+  for (const auto& [job, wish] : wishes_) {
+    if (!next || wish.at_ns < *next) next = wish.at_ns;
+  }
   return next;
 }
 
 void StoreHosts::Tick(std::int64_t now) {
+  for (auto it = wishes_.begin(); it != wishes_.end();) {
+    if (now < it->second.at_ns) {
+      ++it;
+      continue;
+    }
+    const v1::KeeperStoreHost like = it->second.like;
+    it = wishes_.erase(it);
+    MakeSpare(like);
+  }
   std::vector<Id> late;
   for (auto& [id, host] : hosts_) {
     if (host->limit_ns != 0 && now >= host->limit_ns) late.push_back(id);
@@ -392,39 +409,6 @@ void StoreHosts::LookAtGroup(Host* host, std::int64_t now) {
     return;
   }
   host->formed = true;
-}
-
-int CountConnections(pid_t pid, std::uint16_t port) {
-  std::set<unsigned long> sockets;
-  const std::string folder = fmt::format("/proc/{}/fd", pid);
-  DIR* dir = ::opendir(folder.c_str());
-  if (dir == nullptr) return -1;
-  while (const dirent* entry = ::readdir(dir)) {
-    char target[64];
-    const ssize_t n = ::readlinkat(::dirfd(dir), entry->d_name, target, sizeof(target) - 1);
-    if (n <= 0) continue;
-    target[n] = '\0';
-    unsigned long inode;
-    if (std::sscanf(target, "socket:[%lu]", &inode) == 1) sockets.insert(inode);
-  }
-  ::closedir(dir);
-  int count = 0;
-  for (const char* table : {"tcp", "tcp6"}) {
-    std::FILE* file = std::fopen(fmt::format("/proc/{}/net/{}", pid, table).c_str(), "re");
-    if (file == nullptr) continue;
-    char line[512];
-    while (std::fgets(line, sizeof(line), file) != nullptr) {
-      unsigned local = 0, remote = 0, state = 0;
-      unsigned long inode = 0;
-      if (std::sscanf(line, "%*d: %*[0-9A-Fa-f]:%x %*[0-9A-Fa-f]:%x %x %*s %*s %*s %*s %*s %lu", &local,
-                      &remote, &state, &inode) != 4) {
-        continue;
-      }
-      if (state == 1 && local != port && remote != port && sockets.count(inode) != 0) ++count;
-    }
-    std::fclose(file);
-  }
-  return count;
 }
 
 }  // namespace everstep::keeper

@@ -72,6 +72,7 @@ class StoreHosts {
   void Answer(Host* host);
   void Fail(Id id, int error, const std::string& why);
   void End(Id id);
+  void WishSpare(const everstep::v1::KeeperStoreHost& like);
   void MakeSpare(const everstep::v1::KeeperStoreHost& like);
   Host* Find(const std::string& job, std::uint64_t generation);
   void LookAtGroup(Host* host, std::int64_t now);
@@ -81,11 +82,12 @@ class StoreHosts {
   Workers* workers_;
   std::map<Id, std::unique_ptr<Host>> hosts_;
   std::map<std::string, std::uint64_t> fences_;
+  struct SpareWish {
+    everstep::v1::KeeperStoreHost like;
+    std::int64_t at_ns = 0;
+  };
+  std::map<std::string, SpareWish> wishes_;  // by job
   Id next_ = 1;
 };
-
-// How many TCP connections of `pid` are established, those to or from `port` not counted. -1: cannot
-// be told. Reads /proc.
-int CountConnections(pid_t pid, std::uint16_t port);
 
 }  // namespace everstep::keeper

@@ -30,25 +30,8 @@ PRELOAD = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
 )
-# Never imported ahead: they look at the rank, or start threads, when they are imported.
-NOT_AHEAD = ("deepspeed", "horovod", "jax", "mpi4py", "tensorflow", "__future__", "__main__", "everstep")
-LOADERS = ("import_module", "__import__", "exec", "eval", "run_path", "run_module")
-# Read once, at import: a script that sets them before its own imports needs a fresh process.
-READ_AT_IMPORT = ("OMP_", "MKL_", "OPENBLAS_", "GOTO_", "KMP_", "GOMP_", "NUMEXPR_", "BLIS_", "TORCH", "PYTORCH_NVML", "LD_")
 PR_SET_PDEATHSIG, PR_SET_MM, PR_SET_MM_MAP = 1, 35, 14
 SIGKILL = 9
-
-
-class Refused(Exception):
-    """Why workers of this job must start as fresh processes."""
-
-    after_imports = False
-
-
-class ImportedTooMuch(Refused):
-    """It may be the script's own imports: without them another try is worth it."""
-
-    after_imports = True
 
 
 def say(fd, text):
@@ -103,115 +86,14 @@ class Control:
         return bool(select.select([self.fd], [], [], 0)[0])
 
 
-# --- what to import ---
+def load_part(folder, name):
+    """A file beside this one, as a module that sys.modules does not know."""
+    from importlib.util import module_from_spec, spec_from_file_location
 
-
-def local_names(folders):
-    """Top-level names that a script finds in its own folders before anything installed."""
-    names = {}
-    for folder in folders:
-        try:
-            entries = sorted(os.listdir(folder or "."))
-        except OSError:
-            continue
-        for entry in entries:
-            path = os.path.join(folder, entry)
-            stem = entry.split(".")[0]
-            if entry.endswith((".py", ".so")):
-                names.setdefault(stem, path)
-            elif os.path.exists(os.path.join(path, "__init__.py")):
-                names.setdefault(entry, os.path.join(path, "__init__.py"))
-    return names
-
-
-def reads_before_import(tree):
-    """The first variable that the source sets and a library reads at import, or None."""
-    import ast
-
-    for node in ast.walk(tree):
-        key = None
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-            base, key = node.value, node.slice
-        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.args:
-            base, key = (node.func.value, node.args[0]) if node.func.attr in ("setdefault", "putenv") else (None, None)
-        if key is None or not isinstance(key, ast.Constant) or not isinstance(key.value, str):
-            continue
-        name = base.attr if isinstance(base, ast.Attribute) else getattr(base, "id", "")
-        if name in ("environ", "os") and key.value.startswith(READ_AT_IMPORT):
-            return key.value
-    return None
-
-
-def names_of(node):
-    """Top-level names that an import statement names."""
-    if hasattr(node, "module"):  # from X import ...
-        return {node.module.split(".")[0]} if node.module and not node.level else set()
-    return {alias.name.split(".")[0] for alias in node.names}
-
-
-def installed_imports(tree, local):
-    """Whether the source imports anything, at any place, that is neither its own nor the standard library's."""
-    import ast
-
-    names, at_top = set(), set(map(id, tree.body))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in at_top and names_of(node) & set(local):
-            return True  # what a local module needs later is not looked at
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= names_of(node)
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in LOADERS:
-            return True
-    return bool(names - set(local) - set(getattr(sys, "stdlib_module_names", ())))
-
-
-def scan(path, local, imports, seen):
-    """Collects what the source at `path`, and the local modules it imports, import at their top level.
-
-    True if any of them needs what is installed: else there is nothing to gain from importing it ahead.
-    """
-    import ast
-
-    if path in seen:
-        return False
-    if len(seen) > 200 or not path.endswith(".py"):
-        return True
-    seen.add(path)
-    try:
-        with open(path, "rb") as file:
-            tree = ast.parse(file.read())
-    except (OSError, SyntaxError, ValueError):
-        return True  # the script itself will say it
-    if variable := reads_before_import(tree):
-        raise Refused(f"{path} sets {variable}, which libraries read when they are imported")
-    worth = installed_imports(tree, local)
-    bodies = list(tree.body)
-    for node in bodies:
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module]
-        elif isinstance(node, ast.Try):
-            bodies.extend(node.body)
-        for name in names:
-            top = name.split(".")[0]
-            if top in local:
-                worth = scan(local[top], local, imports, seen) or worth
-            elif name not in imports and top not in NOT_AHEAD:
-                imports.append(name)
-    return worth
-
-
-def source_of(kind, target):
-    """The script's file and the folders that the interpreter puts in front of sys.path."""
-    if kind == "2":  # -m
-        base = target.replace(".", "/")
-        for path in (base + ".py", base + "/__main__.py"):
-            if os.path.exists(path):
-                return path, [os.getcwd()]
-        return "", [os.getcwd()]
-    path = os.path.abspath(target)
-    return path, [os.path.dirname(path)] if kind == "1" else [os.getcwd()]
+    spec = spec_from_file_location(name, os.path.join(folder, name + ".py"))
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def load(names, control, serve, between):
@@ -222,7 +104,7 @@ def load(names, control, serve, between):
             continue
         try:
             importlib.import_module(name)
-        except Exception as problem:  # the script will meet it itself, if it needs it
+        except Exception as problem:  # noqa: BLE001  the script will meet it itself, if it needs it
             print(f"fork server: import {name}: {type(problem).__name__}: {problem}", file=sys.stderr)
         between(name)
         while control.waiting():
@@ -389,20 +271,15 @@ def become_worker(libc, fields, answer, command, server_args, blas, set_by_impor
         show_command(libc, command, environment)
         os.write(answer, b"P%d\n" % os.getpid())
         os.close(answer)
-    except BaseException as problem:
+    except BaseException as problem:  # noqa: BLE001  the keeper must hear of anything
         say(answer, f"E{problem}")
         os._exit(127)
 
 
 def become_store_host(folder, listener, answer, keeper):
     try:
-        import importlib.util
-
-        spec = importlib.util.spec_from_file_location("store_host", os.path.join(folder, "everstep_store_host.py"))
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        module.serve(answer, keeper, "", 0, listener)
-    except BaseException as problem:
+        load_part(folder, "everstep_store_host").serve(answer, keeper, "", 0, listener)
+    except BaseException as problem:  # noqa: BLE001
         say(answer, f"E{problem}")
     finally:
         os._exit(1)
@@ -411,23 +288,23 @@ def become_store_host(folder, listener, answer, keeper):
 # --- the server ---
 
 
-def check(libc):
+def check(libc, imports):
     """No thread and no CUDA context may exist when we fork."""
     if thread_count() != 1:
-        raise ImportedTooMuch(f"the imports started threads ({thread_count() - 1})")
+        raise imports.ImportedTooMuch(f"the imports started threads ({thread_count() - 1})")
     torch = sys.modules.get("torch")
     if torch is None or not hasattr(torch, "cuda"):
         return
     if torch.cuda.is_initialized():
-        raise ImportedTooMuch("the imports initialised CUDA")
+        raise imports.ImportedTooMuch("the imports initialised CUDA")
     child = os.fork()
     if child == 0:
         os._exit(9 if torch.cuda._is_in_bad_fork() else 0)
     if os.waitpid(child, 0)[1] != 0:
-        raise ImportedTooMuch("the imports touched CUDA, which does not survive a fork")
+        raise imports.ImportedTooMuch("the imports touched CUDA, which does not survive a fork")
 
 
-def run_server(folder, config, control, status, keeper):
+def run_server(folder, config, control, status, keeper, imports):
     """Returns only in a worker, as the exception Worker."""
     import ctypes
 
@@ -470,14 +347,14 @@ def run_server(folder, config, control, status, keeper):
     import time
 
     began = time.monotonic()
-    path, folders = source_of(kind, target)
-    local = local_names(folders)
+    path, folders = imports.source_of(kind, target)
+    local = imports.local_names(folders)
     hints = []
     if modules:
         names = modules
     else:
-        if not scan(path, local, hints, set()):
-            raise Refused("the script imports nothing that is installed: a fresh process starts as fast")
+        if not imports.scan(path, local, hints, set()):
+            raise imports.Refused("the script imports nothing that is installed: a fresh process starts as fast")
         names = [*PRELOAD, *(hints if config.stage == "2" else [])]
     threads = os.environ.get("OPENBLAS_NUM_THREADS")
     variables = dict(os.environ)
@@ -490,9 +367,9 @@ def run_server(folder, config, control, status, keeper):
     set_by_imports.update({k: v for k, v in os.environ.items() if variables.get(k) != v})
     shadowed = {m.split(".")[0] for m in set(sys.modules) - before} & set(local)
     if shadowed:
-        name = sorted(shadowed)[0]
-        raise Refused(f"{local[name]} takes the place of an imported module ({name})")
-    check(libc)
+        name = min(shadowed)
+        raise imports.Refused(f"{local[name]} takes the place of an imported module ({name})")
+    check(libc, imports)
     blas.extend(blas_libraries())
     os.close(config.fd)
     import gc
@@ -548,6 +425,7 @@ def enter(folder):
         return
     stage, control_fd, status, keeper, config_fd = spec.split(":")
     control = Control(int(control_fd))
+    imports = load_part(folder, "everstep_script_imports")
     config = Config(stage, int(config_fd))
 
     def again(next_stage):
@@ -563,17 +441,17 @@ def enter(folder):
             again("2")
         config.load()
         try:
-            run_server(folder, config, control, int(status), int(keeper))
-        except Refused as refused:
+            run_server(folder, config, control, int(status), int(keeper), imports)
+        except imports.Refused as refused:
             if stage != "2" or config.preload[1:] or not refused.after_imports:
                 raise
             print(f"fork server: {refused}; once more without the script's own imports", file=sys.stderr)
             again("3")
     except Worker:
         return
-    except Refused as refused:
+    except imports.Refused as refused:
         say(int(status), f"failed {refused}")
-    except BaseException as problem:
+    except BaseException as problem:  # noqa: BLE001
         import traceback
 
         traceback.print_exc()

@@ -43,7 +43,7 @@ def serve(status: int, keeper: int, address: str, port: int, listener_fd: int = 
 
         store = TCPStore(host, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach())
         say("serving")
-    except Exception as problem:
+    except Exception as problem:  # noqa: BLE001  the keeper must hear of anything
         say(f"E{type(problem).__name__}: {problem}".replace("\n", " "))
         os._exit(1)
     watch(store, say)
