@@ -58,6 +58,7 @@ struct AdminClient::Impl {
   std::shared_ptr<v1::AdminService::Stub> stub;  // of addresses[current]; null: to be made
   grpc::ClientContext* streams[2] = {};          // under way: follow, tail
   bool ending = false;
+  bool over[2] = {false, false};  // `streams` that will not be opened again
   std::thread threads[2];
 
   std::shared_ptr<v1::AdminService::Stub> Stub() {
@@ -115,10 +116,11 @@ struct AdminClient::Impl {
           if (ending) return;
           streams[index] = &context;
         }
-        const bool over = target != nullptr && stream(*target, &context);
+        const bool done = target != nullptr && stream(*target, &context);
         std::unique_lock<std::mutex> lock(mutex);
         streams[index] = nullptr;
-        if (over || changed.wait_for(lock, kRedialPause, [this] { return ending; })) return;
+        over[index] = done;
+        if (done || changed.wait_for(lock, kRedialPause, [this] { return ending; })) return;
         lock.unlock();
         NextAddress();
       }
@@ -259,6 +261,11 @@ void AdminClient::Tail(const std::string& job, std::function<void(const v1::JobL
     }
     return reader->Finish().ok();
   });
+}
+
+bool AdminClient::TailEnded() const {
+  std::lock_guard<std::mutex> lock(impl_->mutex);
+  return impl_->over[1];
 }
 
 void AdminClient::EndFollow() {

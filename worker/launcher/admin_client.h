@@ -56,6 +56,8 @@ class AdminClient {
               std::function<void(const CallResult& why)> lost);
   // The log lines of one rank (-1: all) from the beginning; the same way, until EndFollow.
   void Tail(const std::string& job, std::function<void(const v1::JobLogLines& lines)> take);
+  // Tail's stream was ended by the controller: the job is over and nothing more will come.
+  bool TailEnded() const;
   void EndFollow();
 
  private:

@@ -37,6 +37,7 @@ namespace {
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
+constexpr milliseconds kLastLinesLimit{2'000};  // after the end of a job on a standing cluster
 constexpr milliseconds kLogPoll{20};  // how late a worker's line may show
 constexpr milliseconds kIdlePoll{200};
 constexpr milliseconds kSubmitLimit{20'000};
@@ -408,8 +409,24 @@ class Runner {
     }
   }
 
+  // The job is over before its last lines are here.
+  void AwaitLastLines() {
+    const auto deadline = steady_clock::now() + kLastLinesLimit;
+    for (bool ended = false; !ended && steady_clock::now() < deadline;) {
+      ended = client_->TailEnded();  // before the look: what came before the end is in the inbox
+      if (!ended) {
+        pollfd news{inbox_.descriptor(), POLLIN, 0};
+        ::poll(&news, 1, 20);
+      }
+      Inbox::Content content = inbox_.Take();
+      content.status.reset();
+      OnInbox(std::move(content));
+    }
+  }
+
   int Finish() {
     const bool known = IsTerminal(newest_);
+    if (known && place_ == Place::kCluster && !forced_) AwaitLastLines();
     using How = Brought::How;
     const How how = forced_ ? How::kAtOnce : known ? How::kIdle : How::kInOrder;
     if (brought_ != nullptr && !brought_->StopNode(how) && !forced_) {
