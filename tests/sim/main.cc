@@ -10,6 +10,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
+#include <ctime>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -208,6 +209,7 @@ int RunMany(const Arguments& args) {
   for (unsigned i = 1; i < args.jobs; ++i) threads.emplace_back(work);
   work();
   for (std::thread& thread : threads) thread.join();
+  const double processor_seconds = static_cast<double>(std::clock()) / CLOCKS_PER_SEC;
   const double seconds =
       std::chrono::duration<double>(std::chrono::steady_clock::now() - began).count();
   if (args.stats) {
@@ -222,11 +224,11 @@ int RunMany(const Arguments& args) {
     Report(args, seed, DrawFaults(DrawWorld(seed, args.bugs)), result);
   }
   fmt::print(
-      "{} worlds from seed {}: {} failed; {} events in {:.1f} s, {:.0f} worlds a minute and "
-      "thread, "
-      "digest {:016x}\n",
-      done, args.from, failures.size(), events, seconds,
-      static_cast<double>(done) / seconds * 60 / args.jobs, digests);
+      "{} worlds from seed {}: {} failed; {} events in {:.1f} s on {} threads, {:.0f} worlds a "
+      "minute "
+      "of processor time, digest {:016x}\n",
+      done, args.from, failures.size(), events, seconds, args.jobs,
+      static_cast<double>(done) / processor_seconds * 60, digests);
   return failures.empty() ? 0 : 1;
 }
 
