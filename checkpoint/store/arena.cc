@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "checkpoint/store/crc32c.h"
+#include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
 
 namespace everstep::checkpoint {
@@ -44,7 +45,7 @@ void Format(ArenaHeader* header, const ArenaSpec& spec) {
       at += slot.extent_bytes;
     }
   }
-  std::atomic_thread_fence(std::memory_order_release);
+  StoreFence();
   __atomic_store_n(&header->magic, kArenaMagic, __ATOMIC_RELEASE);
 }
 
@@ -234,7 +235,7 @@ std::optional<SlotView> Arena::Look(std::uint32_t slot) const {
     LoadWords(&view.extent_bytes, &h.extent_bytes, 8);
     LoadWords(&view.fields, &h.fields, sizeof view.fields);
     LoadWords(words, &h.crc_root, 8);
-    std::atomic_thread_fence(std::memory_order_acquire);
+    LoadFence();
     if (h.seq.load(std::memory_order_relaxed) != view.seq) continue;
     view.crc_root = static_cast<std::uint32_t>(words[0]);
     if (!CheckFields(view.fields).ok()) return std::nullopt;
@@ -266,7 +267,7 @@ std::optional<SlotView> Arena::Newest(Step max_step) const {
 }
 
 bool Arena::Current(const SlotView& view) const {
-  std::atomic_thread_fence(std::memory_order_acquire);
+  LoadFence();
   return header_->slot[view.slot].seq.load(std::memory_order_relaxed) == view.seq;
 }
 
@@ -333,7 +334,7 @@ RestoreView Arena::Restore() const {
     } copy;
     static_assert(sizeof copy == sizeof(RestoreWord) - 8);
     LoadWords(&copy, &w.generation, sizeof copy);
-    std::atomic_thread_fence(std::memory_order_acquire);
+    LoadFence();
     if (w.seq.load(std::memory_order_relaxed) != seq) continue;
     return {copy.generation, static_cast<RestoreState>(copy.state),
             copy.slot,       copy.slot_seq,
@@ -346,7 +347,7 @@ void Arena::SetRestore(const RestoreView& view) {
   RestoreWord& w = header_->restore;
   const std::uint64_t seq = w.seq.load(std::memory_order_relaxed) | 1;
   w.seq.store(seq, std::memory_order_relaxed);
-  std::atomic_thread_fence(std::memory_order_release);
+  StoreFence();
   RestoreWord fresh{};
   fresh.generation = view.generation;
   fresh.state = static_cast<std::uint32_t>(view.state);

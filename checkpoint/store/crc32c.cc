@@ -226,14 +226,6 @@ std::uint32_t Crc32cCopy(std::uint32_t crc, void* to, const void* from, std::siz
   return internal::Crc32cTable(crc, out, size);
 }
 
-void StoreFence() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#else
-  __atomic_thread_fence(__ATOMIC_RELEASE);
-#endif
-}
-
 std::uint32_t Crc32cCombine(std::uint32_t crc_a, std::uint32_t crc_b, std::uint64_t size_b) {
   for (std::size_t k = 0; size_b != 0; ++k, size_b >>= 1) {
     if ((size_b & 1) != 0) crc_a = Times(PowerTable()[k], crc_a);

@@ -18,9 +18,9 @@ inline std::uint32_t Crc32c(const void* data, std::size_t size) {
 
 // As Crc32cExtend(crc, from, size), and copies the bytes to `to` in the same pass with stores that
 // bypass the cache, so that a capture costs one trip through memory and leaves the trainer's cache
-// alone. Call StoreFence() before telling another process. REQUIRES: the ranges do not overlap.
+// alone. Call StoreFence() (fence.h) before telling another process. REQUIRES: the ranges do not
+// overlap.
 std::uint32_t Crc32cCopy(std::uint32_t crc, void* to, const void* from, std::size_t size);
-void StoreFence();
 
 // CRC of A followed by B from their own CRCs and B's size.
 std::uint32_t Crc32cCombine(std::uint32_t crc_a, std::uint32_t crc_b, std::uint64_t size_b);

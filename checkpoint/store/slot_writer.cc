@@ -10,6 +10,7 @@
 #include <cstring>
 
 #include "checkpoint/store/crc32c.h"
+#include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
 
 #ifndef MADV_POPULATE_WRITE
@@ -86,7 +87,7 @@ Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payl
     // Torn first: no reader follows an extent that is on the move.
     const std::uint64_t seq = h.seq.load(std::memory_order_relaxed);
     if (seq != 0 || h.extent_bytes != 0) h.seq.store(seq | 1, std::memory_order_relaxed);
-    std::atomic_thread_fence(std::memory_order_seq_cst);
+    StoreFence();
     const std::uint64_t old_offset = h.extent_offset;
     StoreWords(&h.extent_offset, &offset, 8);
     StoreWords(&h.extent_bytes, &bytes, 8);
@@ -115,7 +116,7 @@ Result<SlotWriter> SlotWriter::Begin(Arena* arena, std::uint32_t slot,
   if (auto ok = Reserve(arena, slot, payload_bytes); !ok.ok()) return ok.error();
   SlotHeader& h = arena->header()->slot[slot];
   h.seq.store(h.seq.load(std::memory_order_relaxed) | 1, std::memory_order_relaxed);
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  StoreFence();
   const std::uint64_t capacity = ExtentCapacity(h.extent_bytes);
   unsigned char* data = arena->mappings_[slot].data;
   return SlotWriter(arena, slot, data, capacity, reinterpret_cast<std::uint32_t*>(data + capacity));

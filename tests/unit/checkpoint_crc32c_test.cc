@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint/store/fence.h"
 #include "proto/base/random.h"
 
 namespace everstep::checkpoint {
