@@ -525,6 +525,19 @@ TEST_F(AgentTest, AStoppedWorkerIsNamed) {
   EXPECT_TRUE(RunGeneration(2, Shell(kSleeper))) << "a stopped worker can be ended";
 }
 
+TEST_F(AgentTest, AStoppedKeeperIsWoken) {
+  StartAgent();
+  ASSERT_TRUE(Registration());
+  const auto activated = RunGeneration(1, Shell(kSleeper));
+  ASSERT_TRUE(activated);
+  const int keeper = PidIn(node_ / "keeper.pid");
+  ASSERT_GT(keeper, 1);
+  kill(keeper, SIGSTOP);
+  kill(activated->activated().workers(0).pid(), SIGKILL);
+  EXPECT_TRUE(Exit(0)) << "a stopped keeper would not see it";
+  EXPECT_NE(Read(node_ / "agent.log").find("keeper_stopped"), std::string::npos);
+}
+
 TEST_F(AgentTest, ADrillIsARealSignal) {
   StartAgent();
   ASSERT_TRUE(Registration());

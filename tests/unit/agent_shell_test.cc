@@ -140,6 +140,8 @@ TEST(NodeDir, AProcessIsKnownByItsStartTime) {
   siginfo_t info;
   ASSERT_EQ(waitid(P_PID, static_cast<id_t>(child), &info, WEXITED | WNOWAIT), 0);
   EXPECT_EQ(ProcessStartTime(child), 0u) << "a zombie is dead";
+  EXPECT_EQ(ProcessState(child), 'Z');
+  EXPECT_EQ(ProcessState(0), '\0');
   waitpid(child, nullptr, 0);
   EXPECT_FALSE(BootId().empty());
   EXPECT_GT(PidNamespace(), 0u);

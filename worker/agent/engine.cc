@@ -188,6 +188,7 @@ std::optional<Timestamp> Engine::NextTimer() const {
   if (dial_at_) Earliest(&next, look_at_);
   Earliest(&next, register_by_);
   Earliest(&next, attach_at_);
+  Earliest(&next, keeper_look_at_);
   Earliest(&next, leave_by_);
   Earliest(&next, shutdown_by_);
   return next;
@@ -199,6 +200,7 @@ void Engine::CheckTimers(Timestamp now) {
     attach_at_.reset();
     Attach();
   }
+  if (keeper_look_at_ && *keeper_look_at_ <= now) CheckKeeper(now);
   if (keeper_away_since_ && core_.registered() && now - *keeper_away_since_ > kKeeperAwayLimit) {
     session_->Close("this node's keeper is away");
   }

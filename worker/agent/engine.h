@@ -84,6 +84,7 @@ class Engine final : private checkpoint::Listener {
   void CheckLeave(Timestamp now);
   void BeginShutdown();
   void AskShutdown();
+  void CheckKeeper(Timestamp now);
   void Finish(int exit_code);
 
   // --- engine_keeper.cc: the keeper's link ---
@@ -177,6 +178,8 @@ class Engine final : private checkpoint::Listener {
   std::uint32_t attach_failures_ = 0;
   std::optional<Timestamp> attach_at_;
   std::optional<Timestamp> keeper_away_since_;
+  std::optional<Timestamp> keeper_look_at_;      // when its process state is looked at next
+  std::optional<Timestamp> keeper_stopped_since_;
   std::map<std::uint64_t, std::vector<everstep::v1::KeeperReply>> early_events_;
   std::string last_trouble_;
 

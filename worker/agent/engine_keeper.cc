@@ -20,6 +20,8 @@ namespace v1 = everstep::v1;
 
 constexpr Duration kAttachFirst = Milliseconds(100);
 constexpr Duration kAttachMax = Seconds(2);
+constexpr Duration kKeeperLook = Milliseconds(500);
+constexpr Duration kKeeperStopLimit = Milliseconds(1500);
 constexpr std::uint32_t kGiveUpAfter = 3;  // hopeless failures before a keeper was ever attached
 
 }  // namespace
@@ -41,6 +43,8 @@ void Engine::OnKeeperAttached(std::uint64_t link, const v1::KeeperState& state, 
   keeper_pid_ = state.keeper_pid();
   keeper_start_time_ = state.keeper_start_time();
   WriteKeeperPid(options_.node_dir, keeper_pid_);
+  keeper_look_at_ = clock_->Now() + kKeeperLook;
+  keeper_stopped_since_.reset();
   attach_failures_ = 0;
   keeper_away_since_.reset();
   last_trouble_.clear();
@@ -135,6 +139,7 @@ void Engine::OnKeeperFailed(const std::string& why, bool hopeless) {
 void Engine::OnKeeperLost(std::uint64_t link, const std::string& why) {
   if (link != link_) return;
   link_ = 0;
+  keeper_look_at_.reset();
   if (shutdown_by_) {
     // It answers no more once it began to end; its process goes a moment later.
     WriteKeeperPid(options_.node_dir, 0);
@@ -150,6 +155,24 @@ void Engine::OnKeeperLost(std::uint64_t link, const std::string& why) {
     keeper_pid_ = 0;
   }
   Attach();
+}
+
+// A keeper that somebody stopped reaps nobody: a worker's death would stay unseen. It is woken, and the
+// log says so. One under a debugger (state t) is left alone.
+void Engine::CheckKeeper(Timestamp now) {
+  keeper_look_at_ = now + kKeeperLook;
+  if (ProcessState(keeper_pid_) != 'T') {
+    keeper_stopped_since_.reset();
+    return;
+  }
+  if (!keeper_stopped_since_) keeper_stopped_since_ = now;
+  if (now - *keeper_stopped_since_ < kKeeperStopLimit) return;
+  LogWarning("keeper_stopped", {{"node", options_.node},
+                                {"pid", keeper_pid_},
+                                {"stopped_ms", ToMilliseconds(now - *keeper_stopped_since_)},
+                                {"action", "SIGCONT"}});
+  kill(keeper_pid_, SIGCONT);
+  keeper_stopped_since_.reset();
 }
 
 void Engine::OnKeeperEvent(std::uint64_t link, const v1::KeeperReply& event) {

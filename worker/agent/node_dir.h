@@ -40,6 +40,9 @@ void WriteDataPort(const std::string& node_dir, std::uint16_t port);
 std::string BootId();
 std::uint64_t PidNamespace();  // inode; 0: unknown
 
+// Field 3 of /proc/PID/stat: R, S, D, T (stopped by a signal), Z...; 0: no such process.
+char ProcessState(std::int32_t pid);
+
 // Field 22 of /proc/PID/stat; 0: no such process, or a zombie.
 std::uint64_t ProcessStartTime(std::int32_t pid);
 
