@@ -293,6 +293,9 @@ def test_logs_of_ranks(cluster: Shell) -> None:
     assert missing.returncode == 3 and "its ranks are 0 to 1" in missing.stderr
     Path(cluster.env["PROGRESS"] + ".end").touch()
     assert run.wait(60) == 0
+    said = (cluster.work / "talk.out").read_text()
+    assert all(f"line {i} of {rank}\n" in said for i in range(3) for rank in range(2)), said
+    assert sorted(cluster.ok("logs", "talk", "-n", 1).splitlines()) == sorted(both), "they outlive the job"
 
 
 def test_events_follow_across_a_restart_of_the_controller(cluster: Shell) -> None:
