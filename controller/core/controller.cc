@@ -73,7 +73,18 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
     run.running_since = now;
     run.step_at_start = job.record.best_step;
     run.ran = job.record.state == JobState::kRunning;
-    job.reason = job.plan.reason;
+    // As it was said before: status tells the same story.
+    const JobState s = job.record.state;
+    if (IsTerminal(s) || s == JobState::kStopping) {
+      job.reason = job.record.end_reason;
+      job.message = job.record.end_message;
+    } else if (s == JobState::kWaiting) {
+      job.reason = job.record.generation == 0 ? Reason::kSubmitted : Reason::kWaitingForNodes;
+      job.message = fmt::format("at least {} nodes", job.record.spec.min_nodes);
+    } else {
+      job.reason = job.plan.reason;
+      job.message = job.plan.evidence;
+    }
     job.step = job.record.best_step;
     if (job.record.state == JobState::kPreparing || job.record.state == JobState::kActivating ||
         job.record.state == JobState::kStopping) {

@@ -150,6 +150,9 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
     job->message = fmt::format("{} of at least {} nodes", nodes.size(), job->record.spec.min_nodes);
     job->deadline = {};
     run.waiting_since = now_;
+    for (Fault& fault : job->record.faults) {
+      if (fault.recovered.ns == 0) fault.action = "wait for nodes";
+    }
     for (const NodePlan& member : old) {
       Send(member.node, StopJobCommand{id, job->record.generation, false, failed, reason});
     }

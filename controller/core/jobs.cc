@@ -61,6 +61,8 @@ void Controller::Impl::On(const SubmitJob& e) {
   record.started = now_;
   record.data_key = e.data_key;
   job.record = std::move(record);
+  if (job.plan.generation != 0) Forget(job.plan);  // of the job that had the id before
+  job.plan = {};
   job.step = kNoStep;
   job.reason = Reason::kSubmitted;
   job.message.clear();
@@ -128,7 +130,8 @@ void Controller::Impl::On(const CancelJob& e) {
     return;
   }
   Answer(e.request, ReplyCode::kOk, fmt::format("job '{}' is being cancelled", e.job));
-  Finish(job, JobState::kCancelled, Reason::kCancelled, e.reason, 1);
+  Finish(job, JobState::kCancelled, Reason::kCancelled,
+         e.reason.empty() ? "cancelled by request" : e.reason, 1);
 }
 
 void Controller::Impl::AddFault(JobStateView* job, Reason reason, std::string subject,
@@ -280,6 +283,9 @@ void Controller::Impl::Finish(JobStateView* job, JobState outcome, Reason reason
   job->waiting_for.clear();
   runtime_[id].grow_at = {};
   runtime_[id].last_call = {};
+  for (Fault& fault : record.faults) {
+    if (fault.recovered.ns == 0 && fault.generation_after == 0) fault.action = "the job ends";
+  }
   dirty_jobs_.insert(id);
   const bool forget = outcome != JobState::kFailed;
   Journal({.type = "job_stopping",
@@ -374,8 +380,7 @@ void Controller::Impl::Overtaken(JobStateView* job, const NodeId& node, const Jo
            .evidence = evidence});
   job->record.generation = holds.generation;
   dirty_jobs_.insert(id);
-  const JobState s = job->record.state;
-  if (s == JobState::kPreparing || s == JobState::kActivating || s == JobState::kRunning) {
+  if (Switches(job->record.state)) {
     AddFault(job, Reason::kControllerRestarted, fmt::format("node {}", node), evidence);
     Prepare(job, Reason::kControllerRestarted, evidence, false);
   } else if (job->record.state == JobState::kStopping) {
@@ -391,11 +396,14 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
   for (auto& [id, job] : state_.jobs) {
     const JobOnNode holds = ReportedOrEmpty(e, id);
     if (!holds.shards.empty()) job.holdings[e.node] = holds;
-    if (holds.generation > job.record.generation) Overtaken(&job, e.node, holds);
+    const bool overtaken = holds.generation > job.record.generation;
+    if (overtaken) Overtaken(&job, e.node, holds);
     const JobState s = job.record.state;
     const Generation generation = job.record.generation;
     const bool current = holds.generation == generation && holds.activated;
-    if (s == JobState::kStopping && IsMember(job, e.node)) {
+    if (overtaken && Switches(s)) {
+      // Prepare told the node already.
+    } else if (s == JobState::kStopping && IsMember(job, e.node)) {
       job.waiting_for.insert(e.node);
       const bool forget = Outcome(job.record.end_reason) != JobState::kFailed;
       Send(e.node, StopJobCommand{id, generation, forget, !forget, job.record.end_reason});

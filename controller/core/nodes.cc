@@ -3,6 +3,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <utility>
 
 #include "controller/core/impl.h"
 
@@ -318,13 +319,14 @@ void Controller::Impl::On(const UndrainNode& e) {
     return;
   }
   it->second.record.draining = false;
-  it->second.record.drain_reason.clear();
+  const std::string was = std::exchange(it->second.record.drain_reason, "");
   it->second.record.leave_by = {};
   dirty_nodes_.insert(e.node);
   Journal({.type = "node_undrained",
            .reason = Reason::kUndrained,
            .node = e.node,
-           .message = fmt::format("node {} takes part again", e.node)});
+           .message = fmt::format("node {} takes part again", e.node),
+           .evidence = was.empty() ? "" : fmt::format("was={}", was)});
   Answer(e.request, ReplyCode::kOk, fmt::format("node '{}' takes part again", e.node));
   for (auto& [id, job] : state_.jobs) Consider(&job);
 }

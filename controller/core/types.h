@@ -83,6 +83,10 @@ enum class Phase : std::uint8_t { kPrepare, kActivate, kRun, kEnded };
 const char* NodeHealthName(NodeHealth health);  // "ALIVE"
 const char* JobStateName(JobState state);       // "RUNNING"
 const char* PhaseName(Phase phase);             // "prepare"
+// A generation is being prepared, being started or running.
+inline bool Switches(JobState s) {
+  return s == JobState::kPreparing || s == JobState::kActivating || s == JobState::kRunning;
+}
 inline bool IsTerminal(JobState s) {
   return s >= JobState::kSucceeded;
 }

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "controller/core/text.h"
+#include "controller/core/vocabulary.h"
 
 namespace everstep::datadriven {
 
@@ -63,6 +64,8 @@ std::vector<std::string> Cluster::Run(const Words& c) {
       {"copied", bound(&Cluster::Copied)},
       {"advance", bound(&Cluster::Advance)},
       {"restart", bound(&Cluster::Restart)},
+      {"snapshot", bound(&Cluster::Snapshot)},
+      {"stand-still", bound(&Cluster::StandStill)},
       {"records", bound(&Cluster::PrintRecords)},
       {"faults", bound(&Cluster::PrintFaults)},
       {"journal", bound(&Cluster::PrintJournal)},
@@ -81,6 +84,10 @@ std::vector<std::string> Cluster::Run(const Words& c) {
        }},
       {"dead",
        [this, node](const Words& words) {
+         if (Node* n = FindNode(node); n != nullptr) {
+           n->connected = false;
+           n->inbox.clear();
+         }
          Do(NodeProcessDead{node, IncarnationOf(words, node), "keeper pid 4711 is gone"});
        }},
       {"keeper-lost",
@@ -146,6 +153,12 @@ void Cluster::Do(const Event& event, bool announce) {
 
 void Cluster::Apply(const Decisions& decisions) {
   for (const std::string& line : ToLines(decisions)) Print(line);
+  for (const Record& record : decisions.records) {
+    const auto* line = std::get_if<JournalRecord>(&record);
+    if (line == nullptr) continue;
+    if (!IsEventName(line->type)) Print("error: no event is called " + line->type);
+    if (line->reason == Reason::kNone) Print("error: without a reason: " + line->type);
+  }
   const StoreStatus written = store_.Write(decisions.records, decisions.deletions);
   if (!written.ok()) Print("error: " + written.message);
   for (const controller::Command& command : decisions.commands) {
@@ -263,10 +276,26 @@ void Cluster::Advance(const Words& c) {
   Print("error: the controller wakes itself for ever");
 }
 
-void Cluster::Restart(const Words&) {
+void Cluster::Snapshot(const Words&) {
+  const StoreStatus loaded = store_.Load(&snapshot_);
+  Print(loaded.ok() ? "ok" : "error: " + loaded.message);
+}
+
+// Nobody woke the controller for that long: its own process was stopped, messages wait.
+void Cluster::StandStill(const Words& c) {
+  now_ = now_ + ParseDuration(First(c));
+  Do(Tick{});
+}
+
+void Cluster::Restart(const Words& c) {
   std::vector<Record> records;
   const StoreStatus loaded = store_.Load(&records);
   if (!loaded.ok()) Print("error: " + loaded.message);
+  if (c.Has("from_snapshot")) {
+    store_ = MemoryStore();
+    records = snapshot_;
+    if (!store_.Write(records, {}).ok()) Print("error: the store");
+  }
   for (auto& [id, node] : nodes_) {
     node.connected = false;
     node.inbox.clear();

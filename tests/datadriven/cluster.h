@@ -57,6 +57,8 @@ class Cluster {
   // people, time, the controller itself
   void Submit(const Command& c);
   void Advance(const Command& c);
+  void StandStill(const Command& c);
+  void Snapshot(const Command& c);
   void Restart(const Command& c);
   void SetOptions(const Command& c);
   void PrintRecords(const Command& c);
@@ -81,6 +83,7 @@ class Cluster {
   std::map<NodeId, Node> nodes_;
   std::uint64_t next_keeper_ = 1;
   std::uint64_t stale_ = 0;
+  std::vector<controller::Record> snapshot_;
   std::vector<std::string> lines_;
   bool quiet_ = false;
 };
