@@ -36,12 +36,13 @@ def wait_for(what: str, condition: Callable[[], object], seconds: float = 60.0):
 class Run:
     """One launcher process with a state directory of its own."""
 
-    def __init__(self, work: Path, *args: object, name: str = "s", env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+    def __init__(self, work: Path, *args: object, name: str = "s", env: dict[str, str] | None = None, cwd: Path | None = None,
+                 before: tuple[str, ...] = ()) -> None:
         self.state = work / name
         self.out = work / f"{name}.out"
         self.err = work / f"{name}.err"
         with self.out.open("wb") as out, self.err.open("wb") as err:
-            self.process = subprocess.Popen([str(RUN), "--state-dir", str(self.state), *map(str, args)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+            self.process = subprocess.Popen([*before, str(RUN), "--state-dir", str(self.state), *map(str, args)], stdin=subprocess.DEVNULL, stdout=out, stderr=err,
                                             env=clean_environment() | (env or {}), cwd=cwd or work, start_new_session=True)
 
     def wait(self, seconds: float = 90.0) -> int:

@@ -81,8 +81,8 @@ TEST(Succession, SilenceIsSucceededByAMajority) {
   Succession s("b", "a", Members({"a", "b", "c"}));
   const Sight dark{false, kDark, kDark, {kDark, kUp, kUp}};
   s.Step(At(0), dark);
-  EXPECT_EQ(s.Step(At(4'000), dark).verdict, Verdict::kWait);
-  EXPECT_EQ(s.Step(At(5'000), dark).verdict, Verdict::kTakeOver);
+  EXPECT_EQ(s.Step(At(7'900), dark).verdict, Verdict::kWait);
+  EXPECT_EQ(s.Step(At(8'000), dark).verdict, Verdict::kTakeOver);
 }
 
 // The host is dead for sure, but b, which comes first, is behind a cut: it may act there, so c may
@@ -100,6 +100,53 @@ TEST(Succession, AReturnOfTheControllerStartsTheProofAnew) {
   s.Step(At(0), dead);
   s.Step(At(300), {true, kUp, kUp, {kUp, kUp}});
   EXPECT_EQ(s.Step(At(600), dead).verdict, Verdict::kWait);
+}
+
+// --- the host's side ---
+
+TEST(HostGuard, AHostThatSeesItsPeersGoesOn) {
+  HostGuard guard;
+  for (int ms = 0; ms < 60'000; ms += 1'000) {
+    EXPECT_EQ(guard.Step(At(ms), Members({"a", "b", "c"}), {kUp, kUp, kUp}).verdict,
+              Verdict::kNone);
+  }
+}
+
+TEST(HostGuard, AHostThatIsCutOffStepsDownBeforeTheOthersMayAct) {
+  HostGuard guard;
+  const auto peers = Members({"a", "b", "c"});
+  guard.Step(At(0), peers, {kUp, kUp, kUp});
+  EXPECT_EQ(guard.Step(At(1'000), peers, {kUp, kDark, kDark}).verdict, Verdict::kWait);
+  // Its controller has made a generation of one node meanwhile: the others do not know.
+  std::vector<Peer> alone = Members({"a", "b", "c"});
+  alone[1].member = alone[2].member = false;
+  EXPECT_EQ(guard.Step(At(2'500), alone, {kUp, kDark, kDark}).verdict, Verdict::kWait);
+  EXPECT_EQ(guard.Step(At(4'000), alone, {kUp, kDark, kDark}).verdict, Verdict::kStepDown);
+  static_assert(kCutHolds < kSilenceHolds);
+}
+
+TEST(HostGuard, DeathsAreNoCut) {
+  HostGuard guard;
+  const auto peers = Members({"a", "b", "c"});
+  for (int ms = 0; ms < 60'000; ms += 1'000) {
+    EXPECT_EQ(guard.Step(At(ms), peers, {kUp, kGone, kGone}).verdict, Verdict::kNone);
+  }
+}
+
+TEST(HostGuard, HalfOfTheMembersCannotGoOnWithoutIt) {
+  HostGuard guard;
+  const auto peers = Members({"a", "b"});
+  for (int ms = 0; ms < 60'000; ms += 1'000) {
+    EXPECT_EQ(guard.Step(At(ms), peers, {kUp, kDark}).verdict, Verdict::kNone);
+  }
+}
+
+TEST(HostGuard, ACutThatHealsIsForgotten) {
+  HostGuard guard;
+  const auto peers = Members({"a", "b", "c"});
+  guard.Step(At(0), peers, {kUp, kDark, kDark});
+  EXPECT_EQ(guard.Step(At(2'000), peers, {kUp, kUp, kDark}).verdict, Verdict::kNone);
+  EXPECT_EQ(guard.Step(At(3'500), peers, {kUp, kDark, kDark}).verdict, Verdict::kWait);
 }
 
 }  // namespace

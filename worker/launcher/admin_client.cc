@@ -57,6 +57,7 @@ struct AdminClient::Impl {
   std::size_t current = 0;
   std::shared_ptr<v1::AdminService::Stub> stub;  // of addresses[current]; null: to be made
   grpc::ClientContext* streams[2] = {};          // under way: follow, tail
+  bool directed = false;                         // by Redial: the next address is chosen
   bool ending = false;
   bool over[2] = {false, false};  // `streams` that will not be opened again
   std::thread threads[2];
@@ -80,7 +81,7 @@ struct AdminClient::Impl {
 
   void NextAddress() {
     std::lock_guard<std::mutex> lock(mutex);
-    if (addresses.empty()) return;
+    if (addresses.empty() || std::exchange(directed, false)) return;
     current = (current + 1) % addresses.size();
     stub = nullptr;  // also where there is one address only: a new channel has no back-off
   }
@@ -166,6 +167,19 @@ void AdminClient::SetAddresses(const std::string& addresses) {
   }
   impl_->current = 0;
   impl_->stub = nullptr;
+  for (grpc::ClientContext* context : impl_->streams) {
+    if (context != nullptr) context->TryCancel();
+  }
+}
+
+void AdminClient::Redial(const std::string& address) {
+  std::lock_guard<std::mutex> lock(impl_->mutex);
+  const auto found = std::find(impl_->addresses.begin(), impl_->addresses.end(), address);
+  if (found != impl_->addresses.end()) {
+    impl_->current = static_cast<std::size_t>(found - impl_->addresses.begin());
+    impl_->stub = nullptr;
+    impl_->directed = true;
+  }
   for (grpc::ClientContext* context : impl_->streams) {
     if (context != nullptr) context->TryCancel();
   }

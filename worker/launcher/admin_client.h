@@ -38,6 +38,9 @@ class AdminClient {
 
   // Calls go here from now on; a Follow moves over.
   void SetAddresses(const std::string& addresses);
+  // Breaks what is under way, which may hang on a machine that vanished, and goes on at `address`;
+  // empty: at the next one.
+  void Redial(const std::string& address);
   // The one of them that is in use.
   std::string address() const;
 

@@ -11,8 +11,10 @@
 #include <array>
 #include <cerrno>
 #include <charconv>
+#include <chrono>
 #include <cstring>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include <fmt/format.h>
@@ -163,31 +165,87 @@ std::string LocalAddress(const LaunchFlags& flags, const Endpoint& endpoint) {
   return "127.0.0.1";
 }
 
-Probe ProbeTcp(const std::string& host, std::uint16_t port, int limit_ms) {
-  Probe result = Probe::kSilent;
-  for (const Address& address : Resolve(host, port, SOCK_STREAM)) {
-    const int probe =
-        ::socket(address.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-    if (probe < 0) continue;
-    int error = 0;
-    if (::connect(probe, reinterpret_cast<const sockaddr*>(&address.storage), address.length) !=
-        0) {
-      error = errno;
-      if (error == EINPROGRESS) {
-        pollfd ready{probe, POLLOUT, 0};
+namespace {
+
+// A connect under way, or its immediate answer.
+struct Attempt {
+  int socket = -1;
+  Probe answer = Probe::kSilent;
+};
+
+Probe AnswerOf(int error) {
+  return error == 0 ? Probe::kListens : (error == ECONNREFUSED ? Probe::kRefused : Probe::kSilent);
+}
+
+Attempt Begin(const Address& address) {
+  Attempt attempt;
+  attempt.socket =
+      ::socket(address.storage.ss_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+  if (attempt.socket < 0) return attempt;
+  const int failed = ::connect(attempt.socket, reinterpret_cast<const sockaddr*>(&address.storage),
+                               address.length);
+  if (failed != 0 && errno == EINPROGRESS) return attempt;
+  attempt.answer = AnswerOf(failed == 0 ? 0 : errno);
+  ::close(std::exchange(attempt.socket, -1));
+  return attempt;
+}
+
+void Finish(std::vector<Attempt>* attempts, int limit_ms) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::milliseconds(limit_ms);
+  while (true) {
+    std::vector<pollfd> polled;
+    for (const Attempt& attempt : *attempts) {
+      if (attempt.socket >= 0) polled.push_back({attempt.socket, POLLOUT, 0});
+    }
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
+        deadline - std::chrono::steady_clock::now());
+    if (polled.empty() || left.count() < 0) break;
+    if (::poll(polled.data(), polled.size(), static_cast<int>(left.count())) == 0) break;
+    for (const pollfd& ready : polled) {
+      if (ready.revents == 0) continue;
+      for (Attempt& attempt : *attempts) {
+        if (attempt.socket != ready.fd) continue;
+        int error = 0;
         socklen_t length = sizeof(error);
-        if (::poll(&ready, 1, limit_ms) <= 0) {
-          error = ETIMEDOUT;
-        } else if (::getsockopt(probe, SOL_SOCKET, SO_ERROR, &error, &length) != 0) {
-          error = errno;
-        }
+        if (::getsockopt(ready.fd, SOL_SOCKET, SO_ERROR, &error, &length) != 0) error = errno;
+        attempt.answer = AnswerOf(error);
+        ::close(std::exchange(attempt.socket, -1));
       }
     }
-    ::close(probe);
-    if (error == 0) return Probe::kListens;
-    if (error == ECONNREFUSED) result = Probe::kRefused;
+  }
+  for (Attempt& attempt : *attempts) {
+    if (attempt.socket >= 0) ::close(std::exchange(attempt.socket, -1));
+  }
+}
+
+}  // namespace
+
+Probe ProbeTcp(const std::string& host, std::uint16_t port, int limit_ms) {
+  std::vector<Attempt> attempts;
+  for (const Address& address : Resolve(host, port, SOCK_STREAM))
+    attempts.push_back(Begin(address));
+  Finish(&attempts, limit_ms);
+  Probe result = Probe::kSilent;
+  for (const Attempt& attempt : attempts) {
+    if (attempt.answer == Probe::kListens) return Probe::kListens;
+    if (attempt.answer == Probe::kRefused) result = Probe::kRefused;
   }
   return result;
+}
+
+std::vector<Probe> ProbeAll(const std::vector<std::string>& addresses, int limit_ms) {
+  std::vector<Attempt> attempts;
+  for (const std::string& text : addresses) {
+    std::string host;
+    std::uint16_t port = 0;
+    std::vector<Address> resolved;
+    if (SplitHostPort(text, &host, &port) && port != 0) resolved = Resolve(host, port, SOCK_STREAM);
+    attempts.push_back(resolved.empty() ? Attempt{} : Begin(resolved.front()));
+  }
+  Finish(&attempts, limit_ms);
+  std::vector<Probe> answers;
+  for (const Attempt& attempt : attempts) answers.push_back(attempt.answer);
+  return answers;
 }
 
 }  // namespace everstep::launcher

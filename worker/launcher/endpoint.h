@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "worker/launcher/flags.h"
 
@@ -36,6 +37,8 @@ enum class Probe : std::uint8_t {
   kSilent,   // nothing came back in time, or there is no route
 };
 Probe ProbeTcp(const std::string& host, std::uint16_t port, int limit_ms);
+// Many ("host:port") at the same time; the answers in their order. Each host's first address only.
+std::vector<Probe> ProbeAll(const std::vector<std::string>& addresses, int limit_ms);
 
 // "host:port" or "[v6]:port"; false when it is neither.
 bool SplitHostPort(const std::string& text, std::string* host, std::uint16_t* port);

@@ -29,7 +29,14 @@ void Meeting::Start() {
   watch.act = [this](const Ruling& ruling) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      news_.take_over = ruling;
+      news_.act = ruling;
+    }
+    options_.wake();
+  };
+  watch.silent = [this] {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      news_.redial = true;
     }
     options_.wake();
   };

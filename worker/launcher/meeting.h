@@ -40,8 +40,9 @@ class Meeting {
   void SetFollowed(bool followed);
 
   struct News {
-    std::string say;                  // for the person; empty: nothing
-    std::optional<Ruling> take_over;  // this launcher is to start a controller
+    bool redial = false;        // the controller is out of reach, its stream hangs
+    std::string say;            // for the person; empty: nothing
+    std::optional<Ruling> act;  // kTakeOver: start a controller; kStepDown: end this node
   };
   News TakeNews();
 

@@ -38,7 +38,7 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 constexpr milliseconds kLastLinesLimit{2'000};  // after the end of a job on a standing cluster
-constexpr milliseconds kLogPoll{20};  // how late a worker's line may show
+constexpr milliseconds kLogPoll{20};            // how late a worker's line may show
 constexpr milliseconds kIdlePoll{200};
 constexpr milliseconds kSubmitLimit{20'000};
 constexpr milliseconds kReachLimit{5'000};    // a standing controller may be starting again
@@ -335,18 +335,31 @@ class Runner {
 
   // The controller died with its machine, and it is this launcher's turn.
   void OnMeeting(const Meeting::News& news) {
+    if (news.redial) client_->Redial({});
     if (!news.say.empty()) console_.Say(news.say);
-    if (!news.take_over || over_) return;
-    console_.Say(fmt::format("{}; starting a controller here", news.take_over->why));
+    if (!news.act || over_) return;
+    if (news.act->verdict == Verdict::kTakeOver && brought_->has_controller()) return;
+    if (news.act->verdict == Verdict::kStepDown) {
+      console_.Say(fmt::format("{}; stopping here", news.act->why));
+      cut_off_ = true;
+      forced_ = true;
+      over_ = true;
+      return;
+    }
+    console_.Say(fmt::format("{}; starting a controller here", news.act->why));
     const std::string file = state_.controller() + "/snapshot";
     const std::string address = meeting_->ReleaseControllerAddress();
     std::string wrong;
     if (!WriteFileAtomically(file, meeting_->snapshot())) wrong = "cannot write " + file;
     if (wrong.empty()) {
       wrong = brought_->StartController(
-          {.listen = address, .snapshot = file, .known_dead = news.take_over->dead});
+          {.listen = address, .snapshot = file, .known_dead = news.act->dead});
     }
-    if (!wrong.empty()) console_.Say(wrong);
+    if (wrong.empty()) {
+      client_->Redial(address);
+    } else {
+      console_.Say(wrong);
+    }
   }
 
   void OnSignal(int signal) {
@@ -438,7 +451,7 @@ class Runner {
     client_->EndFollow();
     if (known && meeting_ != nullptr && brought_->has_controller() && !forced_) AwaitOthers();
     if (brought_ != nullptr) brought_->StopController(how);
-    int code = kExitFailed;
+    int code = cut_off_ ? kExitCapacity : kExitFailed;
     std::string log_dir;
     if (known) {
       const RunOutcome outcome = OutcomeOf(newest_, flags_.script, state_.node_dir());
@@ -446,7 +459,10 @@ class Runner {
       console_.Text(FormatSummary(outcome));
     } else {
       console_.Say(fmt::format("{}, exit code {}",
-                               left_ ? "this node left the job" : "the run was cut off", code));
+                               left_      ? "this node left the job"
+                               : cut_off_ ? "this node was cut off from the job"
+                                          : "the run was cut off",
+                               code));
     }
     const bool asked_for_logs = flags_.redirects != StreamSpec() || flags_.tee != StreamSpec();
     if (code == kExitSucceeded && !(asked_for_logs && flags_.log_dir.empty())) {
@@ -478,7 +494,8 @@ class Runner {
   bool over_ = false;
   bool cancelled_ = false;
   bool forced_ = false;
-  bool left_ = false;  // the job runs on without this node
+  bool cut_off_ = false;  // from the other nodes
+  bool left_ = false;     // the job runs on without this node
   steady_clock::time_point cancel_deadline_;
   std::optional<steady_clock::time_point> lost_since_;
   bool lost_said_ = false;

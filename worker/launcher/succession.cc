@@ -69,4 +69,26 @@ Ruling Succession::Step(Timestamp now, const Sight& sight) {
           proof ? host_ : std::string()};
 }
 
+Ruling HostGuard::Step(Timestamp now, const std::vector<Peer>& peers,
+                       const std::vector<Probe>& sight) {
+  EVERSTEP_CHECK(sight.size() == peers.size(), "a sight is of other peers");
+  std::set<std::string> known;
+  std::size_t silent = 0;
+  for (std::size_t i = 0; i < peers.size(); ++i) {
+    const bool was = members_.count(peers[i].node) != 0;
+    if (!peers[i].member && !(was && sight[i] == Probe::kSilent)) continue;
+    known.insert(peers[i].node);
+    silent += sight[i] == Probe::kSilent ? 1 : 0;
+  }
+  members_ = std::move(known);
+  if (silent * 2 <= members_.size()) {
+    cut_since_.reset();
+    return {};
+  }
+  if (!cut_since_) cut_since_ = now;
+  std::string why = fmt::format("{} of {} members are out of reach and may go on without this node",
+                                silent, members_.size());
+  return {now - *cut_since_ < kCutHolds ? Verdict::kWait : Verdict::kStepDown, std::move(why), {}};
+}
+
 }  // namespace everstep::launcher

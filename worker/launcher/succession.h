@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -19,7 +20,9 @@
 namespace everstep::launcher {
 
 inline constexpr Duration kProofHolds = Milliseconds(500);  // refusals for this long are a death
-inline constexpr Duration kSilenceHolds = Seconds(5);       // silence for this long may be one
+inline constexpr Duration kSilenceHolds = Seconds(8);       // silence for this long may be one
+inline constexpr Duration kCutHolds =
+    Seconds(3);  // a host that is cut off steps down before others act
 
 // One launcher of the job. In order: members by group rank, then the others by name.
 struct Peer {
@@ -43,6 +46,7 @@ enum class Verdict : std::uint8_t {
   kWait,        // another launcher is to act, or there is no proof yet
   kNoMajority,  // silence, and too few see each other: nobody may act
   kTakeOver,
+  kStepDown,  // we are the host, and the others may go on without us
 };
 
 struct Ruling {
@@ -68,6 +72,20 @@ class Succession {
   const std::vector<Peer> peers_;
   std::optional<Timestamp> refused_since_;
   std::optional<Timestamp> silent_since_;
+};
+
+// The other half: a host that is cut off from most of the members ends its controller and its node
+// before the others may start theirs, so that two generations of one job never train at once.
+class HostGuard {
+ public:
+  // `sight`: the beacons of `peers`, in their order; one's own is kListens.
+  Ruling Step(Timestamp now, const std::vector<Peer>& peers, const std::vector<Probe>& sight);
+
+ private:
+  // Nodes of the newest generation, and those that were when they fell silent: a controller that is
+  // cut off makes a smaller generation at once, but they do not know of it.
+  std::set<std::string> members_;
+  std::optional<Timestamp> cut_since_;
 };
 
 }  // namespace everstep::launcher

@@ -58,13 +58,6 @@ int BindAny(const std::string& address, std::string* text) {
   return bound;
 }
 
-Probe ProbeText(const std::string& address) {
-  std::string host;
-  std::uint16_t port = 0;
-  if (!SplitHostPort(address, &host, &port) || port == 0) return Probe::kSilent;
-  return ProbeTcp(host, port, kProbeLimitMs);
-}
-
 std::string Label(const v1::NodeRecord& node, const char* key) {
   const auto found = node.labels().find(key);
   return found == node.labels().end() ? std::string() : found->second;
@@ -154,13 +147,34 @@ void Watch::SetFollowed(bool followed) {
 Sight Watch::Look(const std::string& controller, const std::string& host,
                   const std::vector<Peer>& peers) {
   Sight sight;
-  sight.controller = ProbeText(controller);
+  sight.controller = ProbeAll({controller}, kProbeLimitMs).front();
+  // While the controller listens nobody asks for the rest.
+  if (sight.controller == Probe::kListens) {
+    sight.peers.assign(peers.size(), Probe::kListens);
+    return sight;
+  }
+  std::vector<std::string> addresses;
+  for (const Peer& peer : peers) addresses.push_back(peer.beacon);
   for (const Peer& peer : peers) {
-    const bool own = peer.node == options_.node;
-    // While the controller listens nobody asks for the rest.
-    sight.peers.push_back(own || sight.controller == Probe::kListens ? Probe::kListens
-                                                                     : ProbeText(peer.beacon));
-    if (peer.node == host) sight.host_agent = own ? Probe::kListens : ProbeText(peer.data);
+    if (peer.node == host) addresses.push_back(peer.data);
+  }
+  sight.peers = ProbeAll(addresses, kProbeLimitMs);
+  if (sight.peers.size() > peers.size()) {
+    sight.host_agent = sight.peers.back();
+    sight.peers.resize(peers.size());
+  }
+  for (std::size_t i = 0; i < peers.size(); ++i) {
+    if (peers[i].node == options_.node) sight.peers[i] = Probe::kListens;
+  }
+  return sight;
+}
+
+std::vector<Probe> Watch::LookAtPeers(const std::vector<Peer>& peers) {
+  std::vector<std::string> addresses;
+  for (const Peer& peer : peers) addresses.push_back(peer.beacon);
+  std::vector<Probe> sight = ProbeAll(addresses, kProbeLimitMs);
+  for (std::size_t i = 0; i < peers.size(); ++i) {
+    if (peers[i].node == options_.node) sight[i] = Probe::kListens;
   }
   return sight;
 }
@@ -168,6 +182,8 @@ Sight Watch::Look(const std::string& controller, const std::string& host,
 void Watch::Loop() {
   const RealClock clock;
   std::unique_ptr<Succession> succession;
+  HostGuard guard;
+  int silent_looks = 0;
   std::uint64_t version = 0;
   std::string said;
   while (true) {
@@ -192,19 +208,28 @@ void Watch::Loop() {
       if (caller < 0) break;
       ::close(caller);
     }
-    if (succession == nullptr || controller.empty() || host == options_.node) continue;
-    Sight sight = Look(controller, host, succession->peers());
-    // A stream to a machine that vanished stays open for a long time: the probe knows better.
-    sight.followed = followed && sight.controller != Probe::kSilent;
-    const Ruling ruling = succession->Step(clock.Now(), sight);
+    if (succession == nullptr || controller.empty()) continue;
+    Ruling ruling;
+    if (host == options_.node) {
+      ruling = guard.Step(clock.Now(), succession->peers(), LookAtPeers(succession->peers()));
+    } else {
+      Sight sight = Look(controller, host, succession->peers());
+      // A stream to a machine that vanished stays open for a long time: the probe knows better.
+      sight.followed = followed && sight.controller != Probe::kSilent;
+      ruling = succession->Step(clock.Now(), sight);
+      // Twice in a row: one answer may be lost.
+      silent_looks = followed && sight.controller == Probe::kSilent ? silent_looks + 1 : 0;
+      if (silent_looks == 2) options_.silent();
+    }
     if (ruling.verdict == Verdict::kNoMajority && said != ruling.why) {
       said = ruling.why;
       options_.say(ruling.why);
     }
-    if (ruling.verdict != Verdict::kTakeOver) continue;
+    if (ruling.verdict != Verdict::kTakeOver && ruling.verdict != Verdict::kStepDown) continue;
     {
       std::lock_guard<std::mutex> lock(mutex_);
-      if (std::exchange(acted_, true)) continue;
+      // What was looked at may have changed meanwhile.
+      if (version != version_ || std::exchange(acted_, true)) continue;
     }
     options_.act(ruling);
   }

@@ -51,8 +51,9 @@ class Watch {
   struct Options {
     std::string node;
     int beacon = -1;  // a listening socket; connections to it are accepted and closed
-    std::function<void(const Ruling& ruling)> act;  // kTakeOver
-    std::function<void(const std::string&)> say;    // once for each kNoMajority
+    std::function<void(const Ruling& ruling)> act;  // kTakeOver, kStepDown
+    std::function<void()> silent;  // the controller is out of reach, whatever its stream says
+    std::function<void(const std::string&)> say;  // once for each kNoMajority
   };
   explicit Watch(Options options);
   ~Watch();
@@ -66,6 +67,7 @@ class Watch {
 
  private:
   void Loop();
+  std::vector<Probe> LookAtPeers(const std::vector<Peer>& peers);
   Sight Look(const std::string& controller, const std::string& host,
              const std::vector<Peer>& peers);
 
