@@ -357,9 +357,26 @@ TEST_F(ServerTest, FollowedLogsGoOnThroughGenerationsAndEndWithTheJob) {
   new_member.Exit(activate->activate(), 0);
   EXPECT_FALSE(reader->Read(&got));
   EXPECT_TRUE(reader->Finish().ok());
-  // Agents forget a job that ended well; whoever asks now learns where its files are.
+  // Its agents have the files still, and are asked once.
+  const std::size_t before = new_member.count();
   grpc::ClientContext late;
-  auto nothing = controller_.admin().TailJobLogs(&late, request);
+  late.set_deadline(std::chrono::system_clock::now() + kPatience);
+  auto ended = controller_.admin().TailJobLogs(&late, request);
+  const auto again = new_member.Wait([](const auto& m) { return m.has_tail_logs() && !m.tail_logs().cancel(); }, before);
+  ASSERT_TRUE(again);
+  EXPECT_FALSE(again->tail_logs().follow());
+  lines.mutable_log_lines()->set_request(again->tail_logs().request());
+  lines.mutable_log_lines()->set_end(true);
+  new_member.Send(lines);
+  EXPECT_TRUE(ended->Read(&got));
+  EXPECT_FALSE(ended->Read(&got));
+  EXPECT_TRUE(ended->Finish().ok());
+  // With nobody left to ask, the error says where the files are.
+  new_member.Break();
+  EXPECT_TRUE(Eventually([&] { return controller_.NodeState(first == 1 ? "n2" : "n1") == "LOST"; }));
+  grpc::ClientContext alone;
+  alone.set_deadline(std::chrono::system_clock::now() + kPatience);
+  auto nothing = controller_.admin().TailJobLogs(&alone, request);
   EXPECT_FALSE(nothing->Read(&got));
   const grpc::Status status = nothing->Finish();
   EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
