@@ -10,6 +10,7 @@ import os
 import pathlib
 import shutil
 import sys
+import time
 
 import pytest
 
@@ -274,6 +275,31 @@ def test_a_dead_fork_server_comes_back(keeper, job):
 
     keeper.wait_event(back)
     assert run(keeper, job, "job", preload=True, env=BASE, target="train.py") == (0, "done\n", "")
+
+def test_what_the_first_generation_imports_late_is_imported_ahead_next_time(keeper, job):
+    # A name that is in no import statement: only the running worker shows it.
+    (job / "train.py").write_text(
+        "import importlib.util, os, sys, time, torch\n"
+        "names = ['_curs' + 'es', '_cry' + 'pt', 'audio' + 'op', '_test' + 'buffer', '_dbm']\n"
+        "name = next(n for n in names if n not in sys.modules and importlib.util.find_spec(n))\n"
+        "print(name, flush=True)\n"
+        "import builtins\ngetattr(builtins, '__imp' + 'ort__')(name)\ntime.sleep(1000)\n"
+    )
+    assert number(keeper.fork_server("job", PYTHON, SCRIPT, "train.py", [], BASE, str(job)), 2)
+    keeper.spawn("job", 0, python=PYTHON, target="train.py", env=BASE, cwd=str(job), preload=True, out=str(job / "w1"))
+    log = keeper.folder / "keeper.log"
+    deadline = time.monotonic() + 60
+    while "fork_server_learnt" not in log.read_text():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    assert (job / "w1.out").read_text().strip() in log.read_text().partition("fork_server_learnt")[2]
+    keeper.call(6, {1: "job", 2: 1, 3: -1, 5: 0})
+    keeper.wait_exit("job", 0)
+    keeper.spawn("job", 0, python=PYTHON, target="train.py", env=BASE, cwd=str(job), preload=True, generation=2, out=str(job / "w2"))
+    while not (job / "w2.out").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert (job / "w1.out").read_text() != (job / "w2.out").read_text(), "it was there before the script"
 
 
 if __name__ == "__main__":

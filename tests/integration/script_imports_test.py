@@ -8,7 +8,7 @@ import sys
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "worker" / "keeper" / "python"))
-import script_imports  # noqa: E402
+import script_imports
 
 
 def look(folder, source, **others):
@@ -81,3 +81,22 @@ def test_folders_of_packages_count_as_local_and_plain_folders_do_not(tmp_path):
 
 def test_imports_in_a_circle_end(tmp_path):
     assert look(tmp_path, "import a\n", a="import b\n", b="import a, torch\n") == (True, ["torch"])
+
+
+def test_parts_of_torch_are_hints_wherever_they_are_imported(tmp_path):
+    source = "import torch\ndef main():\n    from torch.nn.parallel import DistributedDataParallel\n    import optional\n"
+    assert look(tmp_path, source)[1] == ["torch", "torch.nn.parallel"]
+
+
+def test_extension_modules_of_another_process_are_found(tmp_path):
+    import subprocess
+
+    code = "import numpy.random, _decimal, sys; print('ready', flush=True); sys.stdin.read()"
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout.readline() == b"ready\n"
+    look = f"import sys; sys.path.insert(0, {str(pathlib.Path(script_imports.__file__).parent)!r}); import script_imports; "
+    look += f"print(*script_imports.extension_modules({child.pid}))"
+    names = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True).stdout.split()
+    child.communicate()
+    assert "numpy.random.mtrand" in names
+    assert "_decimal" in names

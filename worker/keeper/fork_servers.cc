@@ -200,7 +200,7 @@ void ForkServers::Start(Server* server) {
   }
   server->pid = pid;
   server->phase = Phase::kStarting;
-  server->store_ready = false;
+  server->store_ready = server->learnt = false;
   server->started_ns = MonotonicNanos();
   server->message = "importing";
   std::vector<std::string> argv = WorkerArgv(
@@ -294,6 +294,13 @@ ForkServers::Answer ForkServers::ForkStoreHost(const std::string& job, int liste
   return Send(server, {"store"}, {status_fd, listener}) ? Answer::kAsked : Answer::kNever;
 }
 
+void ForkServers::Learn(const std::string& job, pid_t pid) {
+  Server* server = Find(job);
+  if (server == nullptr || server->phase != Phase::kReady || server->learnt) return;
+  server->learnt = true;
+  Send(server, {"learn", std::to_string(pid)}, {});
+}
+
 void ForkServers::OnLine(const std::string& job, const std::string& line, bool last) {
   Server* server = Find(job);
   if (server == nullptr) return;
@@ -309,6 +316,8 @@ void ForkServers::OnLine(const std::string& job, const std::string& line, bool l
                                   {"preload_ms", server->preload_ms}, {"what", server->message}});
     Tell(*server);
     if (on_change) on_change(job);
+  } else if (line.starts_with("learnt ")) {
+    LogInfo("fork_server_learnt", {{"job", job}, {"modules", line.substr(7)}});
   } else if (line.starts_with("E") || line.starts_with("failed ")) {
     Fail(server, line.starts_with("E") ? line.substr(1) : line.substr(7));
   } else if (last && server->phase == Phase::kStarting) {

@@ -49,6 +49,9 @@ class ForkServers {
   // Asks the job's server for a store host on `listener` (StoreHosts says what it writes to status_fd).
   Answer ForkStoreHost(const std::string& job, int listener, int status_fd);
 
+  // Once for each server: what the worker `pid` has imported by itself is imported ahead from now on.
+  void Learn(const std::string& job, pid_t pid);
+
   // Called when a server can fork store hosts, and when it will not come.
   std::function<void(const std::string& job)> on_change;
 
@@ -72,6 +75,7 @@ class ForkServers {
     int starts = 0;
     std::int64_t started_ns = 0;  // monotonic
     std::int64_t preload_ms = 0;
+    bool learnt = false;
     std::unique_ptr<Connection> control;  // requests queue here; its token watches for writability
     StatusPipe status;
   };

@@ -94,6 +94,7 @@ class Workers {
     std::int64_t start_limit_ns = 0;  // 0: started
     std::int64_t stopped_ns = 0;      // 0: not stopped
     bool stop_told = false;
+    bool learnt_from = false;
     int signal_on_start = 0;  // killed before its pid was known
     everstep::v1::KeeperExited exit;
     Done done;

@@ -19,6 +19,7 @@ namespace v1 = everstep::v1;
 
 constexpr std::int64_t kMs = 1'000'000;
 constexpr std::int64_t kStopToldNs = 300 * kMs;  // stopped for this long: told
+constexpr std::int64_t kLearnAfterNs = 10'000 * kMs;  // by then a script trains
 constexpr std::int64_t kScanNs = 500 * kMs;      // process states are read this often
 
 }  // namespace
@@ -125,6 +126,10 @@ void Workers::Tick(std::int64_t now) {
       Signal(worker.get(), SIGKILL);
     }
     if (worker->phase != Phase::kRunning) continue;
+    if (scan && worker->forked && !worker->learnt_from && now >= worker->started_ns + kLearnAfterNs) {
+      worker->learnt_from = true;
+      fork_servers_->Learn(key.job, worker->pid);
+    }
     if (scan) {
       const auto stat = ReadProcStat(worker->pid);
       // 't' (traced) is a debugger's own business, told all the same: the job stands still.

@@ -30,6 +30,7 @@ PRELOAD = (
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
 )
+MOST_SEEDS = 16
 PR_SET_PDEATHSIG, PR_SET_MM, PR_SET_MM_MAP = 1, 35, 14
 SIGKILL = 9
 
@@ -80,10 +81,24 @@ class Control:
             at += 4 + size
         return fields, passed
 
-    def waiting(self):
+    def waiting(self, seconds=0.0):
         import select
 
-        return bool(select.select([self.fd], [], [], 0)[0])
+        return bool(select.select([self.fd], [], [], seconds)[0])
+
+    def pass_on(self, fields, descriptors):
+        import socket
+
+        body = b"".join(len(f).to_bytes(4, "little") + f for f in map(os.fsencode, fields))
+        frame = len(body).to_bytes(4, "little") + body
+        sent = socket.send_fds(self.socket, [frame], descriptors)
+        self.socket.sendall(frame[sent:])
+
+    def close(self):
+        if self.socket is None:
+            os.close(self.fd)
+        else:
+            self.socket.close()
 
 
 def load_part(folder, name):
@@ -96,7 +111,7 @@ def load_part(folder, name):
     return module
 
 
-def load(names, control, serve, between):
+def load(names, control, serve, between=lambda name: None):
     import importlib
 
     for name in names:
@@ -107,7 +122,7 @@ def load(names, control, serve, between):
         except Exception as problem:  # noqa: BLE001  the script will meet it itself, if it needs it
             print(f"fork server: import {name}: {type(problem).__name__}: {problem}", file=sys.stderr)
         between(name)
-        while control.waiting():
+        while control is not None and control.waiting():
             serve(*control.read())
 
 
@@ -221,14 +236,8 @@ def reseed():
         logging._startTime = time.time_ns() if isinstance(logging._startTime, int) else time.time()
 
 
-def detach(libc, keeper):
-    """A grandchild whose parent is the keeper, and who dies with it; None in the server."""
-    child = os.fork()
-    if child:
-        os.waitpid(child, 0)
-        return False
-    if os.fork():
-        os._exit(0)
+def settle(libc, keeper):
+    """In a grandchild: waits until the keeper is its parent, to die with it, and leads a session of its own."""
     import time
 
     limit = time.monotonic() + 10
@@ -240,7 +249,6 @@ def detach(libc, keeper):
     if os.getppid() != keeper:
         os._exit(127)
     os.setsid()
-    return True
 
 
 def become_worker(libc, fields, answer, command, server_args, blas, set_by_imports):
@@ -304,6 +312,61 @@ def check(libc, imports):
         raise imports.ImportedTooMuch("the imports touched CUDA, which does not survive a fork")
 
 
+class Seeds:
+    """Children forked ahead, each one fork away from a worker: so that a generation's workers start side by side."""
+
+    def __init__(self, libc):
+        self.libc = libc
+        self.idle = []
+        self.spent = []
+
+    def plant(self, forsake):
+        """None in the server; in the child, once, the channel on which its request comes."""
+        import socket
+
+        ours, theirs = socket.socketpair()
+        server, child = os.getpid(), os.fork()
+        channel = Control((ours if child else theirs).fileno())
+        channel.socket = ours if child else theirs
+        (theirs if child else ours).close()
+        if child:
+            self.idle.append((child, channel))
+            return None
+        self.libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+        if os.getppid() != server:
+            os._exit(0)
+        forsake()
+        self.forsake()
+        return channel
+
+    def forsake(self):
+        for _, channel in self.idle:
+            channel.close()
+
+    def use(self, fields, passed):
+        """False: there is none, or it is gone."""
+        while self.idle:
+            child, channel = self.idle.pop()
+            self.spent.append(child)
+            try:
+                channel.pass_on(fields, passed)
+            except OSError:
+                continue
+            finally:
+                channel.close()
+            return True
+        return False
+
+    def discard(self):
+        """They know less than the server does now."""
+        self.forsake()
+        self.spent += [child for child, _ in self.idle]
+        self.idle = []
+
+    def reap(self):
+        self.spent = [child for child in self.spent if os.waitpid(child, os.WNOHANG)[0] == 0]
+
+
 def run_server(folder, config, control, status, keeper, imports):
     """Returns only in a worker, as the exception Worker."""
     import ctypes
@@ -322,21 +385,64 @@ def run_server(folder, config, control, status, keeper, imports):
     server_args = len(argv) - fixed
     before = set(sys.modules)
     blas, set_by_imports = [], {}
+    seeds = Seeds(libc)
+
+    def grow(fields, passed):
+        """In the grandchild: what it was asked to be."""
+        settle(libc, keeper)
+        if fields[0] == "store":
+            become_store_host(folder, passed[1], passed[0], keeper)
+        become_worker(libc, fields[1:], passed[0], argv, server_args, blas, set_by_imports)
+        if kind == "4":
+            follow_main()
+        raise Worker
+
+    def forsake():
+        """In a child: the server's own descriptors."""
+        control.close()
+        os.close(status)
+
+    def learn(pid):
+        """Imports what the first generation came to import by itself; a child tries it first."""
+        try:
+            names = [n for n in imports.extension_modules(pid) if n.split(".")[0] not in local]
+        except OSError:
+            return  # it has ended
+        if not names:
+            return
+        child = os.fork()
+        if child == 0:
+            forsake()
+            load(names, None, None)
+            torch = sys.modules.get("torch")
+            os._exit(thread_count() != 1 or (torch is not None and torch.cuda.is_initialized()))
+        if os.waitpid(child, 0)[1] != 0:
+            print(f"fork server: not learnt, they start threads or CUDA: {' '.join(names)}", file=sys.stderr)
+            return
+        blas_threads = os.environ.get("OPENBLAS_NUM_THREADS")
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"
+        load(names, control, serve)
+        os.environ.pop("OPENBLAS_NUM_THREADS")
+        if blas_threads is not None:
+            os.environ["OPENBLAS_NUM_THREADS"] = blas_threads
+        blas[:] = blas_libraries()
+        seeds.discard()
+        say(status, f"learnt {' '.join(names)}")
 
     def serve(fields, passed):
-        answer = passed[0]
-        if thread_count() != 1:
-            say(answer, f"Rthe fork server has {thread_count()} threads")
-        elif detach(libc, keeper):
-            control.socket.detach()
-            os.close(control_fd)
-            os.close(status)
-            if fields[0] == "store":
-                become_store_host(folder, passed[1], answer, keeper)
-            become_worker(libc, fields[1:], answer, argv, server_args, blas, set_by_imports)
-            if kind == "4":
-                follow_main()
-            raise Worker
+        if fields[0] == "learn":
+            learn(int(fields[1]))
+        elif thread_count() != 1:
+            say(passed[0], f"Rthe fork server has {thread_count()} threads")
+        elif fields[0] != "worker" or not seeds.use(fields, passed):
+            child = os.fork()
+            if child == 0:
+                if os.fork():
+                    os._exit(0)
+                forsake()
+                seeds.forsake()
+                grow(fields, passed)
+            os.waitpid(child, 0)
         for fd in passed:
             os.close(fd)
 
@@ -377,8 +483,24 @@ def run_server(folder, config, control, status, keeper, imports):
     gc.collect()
     gc.freeze()
     say(status, f"ready {len(sys.modules)} modules in {time.monotonic() - began:.1f} s")
+    want, burst = 2, 0
     while True:
-        serve(*control.read())
+        seeds.reap()
+        # Ahead of need, but not while a generation starts: it needs the processors.
+        if len(seeds.idle) < want and thread_count() == 1 and not control.waiting(1.0 if burst else 0.0):
+            burst = 0
+            if (own := seeds.plant(forsake)) is not None:
+                fields, passed = own.read()
+                if os.fork():
+                    os._exit(0)
+                own.close()
+                grow(fields, passed)
+            continue
+        fields, passed = control.read()
+        if fields[0] == "worker":
+            burst += 1
+            want = min(max(want, burst), MOST_SEEDS)
+        serve(fields, passed)
 
 
 def follow_main():

@@ -57,22 +57,26 @@ def reads_before_import(tree):
     return None
 
 
+def full_names(node):
+    """Modules that an import statement names; none for any other node."""
+    if isinstance(node, ast.ImportFrom):
+        return [node.module] if node.module and not node.level else []
+    return [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+
+
 def names_of(node):
-    """Top-level names that an import statement names."""
-    if hasattr(node, "module"):  # from X import ...
-        return {node.module.split(".")[0]} if node.module and not node.level else set()
-    return {alias.name.split(".")[0] for alias in node.names}
+    """Their top-level names."""
+    return {name.split(".")[0] for name in full_names(node)}
 
 
 def installed_imports(tree, local):
     """Whether the source imports anything, at any place, that is neither its own nor the standard library's."""
     names, at_top = set(), set(map(id, tree.body))
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and id(node) not in at_top and names_of(node) & set(local):
+        if id(node) not in at_top and names_of(node) & set(local):
             return True  # what a local module needs later is not looked at
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            names |= names_of(node)
-        elif isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in LOADERS:
+        names |= names_of(node)
+        if isinstance(node, ast.Call) and getattr(node.func, "id", getattr(node.func, "attr", "")) in LOADERS:
             return True
     return bool(names - set(local) - set(getattr(sys, "stdlib_module_names", ())))
 
@@ -97,18 +101,17 @@ def scan(path, local, imports, seen):
     worth = installed_imports(tree, local)
     bodies = list(tree.body)
     for node in bodies:
-        names = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names = [node.module]
-        elif isinstance(node, ast.Try):
+        if isinstance(node, ast.Try):
             bodies.extend(node.body)
-        for name in names:
+        for name in full_names(node):
             top = name.split(".")[0]
             if top in local:
                 worth = scan(local[top], local, imports, seen) or worth
             elif name not in imports and top not in NOT_AHEAD:
+                imports.append(name)
+    for node in ast.walk(tree):  # further in, only what is a part of torch: others may be optional
+        for name in full_names(node):
+            if name.startswith("torch.") and name not in imports:
                 imports.append(name)
     return worth
 
@@ -123,3 +126,26 @@ def source_of(kind, target):
         return "", [os.getcwd()]
     path = os.path.abspath(target)
     return path, [os.path.dirname(path)] if kind == "1" else [os.getcwd()]
+
+
+def extension_modules(pid):
+    """Names of the extension modules that a process has mapped and this one has not: what a worker came to import."""
+
+    def mapped(who):
+        with open(f"/proc/{who}/maps") as maps:
+            paths = {line.split(maxsplit=5)[5].strip() for line in maps if line.count("/") and ".so" in line}
+        return {p for p in paths if p.split(".")[-1] == "so"}
+
+    from importlib.machinery import EXTENSION_SUFFIXES
+
+    names = []
+    folders = sorted((os.path.abspath(p) + "/" for p in sys.path if p), key=len, reverse=True)
+    for path in sorted(mapped(pid) - mapped("self")):
+        suffix = next((s for s in EXTENSION_SUFFIXES if path.endswith(s) and s != ".so"), None)
+        folder = next((f for f in folders if path.startswith(f)), None)
+        if suffix is None or folder is None:
+            continue
+        name = path[len(folder) : -len(suffix)].replace("/", ".")
+        if name.split(".")[0] not in NOT_AHEAD and all(part.isidentifier() for part in name.split(".")):
+            names.append(name)
+    return names
