@@ -18,7 +18,7 @@ namespace everstep::checkpoint {
 namespace {
 
 Error System(const std::string& who, const char* what) {
-  return Error{ErrorCode::kInternal, fmt::format("{}: {}: {}", who, what, std::strerror(errno))};
+  return Error{ErrorCode::kInternal, fmt::format("{}: {}: {}", who, what, ErrnoText(errno))};
 }
 
 std::uint64_t FileBytes(int fd) {

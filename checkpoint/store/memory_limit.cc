@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include <cstring>
 #include <fstream>
 #include <limits>
 #include <sstream>
@@ -86,6 +87,11 @@ std::string HumanBytes(std::uint64_t bytes) {
     ++unit;
   }
   return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, units[unit]);
+}
+
+std::string ErrnoText(int number) {
+  char text[128] = {};
+  return strerror_r(number, text, sizeof text);  // GNU's: answers the text
 }
 
 const char* ErrorCodeName(ErrorCode code) {

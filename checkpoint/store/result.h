@@ -22,6 +22,8 @@ enum class ErrorCode : std::uint8_t {
 };
 const char* ErrorCodeName(ErrorCode code);  // "no_memory"
 
+std::string ErrnoText(int number);  // "No such file or directory"; thread-safe, as strerror is not
+
 struct Error {
   ErrorCode code = ErrorCode::kInternal;
   std::string message;  // who, what, the limit, what to do next

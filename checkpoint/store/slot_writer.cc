@@ -25,7 +25,7 @@ constexpr std::uint64_t kHugePage = 2u << 20;
 Error System(const Arena& arena, const char* what) {
   const ErrorCode code =
       errno == ENOMEM || errno == ENOSPC ? ErrorCode::kNoMemory : ErrorCode::kInternal;
-  return Error{code, fmt::format("{}: {}: {}", arena.Name(), what, std::strerror(errno))};
+  return Error{code, fmt::format("{}: {}: {}", arena.Name(), what, ErrnoText(errno))};
 }
 
 // Bytes of [offset, offset + bytes) that have no memory yet.

@@ -204,7 +204,7 @@ Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica*
     }
     auto writer = SlotWriter::Begin(&arena, slot, fields.payload_bytes);
     if (!writer.ok()) return writer.error();
-    replica->writer.emplace(std::move(writer.value()));
+    replica->writer.emplace(writer.value());
     replica->partial = fields;
     replica->partial_root = request.crc_root;
     replica->next = 0;

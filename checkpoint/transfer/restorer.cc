@@ -32,7 +32,7 @@ class SlotSink final : public FetchSink {
       why_ = writer.error().message;
       return nullptr;
     }
-    writer_.emplace(std::move(writer.value()));
+    writer_.emplace(writer.value());
     return &*writer_;
   }
   std::string Why() const override { return why_; }

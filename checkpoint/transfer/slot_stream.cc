@@ -33,7 +33,7 @@ Result<std::vector<std::uint32_t>> ReadChunkCrcs(const Arena& arena, const SlotV
     if (n <= 0) {
       return Error{ErrorCode::kInternal,
                    fmt::format("{}: reading chunk checksums: {}", arena.Name(),
-                               n == 0 ? "the file ends" : std::strerror(errno))};
+                               n == 0 ? std::string("the file ends") : ErrnoText(errno))};
     }
     got += static_cast<std::size_t>(n);
   }

@@ -79,8 +79,7 @@ Connection::~Connection() {
 }
 
 Error Connection::System(const char* doing) const {
-  return {ErrorCode::kUnavailable,
-          fmt::format("peer {}: {}: {}", peer_, doing, std::strerror(errno))};
+  return {ErrorCode::kUnavailable, fmt::format("peer {}: {}: {}", peer_, doing, ErrnoText(errno))};
 }
 
 std::optional<Error> Connection::Over(const char* doing) const {
@@ -215,7 +214,7 @@ Result<Listening> Listen(const std::string& address, std::uint16_t port) {
       bind(fd, a->ai_addr, a->ai_addrlen) != 0 || listen(fd, 128) != 0) {
     Error error{ErrorCode::kUnavailable,
                 fmt::format("checkpoint data plane: cannot listen on {}:{}: {}{}", address, port,
-                            std::strerror(errno),
+                            ErrnoText(errno),
                             errno == EADDRINUSE ? "; choose another port, or 0 for any" : "")};
     if (fd >= 0) close(fd);
     return error;

@@ -125,8 +125,8 @@ class TransferService {
 
   // Effect MarkCommitted, ControllerAway, ForgetJob (the keeper's arenas are the caller's to drop).
   virtual void MarkCommitted(const JobId& job, Generation generation, Step step) = 0;
-  // The controller gave up steps up to `step` of `generation` (a restore's source: its own generation)
-  // that are not committed: trainers may overwrite them.
+  // The controller gave up steps up to `step` of `generation` (a restore's source: its own
+  // generation) that are not committed: trainers may overwrite them.
   virtual void MarkReleased(const JobId& job, Generation generation, Step step) = 0;
   virtual void SetControllerAway(bool away) = 0;
   virtual void Forget(const JobId& job) = 0;

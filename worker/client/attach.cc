@@ -57,7 +57,7 @@ checkpoint::Result<Attached> Attach(const std::string& keeper, const JobId& job,
   const auto system = [&](const char* what) {
     return Error{ErrorCode::kUnavailable,
                  fmt::format("{}: {}: {}; is the agent of this node running?", who, what,
-                             std::strerror(errno))};
+                             checkpoint::ErrnoText(errno))};
   };
   const auto late = [&] {
     return Error{ErrorCode::kTimedOut,
@@ -161,7 +161,7 @@ checkpoint::Result<Attached> Attach(const std::string& keeper, const JobId& job,
     reply.message[sizeof reply.message - 1] = '\0';
     return Error{
         reply.error == ENOMEM ? ErrorCode::kNoMemory : ErrorCode::kRefused,
-        fmt::format("{} refused: {} ({})", who, reply.message, std::strerror(reply.error))};
+        fmt::format("{} refused: {} ({})", who, reply.message, checkpoint::ErrnoText(reply.error))};
   }
   if (attached.memfd < 0 || attached.eventfd < 0) {
     drop();

@@ -27,7 +27,8 @@ struct everstep_client {
   everstep::Rank rank = 0;
   std::int32_t world_size = 0;
   everstep::Generation generation = 0;
-  std::uint32_t commit_wait_ms = 2000;  // longer than a lease: who is silent that long is lost anyway
+  std::uint32_t commit_wait_ms =
+      2000;                          // longer than a lease: who is silent that long is lost anyway
   std::uint32_t wait_ms = 2000;      // what is left of it after waits in vain
   std::optional<cp::SlotView> base;  // what restore() gave
   std::optional<cp::SlotWriter> writer;
@@ -134,16 +135,16 @@ cp::CaptureFacts Facts(const everstep_client& c, everstep::Step step, std::uint3
     const auto view = c.arena.Look(i);
     if (!view) continue;
     const cp::SlotHeader& h = header.slot[i];
-    facts.slots[i] = {.whole = true,
-                      .step = view->step(),
-                      .generation = view->fields.generation,
-                      .committed = h.committed_seq.load(std::memory_order_acquire) == view->seq,
-                      .replicated = h.replicated_seq.load(std::memory_order_acquire) == view->seq,
-                      .pushing = h.pushing_seq.load(std::memory_order_acquire) == view->seq,
-                      .released = h.released_seq.load(std::memory_order_acquire) == view->seq ||
-                                  (view->fields.generation == c.generation &&
-                                   view->step() <= header.agent.released_step.load(
-                                                       std::memory_order_acquire))};
+    facts.slots[i] = {
+        .whole = true,
+        .step = view->step(),
+        .generation = view->fields.generation,
+        .committed = h.committed_seq.load(std::memory_order_acquire) == view->seq,
+        .replicated = h.replicated_seq.load(std::memory_order_acquire) == view->seq,
+        .pushing = h.pushing_seq.load(std::memory_order_acquire) == view->seq,
+        .released = h.released_seq.load(std::memory_order_acquire) == view->seq ||
+                    (view->fields.generation == c.generation &&
+                     view->step() <= header.agent.released_step.load(std::memory_order_acquire))};
     if (c.base && c.base->slot == i && c.base->seq == view->seq) facts.base = static_cast<int>(i);
   }
   return facts;
@@ -344,7 +345,7 @@ int everstep_capture_begin(everstep_client* c, int64_t step, uint64_t payload_by
   if (decision.replaces) t.replaced.fetch_add(1, std::memory_order_relaxed);
   auto writer = cp::SlotWriter::Begin(&c->arena, decision.slot, payload_bytes);
   if (!writer.ok()) return Fail(c, writer.error());
-  c->writer.emplace(std::move(writer.value()));
+  c->writer.emplace(writer.value());
   c->begun_ns = now;
   c->fields = {.generation = c->generation,
                .step = step,
