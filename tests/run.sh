@@ -48,10 +48,7 @@ simulate() {
   [ -x build/release/tests/everstep_sim ] || { echo "error: no simulator in build/release/tests: run tests/run.sh once" >&2; exit 1; }
   build/release/tests/everstep_sim "$@"
 }
-integration() {
-  labelled 'integration (C++)' integration "$@"
-  pytests 'integration (Python)' tests/integration
-}
+integration() { labelled integration integration "$@"; }
 e2e() { pytests e2e tests/e2e "$@"; }
 
 sanitizer() {  # preset, ctest label pattern

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,19 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / ".venv/bin"
 SCRIPTS = ROOT / "tests/e2e/scripts"
+
+
+@pytest.fixture
+def launch() -> Iterator[Callable[..., Launch]]:
+    started: list[Launch] = []
+
+    def start(*args: object, **more: object) -> Launch:
+        started.append(Launch(*args, **more))  # type: ignore[arg-type]
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.end()
 
 
 @dataclass
@@ -61,6 +75,16 @@ class Launch:
             self.process.wait(30)
             raise AssertionError(f"did not end within {seconds:.0f} s\n{self.text()}") from None
 
+    def end(self) -> None:
+        """Leaves nothing running, however the test went."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(30)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait(10)
+
     def text(self) -> str:
         return self.output.read_text()
 
@@ -77,35 +101,35 @@ KILLED = {
 
 
 @pytest.mark.parametrize("name", KILLED)
-def test_survives_a_killed_rank(name: str, tmp_path: Path) -> None:
+def test_survives_a_killed_rank(name: str, tmp_path: Path, launch: Callable[..., Launch]) -> None:
     args, step, words = KILLED[name]
-    launch = Launch(tmp_path, *[a.format(s=SCRIPTS) for a in args])
-    victim = launch.kill_rank_at(1, step)
-    assert launch.wait() == 0, launch.text()
-    assert words in launch.text()
-    assert len({p.pid for p in read(launch.progress)}) >= 3, "no worker was started after the kill"
-    after = [p for p in read(launch.progress) if p.rank == 1 and p.pid != victim]
-    assert after, launch.text()
+    run = launch(tmp_path, *[a.format(s=SCRIPTS) for a in args])
+    victim = run.kill_rank_at(1, step)
+    assert run.wait() == 0, run.text()
+    assert words in run.text()
+    assert len({p.pid for p in read(run.progress)}) >= 3, "no worker was started after the kill"
+    after = [p for p in read(run.progress) if p.rank == 1 and p.pid != victim]
+    assert after, run.text()
 
 
-def test_a_script_that_raises_is_restarted_then_reported(tmp_path: Path) -> None:
+def test_a_script_that_raises_is_restarted_then_reported(tmp_path: Path, launch: Callable[..., Launch]) -> None:
     once = tmp_path / "once"
     once.mkdir()
-    launch = Launch(once, "--max-restarts", "2", str(SCRIPTS / "recorded.py"), env={"FAILS": "1"})
-    assert launch.wait() == 0, launch.text()
+    run = launch(once, "--max-restarts", "2", str(SCRIPTS / "recorded.py"), env={"FAILS": "1"})
+    assert run.wait() == 0, run.text()
     always = tmp_path / "always"
     always.mkdir()
-    launch = Launch(always, "--max-restarts", "1", str(SCRIPTS / "recorded.py"), env={"FAILS": "99"})
-    assert launch.wait() == 1, launch.text()
-    assert "boom on rank 1" in launch.text()
-    assert "RuntimeError" in launch.text()
+    run = launch(always, "--max-restarts", "1", str(SCRIPTS / "recorded.py"), env={"FAILS": "99"})
+    assert run.wait() == 1, run.text()
+    assert "boom on rank 1" in run.text()
+    assert "RuntimeError" in run.text()
 
 
-def test_an_error_file_is_the_root_cause(tmp_path: Path) -> None:
-    launch = Launch(tmp_path, "--max-restarts", "0", str(SCRIPTS / "error_file.py"), env={"FAILS": "99"})
-    assert launch.wait() == 1, launch.text()
-    assert "traceback : here" in launch.text()  # py_callstack of the file, as torchrun tells it
-    assert "exitcode  : 7" in launch.text()
+def test_an_error_file_is_the_root_cause(tmp_path: Path, launch: Callable[..., Launch]) -> None:
+    run = launch(tmp_path, "--max-restarts", "0", str(SCRIPTS / "error_file.py"), env={"FAILS": "99"})
+    assert run.wait() == 1, run.text()
+    assert "traceback : here" in run.text()  # py_callstack of the file, as torchrun tells it
+    assert "exitcode  : 7" in run.text()
 
 
 def test_without_rank_the_script_is_single(tmp_path: Path) -> None:
