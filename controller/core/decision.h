@@ -6,6 +6,7 @@
 // Commands are idempotent: a lost one is sent again when the node registers anew.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <variant>
 #include <vector>
@@ -98,7 +99,8 @@ struct PrepareCommand {
   std::string data_key;
 };
 struct ActivateCommand {
-  GenerationPlan plan;  // whole; the shell sends each node its part
+  // Whole, the same for every node of the generation; the shell sends each its part. Never null.
+  std::shared_ptr<const GenerationPlan> plan;
   NodeId node;
   std::uint32_t nproc_per_node = 1;
   CommandSpec command;

@@ -314,9 +314,10 @@ void Controller::Impl::Activate(JobStateView* job) {
                                   plan.generation, plan.restore_step),
            .evidence = fmt::format("master={}:{}", plan.master_addr, plan.master_port)});
   JournalRestore(*job);
+  const auto shared = std::make_shared<const GenerationPlan>(plan);
   for (const NodePlan& member : plan.nodes) {
     job->waiting_for.insert(member.node);
-    SendActivate(job, member.node);
+    SendActivate(job, member.node, shared);
   }
   for (const NodePlan& member : plan.nodes) TellCommits(job, member.node);
   for (const auto& [node, holds] : job->holdings) {
@@ -324,9 +325,10 @@ void Controller::Impl::Activate(JobStateView* job) {
   }
 }
 
-void Controller::Impl::SendActivate(JobStateView* job, const NodeId& node) {
+void Controller::Impl::SendActivate(JobStateView* job, const NodeId& node,
+                                    std::shared_ptr<const GenerationPlan> plan) {
   ActivateCommand command;
-  command.plan = job->plan;
+  command.plan = std::move(plan);
   command.node = node;
   command.nproc_per_node = job->record.spec.nproc_per_node;
   command.command = job->record.spec.command;

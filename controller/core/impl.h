@@ -103,7 +103,8 @@ class Controller::Impl {
   // have told.
   bool AskSources(JobStateView* job);
   void SendPrepare(JobStateView* job, const NodeId& node, bool failed);
-  void SendActivate(JobStateView* job, const NodeId& node);
+  void SendActivate(JobStateView* job, const NodeId& node,
+                    std::shared_ptr<const GenerationPlan> plan);
   void Running(JobStateView* job);
   std::vector<NodeId> ChooseNodes(const JobStateView& job) const;
   // Workers of other jobs, by node; empty when no node has a limit.

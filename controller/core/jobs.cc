@@ -413,7 +413,7 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
       job.waiting_for.insert(e.node);
       SendPrepare(&job, e.node, true);
     } else if (s == JobState::kActivating && IsMember(job, e.node) && !current) {
-      SendActivate(&job, e.node);
+      SendActivate(&job, e.node, std::make_shared<const GenerationPlan>(job.plan));
     } else if ((s == JobState::kActivating || s == JobState::kRunning) && IsMember(job, e.node) &&
                current) {
       for (const WorkerOnNode& worker : holds.workers) {

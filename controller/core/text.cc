@@ -226,11 +226,11 @@ struct CommandText {
         .If(c.failed, "failed");
   }
   std::string operator()(const ActivateCommand& c) const {
-    Line line(fmt::format("activate {} g={}", c.plan.job, c.plan.generation));
-    for (const NodePlan& n : c.plan.nodes) {
+    Line line(fmt::format("activate {} g={}", c.plan->job, c.plan->generation));
+    for (const NodePlan& n : c.plan->nodes) {
       if (n.node == c.node) {
         line.Add("ranks={}", Ranks(n));
-        line.If(c.plan.restore_step != kNoStep, "restore={}", c.plan.restore_step);
+        line.If(c.plan->restore_step != kNoStep, "restore={}", c.plan->restore_step);
         line.Add("{}", RestoreText(n));
       }
     }

@@ -80,24 +80,24 @@ struct Writer {
   }
   void operator()(const ActivateCommand& c) const {
     v1::Activate* to = m->mutable_activate();
-    to->set_job(c.plan.job);
-    to->set_generation(c.plan.generation);
+    to->set_job(c.plan->job);
+    to->set_generation(c.plan->generation);
     std::size_t world = 0;
-    for (const NodePlan& node : c.plan.nodes) {
+    for (const NodePlan& node : c.plan->nodes) {
       world += node.workers.size();
       to->add_members(node.node);
       if (node.node == c.node) ToProto(node, to->mutable_plan());
     }
     to->set_world_size(static_cast<std::uint32_t>(world));
-    to->set_group_world_size(static_cast<std::uint32_t>(c.plan.nodes.size()));
+    to->set_group_world_size(static_cast<std::uint32_t>(c.plan->nodes.size()));
     to->set_nproc_per_node(c.nproc_per_node);
-    to->set_master_addr(c.plan.master_addr);
-    to->set_master_port(c.plan.master_port);
-    to->set_restart_count(c.plan.restart_count);
+    to->set_master_addr(c.plan->master_addr);
+    to->set_master_port(c.plan->master_port);
+    to->set_restart_count(c.plan->restart_count);
     FillCommand(c.command, to->mutable_command());
     to->set_data_key(c.data_key);
     to->set_committed_step(c.committed_step);
-    to->set_plan_crc(PlanCrc(c.plan));
+    to->set_plan_crc(PlanCrc(*c.plan));
   }
   void operator()(const StopJobCommand& c) const {
     v1::StopJob* to = m->mutable_stop_job();

@@ -109,8 +109,8 @@ void Cluster::Answer(const NodeId& id, const controller::Command& order) {
                             .store_port = prepare->host_store ? 29500u : 0u},
        true);
   } else if (const auto* activate = std::get_if<ActivateCommand>(&order.body)) {
-    const JobId& job = activate->plan.job;
-    const Generation generation = activate->plan.generation;
+    const JobId& job = activate->plan->job;
+    const Generation generation = activate->plan->generation;
     Do(controller::Activated{id, incarnation, job, generation, Fork(id, &node, job, generation),
                              false, ""},
        true);
@@ -134,7 +134,7 @@ void Take(std::deque<controller::Command>* inbox, const JobId& job, Generation g
     const auto* order = std::get_if<Order>(&command.body);
     if (order == nullptr) return false;
     if constexpr (std::is_same_v<Order, ActivateCommand>) {
-      return order->plan.job == job && order->plan.generation == generation;
+      return order->plan->job == job && order->plan->generation == generation;
     } else {
       return order->job == job && order->generation == generation;
     }

@@ -148,10 +148,10 @@ class Life {
     for (const Command& c : out.commands) {
       const auto* activate = std::get_if<ActivateCommand>(&c.body);
       if (activate == nullptr) continue;
-      for (const NodePlan& n : activate->plan.nodes) {
-        if (stopped_[activate->plan.generation].count(n.node) == 0) {
+      for (const NodePlan& n : activate->plan->nodes) {
+        if (stopped_[activate->plan->generation].count(n.node) == 0) {
           broken = fmt::format("generation {} was activated before {} had stopped",
-                               activate->plan.generation, n.node);
+                               activate->plan->generation, n.node);
         }
       }
     }

@@ -208,7 +208,7 @@ TEST(Convert, ActivateGivesANodeItsPartOfThePlan) {
   v1::Command command;
   command.set_target("train.py");
   const v1::ControllerMessage m = ToWire(
-      Command{"n2", 1, 1, ActivateCommand{TwoNodes(), "n2", 2, {command.SerializeAsString()}, "key", 39}});
+      Command{"n2", 1, 1, ActivateCommand{std::make_shared<GenerationPlan>(TwoNodes()), "n2", 2, {command.SerializeAsString()}, "key", 39}});
   ASSERT_TRUE(m.has_activate());
   const v1::Activate& a = m.activate();
   EXPECT_EQ(a.world_size(), 4u);

@@ -333,8 +333,8 @@ void Checkers::OnCommand(Timestamp now, const controller::Command& command) {
     job = p->job;
     generation = p->generation;
   } else if (const auto* a = std::get_if<controller::ActivateCommand>(&command.body)) {
-    job = a->plan.job;
-    generation = a->plan.generation;
+    job = a->plan->job;
+    generation = a->plan->generation;
   } else if (const auto* c = std::get_if<controller::CommittedCommand>(&command.body)) {
     if (c->step != kNoStep) {
       commits_[c->job] = {c->generation, c->step};

@@ -153,18 +153,18 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
   } else if (const auto* a = std::get_if<controller::ActivateCommand>(&command.body)) {
     agent::Activate activate;
     activate.header = header;
-    activate.job = a->plan.job;
-    activate.generation = a->plan.generation;
+    activate.job = a->plan->job;
+    activate.generation = a->plan->generation;
     activate.command = a->command;
-    for (const controller::NodePlan& node : a->plan.nodes) {
+    for (const controller::NodePlan& node : a->plan->nodes) {
       if (node.node == name_) activate.plan = node;
     }
-    activate.group_world_size = static_cast<std::uint32_t>(a->plan.nodes.size());
+    activate.group_world_size = static_cast<std::uint32_t>(a->plan->nodes.size());
     activate.nproc_per_node = a->nproc_per_node;
     activate.world_size = activate.group_world_size * a->nproc_per_node;
-    activate.master_addr = a->plan.master_addr;
-    activate.master_port = a->plan.master_port;
-    activate.restart_count = a->plan.restart_count;
+    activate.master_addr = a->plan->master_addr;
+    activate.master_port = a->plan->master_port;
+    activate.restart_count = a->plan->restart_count;
     activate.data_key = a->data_key;
     activate.committed_step = a->committed_step;
     Tell(std::move(activate));
