@@ -192,6 +192,7 @@ void Controller::Impl::PlanRestore(JobStateView* job) {
     const auto node = state_.nodes.find(id);
     if (node == state_.nodes.end() || node->second.record.health == NodeHealth::kLost) continue;
     for (const HeldShard& shard : holds.shards) {
+      if (shard.generation <= job->record.earlier_runs) continue;
       candidates[{shard.step, shard.generation, shard.world_size}].push_back({id, shard});
     }
   }

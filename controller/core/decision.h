@@ -43,7 +43,8 @@ struct JobRecord {
   Timestamp started;
   Timestamp ended;
   std::string data_key;
-  std::vector<Fault> faults;           // newest 256
+  Generation earlier_runs = 0;  // captures of generations up to this one are of runs that are over
+  std::vector<Fault> faults;    // newest 256
   std::vector<WorkerOnNode> failures;  // of the generation that ended the job, by error time
 };
 struct GenerationRecord {

@@ -60,6 +60,11 @@ void Controller::Impl::On(const SubmitJob& e) {
       job.record.generation;  // generations only grow, also when an id is used again
   record.started = now_;
   record.data_key = e.data_key;
+  // A run that succeeded or was cancelled leaves nothing, also where a node was away when it ended;
+  // one that failed may be handed in again to go on.
+  const bool left_nothing =
+      job.record.state == JobState::kSucceeded || job.record.state == JobState::kCancelled;
+  record.earlier_runs = left_nothing ? job.record.generation : job.record.earlier_runs;
   job.record = std::move(record);
   if (job.plan.generation != 0) Forget(job.plan);  // of the job that had the id before
   job.plan = {};
@@ -340,8 +345,10 @@ void Controller::Impl::FinishStop(JobStateView* job) {
             });
   job->deadline = {};
   job->workers.clear();
-  job->plan.phase = Phase::kEnded;
-  if (job->plan.generation != 0) dirty_plans_.insert(id);
+  if (job->plan.generation != 0) {
+    job->plan.phase = Phase::kEnded;
+    dirty_plans_.insert(id);
+  }
   dirty_jobs_.insert(id);
   Journal({.type = "job_ended",
            .severity = record.state == JobState::kFailed ? Severity::kError : Severity::kInfo,

@@ -293,6 +293,7 @@ void ToProto(const JobRecord& from, v1::JobRecord* to) {
   to->set_started_ns(from.started.ns);
   to->set_ended_ns(from.ended.ns);
   to->set_data_key(from.data_key);
+  to->set_earlier_runs(from.earlier_runs);
   for (const Fault& fault : from.faults) ToProto(fault, to->add_faults());
   for (const WorkerOnNode& worker : from.failures) ToProto(worker, to->add_failures());
 }
@@ -310,6 +311,7 @@ bool FromProto(const v1::JobRecord& from, JobRecord* to) {
   to->started = {from.started_ns()};
   to->ended = {from.ended_ns()};
   to->data_key = from.data_key();
+  to->earlier_runs = from.earlier_runs();
   for (const v1::FaultSummary& fault : from.faults()) {
     if (!FromProto(fault, &to->faults.emplace_back())) return false;
   }

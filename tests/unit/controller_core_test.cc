@@ -704,5 +704,23 @@ TEST_F(ControllerCopies, AfterARestartTheCommittedStepIsWaitedFor) {
   EXPECT_EQ(Job().plan.restore_step, 5);
 }
 
+// Found by the simulator: a node that was away when a job was cancelled came back with its slots,
+// and the next job of that name began where the cancelled one had been.
+TEST_F(ControllerCopies, ARunStartsFromNothingOfACancelledRunUnderItsName) {
+  Join("n1");
+  Submit(1, 1);
+  RunAll();
+  JobOnNode memory{.job = "j", .generation = G(), .shards = {Shard(0, 5, false)}};
+  memory.shards[0].world_size = 1;
+  Do(NodeProcessDead{"n1", Inc("n1"), "gone"});
+  Do(CancelJob{.request = 2, .job = "j", .reason = "enough"});
+  ASSERT_EQ(Job().record.state, JobState::kCancelled);
+  Submit(1, 1);
+  Join("n1", 0, {memory});
+  Prepare("n1", G(), memory.shards);
+  ASSERT_EQ(Job().record.state, JobState::kActivating);
+  EXPECT_EQ(Job().plan.restore_step, kNoStep);
+}
+
 }  // namespace
 }  // namespace everstep::controller

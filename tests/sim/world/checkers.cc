@@ -59,6 +59,14 @@ bool IsBase(const controller::JobStateView& job, const controller::Event& event)
 void Checkers::BeforeStep(const ClusterState& state, const controller::Event& event) {
   stale_.clear();
   heard_before_.reset();
+  ended_run_ = 0;
+  if (const auto* submit = std::get_if<controller::SubmitJob>(&event)) {
+    const auto job = state.jobs.find(submit->spec.job);
+    if (job != state.jobs.end() && (job->second.record.state == controller::JobState::kSucceeded ||
+                                    job->second.record.state == controller::JobState::kCancelled)) {
+      ended_run_ = job->second.record.generation;
+    }
+  }
   const std::optional<Origin> origin = OriginOf(event);
   if (!origin) return;
   const auto node = state.nodes.find(origin->node);
@@ -96,6 +104,11 @@ void Checkers::AfterStep(Timestamp now, const ClusterState& state, const control
               fmt::format("a message (kind {}) of {} from {} was obeyed", event.index(), stale_,
                           origin->node));
     }
+  }
+  if (const auto* submit = std::get_if<controller::SubmitJob>(&event);
+      submit != nullptr && ended_run_ != 0 && !decisions.records.empty()) {
+    forgotten_[submit->spec.job] = ended_run_;
+    commits_.erase(submit->spec.job);
   }
   for (const controller::Record& record : decisions.records) {
     if (const auto* generation = std::get_if<controller::GenerationRecord>(&record)) {
@@ -176,6 +189,13 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
         return;
       }
       start = state_of;
+      const auto forgotten = forgotten_.find(plan.job);
+      if (worker.restore.step != kNoStep && forgotten != forgotten_.end() &&
+          worker.restore.shard_generation <= forgotten->second) {
+        Violate(now, "runs_apart",
+                fmt::format("{} starts from step {} of generation {}, of a run that is over", name,
+                            worker.restore.step, worker.restore.shard_generation));
+      }
     }
   }
   const auto& commits = state.jobs.at(plan.job).commits.commits;
@@ -429,7 +449,8 @@ void Checkers::CompareStore(Timestamp now, const ClusterState& state, const SimS
     if (a.generation != b.generation || a.state != b.state || a.restarts != b.restarts ||
         a.lost_capacity != b.lost_capacity || a.no_progress != b.no_progress ||
         a.start_failures != b.start_failures || a.end_reason != b.end_reason ||
-        a.exit_code != b.exit_code || a.faults != b.faults || a.spec != b.spec) {
+        a.exit_code != b.exit_code || a.earlier_runs != b.earlier_runs || a.faults != b.faults ||
+        a.spec != b.spec) {
       differs(fmt::format("job {}: generation {} {} in memory, {} {} in the store", id,
                           a.generation, controller::JobStateName(a.state), b.generation,
                           controller::JobStateName(b.state)));

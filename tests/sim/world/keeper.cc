@@ -80,6 +80,7 @@ void SimNode::DropKeeper() {
   }
   const std::uint64_t id = keeper_->id;
   ++keeper_life_;
+  keeper_paused_until_ = {};
   keeper_.reset();
   env_.controller->KeeperDied(name_, id);
 }
@@ -254,7 +255,8 @@ void SimNode::JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step st
   member.restored = state;
   member.restored_step = step;
   member.runs = [this, is, job, key] { return is() && !FindProcess(job, key)->stopped; };
-  member.capture = [this, job, key, pid](Lineage s, Step n) {
+  member.capture = [this, job, key, pid, checkpoints = Checkpoints(job)](Lineage s, Step n) {
+    if (!checkpoints) return;
     Capture(job, key, pid, s, n, env_.timeline->now());
   };
   member.leave = [this, is, job, key, pid](std::int32_t code) {
@@ -262,6 +264,11 @@ void SimNode::JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step st
   };
   member.ready = [this, is, job, key] { return is() && !FindProcess(job, key)->capturing; };
   env_.training->Join(job, key.first, process.world_size, key.second, std::move(member));
+}
+
+bool SimNode::Checkpoints(const JobId& job) const {
+  return std::none_of(env_.options->jobs.begin(), env_.options->jobs.end(),
+                      [&](const SimJob& j) { return j.spec.job == job && !j.checkpoints; });
 }
 
 void SimNode::Kill(const JobId& job, Generation generation, Duration grace) {

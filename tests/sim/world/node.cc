@@ -33,10 +33,15 @@ void SimNode::AfterAgent(Duration delay, std::string label, std::function<void()
 }
 
 void SimNode::AfterKeeper(Duration delay, std::string label, std::function<void()> action) {
-  env_.timeline->After(delay, name_ + " " + std::move(label),
-                       [this, life = keeper_life_, action = std::move(action)] {
-                         if (keeper_ && keeper_life_ == life) action();
-                       });
+  std::string full = name_ + " " + std::move(label);
+  env_.timeline->After(delay, full, [this, full, life = keeper_life_, action = std::move(action)] {
+    if (!keeper_ || keeper_life_ != life) return;
+    const Duration paused = keeper_paused_until_ - env_.timeline->now();
+    if (paused <= Duration{}) return action();
+    env_.timeline->After(paused, full, [this, life, action] {
+      if (keeper_ && keeper_life_ == life) action();
+    });
+  });
 }
 
 // --- the machine ---

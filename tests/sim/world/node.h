@@ -59,6 +59,7 @@ class SimNode {
   void StartAgent();
   void PauseAgent(Timestamp until);  // SIGSTOP
   void CrashKeeper();
+  void PauseKeeper(Timestamp until) { keeper_paused_until_ = until; }  // SIGSTOP
   void Signal(std::int32_t local_rank, std::int32_t code);  // the worker ends with this code
   void StopWorker(std::int32_t local_rank);                 // SIGSTOP
   void MakeUnkillable(std::int32_t local_rank, Timestamp until);
@@ -148,6 +149,7 @@ class SimNode {
   void Restored(const JobId& job, ProcessKey key, const controller::RestorePlan& plan,
                 const controller::HeldShard& shard);
   void JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step step);
+  bool Checkpoints(const JobId& job) const;
   void Kill(const JobId& job, Generation generation, Duration grace);
   void Die(const JobId& job, ProcessKey key, std::int32_t pid, std::int32_t code, bool by_everstep);
   void ReportStopped(const JobId& job, ProcessKey key, std::int32_t pid);
@@ -174,6 +176,7 @@ class SimNode {
   Timestamp tick_at_;
   Timestamp agent_paused_until_;
   Timestamp agent_gone_since_;
+  Timestamp keeper_paused_until_;
   bool controller_away_ = true;  // as the agent sees it
   const Duration clock_skew_;    // this machine's clock against true time
   std::int32_t next_pid_ = 1000;

@@ -22,6 +22,7 @@ constexpr Kind kKinds[] = {
     {"agent_crash", 10, 4000, Target::kNode},  // the agent's process; its keeper lives
     {"agent_stop", 6, 6000, Target::kNode},    // SIGSTOP, SIGCONT
     {"keeper_crash", 6, 0, Target::kNode},     // ... and its workers and memory
+    {"keeper_stop", 5, 6000, Target::kNode},   // SIGSTOP, SIGCONT
     {"worker_kill", 12, 0, Target::kRank},     // SIGKILL from outside
     {"worker_exit", 4, 0, Target::kRank},      // exit code 1
     {"worker_abort", 4, 0, Target::kRank},     // SIGABRT
@@ -68,7 +69,8 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
     o.controller.stop_timeout = Milliseconds(random.Between(3000, 20000));
   }
   if (random.Chance(300)) o.controller.commit_patience = Milliseconds(random.Between(2000, 20000));
-  o.network.max_delay = Milliseconds(random.Between(1, 40));
+  o.network.max_delay =
+      Milliseconds(random.Chance(800) ? random.Between(1, 40) : random.Between(40, 250));
   o.network.late_per_mille = static_cast<std::uint32_t>(random.Between(0, 600));
   o.network.drop_per_mille =
       random.Chance(500) ? static_cast<std::uint32_t>(random.Between(0, 100)) : 0;
@@ -76,7 +78,7 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
   o.network.slow_per_mille =
       random.Chance(300) ? static_cast<std::uint32_t>(random.Between(0, 50)) : 0;
   o.step_time = Milliseconds(random.Between(80, 600));
-  o.total_steps = random.Between(20, 80);
+  o.total_steps = std::max<Step>(10, Milliseconds(random.Between(5000, 35000)) / o.step_time);
   o.replicated_layout = random.Chance(650);
   o.peers_exit = random.Chance(400);
   o.same_machine = random.Chance(300);
@@ -93,7 +95,20 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
     spec.max_no_progress = 1000;
     spec.max_start_failures = 1000;
     spec.command.opaque = spec.job;
-    o.jobs.push_back(spec);
+    SimJob job;
+    job.checkpoints = !random.Chance(120);
+    if (random.Chance(200)) {
+      job.tight = true;
+      spec.max_restarts = static_cast<std::int32_t>(random.Between(0, 3));
+      spec.strict_restarts = spec.max_restarts == 0 && random.Chance(500);
+      spec.max_no_progress = static_cast<std::uint32_t>(random.Between(1, 5));
+      spec.max_start_failures = static_cast<std::uint32_t>(random.Between(0, 3));
+      if (random.Chance(400)) spec.join_timeout = Milliseconds(random.Between(2000, 15000));
+    }
+    if (random.Chance(100)) job.cancel_at = Milliseconds(random.Between(1000, 24000));
+    job.again = random.Chance(200);
+    job.spec = std::move(spec);
+    o.jobs.push_back(std::move(job));
   }
   return o;
 }
@@ -104,9 +119,13 @@ std::string Describe(const WorldOptions& o) {
                   o.nodes, ToMilliseconds(o.network.max_delay), ToMilliseconds(o.step_time),
                   o.total_steps, o.replicated_layout ? "replicated" : "sharded",
                   o.peers_exit ? "ends a worker" : "hangs a worker");
-  for (const controller::JobSpec& job : o.jobs) {
-    text += fmt::format("\njob {}: {} to {} nodes, {} workers each", job.job, job.min_nodes,
-                        job.max_nodes, job.nproc_per_node);
+  for (const SimJob& sim_job : o.jobs) {
+    const controller::JobSpec& job = sim_job.spec;
+    text += fmt::format(
+        "\njob {}: {} to {} nodes, {} workers each{}{}{}{}", job.job, job.min_nodes, job.max_nodes,
+        job.nproc_per_node, sim_job.checkpoints ? "" : ", without checkpoints",
+        sim_job.tight ? ", small budgets" : "", sim_job.cancel_at.count() > 0 ? ", cancelled" : "",
+        sim_job.again ? ", run twice" : "");
   }
   return text;
 }

@@ -10,12 +10,21 @@
 
 namespace everstep::sim {
 
+// A job and what its owner does with it.
+struct SimJob {
+  controller::JobSpec spec;
+  bool checkpoints = true;  // false: the script knows nothing of checkpoints; no steps are reported
+  bool tight = false;       // small budgets: it may fail, with a reason
+  Duration cancel_at = {};  // 0: never
+  bool again = false;       // handed in once more under its name when it has ended
+};
+
 struct WorldOptions {
   std::uint64_t seed = 0;
   std::uint32_t nodes = 4;
   controller::Options controller;
   NetworkOptions network;
-  std::vector<controller::JobSpec> jobs;
+  std::vector<SimJob> jobs;
   Step total_steps = 40;  // a script ends there with exit code 0
   Duration step_time = Milliseconds(300);
   bool replicated_layout = true;       // every rank's state is the same (data parallel)

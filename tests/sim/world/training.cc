@@ -96,7 +96,7 @@ void Training::DoStep(const Key& key) {
   }
   if (group.step >= options_->total_steps) {
     group.broken = true;  // no step after this
-    finished_.insert(key.first);
+    finished_[key.first] = std::max(finished_[key.first], key.second);
     truth_->Count("groups finished");
     for (auto& [rank, member] : group.members) {
       timeline_->After(Milliseconds(timeline_->random().Between(1, 50)), "script ends",

@@ -40,8 +40,11 @@ class Training {
   // Done by the group; kNoStep when it did not form.
   Step GroupStep(const JobId& job, Generation generation) const;
   bool Joined(const JobId& job, Generation generation, Rank rank) const;
-  // Some generation of the job came to the script's end with every rank.
-  bool Finished(const JobId& job) const { return finished_.contains(job); }
+  // The newest generation of the job that came to the script's end with every rank; 0: none.
+  Generation Finished(const JobId& job) const {
+    const auto it = finished_.find(job);
+    return it == finished_.end() ? 0 : it->second;
+  }
   Step best_step(const JobId& job) const;
   // Asked when a group forms; the checkers' window.
   std::function<void(const JobId&, Generation, Lineage, Step)> on_formed;
@@ -68,7 +71,7 @@ class Training {
   Truth* const truth_;
   const WorldOptions* const options_;
   std::map<Key, Group> groups_;
-  std::set<JobId> finished_;
+  std::map<JobId, Generation> finished_;
   std::map<JobId, Step> best_;
 };
 

@@ -1,6 +1,7 @@
 #include "tests/sim/world/world.h"
 
 #include <algorithm>
+#include <deque>
 #include <memory>
 
 #include <fmt/format.h>
@@ -37,13 +38,17 @@ class World {
   void Build();
   void Apply(const Fault& fault);
   void EndFaults();
-  void Submit(const controller::JobSpec& spec);
+  void Submit(const SimJob& job);
+  bool RunsAgain(const SimJob& job) const;
+  void Cancel(const JobId& job);
   void Undrain(const NodeId& node, const std::shared_ptr<bool>& done);
   void Inspect();
   void CheckPace(Timestamp now);
   bool Disturbed() const;
   bool Over() const;
+  bool WithCheckpoints(const JobId& id) const;
   void CheckEnd();
+  void CheckJobEnd(const SimJob& sim_job, const controller::JobStateView& job);
   void At(Duration at, std::string label, std::function<void()> action) {
     timeline_.At(start_ + at, std::move(label), std::move(action));
   }
@@ -64,12 +69,12 @@ class World {
   Checkers checkers_;
   SimController controller_;
   Timestamp paused_or_slow_until_;
-  struct Pace {  // at the last inspection
+  struct Pace {
     Generation generation = 0;
-    Step step = kNoStep;
-    Step committed = kNoStep;
+    std::deque<Step> steps;  // at the newest inspections
   };
   std::map<JobId, Pace> pace_;
+  std::set<JobId> ran_again_, cancelled_;
 };
 
 void World::Build() {
@@ -93,8 +98,11 @@ void World::Build() {
   for (auto& [id, node] : nodes_) {
     At(Milliseconds(random.Between(0, 2000)), id + " boots", [n = node.get()] { n->Boot(); });
   }
-  for (const controller::JobSpec& spec : options_.jobs) {
-    At(Milliseconds(random.Between(0, 4000)), "submit", [this, spec] { Submit(spec); });
+  for (const SimJob& job : options_.jobs) {
+    At(Milliseconds(random.Between(0, 4000)), "submit", [this, job] { Submit(job); });
+    if (job.cancel_at.count() > 0) {
+      At(job.cancel_at, "cancel", [this, id = job.spec.job] { Cancel(id); });
+    }
   }
   for (const Fault& fault : faults_) {
     At(fault.at, "fault " + fault.kind, [this, fault] { Apply(fault); });
@@ -103,18 +111,41 @@ void World::Build() {
   timeline_.After(kInspection, "inspection", [this] { Inspect(); });
 }
 
-// A person submits until somebody says that the job is there.
-void World::Submit(const controller::JobSpec& spec) {
-  if (const auto* state = controller_.state(); state != nullptr && state->jobs.contains(spec.job))
+// A person submits until the job is there, and once more under its name when it has ended.
+void World::Submit(const SimJob& job) {
+  const JobId& id = job.spec.job;
+  timeline_.After(Milliseconds(1500), "submit again", [this, job] { Submit(job); });
+  const controller::ClusterState* state = controller_.state();
+  if (state == nullptr) return;
+  const auto it = state->jobs.find(id);
+  if (it != state->jobs.end() &&
+      (!RunsAgain(job) || !controller::IsTerminal(it->second.record.state))) {
     return;
+  }
   controller_.Request(
-      [&spec](controller::RequestId id) {
-        return controller::SubmitJob{id, spec, "key"};
+      [&job](controller::RequestId request) {
+        return controller::SubmitJob{request, job.spec, "key"};
       },
-      [this, job = spec.job](const controller::Reply& reply) {
-        if (reply.code == controller::ReplyCode::kOk) checkers_.Acknowledged(job);
+      [this, id, again = it != state->jobs.end()](const controller::Reply& reply) {
+        if (reply.code != controller::ReplyCode::kOk) return;
+        checkers_.Acknowledged(id);
+        if (again) ran_again_.insert(id);
       });
-  timeline_.After(Milliseconds(1500), "submit again", [this, spec] { Submit(spec); });
+}
+
+bool World::RunsAgain(const SimJob& job) const {
+  return job.again && !ran_again_.contains(job.spec.job);
+}
+
+void World::Cancel(const JobId& job) {
+  if (cancelled_.contains(job)) return;
+  const auto cancel = [&job](controller::RequestId request) {
+    return controller::CancelJob{request, job, "not wanted any more"};
+  };
+  controller_.Request(cancel, [this, job](const controller::Reply& reply) {
+    if (reply.code != controller::ReplyCode::kNotFound) cancelled_.insert(job);
+  });
+  timeline_.After(Milliseconds(1500), "cancel again", [this, job] { Cancel(job); });
 }
 
 // The operator asks until somebody says that the node takes part again.
@@ -153,6 +184,8 @@ void World::Apply(const Fault& fault) {
     then("agent starts", [n = node] { n->StartAgent(); });
   } else if (kind == "agent_stop") {
     node->PauseAgent(until);
+  } else if (kind == "keeper_stop") {
+    node->PauseKeeper(until);
   } else if (kind == "keeper_crash") {
     node->CrashKeeper();
   } else if (kind == "worker_kill") {
@@ -262,74 +295,132 @@ void World::Inspect() {
   timeline_.After(kInspection, "inspection", [this] { Inspect(); });
 }
 
-// In peace whatever was done by the last inspection is committed by this one.
+// In peace whatever was done some inspections ago is committed by this one.
 void World::CheckPace(Timestamp now) {
   // A step whose only copy was spoiled waits for its release.
   const bool spoiled =
       std::any_of(faults_.begin(), faults_.end(),
                   [](const Fault& f) { return f.kind == "corrupt"; }) &&
       now < start_ + options_.fault_phase + options_.controller.commit_patience + Seconds(10);
+  // Ranks that wait for slow news in vain meet at the same step again, later.
+  const std::size_t inspections =
+      3 + static_cast<std::size_t>(options_.network.max_delay / Milliseconds(40));
   for (const auto& [id, job] : controller_.state()->jobs) {
     const Generation generation = job.record.generation;
     Pace& pace = pace_[id];
     const auto& commits = job.commits.commits;
-    const Pace before = std::exchange(pace, {generation, training_.GroupStep(id, generation),
-                                             commits.empty() ? kNoStep : commits.front().step});
-    if (job.record.state != controller::JobState::kRunning || before.generation != generation ||
-        before.step <= job.plan.restore_step || pace.step >= options_.total_steps) {
+    if (pace.generation != generation) pace = {generation, {}};
+    pace.steps.push_back(training_.GroupStep(id, generation));
+    if (pace.steps.size() <= inspections) continue;
+    const Step before = pace.steps.front();
+    pace.steps.pop_front();
+    const Step committed = commits.empty() ? kNoStep : commits.front().step;
+    if (job.record.state != controller::JobState::kRunning || !WithCheckpoints(id) ||
+        before <= job.plan.restore_step || pace.steps.back() >= options_.total_steps) {
       continue;
     }
-    if (pace.committed < before.step - kSkipped && !spoiled) {
+    if (committed < before - kSkipped && !spoiled) {
       checkers_.TellMemory(now, *controller_.state(), id);
       truth_.Violate(
           now, "commits_live",
-          fmt::format("job {} generation {} had done step {} at the last inspection; step "
-                      "{} is committed",
-                      id, generation, before.step, pace.committed));
+          fmt::format("job {} generation {} had done step {} {} s ago; step {} is committed", id,
+                      generation, before, kPaceInspections * 2, committed));
     }
   }
+}
+
+bool World::WithCheckpoints(const JobId& id) const {
+  return std::any_of(options_.jobs.begin(), options_.jobs.end(),
+                     [&](const SimJob& j) { return j.spec.job == id && j.checkpoints; });
 }
 
 bool World::Over() const {
   if (!truth_.violations().empty()) return true;
   const controller::ClusterState* state = controller_.state();
   if (state == nullptr || timeline_.now() < start_ + options_.fault_phase) return false;
-  return std::all_of(
-      options_.jobs.begin(), options_.jobs.end(), [&](const controller::JobSpec& spec) {
-        const auto it = state->jobs.find(spec.job);
-        return it != state->jobs.end() && controller::IsTerminal(it->second.record.state);
-      });
+  return std::all_of(options_.jobs.begin(), options_.jobs.end(), [&](const SimJob& job) {
+    const auto it = state->jobs.find(job.spec.job);
+    return it != state->jobs.end() && controller::IsTerminal(it->second.record.state) &&
+           !RunsAgain(job) && (job.cancel_at.count() == 0 || cancelled_.contains(job.spec.job));
+  });
+}
+
+// Succeeded means that every rank of a generation came to the script's end. Small budgets may be
+// spent.
+void World::CheckJobEnd(const SimJob& sim_job, const controller::JobStateView& job) {
+  using controller::JobState;
+  using controller::Reason;
+  const controller::JobRecord& record = job.record;
+  const JobId& id = record.spec.job;
+  const Timestamp now = timeline_.now();
+  const auto wrong = [&](const std::string& what) {
+    std::string owed;
+    for (const NodeId& node : job.waiting_for) owed += " " + node;
+    truth_.Violate(
+        now, "live",
+        fmt::format(
+            "job {} is {} (reason {}, {}) at generation {}, step {} of {}, waits for:{}: {}", id,
+            controller::JobStateName(record.state),
+            controller::ReasonName(controller::IsTerminal(record.state) ? record.end_reason
+                                                                        : job.reason),
+            controller::IsTerminal(record.state) ? record.end_message : job.message,
+            record.generation, training_.best_step(id), options_.total_steps,
+            owed.empty() ? " nobody" : owed, what));
+  };
+  truth_.Count(std::string("ended: ") + controller::ReasonName(record.end_reason));
+  switch (record.state) {
+    case JobState::kSucceeded:
+      if (training_.Finished(id) != record.generation) wrong("no generation came to its end");
+      if (record.exit_code != 0) wrong(fmt::format("exit code {}", record.exit_code));
+      return;
+    case JobState::kCancelled:
+      if (!cancelled_.contains(id)) wrong("nobody cancelled it");
+      return;
+    case JobState::kFailed: {
+      if (!sim_job.tight) return wrong("its budgets are far from spent");
+      std::int32_t code = 1;
+      bool spent = false;
+      switch (record.end_reason) {
+        case Reason::kRestartsExhausted:
+        case Reason::kCrashAtStart:
+          spent = record.restarts >= static_cast<std::uint32_t>(record.spec.max_restarts);
+          break;
+        case Reason::kNoProgress:
+          spent = record.no_progress >= record.spec.max_no_progress;
+          code = 93;
+          break;
+        case Reason::kStartFailures:
+        case Reason::kSpawnFailed:
+          spent = record.start_failures > record.spec.max_start_failures;
+          break;
+        case Reason::kJoinTimeout:
+          spent = record.spec.join_timeout.count() > 0;
+          code = 75;
+          break;
+        default: break;
+      }
+      if (!spent) wrong("the budget it names is not spent");
+      if (record.exit_code != code) wrong(fmt::format("exit code {}", record.exit_code));
+      return;
+    }
+    default: wrong("it did not end");
+  }
 }
 
 void World::CheckEnd() {
   if (!truth_.violations().empty()) return;
-  const Timestamp now = timeline_.now();
   const controller::ClusterState* state = controller_.state();
-  for (const controller::JobSpec& spec : options_.jobs) {
-    const controller::JobStateView* job = nullptr;
-    if (state != nullptr) {
-      const auto it = state->jobs.find(spec.job);
-      if (it != state->jobs.end()) job = &it->second;
-    }
-    if (job == nullptr) {
-      truth_.Violate(now, "live", fmt::format("job {} is not there", spec.job));
-    } else if (job->record.state != controller::JobState::kSucceeded) {
-      std::string owed;
-      for (const NodeId& node : job->waiting_for) owed += " " + node;
-      truth_.Violate(
-          now, "live",
-          fmt::format("job {} is {} (reason {}, {}) at generation {}, step {} of {}; waits for:{}",
-                      spec.job, controller::JobStateName(job->record.state),
-                      controller::ReasonName(job->reason), job->message, job->record.generation,
-                      training_.best_step(spec.job), options_.total_steps,
-                      owed.empty() ? " nobody" : owed));
-    } else if (!training_.Finished(spec.job)) {
-      truth_.Violate(now, "live",
-                     fmt::format("job {} succeeded and no generation came to its end", spec.job));
+  for (const SimJob& job : options_.jobs) {
+    const bool there = state != nullptr && state->jobs.contains(job.spec.job);
+    if (there) {
+      CheckJobEnd(job, state->jobs.at(job.spec.job));
+    } else {
+      truth_.Violate(timeline_.now(), "live", fmt::format("job {} is not there", job.spec.job));
     }
   }
-  if (timeline_.exhausted())
-    truth_.Violate(now, "live", "the world spins: the bound on events is reached");
+  if (timeline_.exhausted()) {
+    truth_.Violate(timeline_.now(), "live", "the world spins: the bound on events is reached");
+  }
 }
 
 RunResult World::Run(const Storyteller& storyteller, bool every_event) {
