@@ -324,7 +324,7 @@ void World::CheckPace(Timestamp now) {
       truth_.Violate(
           now, "commits_live",
           fmt::format("job {} generation {} had done step {} {} s ago; step {} is committed", id,
-                      generation, before, kPaceInspections * 2, committed));
+                      generation, before, inspections * 2, committed));
     }
   }
 }
