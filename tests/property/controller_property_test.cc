@@ -1,13 +1,16 @@
 // Random lives of the controller: whatever nodes do, generations only grow, a plan is carried out
-// only when every node it needs has stopped its old workers, the store rebuilds the state, and once
-// the faults stop the job runs or is over.
+// only when every node it needs has stopped its old workers, the store rebuilds the state and holds
+// one plan a job, every line of history has a known name and a reason, and once the faults stop the
+// job runs or is over.
 #include <fmt/format.h>
 #include <gtest/gtest.h>
 
 #include <cstdlib>
+#include <iterator>
 
 #include "controller/core/bugs.h"
 #include "controller/core/controller.h"
+#include "controller/core/vocabulary.h"
 
 namespace everstep::controller {
 namespace {
@@ -31,19 +34,27 @@ class Life {
   void Fault() {
     const NodeId node = fmt::format("n{}", Draw(kNodes));
     now_ = now_ + Milliseconds(static_cast<std::int64_t>(Draw(300)));
-    switch (Draw(9)) {
+    switch (Draw(12)) {
       case 0: Join(node, Draw(3) == 0); break;
       case 1: Do(SessionClosed{node, Inc(node), "reset"}); break;
       case 2: Do(NodeProcessDead{node, Inc(node) - Draw(2), "gone"}); break;
       case 3: Do(Tick{}); break;
       case 4: Exit(Draw(2) == 0 ? -9 : 1); break;
       case 5: Do(KeeperLost{node, Inc(node), ++keeper_, "gone"}); break;
+      case 6: {
+        const auto deadline = Milliseconds(static_cast<std::int64_t>(Draw(3) * 4000));
+        Do(Notice{node, Inc(node), "spot", deadline});
+        break;
+      }
+      case 7: Do(DrainNode{.request = 2, .node = node, .allow_pause = Draw(2) == 0}); break;
+      case 8: Do(UndrainNode{.request = 3, .node = node}); break;
       default: AnswerOne(); break;
     }
   }
 
   // Everything answers. True when the job runs with all it may have.
   bool Settle() {
+    for (int n = 0; n < kNodes; ++n) Do(UndrainNode{.request = 4, .node = fmt::format("n{}", n)});
     for (int i = 0; i < 400; ++i) {
       now_ = now_ + Milliseconds(100);
       for (int n = 0; n < kNodes; ++n) {
@@ -137,9 +148,23 @@ class Life {
     for (const Record& record : out.records) {
       if (const auto* n = std::get_if<NodeRecord>(&record)) store_["n/" + n->node] = record;
       if (std::holds_alternative<JobRecord>(record)) store_["j"] = record;
+      if (const auto* line = std::get_if<JournalRecord>(&record)) {
+        if (!IsEventName(line->type)) broken = "no event is called " + line->type;
+        if (line->reason == Reason::kNone) broken = "no reason for " + line->type;
+      }
       if (const auto* g = std::get_if<GenerationRecord>(&record)) {
         store_[fmt::format("g/{:09}", g->plan.generation)] = record;
       }
+    }
+    for (const Deletion& deletion : out.deletions) {
+      if (deletion.table != Deletion::Table::kGeneration) continue;
+      store_.erase(fmt::format("g/{:09}", std::stoull(deletion.key.substr(2))));
+    }
+    const auto plans = std::distance(store_.lower_bound("g/"), store_.lower_bound("g0"));
+    if (plans > 1) broken = fmt::format("{} plans of one job in the store", plans);
+    if (std::holds_alternative<Tick>(event)) {
+      const std::optional<Timestamp> next = controller_.NextWakeup();
+      if (next && *next <= now_) broken = "a tick left something due: the controller would spin";
     }
     if (controller_.state().jobs.count("j") == 0) return;
     const JobStateView& job = Job();
