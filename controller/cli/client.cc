@@ -198,7 +198,7 @@ grpc::Status ReadStream(ImplT& impl, const AdminClient::Options& options,
         return grpc::Status::OK;
       }
     }
-    const grpc::Status status = reader->Finish();
+    grpc::Status status = reader->Finish();
     if (status.ok() || !resume || !WorthARetry(status)) return status;
     const auto now = steady_clock::now();
     if (now - opened >= options.stream_retry) broken = now;  // it was quiet, not away

@@ -56,13 +56,19 @@ void Context::Remark(const std::string& line) {
   if (!args.Has("quiet") && !json()) io_->err(line + "\n");
 }
 
+Result<Context::Target> Context::CheckedTarget(const std::string& address,
+                                               const std::string& from) {
+  if (Outcome good = CheckAddress(from, address); !good.ok()) return good.error();
+  return Target{address, from};
+}
+
 Result<Context::Target> Context::FindTarget() const {
-  if (args.Has("controller")) return Target{args.Get("controller"), "--controller"};
+  if (args.Has("controller")) return CheckedTarget(args.Get("controller"), "--controller");
   std::string name = args.Get("cluster");
   std::string from = "--cluster";
   if (name.empty()) {
     if (std::string address = Lookup(env, "EVERSTEP_CONTROLLER"); !address.empty()) {
-      return Target{address, "EVERSTEP_CONTROLLER"};
+      return CheckedTarget(address, "EVERSTEP_CONTROLLER");
     }
     name = Lookup(env, "EVERSTEP_CLUSTER");
     from = "EVERSTEP_CLUSTER";
@@ -78,12 +84,15 @@ Result<Context::Target> Context::FindTarget() const {
   return Target{info.controller, name.empty() ? "the only local cluster, " + info.name : from};
 }
 
+Result<std::string> Context::ControllerAddress() const {
+  Result<Target> target = FindTarget();
+  if (!target.ok()) return target.error();
+  return target.value().address;
+}
+
 Result<std::unique_ptr<AdminClient>> Context::Client() {
   Result<Target> target = FindTarget();
   if (!target.ok()) return target.error();
-  if (Outcome good = CheckAddress(target.value().from, target.value().address); !good.ok()) {
-    return good.error();
-  }
   AdminClient::Options options;
   options.controller = target.value().address;
   options.named_by = target.value().from;

@@ -44,6 +44,8 @@ class Context {
 
   // Connects to nothing yet. --controller, --cluster, their variables, the only local cluster.
   Result<std::unique_ptr<AdminClient>> Client();
+  // Where Client() connects to.
+  Result<std::string> ControllerAddress() const;
   // The cluster that a drill or `down` means, by the same options. Stale ones count when named.
   Result<ClusterInfo> Cluster();
 
@@ -60,6 +62,7 @@ class Context {
     std::string address;
     std::string from;  // "--cluster", "EVERSTEP_CONTROLLER", ...
   };
+  static Result<Target> CheckedTarget(const std::string& address, const std::string& from);
   Result<Target> FindTarget() const;
 
   Io* io_;

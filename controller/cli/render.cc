@@ -187,7 +187,7 @@ std::string RenderNode(const v1::NodeStatus& node, const RenderOptions&) {
   std::vector<std::string> labels;
   for (const auto& [key, value] : std::vector<std::pair<std::string, std::string>>(
            node.labels().begin(), node.labels().end())) {
-    labels.push_back(key + "=" + value);
+    labels.push_back(fmt::format("{}={}", key, value));
   }
   std::sort(labels.begin(), labels.end());
   return FormatPairs({{"Node", node.node()},

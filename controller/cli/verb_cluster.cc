@@ -285,6 +285,7 @@ VerbResult RunClusterDown(Context& context) {
     }
     if (clusters.size() > 1) {
       std::vector<std::string> names;
+      names.reserve(clusters.size());
       for (const ClusterInfo& cluster : clusters) names.push_back(cluster.name);
       return CliError{
           ExitCode::kUsage, "INVALID_ARGUMENT",
@@ -303,6 +304,7 @@ VerbResult RunClusterList(Context& context) {
   const std::vector<ClusterInfo> clusters = context.registry.List();
   if (context.output != Output::kTable) {
     std::vector<std::string> items;
+    items.reserve(clusters.size());
     for (const ClusterInfo& cluster : clusters) {
       items.push_back(context.output == Output::kName ? cluster.name + "\n" : ClusterJson(cluster));
     }

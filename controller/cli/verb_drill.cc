@@ -97,6 +97,7 @@ void Say(Context& context, Kind kind, int signal, const std::string& subject,
          const std::vector<Struck>& struck, const std::string& after) {
   if (context.json()) {
     std::vector<std::string> items;
+    items.reserve(struck.size());
     for (const Struck& one : struck) {
       items.push_back(fmt::format("{{\"pid\":{},\"process\":{}}}", one.pid, JsonQuote(one.what)));
     }
@@ -107,6 +108,7 @@ void Say(Context& context, Kind kind, int signal, const std::string& subject,
     return;
   }
   std::vector<std::string> parts;
+  parts.reserve(struck.size());
   for (const Struck& one : struck) parts.push_back(fmt::format("{} {}", one.what, one.pid));
   context.Out(fmt::format("{} {}: {} ({}){}\n", Past(kind.action), subject, fmt::join(parts, ", "),
                           SignalName(signal), after));
@@ -246,6 +248,7 @@ VerbResult RunDrill(Context& context, Verb verb) {
   std::vector<Struck> struck = Strike(victims, signal);
   if (kind.action == Action::kKill) {
     std::vector<ProcessId> ids;
+    ids.reserve(victims.size());
     for (const ProcessFacts& victim : victims) ids.push_back(victim.id);
     // What was forked between the look and the blow.
     for (int round = 0; round < 3 && kind.target == Target::kNode; ++round) {

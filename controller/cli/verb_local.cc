@@ -29,8 +29,8 @@ std::string CalledFolder(const std::string& called_as, const Environment& enviro
   if (path == environment.end()) return "";
   for (std::size_t at = 0; at <= path->second.size();) {
     const std::size_t colon = std::min(path->second.find(':', at), path->second.size());
-    const std::string folder = path->second.substr(at, colon - at);
-    if (!folder.empty() && Executable(folder + "/" + called_as)) return folder;
+    std::string folder = path->second.substr(at, colon - at);
+    if (!folder.empty() && Executable(fmt::format("{}/{}", folder, called_as))) return folder;
     at = colon + 1;
   }
   return "";
@@ -128,6 +128,16 @@ VerbResult RunDocs(Context& context) {
 }
 
 VerbResult RunProgramBeside(Context& context, const std::string& called_as) {
+  // `everstep --cluster demo run ...`: the program beside knows addresses only.
+  Environment environment = context.env;
+  const bool named =
+      context.args.Has("controller") || context.args.Has("cluster") ||
+      (context.env.count("EVERSTEP_CLUSTER") > 0 && context.env.count("EVERSTEP_CONTROLLER") == 0);
+  if (named) {
+    const Result<std::string> address = context.ControllerAddress();
+    if (!address.ok()) return address.error();
+    environment["EVERSTEP_CONTROLLER"] = address.value();
+  }
   const std::string name = "everstep-" + context.args.command()->name;
   const std::string beside = CalledFolder(called_as, context.env) + "/" + name;
   const std::string own = OwnFolder() + "/" + name;
@@ -137,7 +147,16 @@ VerbResult RunProgramBeside(Context& context, const std::string& called_as) {
     argv.push_back(const_cast<char*>(word.c_str()));
   }
   argv.push_back(nullptr);
-  ::execv(program.c_str(), argv.data());
+  std::vector<std::string> entries;
+  entries.reserve(environment.size());
+  for (const auto& [variable, value] : environment) {
+    entries.push_back(fmt::format("{}={}", variable, value));
+  }
+  std::vector<char*> envp;
+  envp.reserve(entries.size() + 1);
+  for (std::string& entry : entries) envp.push_back(entry.data());
+  envp.push_back(nullptr);
+  ::execve(program.c_str(), argv.data(), envp.data());
   return CliError{ExitCode::kFailed, "NOT_FOUND",
                   fmt::format("cannot start {}: {}", program, ErrnoText(errno)),
                   fmt::format("{} belongs beside everstep; is the installation whole?", name)};
