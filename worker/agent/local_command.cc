@@ -1,6 +1,5 @@
 #include "worker/agent/local_command.h"
 
-#include <cstring>
 #include <fstream>
 
 #include <fmt/format.h>
@@ -26,7 +25,7 @@ bool LocalCommand::Load(const std::string& path, std::string* error) {
   given_ = in && command_.ParseFromIstream(&in);
   if (!given_) {
     *error = fmt::format("--local-command {}: {}; it is written by everstep-run", path,
-                         in.is_open() ? "is no command" : std::strerror(errno));
+                         in.is_open() ? "is no command" : "cannot be read");
   }
   return given_;
 }

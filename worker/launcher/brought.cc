@@ -128,13 +128,13 @@ std::string Brought::WaitForAddress() {
 std::string Brought::SetControllers(const std::string& controllers) {
   const std::string file = options_.state->node_dir() + "/controller";
   if (WriteFileAtomically(file, controllers + "\n")) return {};
-  return fmt::format("cannot write {}: {}", file, std::strerror(errno));
+  return fmt::format("cannot write {}: {}", file, ErrnoText(errno));
 }
 
 std::string Brought::StartAgent(const std::string& controllers,
                                 const std::map<std::string, std::string>& labels) {
   int ends[2];
-  if (::pipe2(ends, O_CLOEXEC) != 0) return fmt::format("no pipe: {}", std::strerror(errno));
+  if (::pipe2(ends, O_CLOEXEC) != 0) return fmt::format("no pipe: {}", ErrnoText(errno));
   lifeline_read_ = ends[0];
   lifeline_write_ = ends[1];
   if (std::string wrong = SetControllers(controllers); !wrong.empty()) return wrong;
@@ -152,7 +152,7 @@ std::string Brought::StartAgent(const std::string& controllers,
                  "--lifeline",
                  std::to_string(lifeline_read_)};
   for (const auto& [key, value] : labels) {
-    agent_.argv.insert(agent_.argv.end(), {"--label", key + "=" + value});
+    agent_.argv.insert(agent_.argv.end(), {"--label", fmt::format("{}={}", key, value)});
   }
   if (!options_.local_command.empty()) {
     agent_.argv.insert(agent_.argv.end(), {"--local-command", options_.local_command});

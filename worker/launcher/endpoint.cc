@@ -244,6 +244,7 @@ std::vector<Probe> ProbeAll(const std::vector<std::string>& addresses, int limit
   }
   Finish(&attempts, limit_ms);
   std::vector<Probe> answers;
+  answers.reserve(attempts.size());
   for (const Attempt& attempt : attempts) answers.push_back(attempt.answer);
   return answers;
 }

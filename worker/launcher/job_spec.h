@@ -22,7 +22,7 @@ struct SubmitterFacts {
   std::int64_t now_ns = 0;
 };
 
-inline constexpr std::size_t kMaxEnvironmentBytes = 1024 * 1024;
+inline constexpr std::size_t kMaxEnvironmentBytes = std::size_t{1024} * 1024;
 inline constexpr std::uint32_t kDefaultJoinTimeoutMs = 600 * 1000;  // torchrun's
 inline constexpr std::uint32_t kDefaultLastCallMs = 1000;
 // Once every rank told the store its address, a process group forms in milliseconds or not at all.

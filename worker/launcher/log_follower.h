@@ -24,8 +24,8 @@
 
 namespace everstep::launcher {
 
-inline constexpr std::size_t kMaxReadPerPoll = 256 * 1024;
-inline constexpr std::size_t kMaxLine = 64 * 1024;
+inline constexpr std::size_t kMaxReadPerPoll = std::size_t{256} * 1024;
+inline constexpr std::size_t kMaxLine = std::size_t{64} * 1024;
 
 struct FollowOptions {
   std::string dir;

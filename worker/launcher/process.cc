@@ -45,7 +45,7 @@ struct Sockets {
   }
   sigset_t none;
   ::sigemptyset(&none);
-  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  ::pthread_sigmask(SIG_SETMASK, &none, nullptr);
   const int nothing = ::open("/dev/null", O_RDONLY);
   const int output = ::open(spec.output.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
   if (nothing < 0 || output < 0 || ::dup2(nothing, 0) < 0 || ::dup2(output, 1) < 0 ||
@@ -64,6 +64,11 @@ struct Sockets {
 }
 
 }  // namespace
+
+std::string ErrnoText(int number) {
+  const char* text = ::strerrordesc_np(number);
+  return text == nullptr ? fmt::format("error {}", number) : text;
+}
 
 std::string StatusText(int status) {
   if (WIFSIGNALED(status)) {
@@ -95,14 +100,18 @@ std::string Process::Start(const ProcessSpec& spec) {
   for (const std::string& arg : spec.argv) argv.push_back(const_cast<char*>(arg.c_str()));
   argv.push_back(nullptr);
   std::vector<std::string> entries;
-  for (const auto& [key, value] : spec.environment) entries.push_back(key + "=" + value);
+  entries.reserve(spec.environment.size());
+  for (const auto& [key, value] : spec.environment) {
+    entries.push_back(fmt::format("{}={}", key, value));
+  }
   std::vector<char*> envp;
+  envp.reserve(entries.size() + 1);
   for (const std::string& entry : entries) envp.push_back(const_cast<char*>(entry.c_str()));
   envp.push_back(nullptr);
 
   Sockets report;
   int ends[2];
-  if (::pipe2(ends, O_CLOEXEC) != 0) return fmt::format("no pipe: {}", std::strerror(errno));
+  if (::pipe2(ends, O_CLOEXEC) != 0) return fmt::format("no pipe: {}", ErrnoText(errno));
   report = {ends[0], ends[1]};
   const pid_t parent = ::getpid();
   const pid_t pid = ::fork();
@@ -111,7 +120,7 @@ std::string Process::Start(const ProcessSpec& spec) {
   ::close(report.write);
   if (pid < 0) {
     ::close(report.read);
-    return fmt::format("cannot start {}: {}", spec.argv[0], std::strerror(fork_error));
+    return fmt::format("cannot start {}: {}", spec.argv[0], ErrnoText(fork_error));
   }
   int error = 0;
   ssize_t count = 0;
@@ -121,7 +130,7 @@ std::string Process::Start(const ProcessSpec& spec) {
   ::close(report.read);
   if (count == sizeof(error)) {
     ::waitpid(pid, nullptr, 0);
-    return fmt::format("cannot start {}: {}", spec.argv[0], std::strerror(error));
+    return fmt::format("cannot start {}: {}", spec.argv[0], ErrnoText(error));
   }
   if (pidfd_ >= 0) ::close(pidfd_);
   pid_ = pid;

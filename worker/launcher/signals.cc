@@ -27,7 +27,7 @@ Signals::Signals(const std::vector<std::string>& names) {
   for (const std::string& name : names) {
     if (const int number = NumberOf(name); number != 0) ::sigaddset(&set, number);
   }
-  ::sigprocmask(SIG_BLOCK, &set, nullptr);
+  ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
   descriptor_ = ::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK);
 }
 

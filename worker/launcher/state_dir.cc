@@ -12,6 +12,8 @@
 
 #include <fmt/format.h>
 
+#include "worker/launcher/process.h"
+
 namespace everstep::launcher {
 namespace fs = std::filesystem;
 namespace {
@@ -57,7 +59,7 @@ std::string StateDir::Open(const std::string& wanted, const std::string& node,
   if (error) return refused("make", error.message());
   if (temporary_) fs::permissions(path_, fs::perms::owner_all, error);
   lock_ = ::open((path_ + "/lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
-  if (lock_ < 0) return refused("write", std::strerror(errno));
+  if (lock_ < 0) return refused("write", ErrnoText(errno));
   if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
     return fmt::format(
         "everstep-run: the state directory {} is in use by another run; give each its own "
@@ -76,7 +78,7 @@ std::string StateDir::Open(const std::string& wanted, const std::string& node,
   fs::remove_all(controller(), error);
   fs::remove_all(node_dir(), error);
   if (!WriteFileAtomically(path_ + "/run", fmt::format("{}\n", ::getpid()))) {
-    return refused("write", std::strerror(errno));
+    return refused("write", ErrnoText(errno));
   }
   for (const std::string& dir : {controller(), node_dir()}) {
     fs::create_directories(dir, error);

@@ -19,6 +19,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/clock.h"
+#include "worker/launcher/process.h"
 
 namespace everstep::launcher {
 namespace {
@@ -76,7 +77,7 @@ std::string Ports::Open(const std::string& address) {
   if (controller_ < 0 || ::listen(beacon_, 128) != 0) {
     return fmt::format(
         "cannot listen on this node's address {}: {}; name the right one with --local-addr",
-        address, std::strerror(errno));
+        address, ErrnoText(errno));
   }
   return {};
 }
@@ -154,6 +155,7 @@ Sight Watch::Look(const std::string& controller, const std::string& host,
     return sight;
   }
   std::vector<std::string> addresses;
+  addresses.reserve(peers.size() + 1);
   for (const Peer& peer : peers) addresses.push_back(peer.beacon);
   for (const Peer& peer : peers) {
     if (peer.node == host) addresses.push_back(peer.data);
@@ -171,6 +173,7 @@ Sight Watch::Look(const std::string& controller, const std::string& host,
 
 std::vector<Probe> Watch::LookAtPeers(const std::vector<Peer>& peers) {
   std::vector<std::string> addresses;
+  addresses.reserve(peers.size() + 1);
   for (const Peer& peer : peers) addresses.push_back(peer.beacon);
   std::vector<Probe> sight = ProbeAll(addresses, kProbeLimitMs);
   for (std::size_t i = 0; i < peers.size(); ++i) {
