@@ -57,7 +57,8 @@ class Events {
     changed_.notify_all();
   }
   // The first event that `wanted` takes; an empty one (no body) when `limit` passed.
-  v1::KeeperReply Wait(const std::function<bool(const v1::KeeperReply&)>& wanted, Duration limit = Seconds(20)) {
+  v1::KeeperReply Wait(const std::function<bool(const v1::KeeperReply&)>& wanted,
+                       Duration limit = Seconds(20)) {
     std::unique_lock<std::mutex> lock(mutex_);
     v1::KeeperReply found;
     changed_.wait_for(lock, limit, [&] {
@@ -73,8 +74,10 @@ class Events {
   }
   v1::KeeperExited WaitExit(std::int32_t rank, std::uint64_t generation = 1) {
     return Wait([&](const v1::KeeperReply& r) {
-             return r.has_exited() && r.exited().rank() == rank && r.exited().generation() == generation;
-           }).exited();
+             return r.has_exited() && r.exited().rank() == rank &&
+                    r.exited().generation() == generation;
+           })
+        .exited();
   }
 
  private:
@@ -121,14 +124,16 @@ class KeeperTest : public ::testing::Test {
   std::unique_ptr<Client> Connect(bool owner = true) {
     events_ = std::make_shared<Events>();
     auto events = events_;
-    auto client = Client::Connect({.socket_path = socket(),
-                                   .owner = owner,
-                                   .on_event = [events](Reply r) { events->Add(std::move(r.message)); },
-                                   .on_lost = [this](const std::string& why) {
-                                     std::lock_guard<std::mutex> lock(lost_mutex_);
-                                     lost_ = why;
-                                   }},
-                                  &state_, &error_);
+    auto client =
+        Client::Connect({.socket_path = socket(),
+                         .owner = owner,
+                         .on_event = [events](Reply r) { events->Add(std::move(r.message)); },
+                         .on_lost =
+                             [this](const std::string& why) {
+                               std::lock_guard<std::mutex> lock(lost_mutex_);
+                               lost_ = why;
+                             }},
+                        &state_, &error_);
     if (client != nullptr) keeper_pid_ = state_.keeper_pid();
     return client;
   }
@@ -138,7 +143,8 @@ class KeeperTest : public ::testing::Test {
   }
 
   // A shell that runs `script` as rank `rank`.
-  v1::KeeperRequest ShellSpawn(std::int32_t rank, const std::string& script, std::uint64_t generation = 1) {
+  v1::KeeperRequest ShellSpawn(std::int32_t rank, const std::string& script,
+                               std::uint64_t generation = 1) {
     v1::KeeperRequest request;
     v1::KeeperSpawn* spawn = request.mutable_spawn();
     spawn->set_job("job");

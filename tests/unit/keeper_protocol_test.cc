@@ -88,7 +88,8 @@ class KeeperProtocol : public KeeperTest {
     const std::string bytes = ReadToEnd(fd.get(), descriptors);
     AttachReply reply;
     EXPECT_EQ(bytes.size(), sizeof(reply));
-    if (bytes.size() == sizeof(reply)) std::memcpy(static_cast<void*>(&reply), bytes.data(), sizeof(reply));
+    if (bytes.size() == sizeof(reply))
+      std::memcpy(static_cast<void*>(&reply), bytes.data(), sizeof(reply));
     return reply;
   }
 
@@ -99,7 +100,8 @@ TEST_F(KeeperProtocol, AMalformedFrameIsRefusedWithATextAndNothingElseHappens) {
   const v1::KeeperReply garbage = RefusalOf(std::string("\x05\0\0\0\xff\xff\xff\xff\xff", 9));
   EXPECT_EQ(garbage.error(), EBADMSG);
   EXPECT_NE(garbage.message().find("no KeeperRequest"), std::string::npos) << garbage.message();
-  EXPECT_NE(garbage.message().find(std::to_string(::getpid())), std::string::npos) << garbage.message();
+  EXPECT_NE(garbage.message().find(std::to_string(::getpid())), std::string::npos)
+      << garbage.message();
 
   const v1::KeeperReply huge = RefusalOf(std::string("\xff\xff\xff\x7f", 4));
   EXPECT_EQ(huge.error(), EMSGSIZE);
@@ -108,7 +110,10 @@ TEST_F(KeeperProtocol, AMalformedFrameIsRefusedWithATextAndNothingElseHappens) {
   // A frame that never ends, and one that breaks off.
   OwnedFd slow = Raw();
   Send(slow.get(), std::string("\x40\0\0\0abc", 7), {});
-  { OwnedFd torn = Raw(); Send(torn.get(), std::string("\x40\0", 2), {}); }
+  {
+    OwnedFd torn = Raw();
+    Send(torn.get(), std::string("\x40\0", 2), {});
+  }
   ExpectServes();
 }
 
@@ -117,7 +122,8 @@ TEST_F(KeeperProtocol, RandomBytesNeverStopIt) {
   for (int i = 0; i < 200; ++i) {
     OwnedFd fd = Raw();
     std::string bytes;
-    for (int j = 0; j < 64; ++j) bytes += static_cast<char>((x = x * 6364136223846793005ULL + 1) >> 56);
+    for (int j = 0; j < 64; ++j)
+      bytes += static_cast<char>((x = x * 6364136223846793005ULL + 1) >> 56);
     if (i % 2 == 0) bytes.replace(0, 4, std::string("\x3c\0\0\0", 4));
     Send(fd.get(), bytes, {});
   }
@@ -156,7 +162,8 @@ TEST_F(KeeperProtocol, ASecondAgentIsRefusedAndOneThatStoppedIsReplaced) {
   int status = 0;
   ::waitpid(other, &status, 0);
   EXPECT_EQ(WEXITSTATUS(status), 0) << text;
-  EXPECT_NE(text.find("has an agent already (pid " + std::to_string(::getpid())), std::string::npos) << text;
+  EXPECT_NE(text.find("has an agent already (pid " + std::to_string(::getpid())), std::string::npos)
+      << text;
   ExpectServes();
 
   // An agent that owns the keeper and is stopped does not lock the node.
@@ -276,8 +283,9 @@ TEST_F(KeeperProtocol, AnArenaIsOneMemoryForAgentAndTrainerAndOutlivesBoth) {
   ASSERT_EQ(again.descriptors.size(), 2u);
   EXPECT_FALSE(again.message.arena().created());
   char found[sizeof(word)] = {};
-  EXPECT_EQ(::pread(again.descriptors[0].get(), found, sizeof(found), 2 * checkpoint::kArenaHeaderBytes),
-            static_cast<ssize_t>(sizeof(found)));
+  EXPECT_EQ(
+      ::pread(again.descriptors[0].get(), found, sizeof(found), 2 * checkpoint::kArenaHeaderBytes),
+      static_cast<ssize_t>(sizeof(found)));
   EXPECT_STREQ(found, word);
 }
 

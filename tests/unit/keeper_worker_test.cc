@@ -26,8 +26,10 @@ TEST_F(KeeperWorkers, TellsTheExitCodeAndTheSignal) {
 }
 
 TEST_F(KeeperWorkers, GivesAWorkerWhatAFreshProgramExpects) {
-  auto request = ShellSpawn(0, "pwd; umask; ls /proc/self/fd | tr '\\n' ' '; grep -E 'Sig(Blk|Ign)' /proc/self/status; "
-                               "env | sort; readlink /proc/self/fd/0; ps -o sid= -p $$ | tr -d ' '; echo $$");
+  auto request = ShellSpawn(
+      0,
+      "pwd; umask; ls /proc/self/fd | tr '\\n' ' '; grep -E 'Sig(Blk|Ign)' /proc/self/status; "
+      "env | sort; readlink /proc/self/fd/0; ps -o sid= -p $$ | tr -d ' '; echo $$");
   request.mutable_spawn()->set_umask(027);
   (*request.mutable_spawn()->mutable_env())["LOCAL_RANK"] = "0";
   const pid_t pid = Spawn(request);
@@ -37,8 +39,10 @@ TEST_F(KeeperWorkers, GivesAWorkerWhatAFreshProgramExpects) {
   EXPECT_NE(text.find("SigBlk:\t0000000000000000"), std::string::npos) << text;
   EXPECT_NE(text.find("SigIgn:\t0000000000000000"), std::string::npos) << text;
   EXPECT_NE(text.find("LOCAL_RANK=0\n"), std::string::npos) << text;
-  EXPECT_EQ(text.find("HOME="), std::string::npos) << "the keeper's own environment leaks: " << text;
-  EXPECT_NE(text.find("/dev/null\n" + std::to_string(pid) + "\n" + std::to_string(pid) + "\n"), std::string::npos)
+  EXPECT_EQ(text.find("HOME="), std::string::npos)
+      << "the keeper's own environment leaks: " << text;
+  EXPECT_NE(text.find("/dev/null\n" + std::to_string(pid) + "\n" + std::to_string(pid) + "\n"),
+            std::string::npos)
       << text;
 }
 
@@ -47,11 +51,13 @@ TEST_F(KeeperWorkers, SaysWhyAWorkerCannotStart) {
   request.mutable_spawn()->set_target("/no/such/program");
   Reply reply = client_->Call(request, Seconds(10));
   EXPECT_EQ(reply.message.error(), ECHILD);
-  EXPECT_NE(reply.message.message().find("/no/such/program"), std::string::npos) << reply.message.message();
+  EXPECT_NE(reply.message.message().find("/no/such/program"), std::string::npos)
+      << reply.message.message();
   request = ShellSpawn(0, "true");
   request.mutable_spawn()->set_cwd(folder_ + "/gone");
   reply = client_->Call(request, Seconds(10));
-  EXPECT_NE(reply.message.message().find(folder_ + "/gone"), std::string::npos) << reply.message.message();
+  EXPECT_NE(reply.message.message().find(folder_ + "/gone"), std::string::npos)
+      << reply.message.message();
   // A failed start leaves the rank free.
   EXPECT_GT(Spawn(ShellSpawn(0, "true")), 0);
   EXPECT_EQ(client_->Call(ShellSpawn(0, "true"), Seconds(10)).message.error(), EEXIST);
@@ -75,7 +81,8 @@ TEST_F(KeeperWorkers, EndsTheObedientAtOnceAndTheDeafAfterTheGrace) {
 
 TEST_F(KeeperWorkers, KillsTheGroupAndWhatLeftIt) {
   Spawn(ShellSpawn(0, "sleep 1000 & echo $! >child; setsid sleep 1000 & echo $! >stranger; wait"));
-  ASSERT_TRUE(Eventually([&] { return !Slurp(folder_ + "/stranger").empty() && !Slurp(folder_ + "/child").empty(); }));
+  ASSERT_TRUE(Eventually(
+      [&] { return !Slurp(folder_ + "/stranger").empty() && !Slurp(folder_ + "/child").empty(); }));
   const pid_t child = std::stoi(Slurp(folder_ + "/child"));
   const pid_t stranger = std::stoi(Slurp(folder_ + "/stranger"));
   ASSERT_TRUE(Alive(child));
@@ -142,8 +149,10 @@ TEST_F(KeeperWorkers, ANewAgentAdoptsWhatTheDeadOneLeft) {
 }
 
 TEST_F(KeeperWorkers, NothingOutlivesAKilledKeeper) {
-  const pid_t direct = Spawn(ShellSpawn(0, "sleep 1000 & echo $! >child; setsid setsid sleep 1000 & echo $! >far; wait"));
-  ASSERT_TRUE(Eventually([&] { return !Slurp(folder_ + "/far").empty() && !Slurp(folder_ + "/child").empty(); }));
+  const pid_t direct = Spawn(
+      ShellSpawn(0, "sleep 1000 & echo $! >child; setsid setsid sleep 1000 & echo $! >far; wait"));
+  ASSERT_TRUE(Eventually(
+      [&] { return !Slurp(folder_ + "/far").empty() && !Slurp(folder_ + "/child").empty(); }));
   const pid_t child = std::stoi(Slurp(folder_ + "/child"));
   const pid_t far = std::stoi(Slurp(folder_ + "/far"));
   ASSERT_EQ(::kill(keeper_pid_, SIGKILL), 0);

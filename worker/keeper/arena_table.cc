@@ -29,8 +29,8 @@ std::uint64_t ArenaEntry::total_bytes() const {
   return ::fstat(memory.get(), &st) == 0 ? static_cast<std::uint64_t>(st.st_size) : 0;
 }
 
-ArenaEntry* ArenaTable::Get(const ArenaKey& key, std::uint64_t slot_bytes, bool* created, int* error,
-                            std::string* message) {
+ArenaEntry* ArenaTable::Get(const ArenaKey& key, std::uint64_t slot_bytes, bool* created,
+                            int* error, std::string* message) {
   if (created != nullptr) *created = false;
   const auto it = arenas_.find(key);
   if (it != arenas_.end()) return &it->second;
@@ -42,7 +42,8 @@ ArenaEntry* ArenaTable::Get(const ArenaKey& key, std::uint64_t slot_bytes, bool*
   }
   if (arenas_.size() >= kMaxArenas) {
     *error = ENFILE;
-    *message = fmt::format("the keeper holds {} arenas, its limit; stop jobs that have ended", kMaxArenas);
+    *message =
+        fmt::format("the keeper holds {} arenas, its limit; stop jobs that have ended", kMaxArenas);
     return nullptr;
   }
   auto made = checkpoint::CreateArenaFd(

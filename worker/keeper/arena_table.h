@@ -20,8 +20,8 @@ struct ArenaKey {
 };
 
 struct ArenaEntry {
-  OwnedFd memory;  // memfd; grows by itself (checkpoint/store/arena.h), never shrinks
-  OwnedFd bell;    // eventfd: the trainer rings it after each capture
+  OwnedFd memory;                // memfd; grows by itself (checkpoint/store/arena.h), never shrinks
+  OwnedFd bell;                  // eventfd: the trainer rings it after each capture
   std::uint64_t slot_bytes = 0;  // as it was first asked for
 
   std::uint64_t total_bytes() const;
@@ -32,7 +32,8 @@ class ArenaTable {
   static constexpr std::size_t kMaxArenas = 4096;
 
   // The arena, made when it is not there. Null: *error is an errno and *message says who, what, the
-  // limit and what to do next. slot_bytes 0: attach only, ENOENT when there is none. *created may be null.
+  // limit and what to do next. slot_bytes 0: attach only, ENOENT when there is none. *created may
+  // be null.
   ArenaEntry* Get(const ArenaKey& key, std::uint64_t slot_bytes, bool* created, int* error,
                   std::string* message);
   void Drop(const ArenaKey& key) { arenas_.erase(key); }

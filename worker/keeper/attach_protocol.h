@@ -2,8 +2,8 @@
 // structs over the keeper's unix socket, so that the library needs no protobuf.
 //
 // One request, one reply, on a connection of its own. The first four bytes tell it from a
-// length-prefixed KeeperRequest (whose length is at most 4 MiB). The reply carries two descriptors by
-// SCM_RIGHTS when error == 0: the arena's memfd, and an eventfd to ring after each capture.
+// length-prefixed KeeperRequest (whose length is at most 4 MiB). The reply carries two descriptors
+// by SCM_RIGHTS when error == 0: the arena's memfd, and an eventfd to ring after each capture.
 #pragma once
 
 #include <cstdint>
@@ -16,10 +16,10 @@ inline constexpr std::uint32_t kAttachVersion = 1;
 struct AttachRequest {
   std::uint32_t magic = kAttachMagic;
   std::uint32_t version = kAttachVersion;
-  char job[132] = {};             // NUL-terminated
+  char job[132] = {};  // NUL-terminated
   std::int32_t rank = 0;
-  std::uint64_t generation = 0;   // EVERSTEP_GENERATION
-  std::uint64_t slot_bytes = 0;   // capacity wanted for one slot; 0: attach to what is there
+  std::uint64_t generation = 0;  // EVERSTEP_GENERATION
+  std::uint64_t slot_bytes = 0;  // capacity wanted for one slot; 0: attach to what is there
 };
 static_assert(sizeof(AttachRequest) == 160);
 

@@ -35,7 +35,8 @@ OwnedFd ConnectTo(const std::string& path, int* error) {
   }
   std::memcpy(address.sun_path, path.data(), path.size());
   OwnedFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  if (!socket || ::connect(socket.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
+  if (!socket ||
+      ::connect(socket.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)) != 0) {
     *error = errno;
     return OwnedFd();
   }
@@ -150,8 +151,9 @@ bool Client::Impl::Begin(v1::KeeperState* state, ConnectError* error) {
   request.set_id(1);
   request.mutable_hello()->set_owner(options_.owner);
   request.mutable_hello()->set_protocol_version(kKeeperProtocolVersion);
-  *error = {ConnectError::kBroken, fmt::format("the keeper at {} does not answer within {} ms",
-                                               options_.socket_path, ToMilliseconds(options_.timeout))};
+  *error = {ConnectError::kBroken,
+            fmt::format("the keeper at {} does not answer within {} ms", options_.socket_path,
+                        ToMilliseconds(options_.timeout))};
   if (!WriteAll(EncodeFrame(request), deadline)) return false;
   Reply reply;
   bool bad = false;
@@ -245,9 +247,10 @@ void Client::Impl::Send(v1::KeeperRequest request, std::function<void(Reply)> do
     if (done) done(std::move(reply));
   };
   if (request.ByteSizeLong() + 16 > kMaxFrameBytes) {
-    refuse(EMSGSIZE, fmt::format("a request of {} bytes to the keeper is over its limit of {}; make the "
-                                 "job's environment smaller",
-                                 request.ByteSizeLong(), kMaxFrameBytes));
+    refuse(EMSGSIZE,
+           fmt::format("a request of {} bytes to the keeper is over its limit of {}; make the "
+                       "job's environment smaller",
+                       request.ByteSizeLong(), kMaxFrameBytes));
     return;
   }
   std::unique_lock<std::mutex> write(write_mutex_);
@@ -279,7 +282,9 @@ void Client::Impl::Stop() {
 }
 
 Client::Client(std::shared_ptr<Impl> impl) : impl_(std::move(impl)) {}
-Client::~Client() { impl_->Stop(); }
+Client::~Client() {
+  impl_->Stop();
+}
 
 std::unique_ptr<Client> Client::Connect(ClientOptions options, v1::KeeperState* state,
                                         ConnectError* error) {
@@ -311,7 +316,8 @@ Reply Client::Call(v1::KeeperRequest request, Duration timeout) {
   if (!slot->ready.wait_for(lock, timeout, [&] { return slot->done; })) {
     Reply late;
     late.message.set_error(ETIMEDOUT);
-    late.message.set_message(fmt::format("the keeper did not answer within {} ms", ToMilliseconds(timeout)));
+    late.message.set_message(
+        fmt::format("the keeper did not answer within {} ms", ToMilliseconds(timeout)));
     return late;
   }
   return std::move(slot->reply);

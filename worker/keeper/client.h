@@ -2,9 +2,9 @@
 //
 //   ConnectError error;
 //   v1::KeeperState held;
-//   auto client = Client::Connect({.socket_path = path, .on_event = ..., .on_lost = ...}, &held, &error);
-//   if (!client && error.kind == ConnectError::kNoKeeper) StartKeeper(...), then Connect again.
-//   client->Send(request, [](Reply reply) { if (reply.message.error() != 0) ... });
+//   auto client = Client::Connect({.socket_path = path, .on_event = ..., .on_lost = ...}, &held,
+//   &error); if (!client && error.kind == ConnectError::kNoKeeper) StartKeeper(...), then Connect
+//   again. client->Send(request, [](Reply reply) { if (reply.message.error() != 0) ... });
 //
 // Thread-safe. One reader thread per Client runs every callback, one at a time and in the order of
 // the wire; a callback may Send but must neither Call nor destroy its Client.
@@ -25,7 +25,8 @@ namespace everstep::keeper {
 inline constexpr std::uint32_t kKeeperProtocolVersion = 1;
 
 // message.error() is an errno (0: done) and message.message() a text that says who, what, the limit
-// and what to do next. `descriptors`: of an arena, memfd first, then the eventfd that the trainer rings.
+// and what to do next. `descriptors`: of an arena, memfd first, then the eventfd that the trainer
+// rings.
 struct Reply {
   everstep::v1::KeeperReply message;
   std::vector<OwnedFd> descriptors;
@@ -44,12 +45,13 @@ struct ConnectError {
 
 struct ClientOptions {
   std::string socket_path;
-  bool owner = true;  // an agent. false: a look only; everything but Hello is refused
+  bool owner = true;              // an agent. false: a look only; everything but Hello is refused
   Duration timeout = Seconds(5);  // for the connection and the hello
-  // KeeperExited, KeeperForkServerState and KeeperStalled nobody asked for (reply.message.id() == 0).
+  // KeeperExited, KeeperForkServerState and KeeperStalled nobody asked for (reply.message.id() ==
+  // 0).
   std::function<void(Reply)> on_event;
-  // The keeper is gone or dropped us; told once, after every pending Send was answered with ENOTCONN.
-  // Not told when the Client is destroyed.
+  // The keeper is gone or dropped us; told once, after every pending Send was answered with
+  // ENOTCONN. Not told when the Client is destroyed.
   std::function<void(std::string why)> on_lost;
 };
 
@@ -80,10 +82,11 @@ struct StartOptions {
   std::string program;      // path of everstep-keeper; empty: beside this program
   std::string socket_path;  // at most 107 bytes
   std::string node;
-  std::string log_file;     // appended to
+  std::string log_file;            // appended to
   Duration timeout = Seconds(10);  // until it answers
   Duration orphan_timeout = {};    // it ends everything after so long without an agent; 0: never
-  int lifeline = -1;        // >= 0: inherited by the keeper as `--lifeline FD` (docs/internals/lifecycle.md)
+  int lifeline =
+      -1;  // >= 0: inherited by the keeper as `--lifeline FD` (docs/internals/lifecycle.md)
 };
 
 // Starts a keeper in a session of its own: it outlives the caller and everything the caller's

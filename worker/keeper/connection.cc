@@ -37,7 +37,8 @@ void Connection::SendRaw(std::string bytes, const std::vector<int>& descriptors)
   }
   queued_ += bytes.size();
   Pending pending{std::move(bytes), 0, {}};
-  for (const int fd : descriptors) pending.descriptors.emplace_back(::fcntl(fd, F_DUPFD_CLOEXEC, 3));
+  for (const int fd : descriptors)
+    pending.descriptors.emplace_back(::fcntl(fd, F_DUPFD_CLOEXEC, 3));
   out_.push_back(std::move(pending));
   if (!Flush()) broken = true;
 }

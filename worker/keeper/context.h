@@ -17,7 +17,7 @@ using Done = std::function<void(everstep::v1::KeeperReply reply)>;
 struct Context {
   Loop loop;
   std::string node;
-  std::string folder;       // of keeper.sock; holds python/ and the fork servers' logs
+  std::string folder;  // of keeper.sock; holds python/ and the fork servers' logs
   // Tells the owner; nothing when there is none (it will find the fact in KeeperState).
   std::function<void(const everstep::v1::KeeperReply&)> tell_owner;
 };
@@ -43,7 +43,8 @@ class StatusPipe {
   StatusPipe(const StatusPipe&) = delete;
   StatusPipe& operator=(const StatusPipe&) = delete;
 
-  // The write end for the child, to be closed by the caller after the fork; invalid: errno says why.
+  // The write end for the child, to be closed by the caller after the fork; invalid: errno says
+  // why.
   OwnedFd Open(OnLine on_line);
   void Close();
 

@@ -35,10 +35,19 @@ constexpr const char* kRunPathCode =
     "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')";
 
 // What Python, the BLAS libraries, OpenMP or torch read once, at their import or start.
-constexpr std::array kRankVariables = {
-    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "LOCAL_WORLD_SIZE", "WORLD_SIZE",
-    "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING"};
+constexpr std::array kRankVariables = {"RANK",
+                                       "LOCAL_RANK",
+                                       "GROUP_RANK",
+                                       "ROLE_RANK",
+                                       "ROLE_NAME",
+                                       "LOCAL_WORLD_SIZE",
+                                       "WORLD_SIZE",
+                                       "GROUP_WORLD_SIZE",
+                                       "ROLE_WORLD_SIZE",
+                                       "MASTER_ADDR",
+                                       "MASTER_PORT",
+                                       "CUDA_VISIBLE_DEVICES",
+                                       "TORCH_NCCL_ASYNC_ERROR_HANDLING"};
 
 std::string Frame(const std::vector<std::string>& fields) {
   std::string body;
@@ -51,7 +60,8 @@ std::string Frame(const std::vector<std::string>& fields) {
     body += field;
   }
   const std::size_t size = body.size() - 4;
-  for (int i = 0; i < 4; ++i) body[static_cast<std::size_t>(i)] = static_cast<char>(size >> (8 * i));
+  for (int i = 0; i < 4; ++i)
+    body[static_cast<std::size_t>(i)] = static_cast<char>(size >> (8 * i));
   return body;
 }
 
@@ -91,7 +101,9 @@ void TakeEnvironment(const v1::KeeperSpawn& spawn, v1::KeeperForkServer* server)
 
 }  // namespace
 
-bool IsPython(std::uint32_t command_kind) { return command_kind != kProgram; }
+bool IsPython(std::uint32_t command_kind) {
+  return command_kind != kProgram;
+}
 
 bool IsRankVariable(const std::string& key) {
   if (key.starts_with("TORCHELASTIC_") || key.starts_with("EVERSTEP_")) return true;
@@ -129,12 +141,14 @@ void ForkServers::Configure(const v1::KeeperForkServer& request, const Done& don
   }
   if (server == nullptr) {
     if (servers_.size() >= kMaxServers) {
-      done(Refusal(ENFILE, fmt::format("the keeper of node {} runs {} fork servers, its limit; job {}'s "
-                                       "workers start as fresh processes",
-                                       context_->node, kMaxServers, request.job())));
+      done(Refusal(ENFILE,
+                   fmt::format("the keeper of node {} runs {} fork servers, its limit; job {}'s "
+                               "workers start as fresh processes",
+                               context_->node, kMaxServers, request.job())));
       return;
     }
-    server = servers_.emplace(request.job(), std::make_unique<Server>(context_)).first->second.get();
+    server =
+        servers_.emplace(request.job(), std::make_unique<Server>(context_)).first->second.get();
     server->spec.set_job(request.job());
   }
   done({});
@@ -187,7 +201,8 @@ void ForkServers::Start(Server* server) {
     if (!own->second.empty()) path += ":" + own->second;
   }
   launch.env.push_back("PYTHONPATH=" + path);
-  launch.env.push_back(fmt::format("EVERSTEP_FORK_SERVER=1:{}:{}:{}:-1", kControlFd, kStatusFd, ::getpid()));
+  launch.env.push_back(
+      fmt::format("EVERSTEP_FORK_SERVER=1:{}:{}:{}:-1", kControlFd, kStatusFd, ::getpid()));
   launch.cwd = server->spec.cwd();
   launch.stdout_path = launch.stderr_path = fmt::format("{}/fork-server.log", context_->folder);
   launch.keep = {{theirs.get(), kControlFd}, {status.get(), kStatusFd}};
@@ -203,9 +218,9 @@ void ForkServers::Start(Server* server) {
   server->store_ready = server->learnt = false;
   server->started_ns = MonotonicNanos();
   server->message = "importing";
-  std::vector<std::string> argv = WorkerArgv(
-      server->spec.command_kind(), server->spec.python(), server->spec.target(),
-      std::vector<std::string>(server->spec.args().begin(), server->spec.args().end()));
+  std::vector<std::string> argv =
+      WorkerArgv(server->spec.command_kind(), server->spec.python(), server->spec.target(),
+                 std::vector<std::string>(server->spec.args().begin(), server->spec.args().end()));
   std::vector<std::string> fields = {"command", std::to_string(server->spec.command_kind()),
                                      server->spec.target()};
   fields.insert(fields.end(), argv.begin(), argv.end());
@@ -243,7 +258,8 @@ void ForkServers::Watch(Server* server) {
   });
 }
 
-ForkServers::Answer ForkServers::Fork(const v1::KeeperSpawn& spawn, int status_fd, std::string* reason) {
+ForkServers::Answer ForkServers::Fork(const v1::KeeperSpawn& spawn, int status_fd,
+                                      std::string* reason) {
   Server* server = Find(spawn.job());
   if (!IsPython(spawn.command_kind())) {
     *reason = "the command is not Python";
@@ -270,11 +286,16 @@ ForkServers::Answer ForkServers::Fork(const v1::KeeperSpawn& spawn, int status_f
   }
   switch (server->phase) {
     case Phase::kReady: break;
-    case Phase::kFailed: *reason = "the fork server failed: " + server->message; return Answer::kNever;
+    case Phase::kFailed:
+      *reason = "the fork server failed: " + server->message;
+      return Answer::kNever;
     default: *reason = "the fork server still imports"; return Answer::kLater;
   }
-  std::vector<std::string> fields = {"worker", spawn.cwd(), std::to_string(spawn.umask()),
-                                     spawn.stdout_path(), spawn.stderr_path(),
+  std::vector<std::string> fields = {"worker",
+                                     spawn.cwd(),
+                                     std::to_string(spawn.umask()),
+                                     spawn.stdout_path(),
+                                     spawn.stderr_path(),
                                      std::to_string(spawn.args_size())};
   for (const std::string& arg : spawn.args()) fields.push_back(arg);
   for (const auto& [key, value] : spawn.env()) fields.push_back(key + "=" + value);
@@ -285,7 +306,8 @@ ForkServers::Answer ForkServers::Fork(const v1::KeeperSpawn& spawn, int status_f
   return Answer::kAsked;
 }
 
-ForkServers::Answer ForkServers::ForkStoreHost(const std::string& job, int listener, int status_fd) {
+ForkServers::Answer ForkServers::ForkStoreHost(const std::string& job, int listener,
+                                               int status_fd) {
   Server* server = Find(job);
   if (server == nullptr || server->phase == Phase::kFailed || server->phase == Phase::kIdle) {
     return Answer::kNever;
@@ -312,8 +334,10 @@ void ForkServers::OnLine(const std::string& job, const std::string& line, bool l
     server->store_ready = true;
     server->preload_ms = (MonotonicNanos() - server->started_ns) / 1'000'000;
     server->message = line.substr(6);
-    LogInfo("fork_server_ready", {{"job", job}, {"pid", server->pid},
-                                  {"preload_ms", server->preload_ms}, {"what", server->message}});
+    LogInfo("fork_server_ready", {{"job", job},
+                                  {"pid", server->pid},
+                                  {"preload_ms", server->preload_ms},
+                                  {"what", server->message}});
     Tell(*server);
     if (on_change) on_change(job);
   } else if (line.starts_with("learnt ")) {
@@ -347,8 +371,8 @@ bool ForkServers::OnExit(pid_t pid, const std::string& how) {
     } else {
       Fail(server.get(), how == "exit code 97"
                              ? "the interpreter does not import sitecustomize from PYTHONPATH"
-                             : fmt::format("it ended while it started ({}); see {}/fork-server.log", how,
-                                           context_->folder));
+                             : fmt::format("it ended while it started ({}); see {}/fork-server.log",
+                                           how, context_->folder));
     }
     return true;
   }
@@ -429,7 +453,8 @@ std::optional<std::int64_t> ForkServers::NextDeadline() const {
 void ForkServers::Tick(std::int64_t now) {
   for (auto& [job, server] : servers_) {
     if (server->phase == Phase::kStarting && now >= server->started_ns + kStartLimitNs) {
-      Fail(server.get(), fmt::format("its imports took more than {} s", kStartLimitNs / 1'000'000'000));
+      Fail(server.get(),
+           fmt::format("its imports took more than {} s", kStartLimitNs / 1'000'000'000));
     }
   }
 }

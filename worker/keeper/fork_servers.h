@@ -1,6 +1,7 @@
 // The fork servers of a node, one for each job that asked for one: a Python process with the job's
-// interpreter, environment and imports, from which workers are forked (fork_server.py explains how).
-// A server serves one command. What it cannot do it says, and the caller starts a fresh process.
+// interpreter, environment and imports, from which workers are forked (fork_server.py explains
+// how). A server serves one command. What it cannot do it says, and the caller starts a fresh
+// process.
 #pragma once
 
 #include <sys/types.h>
@@ -21,7 +22,8 @@ namespace everstep::keeper {
 
 // Program and arguments of a worker as torchrun would start it.
 std::vector<std::string> WorkerArgv(std::uint32_t command_kind, const std::string& python,
-                                    const std::string& target, const std::vector<std::string>& args);
+                                    const std::string& target,
+                                    const std::vector<std::string>& args);
 bool IsPython(std::uint32_t command_kind);
 
 // True for what differs between the ranks of a job: such keys a fork server need not have been
@@ -46,10 +48,12 @@ class ForkServers {
   // when it begins, "E<text>" if it cannot. Else *reason says why a fresh process must do.
   Answer Fork(const everstep::v1::KeeperSpawn& spawn, int status_fd, std::string* reason);
 
-  // Asks the job's server for a store host on `listener` (StoreHosts says what it writes to status_fd).
+  // Asks the job's server for a store host on `listener` (StoreHosts says what it writes to
+  // status_fd).
   Answer ForkStoreHost(const std::string& job, int listener, int status_fd);
 
-  // Once for each server: what the worker `pid` has imported by itself is imported ahead from now on.
+  // Once for each server: what the worker `pid` has imported by itself is imported ahead from now
+  // on.
   void Learn(const std::string& job, pid_t pid);
 
   // Called when a server can fork store hosts, and when it will not come.
@@ -85,7 +89,8 @@ class ForkServers {
   void Fail(Server* server, const std::string& why);
   void OnLine(const std::string& job, const std::string& line, bool last);
   void Tell(const Server& server);
-  bool Send(Server* server, const std::vector<std::string>& fields, const std::vector<int>& descriptors);
+  bool Send(Server* server, const std::vector<std::string>& fields,
+            const std::vector<int>& descriptors);
   void Watch(Server* server);
 
   Context* context_;

@@ -1,5 +1,6 @@
 // Frames of proto/keeper.proto over a unix stream socket: uint32 little-endian length, then the
-// message. Both ends use this. Descriptors travel with the first byte of the frame that announces them.
+// message. Both ends use this. Descriptors travel with the first byte of the frame that announces
+// them.
 #pragma once
 
 #include <cstddef>
@@ -15,9 +16,10 @@
 
 namespace everstep::keeper {
 
-inline constexpr std::size_t kMaxFrameBytes = 4u << 20;   // a request
-inline constexpr std::size_t kMaxReplyBytes = 16u << 20;  // a reply: KeeperState holds the memory too
-inline constexpr std::size_t kMaxDescriptors = 4;  // in one frame
+inline constexpr std::size_t kMaxFrameBytes = 4u << 20;  // a request
+inline constexpr std::size_t kMaxReplyBytes = 16u
+                                              << 20;  // a reply: KeeperState holds the memory too
+inline constexpr std::size_t kMaxDescriptors = 4;     // in one frame
 
 // Length and message. REQUIRES a message of at most kMaxReplyBytes.
 std::string EncodeFrame(const google::protobuf::MessageLite& message);
@@ -43,11 +45,13 @@ class FrameReader {
   std::uint32_t announced_ = 0;
 };
 
-// One recvmsg. Returns bytes, 0 at the end of the stream, or -errno. Descriptors come close-on-exec.
-std::ptrdiff_t Receive(int socket, char* buffer, std::size_t size, std::vector<OwnedFd>* descriptors);
+// One recvmsg. Returns bytes, 0 at the end of the stream, or -errno. Descriptors come
+// close-on-exec.
+std::ptrdiff_t Receive(int socket, char* buffer, std::size_t size,
+                       std::vector<OwnedFd>* descriptors);
 
-// One sendmsg, never SIGPIPE. Returns bytes sent or -errno. `descriptors` (at most kMaxDescriptors) go
-// with the first byte.
+// One sendmsg, never SIGPIPE. Returns bytes sent or -errno. `descriptors` (at most kMaxDescriptors)
+// go with the first byte.
 std::ptrdiff_t Send(int socket, std::string_view bytes, std::span<const int> descriptors);
 
 }  // namespace everstep::keeper

@@ -70,17 +70,18 @@ bool Keeper::Begin(std::string* error) {
   sockaddr_un address{};
   address.sun_family = AF_UNIX;
   if (path.size() >= sizeof(address.sun_path)) {
-    *error = fmt::format("the keeper's socket path has {} bytes, the limit is {}: {}; choose a shorter "
-                         "--state-dir",
-                         path.size(), sizeof(address.sun_path) - 1, path);
+    *error = fmt::format(
+        "the keeper's socket path has {} bytes, the limit is {}: {}; choose a shorter "
+        "--state-dir",
+        path.size(), sizeof(address.sun_path) - 1, path);
     return false;
   }
   std::memcpy(address.sun_path, path.data(), path.size());
   // The lock, not the socket, tells whether a keeper lives: it goes with the process.
   lock_ = OwnedFd(::open((path + ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
   if (!lock_) {
-    *error = fmt::format("cannot open {}.lock: {}; is the state directory there and writable?", path,
-                         std::strerror(errno));
+    *error = fmt::format("cannot open {}.lock: {}; is the state directory there and writable?",
+                         path, std::strerror(errno));
     return false;
   }
   if (::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0) {
@@ -95,7 +96,8 @@ bool Keeper::Begin(std::string* error) {
   const int bind_error = errno;
   ::umask(mask);
   if (bound != 0 || ::listen(listener_.get(), 64) != 0) {
-    *error = fmt::format("cannot listen at {}: {}", path, std::strerror(bound != 0 ? bind_error : errno));
+    *error = fmt::format("cannot listen at {}: {}", path,
+                         std::strerror(bound != 0 ? bind_error : errno));
     return false;
   }
   sigset_t set;
@@ -119,7 +121,8 @@ bool Keeper::Begin(std::string* error) {
     // Only this process holds it from here on; a worker must not.
     ::fcntl(options_.lifeline, F_SETFD, FD_CLOEXEC);
     ::fcntl(options_.lifeline, F_SETFL, O_NONBLOCK);
-    lifeline_ = context_.loop.Add(options_.lifeline, EPOLLIN, [this](std::uint32_t) { OnLifeline(); });
+    lifeline_ =
+        context_.loop.Add(options_.lifeline, EPOLLIN, [this](std::uint32_t) { OnLifeline(); });
   }
   orphan_since_ns_ = MonotonicNanos();
   return true;
@@ -195,7 +198,8 @@ void Keeper::OnChild() {
     }
     const int code = info.si_code == CLD_EXITED ? info.si_status : -info.si_status;
     const auto answer = workers_.OnExit(pid, code);
-    if (answer == Workers::ExitAnswer::kLater && !fork_servers_.Owns(pid) && !stores_.Owns(pid)) continue;
+    if (answer == Workers::ExitAnswer::kLater && !fork_servers_.Owns(pid) && !stores_.Owns(pid))
+      continue;
     if (answer != Workers::ExitAnswer::kReap) {
       const std::string how = HowItEnded(code);
       if (!fork_servers_.OnExit(pid, how)) stores_.OnExit(pid, how);
@@ -215,14 +219,16 @@ void Keeper::Accept() {
     socklen_t size = sizeof(peer);
     ::getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &peer, &size);
     if (connections_.size() >= kMaxConnections) {
-      LogWarning("connection_refused", {{"pid", peer.pid}, {"limit", std::uint64_t{kMaxConnections}}});
+      LogWarning("connection_refused",
+                 {{"pid", peer.pid}, {"limit", std::uint64_t{kMaxConnections}}});
       continue;
     }
     auto connection = std::make_unique<Connection>(std::move(socket), peer.pid);
     const int fd = connection->fd();
     // The token is known only after Add; handlers run later, on this thread.
     auto token = std::make_shared<Loop::Token>(0);
-    *token = context_.loop.Add(fd, EPOLLIN, [this, token](std::uint32_t events) { OnReady(*token, events); });
+    *token = context_.loop.Add(fd, EPOLLIN,
+                               [this, token](std::uint32_t events) { OnReady(*token, events); });
     connection->token = *token;
     connections_.emplace(*token, std::move(connection));
   }
@@ -253,15 +259,18 @@ void Keeper::OnReady(Loop::Token token, std::uint32_t events) {
     if (result == FrameReader::Result::kMore) return;
     v1::KeeperRequest request;
     if (result == FrameReader::Result::kTooLong) {
-      Refuse(connection, 0, EMSGSIZE,
-             fmt::format("the keeper of node {} takes frames of at most {} bytes, pid {} announced {}; is "
-                         "it speaking another protocol?",
-                         options_.node, kMaxFrameBytes, connection->peer(), connection->reader().announced()));
+      Refuse(
+          connection, 0, EMSGSIZE,
+          fmt::format(
+              "the keeper of node {} takes frames of at most {} bytes, pid {} announced {}; is "
+              "it speaking another protocol?",
+              options_.node, kMaxFrameBytes, connection->peer(), connection->reader().announced()));
     } else if (!request.ParseFromString(frame)) {
-      Refuse(connection, 0, EBADMSG,
-             fmt::format("the keeper of node {} cannot read a frame of {} bytes from pid {}: it is no "
-                         "KeeperRequest",
-                         options_.node, frame.size(), connection->peer()));
+      Refuse(
+          connection, 0, EBADMSG,
+          fmt::format("the keeper of node {} cannot read a frame of {} bytes from pid {}: it is no "
+                      "KeeperRequest",
+                      options_.node, frame.size(), connection->peer()));
     } else {
       OnRequest(connection, request);
     }

@@ -1,5 +1,6 @@
 // The keeper of a node: one thread, one unix socket, the tables it serves from. It must not die: it
-// allocates little, blocks on nothing, trusts no peer, and does nothing that could be done elsewhere.
+// allocates little, blocks on nothing, trusts no peer, and does nothing that could be done
+// elsewhere.
 #pragma once
 
 #include <sys/types.h>
@@ -23,7 +24,8 @@ struct KeeperOptions {
   std::string socket_path;
   std::string node;
   std::int64_t orphan_timeout_ms = 0;  // without an agent for so long: ends everything; 0: never
-  int lifeline = -1;  // end of file on it: whoever brought this node is gone, ends everything at once; -1: none
+  int lifeline = -1;  // end of file on it: whoever brought this node is gone, ends everything at
+                      // once; -1: none
 };
 
 class Keeper {
@@ -36,7 +38,8 @@ class Keeper {
 
   // Binds the socket (refusing where a keeper answers already) and lays out the Python parts.
   bool Begin(std::string* error);
-  // Until a shutdown is asked for (by request, SIGTERM or the orphan timeout). Returns the exit code.
+  // Until a shutdown is asked for (by request, SIGTERM or the orphan timeout). Returns the exit
+  // code.
   int Run();
 
  private:

@@ -25,9 +25,10 @@ void Keeper::OnRequest(Connection* connection, const v1::KeeperRequest& request)
   }
   if (!connection->owner || connection->token != owner_) {
     v1::KeeperReply reply = Refusal(
-        EPERM, fmt::format("the keeper of node {} takes this from its agent only; pid {} is not (say hello "
-                           "as owner first, or another agent took over)",
-                           options_.node, connection->peer()));
+        EPERM, fmt::format(
+                   "the keeper of node {} takes this from its agent only; pid {} is not (say hello "
+                   "as owner first, or another agent took over)",
+                   options_.node, connection->peer()));
     reply.set_id(id);
     connection->Send(reply);
     return;
@@ -44,7 +45,9 @@ void Keeper::OnRequest(Connection* connection, const v1::KeeperRequest& request)
     return;
   }
   switch (request.body_case()) {
-    case v1::KeeperRequest::kForkServer: fork_servers_.Configure(request.fork_server(), done); break;
+    case v1::KeeperRequest::kForkServer:
+      fork_servers_.Configure(request.fork_server(), done);
+      break;
     case v1::KeeperRequest::kStoreHost: stores_.Start(request.store_host(), done); break;
     case v1::KeeperRequest::kSpawn: workers_.Spawn(request.spawn(), done); break;
     case v1::KeeperRequest::kKill:
@@ -59,18 +62,21 @@ void Keeper::OnRequest(Connection* connection, const v1::KeeperRequest& request)
       BeginShutdown(request.shutdown().grace_ms(), "asked by the agent");
       break;
     default:
-      done(Refusal(ENOSYS, fmt::format("the keeper of node {} does not know this request; it speaks version "
-                                       "{} of the protocol",
-                                       options_.node, kKeeperProtocolVersion)));
+      done(Refusal(
+          ENOSYS, fmt::format("the keeper of node {} does not know this request; it speaks version "
+                              "{} of the protocol",
+                              options_.node, kKeeperProtocolVersion)));
   }
 }
 
 void Keeper::OnHello(Connection* connection, std::uint64_t id, const v1::KeeperHello& hello) {
   if (hello.protocol_version() != kKeeperProtocolVersion) {
-    Refuse(connection, id, EPROTO,
-           fmt::format("the keeper of node {} speaks version {} of its protocol, pid {} version {}; drain "
-                       "the node and restart its keeper to upgrade it",
-                       options_.node, kKeeperProtocolVersion, connection->peer(), hello.protocol_version()));
+    Refuse(
+        connection, id, EPROTO,
+        fmt::format(
+            "the keeper of node {} speaks version {} of its protocol, pid {} version {}; drain "
+            "the node and restart its keeper to upgrade it",
+            options_.node, kKeeperProtocolVersion, connection->peer(), hello.protocol_version()));
     return;
   }
   if (hello.owner()) {
@@ -82,13 +88,15 @@ void Keeper::OnHello(Connection* connection, std::uint64_t id, const v1::KeeperH
       const bool stopped = stat && (stat->state == 'T' || stat->state == 't');
       if (alive && !stopped && !current->second->broken && pid != connection->peer()) {
         Refuse(connection, id, EBUSY,
-               fmt::format("node {} has an agent already (pid {}); stop it first, or give this one another "
-                           "--node name",
-                           options_.node, pid));
+               fmt::format(
+                   "node {} has an agent already (pid {}); stop it first, or give this one another "
+                   "--node name",
+                   options_.node, pid));
         return;
       }
       Refuse(current->second.get(), 0, ESTALE,
-             fmt::format("agent pid {} took over node {}'s keeper", connection->peer(), options_.node));
+             fmt::format("agent pid {} took over node {}'s keeper", connection->peer(),
+                         options_.node));
       current->second->owner = false;
     }
     owner_ = connection->token;
@@ -151,17 +159,18 @@ void Keeper::OnAttach(Connection* connection) {
   std::string text;
   if (request.version != kAttachVersion) {
     reply.error = EPROTO;
-    text = fmt::format("the keeper of node {} speaks attach version {}, this process {}; use one release "
-                       "of everstep on the node",
-                       options_.node, kAttachVersion, request.version);
+    text = fmt::format(
+        "the keeper of node {} speaks attach version {}, this process {}; use one release "
+        "of everstep on the node",
+        options_.node, kAttachVersion, request.version);
   } else if (workers_.Stale(request.job, request.generation)) {
     reply.error = ESTALE;
-    text = fmt::format("generation {} of job {} is over on node {}", request.generation, request.job,
-                       options_.node);
+    text = fmt::format("generation {} of job {} is over on node {}", request.generation,
+                       request.job, options_.node);
   } else {
     bool created = false;
-    ArenaEntry* entry =
-        arenas_.Get({request.job, request.rank, false}, request.slot_bytes, &created, &reply.error, &text);
+    ArenaEntry* entry = arenas_.Get({request.job, request.rank, false}, request.slot_bytes,
+                                    &created, &reply.error, &text);
     if (entry != nullptr) {
       reply.slot_bytes = entry->slot_bytes;
       reply.total_bytes = entry->total_bytes();
@@ -169,18 +178,21 @@ void Keeper::OnAttach(Connection* connection) {
     }
   }
   std::memcpy(reply.message, text.data(), std::min(text.size(), sizeof(reply.message) - 1));
-  connection->SendRaw(std::string(reinterpret_cast<const char*>(&reply), sizeof(reply)), descriptors);
+  connection->SendRaw(std::string(reinterpret_cast<const char*>(&reply), sizeof(reply)),
+                      descriptors);
   connection->closing = true;
 }
 
 void Keeper::OnRemember(const v1::KeeperRemember& request, const Done& done) {
   const auto it = memory_.find(request.key());
   const std::size_t before = it == memory_.end() ? 0 : it->first.size() + it->second.size();
-  const std::size_t after = request.value().empty() ? 0 : request.key().size() + request.value().size();
+  const std::size_t after =
+      request.value().empty() ? 0 : request.key().size() + request.value().size();
   if (memory_bytes_ - before + after > kMaxMemoryBytes) {
-    done(Refusal(ENOSPC, fmt::format("the keeper of node {} remembers {} bytes; {} more for '{}' pass its "
-                                     "limit of {}; forget ended jobs",
-                                     options_.node, memory_bytes_, after, request.key(), kMaxMemoryBytes)));
+    done(Refusal(ENOSPC,
+                 fmt::format("the keeper of node {} remembers {} bytes; {} more for '{}' pass its "
+                             "limit of {}; forget ended jobs",
+                             options_.node, memory_bytes_, after, request.key(), kMaxMemoryBytes)));
     return;
   }
   memory_bytes_ = memory_bytes_ - before + after;

@@ -1,5 +1,5 @@
-// The keeper's one thread: epoll over descriptors, handlers by token. A handler may add and remove any
-// handler, itself included.
+// The keeper's one thread: epoll over descriptors, handlers by token. A handler may add and remove
+// any handler, itself included.
 #pragma once
 
 #include <cstdint>

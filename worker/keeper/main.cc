@@ -66,7 +66,9 @@ int ParseFlags(int argc, char** argv, Flags* flags) {
     }
   }
   if (optind < argc || flags->keeper.socket_path.empty() || flags->keeper.node.empty()) {
-    std::fprintf(stderr, "error: everstep-keeper needs --socket and --node, and takes no arguments\n%s", kUsage);
+    std::fprintf(stderr,
+                 "error: everstep-keeper needs --socket and --node, and takes no arguments\n%s",
+                 kUsage);
     return 3;
   }
   return 0;
@@ -91,7 +93,8 @@ int RunKeeper(const Flags& flags) {
     SayReady(flags.ready_fd, error);
     return 1;
   }
-  LogInfo("keeper_ready", {{"node", flags.keeper.node}, {"socket", flags.keeper.socket_path},
+  LogInfo("keeper_ready", {{"node", flags.keeper.node},
+                           {"socket", flags.keeper.socket_path},
                            {"pid", static_cast<std::int32_t>(::getpid())}});
   SayReady(flags.ready_fd, "ready");
   return keeper.Run();
@@ -148,4 +151,6 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace everstep::keeper
 
-int main(int argc, char** argv) { return everstep::keeper::Main(argc, argv); }
+int main(int argc, char** argv) {
+  return everstep::keeper::Main(argc, argv);
+}

@@ -98,7 +98,9 @@ int OpenLog(const std::string& path, int status_fd) {
 }
 
 // Moves fd out of the numbers that will be given away.
-int Lift(int fd) { return ::fcntl(fd, F_DUPFD_CLOEXEC, 64); }
+int Lift(int fd) {
+  return ::fcntl(fd, F_DUPFD_CLOEXEC, 64);
+}
 
 std::string_view EnvironmentValue(const std::vector<std::string>& env, std::string_view key) {
   for (const std::string& entry : env) {
@@ -175,8 +177,9 @@ pid_t Launch(const LaunchSpec& spec, std::string* error) {
   const pid_t pid = ::fork();
   if (pid == 0) RunChild(spec, keeper, argv.data(), envp.data());
   if (pid < 0) {
-    *error = fmt::format("cannot fork {}: {}; raise the limit of processes (ulimit -u) or free memory",
-                         spec.argv[0], std::strerror(errno));
+    *error =
+        fmt::format("cannot fork {}: {}; raise the limit of processes (ulimit -u) or free memory",
+                    spec.argv[0], std::strerror(errno));
   }
   return pid;
 }
@@ -270,7 +273,8 @@ std::uint64_t AvailableMemory() {
       const auto most = NumberAfter(*limit, "");
       const auto now = NumberAfter(*used, "");
       if (most && now) {
-        available = std::min(available, static_cast<std::uint64_t>(std::max<std::int64_t>(0, *most - *now)));
+        available = std::min(available,
+                             static_cast<std::uint64_t>(std::max<std::int64_t>(0, *most - *now)));
       }
     }
   }
@@ -299,8 +303,8 @@ int CountConnections(pid_t pid, std::uint16_t port) {
     while (std::fgets(line, sizeof(line), file) != nullptr) {
       unsigned local = 0, remote = 0, state = 0;
       unsigned long inode = 0;
-      if (std::sscanf(line, "%*d: %*[0-9A-Fa-f]:%x %*[0-9A-Fa-f]:%x %x %*s %*s %*s %*s %*s %lu", &local,
-                      &remote, &state, &inode) != 4) {
+      if (std::sscanf(line, "%*d: %*[0-9A-Fa-f]:%x %*[0-9A-Fa-f]:%x %x %*s %*s %*s %*s %*s %lu",
+                      &local, &remote, &state, &inode) != 4) {
         continue;
       }
       if (state == 1 && local != port && remote != port && sockets.count(inode) != 0) ++count;

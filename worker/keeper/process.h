@@ -1,5 +1,5 @@
-// Processes as the keeper sees them: starting one so that it finds what a fresh program expects, and
-// reading what the kernel says of one. No state, no protocol.
+// Processes as the keeper sees them: starting one so that it finds what a fresh program expects,
+// and reading what the kernel says of one. No state, no protocol.
 #pragma once
 
 #include <sys/types.h>
@@ -31,7 +31,7 @@ struct LaunchSpec {
 pid_t Launch(const LaunchSpec& spec, std::string* error);
 
 struct ProcStat {
-  char state = '?';              // R, S, D, T, t, Z, X
+  char state = '?';  // R, S, D, T, t, Z, X
   pid_t parent = 0;
   pid_t group = 0;
   pid_t session = 0;
@@ -54,8 +54,8 @@ std::int64_t MemoryKills();
 // Bytes that can still be had: the smaller of the machine's and the control group's.
 std::uint64_t AvailableMemory();
 
-// How many TCP connections of `pid` are established, those to or from `port` not counted. -1: cannot
-// be told. Reads /proc.
+// How many TCP connections of `pid` are established, those to or from `port` not counted. -1:
+// cannot be told. Reads /proc.
 int CountConnections(pid_t pid, std::uint16_t port);
 
 }  // namespace everstep::keeper

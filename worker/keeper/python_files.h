@@ -6,11 +6,11 @@
 
 namespace everstep::keeper {
 
-// FOLDER/python holds sitecustomize.py (the fork server), everstep_script_imports.py (what it imports
-// ahead) and everstep_store_host.py.
+// FOLDER/python holds sitecustomize.py (the fork server), everstep_script_imports.py (what it
+// imports ahead) and everstep_store_host.py.
 bool WritePythonFiles(const std::string& folder, std::string* error);
 
-std::string PythonFolder(const std::string& folder);      // first in a fork server's PYTHONPATH
+std::string PythonFolder(const std::string& folder);  // first in a fork server's PYTHONPATH
 std::string StoreHostProgram(const std::string& folder);
 
 }  // namespace everstep::keeper

@@ -27,8 +27,8 @@ std::string BesideThisProgram() {
 }
 
 // Between fork and exec of a process that may have threads: nothing but system calls.
-[[noreturn]] void Become(const char* program, char* const* argv, int ready_fd, int null_fd, int log_fd,
-                         int lifeline) {
+[[noreturn]] void Become(const char* program, char* const* argv, int ready_fd, int null_fd,
+                         int log_fd, int lifeline) {
   ::setsid();
   // A second fork: the keeper is nobody's child, so nobody has to reap it.
   if (::fork() != 0) ::_exit(0);
@@ -60,26 +60,31 @@ bool StartKeeper(const StartOptions& options, std::string* error) {
   OwnedFd ready(ends[0]);
   OwnedFd theirs(ends[1]);
   OwnedFd nothing(::open("/dev/null", O_RDWR | O_CLOEXEC));
-  OwnedFd log(options.log_file.empty()
-                  ? ::fcntl(2, F_DUPFD_CLOEXEC, 3)
-                  : ::open(options.log_file.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644));
+  OwnedFd log(options.log_file.empty() ? ::fcntl(2, F_DUPFD_CLOEXEC, 3)
+                                       : ::open(options.log_file.c_str(),
+                                                O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0644));
   if (!log) {
-    *error = fmt::format("cannot open the keeper's log {}: {}; is the state directory full or read-only?",
-                         options.log_file, std::strerror(errno));
+    *error = fmt::format(
+        "cannot open the keeper's log {}: {}; is the state directory full or read-only?",
+        options.log_file, std::strerror(errno));
     return false;
   }
-  std::vector<std::string> words = {program, "--socket", options.socket_path, "--node", options.node,
-                                    "--ready-fd", std::to_string(theirs.get())};
+  std::vector<std::string> words = {
+      program,      "--socket",   options.socket_path,         "--node",
+      options.node, "--ready-fd", std::to_string(theirs.get())};
   if (!options.log_file.empty()) words.insert(words.end(), {"--log", options.log_file});
   if (options.orphan_timeout.count() > 0) {
-    words.insert(words.end(), {"--orphan-timeout-ms", std::to_string(ToMilliseconds(options.orphan_timeout))});
+    words.insert(words.end(),
+                 {"--orphan-timeout-ms", std::to_string(ToMilliseconds(options.orphan_timeout))});
   }
-  if (options.lifeline >= 0) words.insert(words.end(), {"--lifeline", std::to_string(options.lifeline)});
+  if (options.lifeline >= 0)
+    words.insert(words.end(), {"--lifeline", std::to_string(options.lifeline)});
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
   const pid_t child = ::fork();
-  if (child == 0) Become(program.c_str(), argv.data(), theirs.get(), nothing.get(), log.get(), options.lifeline);
+  if (child == 0)
+    Become(program.c_str(), argv.data(), theirs.get(), nothing.get(), log.get(), options.lifeline);
   if (child < 0) {
     *error = fmt::format("cannot fork a keeper: {}", std::strerror(errno));
     return false;
@@ -94,15 +99,17 @@ bool StartKeeper(const StartOptions& options, std::string* error) {
     pollfd p{ready.get(), POLLIN, 0};
     char piece[512];
     ssize_t n = 0;
-    if (left > 0 && ::poll(&p, 1, static_cast<int>(left)) > 0) n = ::read(ready.get(), piece, sizeof(piece));
+    if (left > 0 && ::poll(&p, 1, static_cast<int>(left)) > 0)
+      n = ::read(ready.get(), piece, sizeof(piece));
     if (n <= 0) break;
     text.append(piece, static_cast<std::size_t>(n));
   }
   text.erase(std::min(text.find('\n'), text.size()));
   if (text == "ready") return true;
-  *error = text.empty() ? fmt::format("the keeper of node {} did not answer within {} ms; see {}", options.node,
-                                      ToMilliseconds(options.timeout), options.log_file)
-                        : fmt::format("the keeper of node {} did not start: {}", options.node, text);
+  *error = text.empty()
+               ? fmt::format("the keeper of node {} did not answer within {} ms; see {}",
+                             options.node, ToMilliseconds(options.timeout), options.log_file)
+               : fmt::format("the keeper of node {} did not start: {}", options.node, text);
   return false;
 }
 

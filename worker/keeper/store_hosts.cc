@@ -35,7 +35,8 @@ constexpr int kListenerFd = 4;
 
 StoreHosts::Host* StoreHosts::Find(const std::string& job, std::uint64_t generation) {
   for (auto& [id, host] : hosts_) {
-    if (!host->spare && host->spec.job() == job && host->spec.generation() == generation) return host.get();
+    if (!host->spare && host->spec.job() == job && host->spec.generation() == generation)
+      return host.get();
   }
   return nullptr;
 }
@@ -43,8 +44,9 @@ StoreHosts::Host* StoreHosts::Find(const std::string& job, std::uint64_t generat
 void StoreHosts::Start(const v1::KeeperStoreHost& request, Done done) {
   const auto fence = fences_.find(request.job());
   if (fence != fences_.end() && request.generation() <= fence->second) {
-    done(Refusal(ESTALE, fmt::format("no store for job {} generation {}: generations up to {} are over",
-                                     request.job(), request.generation(), fence->second)));
+    done(Refusal(ESTALE,
+                 fmt::format("no store for job {} generation {}: generations up to {} are over",
+                             request.job(), request.generation(), fence->second)));
     return;
   }
   if (Host* host = Find(request.job(), request.generation()); host != nullptr) {
@@ -54,7 +56,8 @@ void StoreHosts::Start(const v1::KeeperStoreHost& request, Done done) {
   }
   for (auto& [id, host] : hosts_) {
     if (!host->spare || host->port == 0 || request.port() != 0) continue;
-    if (host->spec.job() != request.job() || host->spec.bind_address() != request.bind_address()) continue;
+    if (host->spec.job() != request.job() || host->spec.bind_address() != request.bind_address())
+      continue;
     host->spare = false;
     host->spec.set_generation(request.generation());
     host->waiting.push_back(std::move(done));
@@ -63,8 +66,9 @@ void StoreHosts::Start(const v1::KeeperStoreHost& request, Done done) {
     return;
   }
   if (hosts_.size() >= kMaxStores) {
-    done(Refusal(EAGAIN, fmt::format("the keeper of node {} hosts {} stores, its limit; forget ended jobs",
-                                     context_->node, kMaxStores)));
+    done(Refusal(EAGAIN,
+                 fmt::format("the keeper of node {} hosts {} stores, its limit; forget ended jobs",
+                             context_->node, kMaxStores)));
     return;
   }
   const Id id = Make(request, false);
@@ -107,8 +111,9 @@ bool StoreHosts::Bind(Host* host, std::string* error) {
   const int problem = errno;
   ::freeaddrinfo(found);
   if (!bound) {
-    *error = fmt::format("cannot listen at {} port {}: {}{}", where, host->spec.port(), std::strerror(problem),
-                         problem == EADDRINUSE ? "; choose another --master-port, or 0 for a free one" : "");
+    *error = fmt::format(
+        "cannot listen at {} port {}: {}{}", where, host->spec.port(), std::strerror(problem),
+        problem == EADDRINUSE ? "; choose another --master-port, or 0 for a free one" : "");
     return false;
   }
   sockaddr_storage name{};
@@ -130,9 +135,10 @@ void StoreHosts::Launch(Id id, bool may_fork) {
     return;
   }
   host->pid = 0;
-  const auto answer = may_fork && host->listener
-                          ? fork_servers_->ForkStoreHost(spec.job(), host->listener.get(), status.get())
-                          : ForkServers::Answer::kNever;
+  const auto answer =
+      may_fork && host->listener
+          ? fork_servers_->ForkStoreHost(spec.job(), host->listener.get(), status.get())
+          : ForkServers::Answer::kNever;
   host->waiting_for_server = answer == ForkServers::Answer::kLater;
   host->forked = answer == ForkServers::Answer::kAsked;
   if (host->forked) return;
@@ -145,8 +151,12 @@ void StoreHosts::Launch(Id id, bool may_fork) {
     return;
   }
   LaunchSpec launch;
-  launch.argv = {spec.python().empty() ? "python3" : spec.python(), "-u", StoreHostProgram(context_->folder),
-                 std::to_string(kStatusFd), std::to_string(::getpid()), spec.bind_address(),
+  launch.argv = {spec.python().empty() ? "python3" : spec.python(),
+                 "-u",
+                 StoreHostProgram(context_->folder),
+                 std::to_string(kStatusFd),
+                 std::to_string(::getpid()),
+                 spec.bind_address(),
                  std::to_string(spec.port())};
   launch.keep = {{status.get(), kStatusFd}};
   if (host->listener) {
@@ -172,7 +182,8 @@ void StoreHosts::OnLine(Id id, const std::string& line, bool last) {
     pid_t pid = 0;
     std::from_chars(line.data() + 1, line.data() + line.size(), pid);
     siginfo_t info{};
-    if (pid > 0 && ::waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG | WNOWAIT) == 0) {
+    if (pid > 0 &&
+        ::waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG | WNOWAIT) == 0) {
       host->pid = pid;
     }
   } else if (line.starts_with("port ")) {
@@ -181,8 +192,11 @@ void StoreHosts::OnLine(Id id, const std::string& line, bool last) {
   } else if (line.starts_with("serving")) {
     host->limit_ns = 0;
     host->listener.Close();
-    LogInfo("store_ready", {{"job", host->spec.job()}, {"generation", host->spec.generation()},
-                            {"port", host->port}, {"pid", host->pid}, {"spare", host->spare}});
+    LogInfo("store_ready", {{"job", host->spec.job()},
+                            {"generation", host->spec.generation()},
+                            {"port", host->port},
+                            {"pid", host->pid},
+                            {"spare", host->spare}});
     if (!host->spare) WishSpare(host->spec);
   } else if (line.starts_with("reached ")) {
     // So many ranks have put their addresses for the default group.
@@ -192,7 +206,8 @@ void StoreHosts::OnLine(Id id, const std::string& line, bool last) {
   } else if (line.starts_with("E") || line.starts_with("R")) {
     Retry(id, line.substr(1));
   } else if (last && host->limit_ns != 0) {
-    Retry(id, fmt::format("its process ended before it served; see {}/store-host.log", context_->folder));
+    Retry(id, fmt::format("its process ended before it served; see {}/store-host.log",
+                          context_->folder));
   }
 }
 
@@ -238,8 +253,9 @@ void StoreHosts::End(Id id) {
   hosts_.erase(it);
   if (host->pid > 0) ::kill(host->pid, SIGKILL);
   for (const Done& done : host->waiting) {
-    done(Refusal(ECANCELED, fmt::format("the store of job {} generation {} was stopped while it started",
-                                        host->spec.job(), host->spec.generation())));
+    done(Refusal(ECANCELED,
+                 fmt::format("the store of job {} generation {} was stopped while it started",
+                             host->spec.job(), host->spec.generation())));
   }
 }
 
@@ -279,7 +295,8 @@ void StoreHosts::Kill(const std::string& job, std::uint64_t generation) {
   fence = std::max(fence, generation);
   std::vector<Id> over;
   for (const auto& [id, host] : hosts_) {
-    if (host->spec.job() == job && !host->spare && host->spec.generation() <= generation) over.push_back(id);
+    if (host->spec.job() == job && !host->spare && host->spec.generation() <= generation)
+      over.push_back(id);
   }
   for (const Id id : over) End(id);
 }
@@ -312,10 +329,13 @@ bool StoreHosts::OnExit(pid_t pid, const std::string& how) {
     host->pid = 0;
     if (host->limit_ns == 0 && !host->spare) {
       // Its generation's workers cannot form groups any more; those that run need it no longer.
-      LogWarning("store_lost", {{"job", host->spec.job()}, {"generation", host->spec.generation()}, {"how", how}});
+      LogWarning(
+          "store_lost",
+          {{"job", host->spec.job()}, {"generation", host->spec.generation()}, {"how", how}});
     }
     if (host->limit_ns != 0) {
-      Retry(id, fmt::format("its process ended ({}); see {}/store-host.log", how, context_->folder));
+      Retry(id,
+            fmt::format("its process ended ({}); see {}/store-host.log", how, context_->folder));
     } else {
       End(id);
     }
@@ -363,7 +383,8 @@ void StoreHosts::Tick(std::int64_t now) {
   std::vector<Id> late;
   for (auto& [id, host] : hosts_) {
     if (host->limit_ns != 0 && now >= host->limit_ns) late.push_back(id);
-    if (host->reached_ns != 0 && !host->formed && !host->forming_told && now >= host->next_look_ns) {
+    if (host->reached_ns != 0 && !host->formed && !host->forming_told &&
+        now >= host->next_look_ns) {
       LookAtGroup(host.get(), now);
     }
   }
@@ -390,7 +411,8 @@ void StoreHosts::LookAtGroup(Host* host, std::int64_t now) {
     const int connections = CountConnections(peer.pid, static_cast<std::uint16_t>(host->port));
     if (connections < 0 || connections + 1 >= static_cast<int>(peer.world_size)) continue;
     const std::int64_t waited_ms = (now - host->reached_ns) / 1'000'000;
-    if (waited_ms < static_cast<std::int64_t>(peer.start_timeout_ms)) return;  // not formed, not late
+    if (waited_ms < static_cast<std::int64_t>(peer.start_timeout_ms))
+      return;  // not formed, not late
     host->forming_told = true;
     v1::KeeperReply event;
     v1::KeeperStalled* stalled = event.mutable_stalled();
@@ -399,12 +421,14 @@ void StoreHosts::LookAtGroup(Host* host, std::int64_t now) {
     stalled->set_rank(peer.rank);
     stalled->set_kind(2);
     stalled->set_stalled_ms(waited_ms);
-    stalled->set_evidence(fmt::format("every one of {} ranks gave the store its address {} ms ago; rank {} "
-                                      "(pid {}) has {} connections to its {} peers",
-                                      peer.world_size, waited_ms, peer.rank, peer.pid, connections,
-                                      peer.world_size - 1));
-    LogWarning("group_not_formed", {{"job", host->spec.job()}, {"generation", host->spec.generation()},
-                                    {"rank", peer.rank}, {"evidence", stalled->evidence()}});
+    stalled->set_evidence(fmt::format(
+        "every one of {} ranks gave the store its address {} ms ago; rank {} "
+        "(pid {}) has {} connections to its {} peers",
+        peer.world_size, waited_ms, peer.rank, peer.pid, connections, peer.world_size - 1));
+    LogWarning("group_not_formed", {{"job", host->spec.job()},
+                                    {"generation", host->spec.generation()},
+                                    {"rank", peer.rank},
+                                    {"evidence", stalled->evidence()}});
     context_->tell_owner(event);
     return;
   }

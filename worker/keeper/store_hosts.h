@@ -1,6 +1,6 @@
 // The rendezvous stores of a node: one torch TCPStore for each generation, in a process of its own,
-// and one spare ahead of need where a fork server makes it cheap. The keeper binds the port itself and
-// answers at once; ranks that connect before the process serves wait in the listener's queue.
+// and one spare ahead of need where a fork server makes it cheap. The keeper binds the port itself
+// and answers at once; ranks that connect before the process serves wait in the listener's queue.
 #pragma once
 
 #include <sys/types.h>
@@ -49,9 +49,9 @@ class StoreHosts {
     bool spare = false;
     bool waiting_for_server = false;  // not asked for yet
     bool forked = false;
-    OwnedFd listener;        // ours until the process serves it; none: the process binds a name
+    OwnedFd listener;  // ours until the process serves it; none: the process binds a name
     pid_t pid = 0;
-    std::uint32_t port = 0;  // 0: not bound yet
+    std::uint32_t port = 0;     // 0: not bound yet
     std::int64_t limit_ns = 0;  // 0: it serves
     std::vector<Done> waiting;
     StatusPipe status;

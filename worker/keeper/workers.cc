@@ -24,7 +24,7 @@ namespace v1 = everstep::v1;
 constexpr std::int64_t kMs = 1'000'000;
 constexpr std::int64_t kStartLimitNs = 30'000 * kMs;
 constexpr std::int64_t kForkLimitNs = 20'000 * kMs;  // then a fresh process
-constexpr std::uint64_t kKeepGenerations = 2;    // ended workers of older ones are dropped
+constexpr std::uint64_t kKeepGenerations = 2;        // ended workers of older ones are dropped
 
 std::uint64_t Number(const v1::KeeperSpawn& spec, const char* key) {
   const auto it = spec.env().find(key);
@@ -55,15 +55,17 @@ void Workers::Spawn(const v1::KeeperSpawn& request, Done done) {
   }
   PruneBefore(key.job, key.generation < kKeepGenerations ? 0 : key.generation - kKeepGenerations);
   if (workers_.size() >= kMaxWorkers) {
-    done(Refusal(EAGAIN, fmt::format("the keeper of node {} knows {} workers, its limit; forget ended "
-                                     "jobs first",
-                                     context_->node, kMaxWorkers)));
+    done(Refusal(EAGAIN,
+                 fmt::format("the keeper of node {} knows {} workers, its limit; forget ended "
+                             "jobs first",
+                             context_->node, kMaxWorkers)));
     return;
   }
   if (request.job().empty() || (request.target().empty()) ||
       (IsPython(request.command_kind()) && request.python().empty())) {
-    done(Refusal(EINVAL, fmt::format("{} is not started: the request names no job, target or interpreter",
-                                     Name(key))));
+    done(Refusal(EINVAL,
+                 fmt::format("{} is not started: the request names no job, target or interpreter",
+                             Name(key))));
     return;
   }
   auto made = std::make_unique<Worker>(context_);
@@ -89,8 +91,9 @@ void Workers::StartForked(Worker* worker) {
   const WorkerKey key{worker->spec.job(), worker->spec.generation(), worker->spec.rank()};
   OwnedFd status = worker->status.Open(
       [this, key](const std::string& line, bool last) { OnLine(key, line, last); });
-  const auto answer = status ? fork_servers_->Fork(worker->spec, status.get(), &worker->fresh_reason)
-                             : ForkServers::Answer::kNever;
+  const auto answer = status
+                          ? fork_servers_->Fork(worker->spec, status.get(), &worker->fresh_reason)
+                          : ForkServers::Answer::kNever;
   worker->waiting = answer == ForkServers::Answer::kLater;
   worker->forked = answer == ForkServers::Answer::kAsked;
   if (worker->forked) worker->fresh_reason.clear();
@@ -101,7 +104,8 @@ void Workers::StartForked(Worker* worker) {
 void Workers::OnForkServer(const std::string& job) {
   std::vector<WorkerKey> waiting;
   for (const auto& [key, worker] : workers_) {
-    if (key.job == job && worker->phase == Phase::kStarting && worker->waiting) waiting.push_back(key);
+    if (key.job == job && worker->phase == Phase::kStarting && worker->waiting)
+      waiting.push_back(key);
   }
   for (const WorkerKey& key : waiting) {
     const auto it = workers_.find(key);
@@ -150,15 +154,18 @@ void Workers::OnLine(const WorkerKey& key, const std::string& line, bool last) {
     Failed(key, ECHILD, line.substr(1));
   } else if (line.starts_with("R")) {
     worker->fresh_reason = line.substr(1);
-    LogWarning("fork_refused", {{"job", key.job}, {"rank", key.rank}, {"why", worker->fresh_reason}});
+    LogWarning("fork_refused",
+               {{"job", key.job}, {"rank", key.rank}, {"why", worker->fresh_reason}});
     StartFresh(worker);
   } else if (line.starts_with("P")) {
     pid_t pid = 0;
     std::from_chars(line.data() + 1, line.data() + line.size(), pid);
     // Only a child of ours can be waited for, and so be a worker.
     siginfo_t info{};
-    if (pid <= 0 || ::waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG | WNOWAIT) != 0) {
-      Failed(key, ECHILD, fmt::format("the fork server named pid {}, which is no child of the keeper", pid));
+    if (pid <= 0 ||
+        ::waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG | WNOWAIT) != 0) {
+      Failed(key, ECHILD,
+             fmt::format("the fork server named pid {}, which is no child of the keeper", pid));
       return;
     }
     worker->pid = pid;
@@ -200,7 +207,9 @@ void Workers::Started(Worker* worker) {
 }
 
 // A child may have ended while it was not known yet.
-void Workers::LookAgain() { ::kill(::getpid(), SIGCHLD); }
+void Workers::LookAgain() {
+  ::kill(::getpid(), SIGCHLD);
+}
 
 void Workers::Failed(const WorkerKey& key, int error, const std::string& why) {
   const auto it = workers_.find(key);
@@ -211,7 +220,8 @@ void Workers::Failed(const WorkerKey& key, int error, const std::string& why) {
   if (worker->pid > 0) ::kill(worker->pid, SIGKILL);
   LookAgain();
   if (worker->done) {
-    worker->done(Refusal(error, fmt::format("node {}: {} did not start: {}", context_->node, Name(key), why)));
+    worker->done(Refusal(
+        error, fmt::format("node {}: {} did not start: {}", context_->node, Name(key), why)));
   }
 }
 
@@ -274,8 +284,10 @@ void Workers::Kill(const v1::KeeperKill& request, const Done& done) {
   }
   DropWaiting();
   if (killed > 0) {
-    LogInfo("workers_stopped", {{"job", request.job()}, {"generation", request.generation()},
-                                {"count", killed}, {"grace_ms", request.grace_ms()}});
+    LogInfo("workers_stopped", {{"job", request.job()},
+                                {"generation", request.generation()},
+                                {"count", killed},
+                                {"grace_ms", request.grace_ms()}});
   }
   done({});
   ReapOrphans();
@@ -312,7 +324,8 @@ void Workers::Forget(const std::string& job) {
         ::kill(worker->pid, SIGKILL);
       }
       if (worker->done) {
-        worker->done(Refusal(ECANCELED, fmt::format("{} was forgotten while it started", Name(it->first))));
+        worker->done(
+            Refusal(ECANCELED, fmt::format("{} was forgotten while it started", Name(it->first))));
       }
       it = workers_.erase(it);
     } else {
@@ -331,13 +344,15 @@ Workers::Worker* Workers::FindPid(pid_t pid) {
   return nullptr;
 }
 
-std::vector<Workers::Peer> Workers::Watched(const std::string& job, std::uint64_t generation) const {
+std::vector<Workers::Peer> Workers::Watched(const std::string& job,
+                                            std::uint64_t generation) const {
   std::vector<Peer> out;
   for (const auto& [key, worker] : workers_) {
-    if (key.job != job || key.generation != generation || worker->phase != Phase::kRunning) continue;
+    if (key.job != job || key.generation != generation || worker->phase != Phase::kRunning)
+      continue;
     if (!worker->spec.watch_start()) continue;
-    out.push_back(
-        {key.rank, worker->pid, worker->world_size, worker->spec.start_timeout_ms(), worker->store_port});
+    out.push_back({key.rank, worker->pid, worker->world_size, worker->spec.start_timeout_ms(),
+                   worker->store_port});
   }
   return out;
 }

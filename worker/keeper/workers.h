@@ -1,5 +1,5 @@
-// The worker processes of a node: started, watched, killed, and remembered after their end until the
-// job is forgotten. Fenced by generation: what a Kill ended is never started again.
+// The worker processes of a node: started, watched, killed, and remembered after their end until
+// the job is forgotten. Fenced by generation: what a Kill ended is never started again.
 #pragma once
 
 #include <sys/types.h>
@@ -32,8 +32,9 @@ class Workers {
   Workers(Context* context, ForkServers* fork_servers)
       : context_(context), fork_servers_(fork_servers) {}
 
-  // Answers when the worker runs (or cannot): KeeperSpawned; its message says why a worker that asked
-  // for the fork server came from a fresh process. ESTALE: the generation is over; EEXIST: it is there.
+  // Answers when the worker runs (or cannot): KeeperSpawned; its message says why a worker that
+  // asked for the fork server came from a fresh process. ESTALE: the generation is over; EEXIST: it
+  // is there.
   void Spawn(const everstep::v1::KeeperSpawn& request, Done done);
 
   // The job's fork server is ready, or will not come: workers that wait for it start.
@@ -81,8 +82,8 @@ class Workers {
     everstep::v1::KeeperSpawn spec;  // without env once it runs
     Phase phase = Phase::kStarting;
     pid_t pid = 0;
-    bool forked = false;        // by the fork server
-    bool waiting = false;       // for the fork server, not asked for yet
+    bool forked = false;   // by the fork server
+    bool waiting = false;  // for the fork server, not asked for yet
     bool by_request = false;
     std::string fresh_reason;
     std::string error_file;

@@ -18,9 +18,9 @@ namespace {
 namespace v1 = everstep::v1;
 
 constexpr std::int64_t kMs = 1'000'000;
-constexpr std::int64_t kStopToldNs = 300 * kMs;  // stopped for this long: told
+constexpr std::int64_t kStopToldNs = 300 * kMs;       // stopped for this long: told
 constexpr std::int64_t kLearnAfterNs = 10'000 * kMs;  // by then a script trains
-constexpr std::int64_t kScanNs = 500 * kMs;      // process states are read this often
+constexpr std::int64_t kScanNs = 500 * kMs;           // process states are read this often
 
 }  // namespace
 
@@ -53,9 +53,13 @@ Workers::ExitAnswer Workers::OnExit(pid_t pid, int code) {
   const std::int64_t kills = MemoryKills();
   exit.set_oom_killed(code == -SIGKILL && !worker->by_request && kills > memory_kills_);
   memory_kills_ = kills;
-  LogInfo("worker_exited", {{"job", exit.job()}, {"generation", exit.generation()},
-                            {"rank", exit.rank()}, {"pid", pid}, {"code", code},
-                            {"by_request", exit.by_request()}, {"oom_killed", exit.oom_killed()}});
+  LogInfo("worker_exited", {{"job", exit.job()},
+                            {"generation", exit.generation()},
+                            {"rank", exit.rank()},
+                            {"pid", pid},
+                            {"code", code},
+                            {"by_request", exit.by_request()},
+                            {"oom_killed", exit.oom_killed()}});
   v1::KeeperReply event;
   *event.mutable_exited() = exit;
   context_->tell_owner(event);
@@ -121,12 +125,15 @@ void Workers::Tick(std::int64_t now) {
     if (worker->start_limit_ns != 0 && now >= worker->start_limit_ns) late.push_back(key);
     if (worker->kill_at_ns != 0 && now >= worker->kill_at_ns) {
       worker->kill_at_ns = 0;
-      LogInfo("worker_killed", {{"job", key.job}, {"rank", key.rank}, {"pid", worker->pid},
+      LogInfo("worker_killed", {{"job", key.job},
+                                {"rank", key.rank},
+                                {"pid", worker->pid},
                                 {"why", "still there after the grace"}});
       Signal(worker.get(), SIGKILL);
     }
     if (worker->phase != Phase::kRunning) continue;
-    if (scan && worker->forked && !worker->learnt_from && now >= worker->started_ns + kLearnAfterNs) {
+    if (scan && worker->forked && !worker->learnt_from &&
+        now >= worker->started_ns + kLearnAfterNs) {
       worker->learnt_from = true;
       fork_servers_->Learn(key.job, worker->pid);
     }
@@ -135,7 +142,8 @@ void Workers::Tick(std::int64_t now) {
       // 't' (traced) is a debugger's own business, told all the same: the job stands still.
       if (stat) OnStopped(worker->pid, stat->state == 'T' || stat->state == 't');
     }
-    if (worker->stopped_ns == 0 || worker->stop_told || now < worker->stopped_ns + kStopToldNs) continue;
+    if (worker->stopped_ns == 0 || worker->stop_told || now < worker->stopped_ns + kStopToldNs)
+      continue;
     if (worker->by_request) continue;
     worker->stop_told = true;
     v1::KeeperReply event;
@@ -145,8 +153,9 @@ void Workers::Tick(std::int64_t now) {
     stalled->set_rank(key.rank);
     stalled->set_kind(1);
     stalled->set_stalled_ms((now - worker->stopped_ns) / kMs);
-    stalled->set_evidence(fmt::format("pid {} is in process state T (stopped by a signal) for {} ms",
-                                      worker->pid, stalled->stalled_ms()));
+    stalled->set_evidence(
+        fmt::format("pid {} is in process state T (stopped by a signal) for {} ms", worker->pid,
+                    stalled->stalled_ms()));
     LogWarning("worker_stopped", {{"job", key.job}, {"rank", key.rank}, {"pid", worker->pid}});
     context_->tell_owner(event);
   }
@@ -158,7 +167,8 @@ void Workers::Tick(std::int64_t now) {
                                                      : "the fork server did not answer in time";
       StartFresh(it->second.get());
     } else {
-      Failed(key, ETIMEDOUT, "it did not begin within the limit; is its folder or log on a hung disk?");
+      Failed(key, ETIMEDOUT,
+             "it did not begin within the limit; is its folder or log on a hung disk?");
     }
   }
 }
