@@ -222,11 +222,12 @@ void Brain::CarryOut(Decisions& decisions) {
     }
   }
   for (const NodeId& node : decisions.close_sessions) Fence(node);
+  PlanNumbers numbers;
   for (const Command& command : decisions.commands) {
     if (const auto* registered = std::get_if<RegisteredCommand>(&command.body)) Bind(command, *registered);
     const auto it = bound_.find(command.node);
     if (it == bound_.end() || it->second.incarnation != command.incarnation) continue;
-    v1::ControllerMessage message = ToWire(command);
+    v1::ControllerMessage message = ToWire(command, &numbers);
     if (message.has_registered()) message.mutable_registered()->set_cluster(store_->info().cluster);
     // Before the workers are forked, so that the agent sends their first lines, too.
     if (message.has_activate()) TailsOf(command.node, message.activate().job());

@@ -51,9 +51,17 @@ JobOnNode FromProto(const v1::JobOnNode& from) {
 
 void FillCommand(const CommandSpec& spec, v1::Command* to) { to->ParseFromString(spec.opaque); }
 
+PlanNumbers NumbersOf(const std::shared_ptr<const GenerationPlan>& plan) {
+  PlanNumbers numbers{plan, PlanCrc(*plan), 0};
+  for (const NodePlan& node : plan->nodes) {
+    numbers.world_size += static_cast<std::uint32_t>(node.workers.size());
+  }
+  return numbers;
+}
+
 struct Writer {
   v1::ControllerMessage* m;
-  const Command& command;
+  PlanNumbers* numbers;
 
   void operator()(const RegisteredCommand& c) const {
     v1::Registered* to = m->mutable_registered();
@@ -82,13 +90,12 @@ struct Writer {
     v1::Activate* to = m->mutable_activate();
     to->set_job(c.plan->job);
     to->set_generation(c.plan->generation);
-    std::size_t world = 0;
+    if (numbers->plan != c.plan) *numbers = NumbersOf(c.plan);
     for (const NodePlan& node : c.plan->nodes) {
-      world += node.workers.size();
       to->add_members(node.node);
       if (node.node == c.node) ToProto(node, to->mutable_plan());
     }
-    to->set_world_size(static_cast<std::uint32_t>(world));
+    to->set_world_size(numbers->world_size);
     to->set_group_world_size(static_cast<std::uint32_t>(c.plan->nodes.size()));
     to->set_nproc_per_node(c.nproc_per_node);
     to->set_master_addr(c.plan->master_addr);
@@ -97,7 +104,7 @@ struct Writer {
     FillCommand(c.command, to->mutable_command());
     to->set_data_key(c.data_key);
     to->set_committed_step(c.committed_step);
-    to->set_plan_crc(PlanCrc(*c.plan));
+    to->set_plan_crc(numbers->crc);
   }
   void operator()(const StopJobCommand& c) const {
     v1::StopJob* to = m->mutable_stop_job();
@@ -243,9 +250,9 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
   return std::nullopt;
 }
 
-v1::ControllerMessage ToWire(const Command& command) {
+v1::ControllerMessage ToWire(const Command& command, PlanNumbers* numbers) {
   v1::ControllerMessage message;
-  std::visit(Writer{&message, command}, command.body);
+  std::visit(Writer{&message, numbers}, command.body);
   return message;
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -26,7 +27,15 @@ NodeRegistered FromWire(const v1::Register& message, std::uint64_t session);
 std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& message,
                               const v1::Register& keeper);
 
+// What all commands of one plan share, worked out once: a plan over a thousand nodes is sent a thousand times.
+// Not thread-safe; starts empty.
+struct PlanNumbers {
+  std::shared_ptr<const GenerationPlan> plan;  // of which the rest is
+  std::uint32_t crc = 0;
+  std::uint32_t world_size = 0;
+};
+
 // Everything but incarnation and sequence.
-v1::ControllerMessage ToWire(const Command& command);
+v1::ControllerMessage ToWire(const Command& command, PlanNumbers* numbers);
 
 }  // namespace everstep::controller

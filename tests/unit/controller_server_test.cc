@@ -5,6 +5,7 @@
 #include "controller/server/metrics.h"
 #include "controller/server/options.h"
 #include "controller/server/status.h"
+#include "controller/store/convert.h"
 #include "proto/base/version.h"
 
 namespace everstep::controller {
@@ -207,8 +208,11 @@ GenerationPlan TwoNodes() {
 TEST(Convert, ActivateGivesANodeItsPartOfThePlan) {
   v1::Command command;
   command.set_target("train.py");
+  PlanNumbers numbers;
+  const auto plan = std::make_shared<const GenerationPlan>(TwoNodes());
   const v1::ControllerMessage m = ToWire(
-      Command{"n2", 1, 1, ActivateCommand{std::make_shared<GenerationPlan>(TwoNodes()), "n2", 2, {command.SerializeAsString()}, "key", 39}});
+      Command{"n2", 1, 1, ActivateCommand{plan, "n2", 2, {command.SerializeAsString()}, "key", 39}}, &numbers);
+  EXPECT_EQ(m.activate().plan_crc(), PlanCrc(*plan));
   ASSERT_TRUE(m.has_activate());
   const v1::Activate& a = m.activate();
   EXPECT_EQ(a.world_size(), 4u);
@@ -227,7 +231,8 @@ TEST(Convert, ActivateGivesANodeItsPartOfThePlan) {
 }
 
 TEST(Convert, EachCommandBecomesItsMessage) {
-  const auto wire = [](auto body) { return ToWire(Command{"n1", 1, 1, std::move(body)}); };
+  PlanNumbers numbers;
+  const auto wire = [&numbers](auto body) { return ToWire(Command{"n1", 1, 1, std::move(body)}, &numbers); };
   const auto registered = wire(RegisteredCommand{4, Milliseconds(250), Milliseconds(1500), {"train"}});
   EXPECT_EQ(registered.registered().heartbeat_interval_ms(), 250u);
   EXPECT_EQ(registered.registered().lease_ms(), 1500u);
