@@ -338,6 +338,22 @@ TEST(Story, TheFirstWaitIsNoNewsALaterOneIs) {
   EXPECT_EQ(story.News(status), std::vector<std::string>{"waiting for nodes: 1 of 2"});
 }
 
+TEST(Story, EnoughNodesAreNoWait) {
+  Story story;
+  v1::JobStatus status = Running();
+  status.set_state("WAITING");
+  status.set_generation(0);
+  status.set_min_nodes(1);
+  status.set_message("0 of at least 1 nodes");
+  EXPECT_TRUE(story.News(status).empty());
+  status.set_message("1 of at least 1 nodes");
+  EXPECT_TRUE(story.News(status).empty());
+  status.set_generation(3);
+  status.set_message("0 of at least 1 nodes");
+  EXPECT_EQ(story.News(status),
+            std::vector<std::string>{"waiting for nodes: 0 of at least 1 nodes"});
+}
+
 TEST(Story, TheLiveLineSaysHowTheJobStands) {
   v1::JobStatus status = Running();
   EXPECT_EQ(LiveLine(status), "everstep: j RUNNING  2 workers on 1 node  generation 1");

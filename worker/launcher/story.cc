@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstdio>
 #include <ctime>
 #include <string_view>
@@ -13,6 +14,13 @@ namespace {
 
 std::string Count(std::uint64_t count, std::string_view noun) {
   return fmt::format("{} {}{}", count, noun, count == 1 ? "" : "s");
+}
+
+// Of "1 of at least 2 nodes"; 0 when there is none.
+std::uint32_t LeadingNumber(const std::string& text) {
+  std::uint32_t number = 0;
+  std::from_chars(text.data(), text.data() + text.size(), number);
+  return number;
 }
 
 WorkerFailure FailureOf(const v1::RootCause& cause) {
@@ -48,10 +56,11 @@ std::vector<std::string> Story::News(const v1::JobStatus& status) {
     lines.push_back(std::move(line));
   }
   std::string waiting;
-  if (status.state() == "WAITING") {
+  // With enough nodes it is but the moment in which more may come.
+  if (status.state() == "WAITING" && LeadingNumber(status.message()) < status.min_nodes()) {
     waiting = status.message().empty()
                   ? fmt::format("waiting for nodes: {} of {}", status.nodes(), status.min_nodes())
-                  : status.message();
+                  : fmt::format("waiting for nodes: {}", status.message());
   }
   // The first moments of every run are a wait; only one that follows a fault, or says more, is
   // news.
