@@ -214,6 +214,39 @@ def test_a_program_that_is_not_python_starts_as_it_is(keeper, job):
     assert (job / "w.out").read_text() == "6\n"
 
 
+@pytest.mark.parametrize("cpus", ["{0}", None], ids=["bound", "no_gpu"])
+def test_numa_binding_asks_torch_or_says_why_not(keeper, job, cpus):
+    # A torch of our own, that knows where the GPUs are, or that there are none.
+    package = job / "site" / "torch" / "numa"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("")
+    (package / "binding.py").write_text(
+        "class AffinityMode(str): pass\nclass NumaOptions:\n    def __init__(self, affinity_mode): self.mode = affinity_mode\n"
+        "def _get_logical_cpus_to_bind_to(gpu_index, numa_options):\n"
+        "    assert (gpu_index, numa_options.mode) == (0, 'node')\n"
+        + (f"    return {cpus}\n" if cpus else "    raise RuntimeError('no GPU 0')\n")
+    )
+    (job / "train.py").write_text("import os, sys\nprint(os.sched_getaffinity(0), sys.argv, flush=True)\n")
+    for generation in (1, 2):  # the second time from the cache
+        keeper.call(5, {1: "job", 2: generation, 3: 0, 4: 0, 5: SCRIPT, 6: PYTHON, 7: "train.py", 8: ["x"],
+                        9: {**BASE, "PYTHONPATH": str(job / "site")}, 10: str(job), 12: 1, 14: str(job / "w.out"),
+                        15: str(job / "w.err"), 18: "node"})
+        assert keeper.wait_exit("job", 0, generation) == (0 if cpus else 1)
+    if cpus:
+        assert (job / "w.out").read_text() == "{0} ['train.py', 'x']\n" * 2
+    else:
+        assert "--numa-binding=node cannot be applied to local rank 0: no GPU 0" in (job / "w.err").read_text()
+
+
+def test_a_stopped_fork_server_is_woken(keeper, job):
+    (job / "train.py").write_text("import torch\nprint('done')\n")
+    state = keeper.fork_server("job", PYTHON, SCRIPT, "train.py", [], BASE, str(job))
+    assert number(state, 2)
+    os.kill(number(state, 5), 19)
+    assert run(keeper, job, "job", preload=True, env=BASE, target="train.py") == (0, "done\n", "")
+
+
 def store(keeper, job, generation):
     reply = keeper.call(4, {1: "job", 2: generation, 3: "127.0.0.1", 4: PYTHON, 6: BASE})
     return number(decode(reply[8][0]), 3)

@@ -190,6 +190,11 @@ void Keeper::OnChild() {
     if (::waitid(P_PID, static_cast<id_t>(pid), &info, WSTOPPED | WCONTINUED | WNOHANG) == 0 &&
         info.si_pid == pid) {
       workers_.OnStopped(pid, info.si_code == CLD_STOPPED);
+      // Our own helpers are of use to nobody while they stand still.
+      if (info.si_code == CLD_STOPPED && (fork_servers_.Owns(pid) || stores_.Owns(pid))) {
+        LogWarning("helper_stopped", {{"pid", pid}, {"action", "SIGCONT"}});
+        ::kill(pid, SIGCONT);
+      }
     }
     info = {};
     if (::waitid(P_PID, static_cast<id_t>(pid), &info, WEXITED | WNOHANG | WNOWAIT) != 0 ||

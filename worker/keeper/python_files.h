@@ -12,5 +12,6 @@ bool WritePythonFiles(const std::string& folder, std::string* error);
 
 std::string PythonFolder(const std::string& folder);  // first in a fork server's PYTHONPATH
 std::string StoreHostProgram(const std::string& folder);
+std::string NumaProgram(const std::string& folder);  // binds itself, then becomes the worker
 
 }  // namespace everstep::keeper

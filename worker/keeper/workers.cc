@@ -15,6 +15,7 @@
 #include "proto/base/clock.h"
 #include "proto/base/log.h"
 #include "worker/keeper/process.h"
+#include "worker/keeper/python_files.h"
 
 namespace everstep::keeper {
 namespace {
@@ -80,7 +81,10 @@ void Workers::Spawn(const v1::KeeperSpawn& request, Done done) {
   workers_.emplace(key, std::move(made));
   if (memory_kills_ < 0) memory_kills_ = MemoryKills();
 
-  if (request.preload()) {
+  if (request.preload() && !request.numa_binding().empty()) {
+    worker->fresh_reason = "--numa-binding binds a process before it starts";
+    StartFresh(worker);
+  } else if (request.preload()) {
     StartForked(worker);
   } else {
     StartFresh(worker);
@@ -125,6 +129,12 @@ void Workers::StartFresh(Worker* worker) {
   LaunchSpec launch;
   launch.argv = WorkerArgv(spec.command_kind(), spec.python(), spec.target(),
                            std::vector<std::string>(spec.args().begin(), spec.args().end()));
+  if (!spec.numa_binding().empty()) {
+    const std::vector<std::string> bind = {
+        spec.python().empty() ? "python3" : spec.python(), NumaProgram(context_->folder),
+        spec.numa_binding(), std::to_string(spec.local_rank()), PythonFolder(context_->folder)};
+    launch.argv.insert(launch.argv.begin(), bind.begin(), bind.end());
+  }
   for (const auto& [name, value] : spec.env()) launch.env.push_back(name + "=" + value);
   launch.cwd = spec.cwd();
   launch.umask = static_cast<mode_t>(spec.umask());
