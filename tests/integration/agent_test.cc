@@ -1,5 +1,5 @@
-// A real agent and a real keeper, commanded by a controller that the test scripts. Workers are shell
-// scripts: nothing here needs Python.
+// A real agent and a real keeper, commanded by a controller that the test scripts. Workers are
+// shell scripts: nothing here needs Python.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
@@ -52,7 +52,9 @@ bool Alive(int pid) {
   return end != std::string::npos && stat.size() > end + 2 && stat[end + 2] != 'Z';
 }
 
-int PidIn(const fs::path& path) { return std::atoi(Read(path).c_str()); }
+int PidIn(const fs::path& path) {
+  return std::atoi(Read(path).c_str());
+}
 
 class AgentTest : public ::testing::Test {
  protected:
@@ -79,18 +81,22 @@ class AgentTest : public ::testing::Test {
     }
     controller_.reset();
     if (HasFailure()) {
-      std::fprintf(stderr, "--- agent.log\n%s\n--- keeper.log\n%s\n", Read(node_ / "agent.log").c_str(),
-                   Read(node_ / "keeper.log").c_str());
+      std::fprintf(stderr, "--- agent.log\n%s\n--- keeper.log\n%s\n",
+                   Read(node_ / "agent.log").c_str(), Read(node_ / "keeper.log").c_str());
     }
     fs::remove_all(state_);
   }
 
   void StartAgent(std::vector<std::string> extra = {}) {
     std::vector<std::string> args = {EVERSTEP_BINARY_DIR "/bin/everstep-agent",
-                                     "--node", "n1",
-                                     "--state-dir", state_.string(),
-                                     "--controller", controller_->address(),
-                                     "--stop-grace", "0.5"};
+                                     "--node",
+                                     "n1",
+                                     "--state-dir",
+                                     state_.string(),
+                                     "--controller",
+                                     controller_->address(),
+                                     "--stop-grace",
+                                     "0.5"};
     args.insert(args.end(), extra.begin(), extra.end());
     if (std::find(extra.begin(), extra.end(), "--leave-timeout") == extra.end()) {
       args.insert(args.end(), {"--leave-timeout", "0"});
@@ -104,7 +110,8 @@ class AgentTest : public ::testing::Test {
     argv.push_back(nullptr);
     posix_spawn_file_actions_t actions;
     posix_spawn_file_actions_init(&actions);
-    posix_spawn_file_actions_addopen(&actions, 1, output->c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
+    posix_spawn_file_actions_addopen(&actions, 1, output->c_str(), O_WRONLY | O_CREAT | O_TRUNC,
+                                     0644);
     posix_spawn_file_actions_adddup2(&actions, 1, 2);
     pid_t pid = -1;
     EXPECT_EQ(posix_spawn(&pid, argv[0], &actions, nullptr, argv.data(), environ), 0) << argv[0];
@@ -157,7 +164,8 @@ class AgentTest : public ::testing::Test {
   }
 
   // Prepares and activates generation `g` with `workers` ranks; the answer to Activate.
-  std::optional<Message> RunGeneration(std::uint64_t g, const v1::Command& command, int workers = 2) {
+  std::optional<Message> RunGeneration(std::uint64_t g, const v1::Command& command,
+                                       int workers = 2) {
     const std::size_t from = controller_->count();
     v1::ControllerMessage prepare;
     prepare.mutable_prepare()->set_job("job");
@@ -195,7 +203,8 @@ class AgentTest : public ::testing::Test {
     }
     EXPECT_TRUE(controller_->Send(message));
     const auto activated = controller_->Wait(
-        [&](const Message& m) { return m.has_activated() && m.activated().generation() == g; }, from);
+        [&](const Message& m) { return m.has_activated() && m.activated().generation() == g; },
+        from);
     EXPECT_TRUE(activated.has_value());
     if (activated) {
       EXPECT_FALSE(activated->activated().failed()) << activated->activated().message();
@@ -203,11 +212,13 @@ class AgentTest : public ::testing::Test {
     return activated;
   }
   fs::path Log(std::uint64_t g, int local_rank, const std::string& name) const {
-    return node_ / "jobs/job" / ("attempt_" + std::to_string(g - 1)) / std::to_string(local_rank) / name;
+    return node_ / "jobs/job" / ("attempt_" + std::to_string(g - 1)) / std::to_string(local_rank) /
+           name;
   }
   std::optional<Message> Exit(int rank, std::size_t from = 0) {
     return controller_->Wait(
-        [&](const Message& m) { return m.has_worker_exited() && m.worker_exited().rank() == rank; }, from);
+        [&](const Message& m) { return m.has_worker_exited() && m.worker_exited().rank() == rank; },
+        from);
   }
 
   fs::path state_, node_, agent_output_;
@@ -238,16 +249,19 @@ TEST_F(AgentTest, RegistersBeatsAndRunsWorkersInTorchrunsEnvironment) {
   const auto activated = RunGeneration(1, Shell("env; exec sleep 1000"));
   ASSERT_TRUE(activated);
   ASSERT_EQ(activated->activated().workers_size(), 2);
-  ASSERT_TRUE(Eventually([&] { return Read(Log(1, 1, "stdout.log")).find("EVERSTEP_KEEPER=") != std::string::npos; }));
+  ASSERT_TRUE(Eventually(
+      [&] { return Read(Log(1, 1, "stdout.log")).find("EVERSTEP_KEEPER=") != std::string::npos; }));
   const std::string env = Read(Log(1, 1, "stdout.log"));
   for (const char* line :
        {"RANK=1\n", "LOCAL_RANK=1\n", "WORLD_SIZE=2\n", "LOCAL_WORLD_SIZE=2\n", "GROUP_RANK=0\n",
-        "MASTER_ADDR=127.0.0.1\n", "MASTER_PORT=12345\n", "TORCHELASTIC_RUN_ID=run\n", "EVERSTEP_JOB=job\n",
-        "EVERSTEP_NODE=n1\n", "EVERSTEP_GENERATION=1\n"}) {
-    EXPECT_NE(("\n" + env).find(std::string("\n") + line), std::string::npos) << line << "in\n" << env;
+        "MASTER_ADDR=127.0.0.1\n", "MASTER_PORT=12345\n", "TORCHELASTIC_RUN_ID=run\n",
+        "EVERSTEP_JOB=job\n", "EVERSTEP_NODE=n1\n", "EVERSTEP_GENERATION=1\n"}) {
+    EXPECT_NE(("\n" + env).find(std::string("\n") + line), std::string::npos) << line << "in\n"
+                                                                              << env;
   }
   EXPECT_TRUE(controller_->Wait([](const Message& m) {
-    return m.has_heartbeat() && m.heartbeat().jobs_size() == 1 && m.heartbeat().jobs(0).running() == 2;
+    return m.has_heartbeat() && m.heartbeat().jobs_size() == 1 &&
+           m.heartbeat().jobs(0).running() == 2;
   }));
 }
 
@@ -256,7 +270,8 @@ TEST_F(AgentTest, AKilledWorkerIsToldAndTheNextGenerationReplacesAll) {
   ASSERT_TRUE(Registration());
   const auto first = RunGeneration(1, Shell(kSleeper));
   ASSERT_TRUE(first);
-  const int victim = first->activated().workers(0).pid(), survivor = first->activated().workers(1).pid();
+  const int victim = first->activated().workers(0).pid(),
+            survivor = first->activated().workers(1).pid();
   ASSERT_TRUE(Alive(victim));
   kill(victim, SIGKILL);
   const auto exit = Exit(0);
@@ -269,17 +284,21 @@ TEST_F(AgentTest, AKilledWorkerIsToldAndTheNextGenerationReplacesAll) {
   ASSERT_TRUE(second);
   EXPECT_FALSE(Alive(survivor)) << "a node is prepared when the old workers are gone";
   EXPECT_TRUE(Alive(second->activated().workers(0).pid()));
-  EXPECT_FALSE(controller_->Wait([](const Message& m) {
-    return m.has_worker_exited() && m.worker_exited().rank() == 1;
-  }, 0, milliseconds(0))) << "an exit that a prepare asked for is no report";
+  EXPECT_FALSE(controller_->Wait(
+      [](const Message& m) { return m.has_worker_exited() && m.worker_exited().rank() == 1; }, 0,
+      milliseconds(0)))
+      << "an exit that a prepare asked for is no report";
 }
 
 TEST_F(AgentTest, AFailedWorkersOwnWordsAreTold) {
   StartAgent();
   ASSERT_TRUE(Registration());
   ASSERT_TRUE(RunGeneration(
-      1, Shell("echo '{\"message\":{\"message\":\"boom\",\"extraInfo\":{\"timestamp\":\"1700000000\"}}}' > "
-               "$TORCHELASTIC_ERROR_FILE; exit 3"), 1));
+      1,
+      Shell("echo "
+            "'{\"message\":{\"message\":\"boom\",\"extraInfo\":{\"timestamp\":\"1700000000\"}}}' > "
+            "$TORCHELASTIC_ERROR_FILE; exit 3"),
+      1));
   const auto exit = Exit(0);
   ASSERT_TRUE(exit);
   EXPECT_EQ(exit->worker_exited().exit().code(), 3);
@@ -291,8 +310,10 @@ TEST_F(AgentTest, AFailedWorkersOwnWordsAreTold) {
 TEST_F(AgentTest, AGroupThatCouldNotConnectIsToldApartFromACrash) {
   StartAgent();
   ASSERT_TRUE(Registration());
-  ASSERT_TRUE(RunGeneration(
-      1, Shell("echo 'RuntimeError: Gloo connectFullMesh failed with [pair.cc:144] no error' >&2; exit 1"), 1));
+  ASSERT_TRUE(RunGeneration(1,
+                            Shell("echo 'RuntimeError: Gloo connectFullMesh failed with "
+                                  "[pair.cc:144] no error' >&2; exit 1"),
+                            1));
   const auto stalled = controller_->Wait([](const Message& m) { return m.has_worker_stalled(); });
   ASSERT_TRUE(stalled);
   EXPECT_EQ(stalled->worker_stalled().kind(), v1::WorkerStalled::GROUP_NOT_FORMED);
@@ -306,7 +327,8 @@ TEST_F(AgentTest, WorkersRunOnWhileTheirAgentIsDeadAndTheNextOneAdoptsThem) {
   const auto activated = RunGeneration(1, Shell(kSleeper));
   ASSERT_TRUE(activated);
   const int keeper = PidIn(node_ / "keeper.pid");
-  const int w0 = activated->activated().workers(0).pid(), w1 = activated->activated().workers(1).pid();
+  const int w0 = activated->activated().workers(0).pid(),
+            w1 = activated->activated().workers(1).pid();
   KillAgent();
   EXPECT_TRUE(Alive(w0) && Alive(w1) && Alive(keeper));
   kill(w1, SIGKILL);  // while nobody looks
@@ -341,7 +363,8 @@ TEST_F(AgentTest, WorkersRunOnWhileTheControllerIsAway) {
   const int port = controller_->port();
   controller_->Stop();
   // Long enough for several dials that are refused.
-  ASSERT_TRUE(Eventually([&] { return Read(node_ / "agent.log").find("session_lost") != std::string::npos; }));
+  ASSERT_TRUE(Eventually(
+      [&] { return Read(node_ / "agent.log").find("session_lost") != std::string::npos; }));
   EXPECT_TRUE(Alive(activated->activated().workers(0).pid()));
   controller_ = std::make_unique<FakeController>(port);
   ASSERT_EQ(controller_->port(), port);
@@ -349,11 +372,13 @@ TEST_F(AgentTest, WorkersRunOnWhileTheControllerIsAway) {
   const auto before = steady_clock::now();
   const auto r = Registration();
   ASSERT_TRUE(r);
-  EXPECT_LT(steady_clock::now() - before, std::chrono::seconds(4));  // 2 s, and room for a busy machine
+  EXPECT_LT(steady_clock::now() - before,
+            std::chrono::seconds(4));  // 2 s, and room for a busy machine
   ASSERT_EQ(r->register_().jobs_size(), 1);
   EXPECT_EQ(r->register_().jobs(0).workers_size(), 2);
   EXPECT_EQ(r->register_().previous_incarnation(), 1u);
-  EXPECT_TRUE(controller_->Wait([](const Message& m) { return m.has_heartbeat() && m.incarnation() == 2; }));
+  EXPECT_TRUE(controller_->Wait(
+      [](const Message& m) { return m.has_heartbeat() && m.incarnation() == 2; }));
   EXPECT_TRUE(Alive(activated->activated().workers(1).pid()));
 }
 
@@ -379,12 +404,14 @@ TEST_F(AgentTest, AControllerWithOlderStateGetsNoPowerOverWorkers) {
   controller_->SetIncarnation(3);
   controller_->SetKnownJobs({});
   ASSERT_TRUE(Registration());
-  ASSERT_TRUE(Eventually([&] { return Read(node_ / "agent.log").find("session_refused") != std::string::npos; }));
+  ASSERT_TRUE(Eventually(
+      [&] { return Read(node_ / "agent.log").find("session_refused") != std::string::npos; }));
   EXPECT_TRUE(Alive(activated->activated().workers(0).pid()));
 }
 
 TEST_F(AgentTest, ARefusedAgentSaysWhyAndKeepsTrying) {
-  controller_->Refuse(grpc::Status(grpc::StatusCode::FAILED_PRECONDITION, "protocol 9 is wanted; upgrade"));
+  controller_->Refuse(
+      grpc::Status(grpc::StatusCode::FAILED_PRECONDITION, "protocol 9 is wanted; upgrade"));
   StartAgent();
   ASSERT_TRUE(Eventually([&] { return controller_->dials() >= 3; }));
   EXPECT_NE(Read(node_ / "agent.log").find("protocol 9 is wanted"), std::string::npos);
@@ -428,13 +455,16 @@ TEST_F(AgentTest, StopJobEndsTheWorkersAndForgetsTheJob) {
   stop.mutable_stop_job()->set_forget(true);
   stop.mutable_stop_job()->set_failed(true);
   ASSERT_TRUE(controller_->Send(stop));
-  ASSERT_TRUE(controller_->Wait([](const Message& m) { return m.has_stopped() && m.stopped().generation() == 1; }));
+  ASSERT_TRUE(controller_->Wait(
+      [](const Message& m) { return m.has_stopped() && m.stopped().generation() == 1; }));
   EXPECT_FALSE(Alive(activated->activated().workers(0).pid()));
   EXPECT_TRUE(Eventually([&] {
     const v1::KeeperState held = Look();
-    return held.processes_size() == 0 && held.memory().size() == 1 && held.memory().count("incarnation") == 1;
-  })) << "the keeper holds " << Look().processes_size() << " processes and remembers "
-      << Look().memory().size() << " keys";
+    return held.processes_size() == 0 && held.memory().size() == 1 &&
+           held.memory().count("incarnation") == 1;
+  })) << "the keeper holds "
+      << Look().processes_size() << " processes and remembers " << Look().memory().size()
+      << " keys";
 }
 
 TEST_F(AgentTest, LogsAreTailedAndFollowedIntoTheNextGeneration) {
@@ -483,7 +513,8 @@ TEST_F(AgentTest, AFailedJobsLogsAreThereAfterItsEnd) {
   ASSERT_TRUE(lines);
   EXPECT_EQ(lines->log_lines().data(), "last words of 1\n");
   EXPECT_TRUE(lines->log_lines().from_stderr());
-  EXPECT_TRUE(controller_->Wait([](const Message& m) { return m.has_log_lines() && m.log_lines().end(); }));
+  EXPECT_TRUE(
+      controller_->Wait([](const Message& m) { return m.has_log_lines() && m.log_lines().end(); }));
 }
 
 TEST_F(AgentTest, AFollowerIsNotSentWhatAnEarlierLifeOfTheNodeSaid) {
@@ -571,8 +602,9 @@ TEST_F(AgentTest, AProgramThatIsNotThereFailsTheActivation) {
   *message.mutable_activate()->mutable_command() = command;
   message.mutable_activate()->mutable_plan()->add_workers();
   ASSERT_TRUE(controller_->Send(message));
-  const auto told = controller_->Wait(
-      [](const Message& m) { return (m.has_activated() && m.activated().failed()) || m.has_worker_exited(); });
+  const auto told = controller_->Wait([](const Message& m) {
+    return (m.has_activated() && m.activated().failed()) || m.has_worker_exited();
+  });
   ASSERT_TRUE(told);
   if (told->has_activated()) {
     EXPECT_NE(told->activated().message().find("/nowhere/program"), std::string::npos)
@@ -592,7 +624,8 @@ TEST_F(AgentTest, SigtermEndsTheWholeNode) {
   EXPECT_TRUE(controller_->Wait([](const Message& m) { return m.has_notice(); }));
   ASSERT_TRUE(Eventually([this] { return Ended(); }));
   EXPECT_TRUE(WIFEXITED(agent_status_) && WEXITSTATUS(agent_status_) == 0);
-  EXPECT_TRUE(Eventually([&] { return !Alive(keeper) && !Alive(activated->activated().workers(0).pid()); }));
+  EXPECT_TRUE(Eventually(
+      [&] { return !Alive(keeper) && !Alive(activated->activated().workers(0).pid()); }));
   EXPECT_FALSE(fs::exists(node_ / "agent.pid"));
 }
 
@@ -608,20 +641,22 @@ TEST_F(AgentTest, ALauncherThatIsGoneTakesTheNodeWithIt) {
   const int keeper = PidIn(node_ / "keeper.pid");
   close(ends[1]);
   ASSERT_TRUE(Eventually([this] { return Ended(); }));
-  EXPECT_TRUE(Eventually([&] { return !Alive(keeper) && !Alive(activated->activated().workers(0).pid()); }));
+  EXPECT_TRUE(Eventually(
+      [&] { return !Alive(keeper) && !Alive(activated->activated().workers(0).pid()); }));
 }
 
 TEST_F(AgentTest, TwoAgentsDoNotShareANode) {
   StartAgent();
   ASSERT_TRUE(Registration());
   fs::path output;
-  const int second = Spawn({EVERSTEP_BINARY_DIR "/bin/everstep-agent", "--node", "n1", "--state-dir",
-                            state_.string(), "--controller", controller_->address()},
+  const int second = Spawn({EVERSTEP_BINARY_DIR "/bin/everstep-agent", "--node", "n1",
+                            "--state-dir", state_.string(), "--controller", controller_->address()},
                            &output);
   int status = 0;
   ASSERT_EQ(waitpid(second, &status, 0), second);
   EXPECT_EQ(WEXITSTATUS(status), 1);
-  EXPECT_NE(Read(output).find("another agent (pid " + std::to_string(agent_) + ")"), std::string::npos)
+  EXPECT_NE(Read(output).find("another agent (pid " + std::to_string(agent_) + ")"),
+            std::string::npos)
       << Read(output);
 }
 

@@ -1,5 +1,5 @@
-// A controller that a test scripts: accepts agents' sessions on loopback, keeps every message, sends what
-// the test says. One session at a time is "the" session: the newest.
+// A controller that a test scripts: accepts agents' sessions on loopback, keeps every message,
+// sends what the test says. One session at a time is "the" session: the newest.
 #pragma once
 
 #include <grpcpp/grpcpp.h>
@@ -60,7 +60,8 @@ class FakeController final : private v1::AgentService::Service {
   }
 
   // The first message from number `from` on that `match` takes; none: it did not come in time.
-  std::optional<Message> Wait(const std::function<bool(const Message&)>& match, std::size_t from = 0,
+  std::optional<Message> Wait(const std::function<bool(const Message&)>& match,
+                              std::size_t from = 0,
                               std::chrono::milliseconds patience = kPatience) {
     std::unique_lock<std::mutex> lock(mutex_);
     const auto deadline = std::chrono::steady_clock::now() + patience;

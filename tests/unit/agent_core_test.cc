@@ -9,7 +9,9 @@
 namespace everstep::agent {
 namespace {
 
-Timestamp At(std::int64_t ms) { return Timestamp{} + Milliseconds(ms); }
+Timestamp At(std::int64_t ms) {
+  return Timestamp{} + Milliseconds(ms);
+}
 
 class Node {
  public:
@@ -320,7 +322,8 @@ TEST(AgentCore, AFailedStartIsToldOnceAndTheNextPrepareClearsIt) {
   EXPECT_FALSE(n.Find<SendPrepared>()->refused);
 }
 
-// Found by the simulator: the second worker that did not start was waited for by every later prepare.
+// Found by the simulator: the second worker that did not start was waited for by every later
+// prepare.
 TEST(AgentCore, TwoFailedStartsLeaveNobodyToWaitFor) {
   Node n;
   n.Boot();

@@ -68,8 +68,10 @@ TEST(StartTrouble, FindsTheLineOfGloosFailure) {
   EXPECT_EQ(FullMeshFailure("RuntimeError: Connection reset by peer"), "");
   EXPECT_EQ(FullMeshFailure("a\nRuntimeError: Gloo connectFullMesh failed with [x] no error\nb"),
             "RuntimeError: Gloo connectFullMesh failed with [x] no error");
-  EXPECT_LE(FullMeshFailure(std::string(5000, 'x') + "connectFullMesh failed" + std::string(5000, 'y')).size(),
-            300u);
+  EXPECT_LE(
+      FullMeshFailure(std::string(5000, 'x') + "connectFullMesh failed" + std::string(5000, 'y'))
+          .size(),
+      300u);
 }
 
 TEST(StartTrouble, LooksAtTheErrorFileThenAtTheEndOfStderr) {
@@ -101,8 +103,9 @@ TEST(ErrorFile, OnlyWhatAFailedWorkerWrote) {
   silent.code = 1;
   FillError(d / "absent", &silent);
   EXPECT_TRUE(silent.error_file.empty());
-  for (const char* damaged : {"", "{", "[]", "{\"message\": 3}", "{\"message\":{\"extraInfo\":{\"timestamp\":{}}}}",
-                              "{\"message\":{\"extraInfo\":{\"timestamp\":\"99999999999999999999\"}}}"}) {
+  for (const char* damaged :
+       {"", "{", "[]", "{\"message\": 3}", "{\"message\":{\"extraInfo\":{\"timestamp\":{}}}}",
+        "{\"message\":{\"extraInfo\":{\"timestamp\":\"99999999999999999999\"}}}"}) {
     EXPECT_EQ(ErrorTime(damaged).ns, 0) << damaged;
   }
 }
@@ -172,7 +175,8 @@ TEST(DialBackoff, AtOnceThenDoublingUpToTheLimit) {
 
 TEST(ParseAddresses, NamesWhatIsNoAddress) {
   std::vector<std::string> bad;
-  EXPECT_EQ(ParseAddresses("a:1, [::1]:2\n# note\nb:3", &bad), (std::vector<std::string>{"a:1", "[::1]:2", "b:3"}));
+  EXPECT_EQ(ParseAddresses("a:1, [::1]:2\n# note\nb:3", &bad),
+            (std::vector<std::string>{"a:1", "[::1]:2", "b:3"}));
   EXPECT_TRUE(bad.empty());
   EXPECT_TRUE(ParseAddresses("a,a:0,a:65536,:1,a:x", &bad).empty());
   EXPECT_EQ(bad.size(), 5u);
@@ -222,11 +226,13 @@ void AddProcess(v1::KeeperState* state, Generation g, Rank rank, int pid, bool r
   if (!running) p->mutable_exit()->set_code(-9);
 }
 
-//  the keeper remembers: registration 4, prepare 3, activate 3; runs rank 0 of it; rank 1 was killed
+//  the keeper remembers: registration 4, prepare 3, activate 3; runs rank 0 of it; rank 1 was
+//  killed
 TEST(Adopt, FindsWhatTheDeadAgentLeft) {
   v1::KeeperState state;
   Keep(Remember(RememberIncarnation{4}), &state);
-  Keep(Remember(RememberPrepared{"j", 3, CommandSpec{ACommand().SerializeAsString()}, "secret"}), &state);
+  Keep(Remember(RememberPrepared{"j", 3, CommandSpec{ACommand().SerializeAsString()}, "secret"}),
+       &state);
   Keep(Remember(RememberActivated{AnActivate(3)}), &state);
   AddProcess(&state, 2, 0, 90, true);  // still ending
   AddProcess(&state, 3, 0, 100, true);
@@ -267,7 +273,8 @@ TEST(Adopt, DamagedMemoryIsNoState) {
   v1::KeeperState state;
   (*state.mutable_memory())["incarnation"] = "x";
   (*state.mutable_memory())["job/j/activated"] = "\xff\xff";
-  (*state.mutable_memory())["job/other/prepared"] = Remember(RememberPrepared{"j", 3, {}, ""}).value();
+  (*state.mutable_memory())["job/other/prepared"] =
+      Remember(RememberPrepared{"j", 3, {}, ""}).value();
   const Adopted adopted = Adopt(state);
   EXPECT_EQ(adopted.attached.remembered, 0u);
   EXPECT_TRUE(adopted.attached.jobs.empty());
@@ -275,7 +282,8 @@ TEST(Adopt, DamagedMemoryIsNoState) {
 
 TEST(BuildSpawns, OneForEachRankWithItsOwnFilesAndArguments) {
   std::string error;
-  const auto spawns = BuildSpawns(AnActivate(3), ACommand(), {"n1", "/s/nodes/n1", "/s/k.sock"}, 7, &error);
+  const auto spawns =
+      BuildSpawns(AnActivate(3), ACommand(), {"n1", "/s/nodes/n1", "/s/k.sock"}, 7, &error);
   ASSERT_EQ(spawns.size(), 2u) << error;
   const v1::KeeperSpawn& s = spawns[1].request;
   EXPECT_EQ(s.args(0), "--r=1");
@@ -284,14 +292,17 @@ TEST(BuildSpawns, OneForEachRankWithItsOwnFilesAndArguments) {
   EXPECT_EQ(s.env().at("HOME"), "/root");
   EXPECT_EQ(s.env().at("EVERSTEP_KEEPER"), "/s/k.sock");
   EXPECT_EQ(s.env().at("TORCHELASTIC_USE_AGENT_STORE"), "True");
-  const auto own = BuildSpawns(AnActivate(3), ACommand(), {"n1", "/s/nodes/n1", "/s/k.sock"}, 0, &error);
-  EXPECT_EQ(own[0].request.env().at("TORCHELASTIC_USE_AGENT_STORE"), "False") << "rank 0 serves MASTER_PORT itself";
+  const auto own =
+      BuildSpawns(AnActivate(3), ACommand(), {"n1", "/s/nodes/n1", "/s/k.sock"}, 0, &error);
+  EXPECT_EQ(own[0].request.env().at("TORCHELASTIC_USE_AGENT_STORE"), "False")
+      << "rank 0 serves MASTER_PORT itself";
 }
 
 TEST(BuildForkServer, HasTheEnvironmentOfItsWorkers) {
   const v1::KeeperForkServer server = BuildForkServer("j", ACommand(), 2);
   std::string error;
-  const auto spawns = BuildSpawns(AnActivate(3), ACommand(), {"n1", "/s/nodes/n1", "/s/k.sock"}, 7, &error);
+  const auto spawns =
+      BuildSpawns(AnActivate(3), ACommand(), {"n1", "/s/nodes/n1", "/s/k.sock"}, 7, &error);
   for (const char* key : {"HOME", "OMP_NUM_THREADS", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}) {
     EXPECT_EQ(server.env().at(key), spawns[0].request.env().at(key)) << key;
   }
@@ -317,7 +328,8 @@ TEST(LogTailer, LastLinesThenTheEnd) {
         if (chunk.end) got.end.set_value();
       },
       [] { return std::size_t{0}; });
-  ASSERT_TRUE(tailer.Start(1, {{"j", 1, 0, false, d / "log"}, {"j", 1, 0, true, d / "absent"}}, false, 2));
+  ASSERT_TRUE(
+      tailer.Start(1, {{"j", 1, 0, false, d / "log"}, {"j", 1, 0, true, d / "absent"}}, false, 2));
   ASSERT_EQ(got.end.get_future().wait_for(std::chrono::seconds(30)), std::future_status::ready);
   std::lock_guard<std::mutex> lock(got.mutex);
   EXPECT_EQ(got.text, "two\nthree\n");

@@ -11,7 +11,9 @@ namespace v1 = everstep::v1;
 // An error file at most; more is cut at the wire (agent.proto).
 constexpr std::size_t kMaxErrorJson = 64u << 10;
 
-CommandSpec Opaque(const v1::Command& command) { return {command.SerializeAsString()}; }
+CommandSpec Opaque(const v1::Command& command) {
+  return {command.SerializeAsString()};
+}
 
 Duration Grace(const v1::Command& command, bool failed) {
   return Milliseconds(failed ? command.restart_grace_ms() : command.stop_grace_ms());
@@ -164,7 +166,8 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
       const v1::Prepare& p = m.prepare();
       return Prepare{header,         p.job(),
                      p.generation(), Opaque(p.command()),
-                     p.host_store(), Grace(p.command(), p.failed()), p.data_key()};
+                     p.host_store(), Grace(p.command(), p.failed()),
+                     p.data_key()};
     }
     case v1::ControllerMessage::kActivate: {
       Activate e = ActivateFromWire(m.activate());

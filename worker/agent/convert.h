@@ -10,8 +10,8 @@
 
 namespace everstep::agent {
 
-// A command as the core's event. None: an unknown body (a newer controller), *error says which, or a
-// command whose names would not be safe as file names.
+// A command as the core's event. None: an unknown body (a newer controller), *error says which, or
+// a command whose names would not be safe as file names.
 std::optional<Event> FromWire(const everstep::v1::ControllerMessage& message, std::string* error);
 
 // What a CommandSpec holds. False: it is no Command.

@@ -46,7 +46,8 @@ std::vector<std::string> ParseAddresses(const std::string& text, std::vector<std
     if (ends && !word.empty()) {
       if (!IsHostPort(word)) {
         bad->push_back(word);
-      } else if (out.size() < kMaxAddresses && std::find(out.begin(), out.end(), word) == out.end()) {
+      } else if (out.size() < kMaxAddresses &&
+                 std::find(out.begin(), out.end(), word) == out.end()) {
         out.push_back(word);
       }
       word.clear();

@@ -1,4 +1,5 @@
-// When to dial which controller: at once after a loss, then doubling waits with jitter, bounded. Pure.
+// When to dial which controller: at once after a loss, then doubling waits with jitter, bounded.
+// Pure.
 #pragma once
 
 #include <cstddef>

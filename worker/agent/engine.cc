@@ -163,8 +163,8 @@ int Engine::Run() {
 
   while (!done_) {
     const Timestamp now = clock_->Now();
-    const Duration wait =
-        std::clamp(NextTimer().value_or(now + kIdleWakeup) - now, Duration{}, Duration(kIdleWakeup));
+    const Duration wait = std::clamp(NextTimer().value_or(now + kIdleWakeup) - now, Duration{},
+                                     Duration(kIdleWakeup));
     for (const auto& task : mailbox_.PopAll(std::chrono::steady_clock::now() + wait)) {
       task();
       if (done_) break;
@@ -291,13 +291,12 @@ void Engine::OnMessage(std::uint64_t stream, const v1::ControllerMessage& messag
     backoff_.Succeeded();
     register_by_.reset();
     last_loss_.clear();
-    LogInfo("registered",
-            {{"node", options_.node},
-             {"incarnation", core_.incarnation()},
-             {"cluster", message.registered().cluster()},
-             {"heartbeat_ms", message.registered().heartbeat_interval_ms()},
-             {"lease_ms", message.registered().lease_ms()},
-             {"controller_version", message.registered().controller_version()}});
+    LogInfo("registered", {{"node", options_.node},
+                           {"incarnation", core_.incarnation()},
+                           {"cluster", message.registered().cluster()},
+                           {"heartbeat_ms", message.registered().heartbeat_interval_ms()},
+                           {"lease_ms", message.registered().lease_ms()},
+                           {"controller_version", message.registered().controller_version()}});
   }
 }
 
@@ -357,8 +356,8 @@ void Engine::LifelineCut() {
 void Engine::CheckLeave(Timestamp now) {
   if (shutdown_by_) {
     if (now >= *shutdown_by_) {
-      LogError("keeper_outlives", {{"pid", keeper_pid_},
-                                   {"why", "it did not end in time; kill it by its pid"}});
+      LogError("keeper_outlives",
+               {{"pid", keeper_pid_}, {"why", "it did not end in time; kill it by its pid"}});
       Finish(1);
     }
     return;

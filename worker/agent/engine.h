@@ -5,8 +5,9 @@
 //   keeper --KeeperReply------+--> mailbox --> Feed(event) --> core --> effects --> Carry
 //   transfer, signals, disk---+                                (one thread: Run's caller)
 //
-// What may block (files, a keeper that starts, memory to verify) runs on the serial workers and posts
-// its outcome. The engine decides nothing about jobs; it keeps only what effects need (ids, paths).
+// What may block (files, a keeper that starts, memory to verify) runs on the serial workers and
+// posts its outcome. The engine decides nothing about jobs; it keeps only what effects need (ids,
+// paths).
 #pragma once
 
 #include <atomic>
@@ -39,8 +40,9 @@
 namespace everstep::agent {
 
 // Starts the checkpoint plane (checkpoint::TransferService::Start); null: this node has none.
-using TransferFactory = std::function<checkpoint::Result<std::unique_ptr<checkpoint::TransferService>>(
-    const checkpoint::TransferOptions&, checkpoint::ArenaHost*, checkpoint::Listener*)>;
+using TransferFactory =
+    std::function<checkpoint::Result<std::unique_ptr<checkpoint::TransferService>>(
+        const checkpoint::TransferOptions&, checkpoint::ArenaHost*, checkpoint::Listener*)>;
 
 class Engine final : private checkpoint::Listener {
  public:
@@ -96,7 +98,8 @@ class Engine final : private checkpoint::Listener {
   void OnKeeperFailed(const std::string& why, bool hopeless);
   void OnWorkerExit(const everstep::v1::KeeperExited& exited);
   void ResumeCheckpoints(const Adopted& adopted);
-  void Ask(everstep::v1::KeeperRequest request, std::function<void(everstep::v1::KeeperReply)> done);
+  void Ask(everstep::v1::KeeperRequest request,
+           std::function<void(everstep::v1::KeeperReply)> done);
   void AskKill(const JobId& job, Generation generation, Rank rank, int signal, Duration grace,
                bool stores);
 
@@ -158,13 +161,13 @@ class Engine final : private checkpoint::Listener {
 
   // the session
   DialBackoff backoff_;
-  std::uint64_t stream_ = 0;               // of the newest dial
+  std::uint64_t stream_ = 0;  // of the newest dial
   bool stream_open_ = false;
   std::optional<Timestamp> dial_at_;
-  Timestamp look_at_;                 // while dial_at_ is set: next look for other addresses
-  std::vector<std::string> dialled_;  // the addresses at the last dial
-  std::optional<Timestamp> register_by_;   // no Registered by then: dial anew
-  std::string last_loss_;                  // logged already
+  Timestamp look_at_;                     // while dial_at_ is set: next look for other addresses
+  std::vector<std::string> dialled_;      // the addresses at the last dial
+  std::optional<Timestamp> register_by_;  // no Registered by then: dial anew
+  std::string last_loss_;                 // logged already
   std::atomic<std::uint64_t> incarnation_{0};  // of the registration that stands, for the tailer
   std::atomic<std::size_t> inbound_{0};
   std::map<std::uint64_t, TailLogs> follows_;
@@ -178,15 +181,17 @@ class Engine final : private checkpoint::Listener {
   std::uint32_t attach_failures_ = 0;
   std::optional<Timestamp> attach_at_;
   std::optional<Timestamp> keeper_away_since_;
-  std::optional<Timestamp> keeper_look_at_;      // when its process state is looked at next
+  std::optional<Timestamp> keeper_look_at_;  // when its process state is looked at next
   std::optional<Timestamp> keeper_stopped_since_;
   std::map<std::uint64_t, std::vector<everstep::v1::KeeperReply>> early_events_;
   std::string last_trouble_;
 
-  // Workers a node by job, from its Warm: a fork server needs its workers' environment ahead of them.
+  // Workers a node by job, from its Warm: a fork server needs its workers' environment ahead of
+  // them.
   std::map<JobId, std::uint32_t> local_world_;
 
-  // Generations whose store host did not start (an interpreter without torch, say): rank 0 serves then.
+  // Generations whose store host did not start (an interpreter without torch, say): rank 0 serves
+  // then.
   std::map<JobId, Generation> storeless_;
 
   HeldShards held_;

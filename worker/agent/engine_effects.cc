@@ -5,7 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstring>
+#include <system_error>
 
 #include "proto/base/log.h"
 #include "proto/base/version.h"
@@ -48,7 +48,9 @@ void Engine::On(const SendRegister& e) {
   Send(std::move(m));
 }
 
-void Engine::On(const SendHeartbeat& e) { Send(ToWire(e)); }
+void Engine::On(const SendHeartbeat& e) {
+  Send(ToWire(e));
+}
 void Engine::On(const SendPrepared& e) {
   LogInfo("prepared", {{"job", e.holds.job},
                        {"generation", e.holds.generation},
@@ -64,11 +66,21 @@ void Engine::On(const SendActivated& e) {
                         {"failed", e.failed ? e.message : "no"}});
   Send(ToWire(e));
 }
-void Engine::On(const SendWorkerExited& e) { Send(ToWire(e)); }
-void Engine::On(const SendWorkerStalled& e) { Send(ToWire(e)); }
-void Engine::On(const SendShardCopied& e) { Send(ToWire(e)); }
-void Engine::On(const SendNotice& e) { Send(ToWire(e)); }
-void Engine::On(const SendNodeWarm& e) { Send(ToWire(e)); }
+void Engine::On(const SendWorkerExited& e) {
+  Send(ToWire(e));
+}
+void Engine::On(const SendWorkerStalled& e) {
+  Send(ToWire(e));
+}
+void Engine::On(const SendShardCopied& e) {
+  Send(ToWire(e));
+}
+void Engine::On(const SendNotice& e) {
+  Send(ToWire(e));
+}
+void Engine::On(const SendNodeWarm& e) {
+  Send(ToWire(e));
+}
 void Engine::On(const SendStopped& e) {
   LogInfo("stopped", {{"job", e.job}, {"generation", e.generation}});
   Send(ToWire(e));
@@ -109,7 +121,8 @@ void Engine::On(const StartStore& e) {
   }
   v1::KeeperRequest request;
   *request.mutable_store_host() = BuildStoreHost(e.job, e.generation, address_, command);
-  Ask(std::move(request), [this, job = e.job, generation = e.generation](const v1::KeeperReply& reply) {
+  Ask(std::move(request), [this, job = e.job,
+                           generation = e.generation](const v1::KeeperReply& reply) {
     if (reply.error() == ENOTCONN || reply.error() == ESTALE) {
       return Feed(StoreFailed{job, generation, reply.message()});
     }
@@ -117,10 +130,8 @@ void Engine::On(const StartStore& e) {
       // A script need not know torch at all; one that does opens the store on rank 0 by itself.
       const std::uint32_t port = FreePort(address_);
       if (port == 0) return Feed(StoreFailed{job, generation, reply.message()});
-      LogInfo("store_left_to_rank_0", {{"job", job},
-                                       {"generation", generation},
-                                       {"port", port},
-                                       {"why", reply.message()}});
+      LogInfo("store_left_to_rank_0",
+              {{"job", job}, {"generation", generation}, {"port", port}, {"why", reply.message()}});
       storeless_[job] = generation;
       return Feed(StoreReady{job, generation, port});
     }
@@ -131,8 +142,9 @@ void Engine::On(const StartStore& e) {
 std::string Engine::LogRoot(const JobId& job, const CommandSpec& spec) const {
   v1::Command command;
   ParseCommand(spec, &command);
-  return JobLogRoot(options_.node_dir, command.log_dir().empty() ? options_.log_dir : command.log_dir(),
-                    job, options_.node);
+  return JobLogRoot(options_.node_dir,
+                    command.log_dir().empty() ? options_.log_dir : command.log_dir(), job,
+                    options_.node);
 }
 
 void Engine::On(const StartWorkers& e) {
@@ -168,7 +180,8 @@ void Engine::On(const StartWorkers& e) {
   }
   const std::string root = LogRoot(a.job, a.command);
   LogIndex index{root, a.generation, {}};
-  for (const WorkerSpawn& s : spawns) index.workers.emplace_back(s.request.local_rank(), s.request.rank());
+  for (const WorkerSpawn& s : spawns)
+    index.workers.emplace_back(s.request.local_rank(), s.request.rank());
   std::vector<JobId> here;
   for (const auto& [job, view] : core_.jobs()) here.push_back(job);
   auto shared = std::make_shared<std::vector<WorkerSpawn>>(std::move(spawns));
@@ -189,8 +202,8 @@ void Engine::On(const StartWorkers& e) {
   if (!posted) FailStart(a.job, a.generation, *shared, "the agent's queue for files is full");
 }
 
-void Engine::FailStart(const JobId& job, Generation generation, const std::vector<WorkerSpawn>& spawns,
-                       const std::string& error) {
+void Engine::FailStart(const JobId& job, Generation generation,
+                       const std::vector<WorkerSpawn>& spawns, const std::string& error) {
   for (const WorkerSpawn& s : spawns) {
     Feed(WorkerStartFailed{job, generation, s.request.rank(), error});
   }
@@ -209,24 +222,25 @@ void Engine::Spawn(const JobId& job, Generation generation, std::vector<WorkerSp
     const std::int32_t local_rank = s.request.local_rank();
     v1::KeeperRequest request;
     *request.mutable_spawn() = std::move(s.request);
-    Ask(std::move(request), [this, job, generation, rank, local_rank](const v1::KeeperReply& reply) {
-      if (reply.error() == ENOTCONN) return;  // the next attachment tells what became of it
-      if (reply.error() != 0) {
-        return Feed(WorkerStartFailed{job, generation, rank, reply.message()});
-      }
-      LogInfo("worker_started", {{"job", job},
-                                 {"generation", generation},
-                                 {"rank", rank},
-                                 {"pid", reply.spawned().pid()},
-                                 {"forked", reply.spawned().from_fork_server()}});
-      Feed(WorkerStarted{job, generation, rank, local_rank, reply.spawned().pid()});
-      // A kill may have passed the spawn on its way.
-      const auto now = core_.jobs().find(job);
-      if (now == core_.jobs().end() || now->second.generation != generation ||
-          now->second.phase == JobView::Phase::kStopping) {
-        AskKill(job, generation, -1, SIGKILL, Duration{}, false);
-      }
-    });
+    Ask(std::move(request),
+        [this, job, generation, rank, local_rank](const v1::KeeperReply& reply) {
+          if (reply.error() == ENOTCONN) return;  // the next attachment tells what became of it
+          if (reply.error() != 0) {
+            return Feed(WorkerStartFailed{job, generation, rank, reply.message()});
+          }
+          LogInfo("worker_started", {{"job", job},
+                                     {"generation", generation},
+                                     {"rank", rank},
+                                     {"pid", reply.spawned().pid()},
+                                     {"forked", reply.spawned().from_fork_server()}});
+          Feed(WorkerStarted{job, generation, rank, local_rank, reply.spawned().pid()});
+          // A kill may have passed the spawn on its way.
+          const auto now = core_.jobs().find(job);
+          if (now == core_.jobs().end() || now->second.generation != generation ||
+              now->second.phase == JobView::Phase::kStopping) {
+            AskKill(job, generation, -1, SIGKILL, Duration{}, false);
+          }
+        });
   }
 }
 
@@ -234,8 +248,8 @@ void Engine::On(const KillWorkers& e) {
   AskKill(e.job, e.generation, -1, e.grace > Duration{} ? SIGTERM : SIGKILL, e.grace, e.stores);
 }
 
-// A drill is a real fault: the signal does not go through the keeper, which would take the death for
-// one that Everstep asked for.
+// A drill is a real fault: the signal does not go through the keeper, which would take the death
+// for one that Everstep asked for.
 void Engine::On(const KillRank& e) {
   const auto job = core_.jobs().find(e.job);
   if (job == core_.jobs().end()) return;
@@ -246,7 +260,7 @@ void Engine::On(const KillRank& e) {
                       {"rank", e.rank},
                       {"pid", w.pid},
                       {"signal", e.signal},
-                      {"result", failed == 0 ? "sent" : strerror(failed)}});
+                      {"result", failed == 0 ? "sent" : std::generic_category().message(failed)}});
   }
 }
 
@@ -321,13 +335,14 @@ std::vector<TailFile> Engine::TailFiles(const TailLogs& request, Generation gene
     for (const WorkerOnNode& w : workers) add(root, generation, w.local_rank, w.rank);
     return files;
   }
-  // Who follows gets each generation's files as it starts; what an earlier life of this node said was sent
-  // by that one.
+  // Who follows gets each generation's files as it starts; what an earlier life of this node said
+  // was sent by that one.
   if (request.follow) return files;
   // Between two generations, or after the job's end: what it said last.
   const LogIndex index = ReadLogIndex(options_.node_dir, request.job);
   for (const auto& [local_rank, rank] : index.workers) {
-    if (request.rank < 0 || request.rank == rank) add(index.root, index.generation, local_rank, rank);
+    if (request.rank < 0 || request.rank == rank)
+      add(index.root, index.generation, local_rank, rank);
   }
   return files;
 }
@@ -350,6 +365,8 @@ void Engine::On(const Tail& e) {
   Send(std::move(m));
 }
 
-void Engine::On(const Dropped& e) { LogInfo("message_dropped", {{"what", e.what}, {"why", e.why}}); }
+void Engine::On(const Dropped& e) {
+  LogInfo("message_dropped", {{"what", e.what}, {"why", e.why}});
+}
 
 }  // namespace everstep::agent

@@ -34,8 +34,8 @@ void Engine::Attach() {
 void Engine::OnKeeperAttached(std::uint64_t link, const v1::KeeperState& state, bool started,
                               Adopted adopted) {
   attaching_ = false;
-  const bool same = state.keeper_pid() == keeper_pid_ &&
-                    state.keeper_start_time() == keeper_start_time_;
+  const bool same =
+      state.keeper_pid() == keeper_pid_ && state.keeper_start_time() == keeper_start_time_;
   if (ever_attached_ && !same && link_ == 0 && keeper_pid_ != 0) {
     Feed(KeeperGone{fmt::format("keeper pid {} is gone", keeper_pid_)});
   }
@@ -48,12 +48,11 @@ void Engine::OnKeeperAttached(std::uint64_t link, const v1::KeeperState& state, 
   attach_failures_ = 0;
   keeper_away_since_.reset();
   last_trouble_.clear();
-  LogInfo("keeper_attached",
-          {{"node", options_.node},
-           {"pid", keeper_pid_},
-           {"started", started},
-           {"jobs", static_cast<std::uint64_t>(adopted.attached.jobs.size())},
-           {"processes", static_cast<std::int32_t>(state.processes_size())}});
+  LogInfo("keeper_attached", {{"node", options_.node},
+                              {"pid", keeper_pid_},
+                              {"started", started},
+                              {"jobs", static_cast<std::uint64_t>(adopted.attached.jobs.size())},
+                              {"processes", static_cast<std::int32_t>(state.processes_size())}});
   if (shutdown_by_) return AskShutdown();
 
   adopted.attached.fresh = started || (ever_attached_ && !same);
@@ -131,8 +130,9 @@ void Engine::OnKeeperFailed(const std::string& why, bool hopeless) {
     fmt::print(stderr, "everstep-agent: {}\n", why);
     return Finish(1);
   }
-  attach_at_ = clock_->Now() +
-               std::min(kAttachMax, kAttachFirst * (1 << std::min<std::uint32_t>(attach_failures_, 5)));
+  attach_at_ =
+      clock_->Now() +
+      std::min(kAttachMax, kAttachFirst * (1 << std::min<std::uint32_t>(attach_failures_, 5)));
   if (ever_attached_) ++attach_failures_;
 }
 
@@ -146,19 +146,21 @@ void Engine::OnKeeperLost(std::uint64_t link, const std::string& why) {
     return Finish(0);
   }
   const bool dead = ProcessStartTime(keeper_pid_) != keeper_start_time_;
-  LogError("keeper_lost", {{"node", options_.node}, {"pid", keeper_pid_}, {"dead", dead}, {"why", why}});
+  LogError("keeper_lost",
+           {{"node", options_.node}, {"pid", keeper_pid_}, {"dead", dead}, {"why", why}});
   keeper_away_since_ = clock_->Now();
   if (dead) {
     if (transfer_ != nullptr) transfer_->KeeperGone();
     held_.Clear();
-    Feed(KeeperGone{fmt::format("keeper pid {} died, and its workers with it: {}", keeper_pid_, why)});
+    Feed(KeeperGone{
+        fmt::format("keeper pid {} died, and its workers with it: {}", keeper_pid_, why)});
     keeper_pid_ = 0;
   }
   Attach();
 }
 
-// A keeper that somebody stopped reaps nobody: a worker's death would stay unseen. It is woken, and the
-// log says so. One under a debugger (state t) is left alone.
+// A keeper that somebody stopped reaps nobody: a worker's death would stay unseen. It is woken, and
+// the log says so. One under a debugger (state t) is left alone.
 void Engine::CheckKeeper(Timestamp now) {
   keeper_look_at_ = now + kKeeperLook;
   if (ProcessState(keeper_pid_) != 'T') {
@@ -200,16 +202,19 @@ void Engine::OnKeeperEvent(std::uint64_t link, const v1::KeeperReply& event) {
                                     {"rank", s.rank()},
                                     {"kind", s.kind()},
                                     {"evidence", s.evidence()}});
-      WorkerStalled e{s.job(), s.generation(), s.rank(), static_cast<StallKind>(s.kind()), s.evidence(),
-                      Milliseconds(s.stalled_ms())};
+      WorkerStalled e{s.job(),      s.generation(),
+                      s.rank(),     static_cast<StallKind>(s.kind()),
+                      s.evidence(), Milliseconds(s.stalled_ms())};
       return Feed(e);
     }
-    default: LogWarning("keeper_event_unknown", {{"case", static_cast<std::int32_t>(event.body_case())}});
+    default:
+      LogWarning("keeper_event_unknown", {{"case", static_cast<std::int32_t>(event.body_case())}});
   }
 }
 
 void Engine::OnWorkerExit(const v1::KeeperExited& exited) {
-  WorkerExited e{exited.job(), exited.generation(), exited.rank(), exited.pid(), FromKeeper(exited)};
+  WorkerExited e{exited.job(), exited.generation(), exited.rank(), exited.pid(),
+                 FromKeeper(exited)};
   LogInfo("worker_exited", {{"job", e.job},
                             {"generation", e.generation},
                             {"rank", e.rank},
@@ -234,7 +239,8 @@ void Engine::OnWorkerExit(const v1::KeeperExited& exited) {
                                         {"generation", e.generation},
                                         {"rank", e.rank},
                                         {"evidence", trouble}});
-        Feed(WorkerStalled{e.job, e.generation, e.rank, StallKind::kGroupNotFormed, trouble, e.exit.ran});
+        Feed(WorkerStalled{e.job, e.generation, e.rank, StallKind::kGroupNotFormed, trouble,
+                           e.exit.ran});
       }
       Feed(e);
     });

@@ -1,5 +1,5 @@
-// Reads the file a worker's @record handler writes when it raises (TORCHELASTIC_ERROR_FILE): the real
-// error of a run is the one with the smallest time among all ranks.
+// Reads the file a worker's @record handler writes when it raises (TORCHELASTIC_ERROR_FILE): the
+// real error of a run is the one with the smallest time among all ranks.
 #pragma once
 
 #include <string>
@@ -12,11 +12,13 @@ namespace everstep::agent {
 
 inline constexpr std::size_t kMaxErrorFile = 64u << 10;
 
-// message.extraInfo.timestamp, seconds since the epoch as text or number. ns == 0: none, or not JSON.
+// message.extraInfo.timestamp, seconds since the epoch as text or number. ns == 0: none, or not
+// JSON.
 Timestamp ErrorTime(std::string_view json);
 
-// Fills error_json (at most kMaxErrorFile) and error_time of an exit that failed, from error_file or,
-// when that is empty, from `fallback`. A file that is not there is fine: not every script records.
+// Fills error_json (at most kMaxErrorFile) and error_time of an exit that failed, from error_file
+// or, when that is empty, from `fallback`. A file that is not there is fine: not every script
+// records.
 void FillError(const std::string& fallback, controller::ExitInfo* exit);
 
 }  // namespace everstep::agent

@@ -6,7 +6,9 @@
 namespace everstep::agent {
 namespace {
 
-std::pair<Generation, Step> Age(const HeldShard& s) { return {s.generation, s.step}; }
+std::pair<Generation, Step> Age(const HeldShard& s) {
+  return {s.generation, s.step};
+}
 
 }  // namespace
 
@@ -41,7 +43,8 @@ std::vector<HeldShard> HeldShards::Of(const JobId& job) const {
   std::vector<HeldShard> out;
   const auto found = jobs_.find(job);
   if (found == jobs_.end()) return out;
-  for (const auto& [arena, slots] : found->second) out.insert(out.end(), slots.begin(), slots.end());
+  for (const auto& [arena, slots] : found->second)
+    out.insert(out.end(), slots.begin(), slots.end());
   return out;
 }
 

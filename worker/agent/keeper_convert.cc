@@ -57,8 +57,12 @@ void AddProcesses(const v1::KeeperState& state, const Activate* activate, Adopte
 
 }  // namespace
 
-std::string PreparedKey(const JobId& job) { return fmt::format("{}{}/prepared", kJobPrefix, job); }
-std::string ActivatedKey(const JobId& job) { return fmt::format("{}{}/activated", kJobPrefix, job); }
+std::string PreparedKey(const JobId& job) {
+  return fmt::format("{}{}/prepared", kJobPrefix, job);
+}
+std::string ActivatedKey(const JobId& job) {
+  return fmt::format("{}{}/activated", kJobPrefix, job);
+}
 
 v1::KeeperRemember Remember(const RememberIncarnation& e) {
   v1::KeeperRemember m;
@@ -109,7 +113,7 @@ Adopted Adopt(const v1::KeeperState& state) {
     std::from_chars(text.data(), text.data() + text.size(), out.remembered);
   }
   std::map<JobId, AdoptedJob> jobs;
-    for (const auto& [key, value] : state.memory()) {
+  for (const auto& [key, value] : state.memory()) {
     v1::Prepare prepare;
     if (!key.starts_with(kJobPrefix) || !key.ends_with("/prepared")) continue;
     if (!prepare.ParseFromString(value) || key != PreparedKey(prepare.job())) continue;
@@ -152,7 +156,8 @@ std::vector<WorkerSpawn> BuildSpawns(const Activate& activate, const v1::Command
   const std::string root = JobLogRoot(node.node_dir, command.log_dir(), activate.job, node.node);
   for (const WorkerPlan& planned : activate.plan.workers) {
     if (command.virtual_local_rank() &&
-        VisibleDevice(visible == base.end() ? nullptr : &visible->second, planned.local_rank).empty()) {
+        VisibleDevice(visible == base.end() ? nullptr : &visible->second, planned.local_rank)
+            .empty()) {
       *error = fmt::format(
           "local rank {} on node {} has no device: CUDA_VISIBLE_DEVICES={}; name more devices or "
           "lower --nproc-per-node",

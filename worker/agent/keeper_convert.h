@@ -54,9 +54,11 @@ std::vector<WorkerSpawn> BuildSpawns(const Activate& activate, const everstep::v
                                      const NodeIdentity& node, std::uint32_t store_port,
                                      std::string* error);
 
-// With the environment that its workers get, but for what differs between ranks and generations: a fork
-// server is of use only when what Python reads at import is the same. `local_world`: workers a node.
-everstep::v1::KeeperForkServer BuildForkServer(const JobId& job, const everstep::v1::Command& command,
+// With the environment that its workers get, but for what differs between ranks and generations: a
+// fork server is of use only when what Python reads at import is the same. `local_world`: workers a
+// node.
+everstep::v1::KeeperForkServer BuildForkServer(const JobId& job,
+                                               const everstep::v1::Command& command,
                                                std::uint32_t local_world);
 everstep::v1::KeeperStoreHost BuildStoreHost(const JobId& job, Generation generation,
                                              const std::string& bind_address,

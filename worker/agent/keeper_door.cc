@@ -44,7 +44,9 @@ void KeeperDoor::Attach() {
   if (!worker_.Post([this] { AttachNow(); })) callbacks_.on_failed("the agent ends", true);
 }
 
-void KeeperDoor::Detach() { Replace(nullptr); }
+void KeeperDoor::Detach() {
+  Replace(nullptr);
+}
 
 std::unique_ptr<keeper::Client> KeeperDoor::Connect(std::uint64_t link, v1::KeeperState* state,
                                                     keeper::ConnectError* error) {
@@ -138,10 +140,11 @@ checkpoint::Result<checkpoint::ArenaFds> KeeperDoor::Open(const JobId& job,
     return checkpoint::Error{CodeOf(reply.message.error()), reply.message.message()};
   }
   if (reply.descriptors.size() != 2) {
-    return checkpoint::Error{checkpoint::ErrorCode::kInternal,
-                             fmt::format("the keeper answered with {} descriptors for the arena of rank "
-                                         "{}, not 2; do agent and keeper have the same version?",
-                                         reply.descriptors.size(), name.rank)};
+    return checkpoint::Error{
+        checkpoint::ErrorCode::kInternal,
+        fmt::format("the keeper answered with {} descriptors for the arena of rank "
+                    "{}, not 2; do agent and keeper have the same version?",
+                    reply.descriptors.size(), name.rank)};
   }
   return checkpoint::ArenaFds{reply.descriptors[0].Release(), reply.descriptors[1].Release()};
 }

@@ -1,8 +1,9 @@
-// The agent's way to its keeper: finds the one that runs or starts one, becomes its owner, and does so
-// again when the link breaks. Also the checkpoint plane's way to the keeper's arenas.
+// The agent's way to its keeper: finds the one that runs or starts one, becomes its owner, and does
+// so again when the link breaks. Also the checkpoint plane's way to the keeper's arenas.
 //
-// Thread-safe. Callbacks run on the door's own thread or on the link's reader; they must only push to a
-// mailbox. Connecting and starting may block (a stopped keeper), so they happen on a thread of the door.
+// Thread-safe. Callbacks run on the door's own thread or on the link's reader; they must only push
+// to a mailbox. Connecting and starting may block (a stopped keeper), so they happen on a thread of
+// the door.
 #pragma once
 
 #include <atomic>
@@ -29,11 +30,12 @@ struct KeeperDoorOptions {
 
 // `link` numbers the connections, from 1. Events of a link may come before its on_attached.
 struct KeeperCallbacks {
-  std::function<void(std::uint64_t link, everstep::v1::KeeperState state, bool started)> on_attached;
+  std::function<void(std::uint64_t link, everstep::v1::KeeperState state, bool started)>
+      on_attached;
   std::function<void(std::uint64_t link, everstep::v1::KeeperReply event)> on_event;
   std::function<void(std::uint64_t link, std::string why)> on_lost;
-  // An Attach failed; call Attach again later. `hopeless`: it will fail the same way (another owner,
-  // another version, no program to start).
+  // An Attach failed; call Attach again later. `hopeless`: it will fail the same way (another
+  // owner, another version, no program to start).
   std::function<void(std::string why, bool hopeless)> on_failed;
 };
 

@@ -42,7 +42,8 @@ void WriteLogIndex(const std::string& node_dir, const JobId& job, const LogIndex
 LogIndex ReadLogIndex(const std::string& node_dir, const JobId& job) {
   LogIndex index;
   std::ifstream file(IndexPath(node_dir, job));
-  if (!std::getline(file, index.root) || !(file >> index.generation) || index.root.empty()) return {};
+  if (!std::getline(file, index.root) || !(file >> index.generation) || index.root.empty())
+    return {};
   std::int32_t local_rank = 0;
   Rank rank = 0;
   while (index.workers.size() < kMaxWorkers && file >> local_rank >> rank) {

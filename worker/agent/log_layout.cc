@@ -44,8 +44,9 @@ bool MakeLogDirectory(const LogPaths& paths, std::string* error) {
   std::error_code ec;
   fs::create_directories(paths.directory, ec);
   if (ec) {
-    *error = fmt::format("cannot make the log directory {}: {}; free or name another with --log-dir",
-                         paths.directory, ec.message());
+    *error =
+        fmt::format("cannot make the log directory {}: {}; free or name another with --log-dir",
+                    paths.directory, ec.message());
     return false;
   }
   fs::remove(paths.error_json, ec);  // absent is fine; one that stays is overwritten by its writer
@@ -62,7 +63,8 @@ std::size_t PruneAttempts(const std::string& root, std::size_t keep) {
     Generation generation = 0;
     const char* last = name.data() + name.size();
     const auto parsed = std::from_chars(name.data() + kPrefix.size(), last, generation);
-    if (parsed.ec == std::errc() && parsed.ptr == last) attempts.emplace_back(generation, it->path());
+    if (parsed.ec == std::errc() && parsed.ptr == last)
+      attempts.emplace_back(generation, it->path());
   }
   if (attempts.size() <= keep) return 0;
   std::sort(attempts.begin(), attempts.end());

@@ -110,10 +110,9 @@ void LogTailer::Run() {
     if (waiting_() <= kMaxWaiting) {
       for (auto it = requests_.begin(); it != requests_.end();) {
         busy |= Pump(it->first, it->second.get());
-        const bool over =
-            !it->second->follow &&
-            std::all_of(it->second->files.begin(), it->second->files.end(),
-                        [](const std::unique_ptr<Open>& f) { return f->done; });
+        const bool over = !it->second->follow &&
+                          std::all_of(it->second->files.begin(), it->second->files.end(),
+                                      [](const std::unique_ptr<Open>& f) { return f->done; });
         if (over) {
           emit_({it->first, {}, "", /*end=*/true});
           it = requests_.erase(it);

@@ -1,8 +1,8 @@
 // Sends workers' log files to whoever asked through the controller (`everstep logs`). One thread.
 //
-// Whole lines, at most 64 KiB a message; a line longer than that is cut in pieces. Files that are not
-// there yet are waited for while a request follows. Bounded: kMaxRequests, and nothing is read while
-// the wire holds more than kMaxWaiting bytes: logs must not crowd out reports.
+// Whole lines, at most 64 KiB a message; a line longer than that is cut in pieces. Files that are
+// not there yet are waited for while a request follows. Bounded: kMaxRequests, and nothing is read
+// while the wire holds more than kMaxWaiting bytes: logs must not crowd out reports.
 #pragma once
 
 #include <condition_variable>

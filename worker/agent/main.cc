@@ -39,9 +39,10 @@ void Watch(int signals, int lifeline, int stop, Engine* engine) {
       if (info.ssi_signo == SIGUSR1) {
         engine->Quit();
       } else {
-        engine->Leave(fmt::format("{} from pid {}", info.ssi_signo == SIGTERM  ? "sigterm"
-                                                    : info.ssi_signo == SIGINT ? "sigint"
-                                                                               : "sighup",
+        engine->Leave(fmt::format("{} from pid {}",
+                                  info.ssi_signo == SIGTERM  ? "sigterm"
+                                  : info.ssi_signo == SIGINT ? "sigint"
+                                                             : "sighup",
                                   info.ssi_pid));
       }
     }
@@ -63,7 +64,7 @@ int Main(int argc, char** argv) {
     case ParseOutcome::kRun: break;
   }
   // Before any thread: a process of many threads otherwise keeps one heap for each.
-  mallopt(M_ARENA_MAX, 2);
+  mallopt(M_ARENA_MAX, 2);  // NOLINT(concurrency-mt-unsafe)
   const sigset_t handled = HandledSignals();
   pthread_sigmask(SIG_BLOCK, &handled, nullptr);
   signal(SIGPIPE, SIG_IGN);
@@ -88,9 +89,8 @@ int Main(int argc, char** argv) {
     transfer = checkpoint::TransferService::Start;
 #endif
     Engine engine(std::move(options), &clock, std::move(transfer));
-    std::thread watch([&, lifeline = engine.options().lifeline] {
-      Watch(signals, lifeline, stop, &engine);
-    });
+    std::thread watch(
+        [&, lifeline = engine.options().lifeline] { Watch(signals, lifeline, stop, &engine); });
     exit_code = engine.Run();
     eventfd_write(stop, 1);
     watch.join();
@@ -103,4 +103,6 @@ int Main(int argc, char** argv) {
 }  // namespace
 }  // namespace everstep::agent
 
-int main(int argc, char** argv) { return everstep::agent::Main(argc, argv); }
+int main(int argc, char** argv) {
+  return everstep::agent::Main(argc, argv);
+}

@@ -11,7 +11,6 @@
 
 #include <cerrno>
 #include <charconv>
-#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -44,22 +43,24 @@ bool NodeDirLock::Take(const std::string& node_dir, std::string* error) {
   std::error_code ec;
   std::filesystem::create_directories(node_dir, ec);
   if (ec) {
-    *error = fmt::format("cannot make the node's directory {}: {}; choose another --state-dir", node_dir,
-                         ec.message());
+    *error = fmt::format("cannot make the node's directory {}: {}; choose another --state-dir",
+                         node_dir, ec.message());
     return false;
   }
   path_ = node_dir + "/agent.pid";
   for (int attempt = 0; attempt < 16; ++attempt) {
     const int fd = open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644);
     if (fd < 0) {
-      *error = fmt::format("cannot write {}: {}; choose another --state-dir", path_, strerror(errno));
+      *error = fmt::format("cannot write {}: {}; choose another --state-dir", path_,
+                           std::generic_category().message(errno));
       return false;
     }
     if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
       const std::string pid = ReadFile(path_, 32);
-      *error = fmt::format("another agent (pid {}) runs this node in {}; end it, or choose another "
-                           "--node or --state-dir",
-                           pid.substr(0, pid.find('\n')), node_dir);
+      *error = fmt::format(
+          "another agent (pid {}) runs this node in {}; end it, or choose another "
+          "--node or --state-dir",
+          pid.substr(0, pid.find('\n')), node_dir);
       close(fd);
       return false;
     }
@@ -70,16 +71,18 @@ bool NodeDirLock::Take(const std::string& node_dir, std::string* error) {
       continue;
     }
     const std::string pid = fmt::format("{}\n", getpid());
-    if (ftruncate(fd, 0) != 0 || write(fd, pid.data(), pid.size()) != static_cast<ssize_t>(pid.size())) {
-      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir", path_,
-                           strerror(errno));
+    if (ftruncate(fd, 0) != 0 ||
+        write(fd, pid.data(), pid.size()) != static_cast<ssize_t>(pid.size())) {
+      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir",
+                           path_, std::generic_category().message(errno));
       close(fd);
       return false;
     }
     fd_ = fd;
     return true;
   }
-  *error = fmt::format("{} is made and removed by others all the time; choose another --node", path_);
+  *error =
+      fmt::format("{} is made and removed by others all the time; choose another --node", path_);
   return false;
 }
 
@@ -97,14 +100,15 @@ bool WriteControllers(const std::string& node_dir, const std::vector<std::string
     for (const std::string& address : addresses) file << address << '\n';
     file.flush();
     if (!file) {
-      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir", temporary,
-                           strerror(errno));
+      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir",
+                           temporary, std::generic_category().message(errno));
       return false;
     }
   }
   std::error_code ec;
   std::filesystem::rename(temporary, path, ec);
-  if (ec) *error = fmt::format("cannot write {}: {}; choose another --state-dir", path, ec.message());
+  if (ec)
+    *error = fmt::format("cannot write {}: {}; choose another --state-dir", path, ec.message());
   return !ec;
 }
 
@@ -158,7 +162,8 @@ std::string StatFields(std::int32_t pid) {
   if (pid <= 0) return "";
   const std::string text = ReadFile(fmt::format("/proc/{}/stat", pid), 4096);
   const auto name_end = text.rfind(')');
-  return name_end == std::string::npos || name_end + 2 >= text.size() ? "" : text.substr(name_end + 2);
+  return name_end == std::string::npos || name_end + 2 >= text.size() ? ""
+                                                                      : text.substr(name_end + 2);
 }
 
 }  // namespace
@@ -198,11 +203,10 @@ std::string LocalAddressTowards(const std::string& controller) {
     sockaddr_storage local = {};
     socklen_t size = sizeof local;
     char text[NI_MAXHOST];
-    const bool done =
-        connect(fd, a->ai_addr, a->ai_addrlen) == 0 &&
-        getsockname(fd, reinterpret_cast<sockaddr*>(&local), &size) == 0 &&
-        getnameinfo(reinterpret_cast<sockaddr*>(&local), size, text, sizeof text, nullptr, 0,
-                    NI_NUMERICHOST) == 0;
+    const bool done = connect(fd, a->ai_addr, a->ai_addrlen) == 0 &&
+                      getsockname(fd, reinterpret_cast<sockaddr*>(&local), &size) == 0 &&
+                      getnameinfo(reinterpret_cast<sockaddr*>(&local), size, text, sizeof text,
+                                  nullptr, 0, NI_NUMERICHOST) == 0;
     close(fd);
     if (done) {
       out = text;

@@ -1,4 +1,5 @@
-// A node's directory (STATE/nodes/NAME) and what the agent must know of its machine. Not thread-safe.
+// A node's directory (STATE/nodes/NAME) and what the agent must know of its machine. Not
+// thread-safe.
 #pragma once
 
 #include <cstdint>
@@ -32,8 +33,8 @@ bool WriteControllers(const std::string& node_dir, const std::vector<std::string
 // keeper.pid, for people and drills. pid 0: removes it.
 void WriteKeeperPid(const std::string& node_dir, std::int32_t pid);
 
-// data.port: where the node's checkpoint data plane listened last. Plans name it, so an agent that is started
-// again takes the same one. 0: unknown.
+// data.port: where the node's checkpoint data plane listened last. Plans name it, so an agent that
+// is started again takes the same one. 0: unknown.
 std::uint16_t ReadDataPort(const std::string& node_dir);
 void WriteDataPort(const std::string& node_dir, std::uint16_t port);
 

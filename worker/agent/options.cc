@@ -29,9 +29,10 @@ std::string CheckOptions(const AgentOptions& o) {
                        o.node.substr(0, 200));
   }
   if (o.keeper_socket.size() > kMaxSocketPath) {
-    return fmt::format("the keeper's socket {} has {} bytes, the system's limit is {}; choose a "
-                       "shorter --state-dir or --node",
-                       o.keeper_socket, o.keeper_socket.size(), kMaxSocketPath);
+    return fmt::format(
+        "the keeper's socket {} has {} bytes, the system's limit is {}; choose a "
+        "shorter --state-dir or --node",
+        o.keeper_socket, o.keeper_socket.size(), kMaxSocketPath);
   }
   return "";
 }
@@ -49,9 +50,10 @@ ParseOutcome ParseOptions(int argc, const char* const* argv, AgentOptions* o) {
   std::string level = "info";
   double leave = ToSeconds(o->leave_timeout);
   double grace = ToSeconds(o->stop_grace);
-  app.add_option("--controller", controllers,
-                 "HOST:PORT[,HOST:PORT...]; kept in STATE/nodes/NAME/controller, which is read again "
-                 "at each reconnect")
+  app.add_option(
+         "--controller", controllers,
+         "HOST:PORT[,HOST:PORT...]; kept in STATE/nodes/NAME/controller, which is read again "
+         "at each reconnect")
       ->envname("EVERSTEP_CONTROLLER");
   app.add_option("--node,--name,--node-id", o->node, "This node's name, unique in the cluster")
       ->required()
@@ -59,14 +61,16 @@ ParseOutcome ParseOptions(int argc, const char* const* argv, AgentOptions* o) {
   app.add_option("--state-dir", o->state_dir, "Everything of this node lies in STATE/nodes/NAME")
       ->required()
       ->envname("EVERSTEP_STATE_DIR");
-  app.add_option("--address", o->address,
-                 "Host or IP by which other nodes reach this one (default: the one that reaches the "
-                 "controller)");
+  app.add_option(
+      "--address", o->address,
+      "Host or IP by which other nodes reach this one (default: the one that reaches the "
+      "controller)");
   app.add_option("--slots", o->slots, "Workers this node may run at once; 0: no limit");
   app.add_option("--label", labels, "KEY=VALUE (host, rack, zone, pool); may be repeated");
   app.add_option("--data-port", o->data_port, "TCP port of the checkpoint data plane; 0: any")
       ->check(CLI::Range(0, 65535));
-  app.add_option("--keeper", o->keeper_program, "Path of everstep-keeper (default: beside this program)");
+  app.add_option("--keeper", o->keeper_program,
+                 "Path of everstep-keeper (default: beside this program)");
   app.add_option("--keeper-socket", o->keeper_socket, "Default: STATE/nodes/NAME/keeper.sock");
   app.add_option("--log-dir", o->log_dir,
                  "Workers' output, where the submitter named no directory (default: "
@@ -84,7 +88,8 @@ ParseOutcome ParseOptions(int argc, const char* const* argv, AgentOptions* o) {
                  "Seconds that the controller gets, after SIGTERM, to move workers away")
       ->check(CLI::Range(0.0, 86400.0))
       ->capture_default_str();
-  app.add_option("--stop-grace", grace, "Seconds from SIGTERM to SIGKILL for workers that are left then")
+  app.add_option("--stop-grace", grace,
+                 "Seconds from SIGTERM to SIGKILL for workers that are left then")
       ->check(CLI::Range(0.0, 86400.0))
       ->capture_default_str();
   try {

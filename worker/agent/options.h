@@ -15,18 +15,18 @@ namespace everstep::agent {
 struct AgentOptions {
   NodeId node;
   std::string state_dir;
-  std::string node_dir;       // STATE/nodes/NODE, absolute
-  std::string keeper_socket;  // NODE_DIR/keeper.sock
-  std::string keeper_program;  // empty: everstep-keeper beside this program
+  std::string node_dir;                  // STATE/nodes/NODE, absolute
+  std::string keeper_socket;             // NODE_DIR/keeper.sock
+  std::string keeper_program;            // empty: everstep-keeper beside this program
   std::vector<std::string> controllers;  // host:port; empty: read from NODE_DIR/controller alone
-  std::string address;         // by which other nodes reach this one; empty: the route's to the controller
-  std::uint32_t slots = 0;     // 0: no limit
+  std::string address;  // by which other nodes reach this one; empty: the route's to the controller
+  std::uint32_t slots = 0;  // 0: no limit
   std::map<std::string, std::string> labels;
   std::uint32_t data_port = 0;  // 0: any
-  std::string log_dir;          // workers' logs, when the submitter named none; empty: NODE_DIR/jobs
+  std::string log_dir;  // workers' logs, when the submitter named none; empty: NODE_DIR/jobs
   LogOptions log;
-  std::string local_command;    // a file with this node's own command line; empty: the job's
-  int lifeline = -1;            // end of file on it ends the node
+  std::string local_command;  // a file with this node's own command line; empty: the job's
+  int lifeline = -1;          // end of file on it ends the node
   Duration leave_timeout = Seconds(2);  // SIGTERM: how long the controller may move workers away
   Duration stop_grace = Seconds(5);     // then SIGTERM to the workers, and SIGKILL after this
 };

@@ -20,7 +20,8 @@ checkpoint::Part PartOf(const Activate& a) {
     worker.restore.shard_generation = w.restore.shard_generation;
     worker.restore.crc_root = w.restore.crc_root;
     worker.restore.bytes = w.restore.bytes;
-    if (w.restore.source_node != a.plan.node) worker.restore.source_address = w.restore.source_address;
+    if (w.restore.source_node != a.plan.node)
+      worker.restore.source_address = w.restore.source_address;
     part.workers.push_back(std::move(worker));
   }
   return part;

@@ -1,5 +1,5 @@
-// A thread that runs what it is given, one after the other: for work that may block (files on a slow
-// disk, a keeper that starts, gigabytes to verify) and must not stop the engine's heartbeats.
+// A thread that runs what it is given, one after the other: for work that may block (files on a
+// slow disk, a keeper that starts, gigabytes to verify) and must not stop the engine's heartbeats.
 #pragma once
 
 #include <chrono>

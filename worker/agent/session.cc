@@ -17,8 +17,9 @@ std::shared_ptr<grpc::Channel> MakeChannel(const std::string& address) {
   grpc::ChannelArguments args;
   args.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
   args.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  // A dial that gets no answer is given up after 2 s. Beats that a host does not acknowledge for 5 s
-  // end the stream (TCP_USER_TIMEOUT, which gRPC sets with keepalive); the pings themselves are rare.
+  // A dial that gets no answer is given up after 2 s. Beats that a host does not acknowledge for 5
+  // s end the stream (TCP_USER_TIMEOUT, which gRPC sets with keepalive); the pings themselves are
+  // rare.
   args.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 2000);
   args.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 100);
   args.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 1000);
@@ -36,7 +37,9 @@ class SessionClient::Stream final
  public:
   Stream(SessionClient* owner, std::uint64_t number, const std::string& address,
          const std::shared_ptr<grpc::Channel>& channel)
-      : owner_(owner), number_(number), address_(address),
+      : owner_(owner),
+        number_(number),
+        address_(address),
         stub_(everstep::v1::AgentService::NewStub(channel)) {}
 
   void Start(std::shared_ptr<Stream> self) {

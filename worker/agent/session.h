@@ -1,5 +1,5 @@
-// The agent's stream to a controller: dials, sends, hands over what comes. One stream at a time; who
-// dials when is the owner's business (dial_backoff.h).
+// The agent's stream to a controller: dials, sends, hands over what comes. One stream at a time;
+// who dials when is the owner's business (dial_backoff.h).
 //
 // Thread-safe. The callbacks run on gRPC's threads and must only convert and push to a mailbox.
 #pragma once
@@ -40,8 +40,8 @@ class SessionClient {
   SessionClient(const SessionClient&) = delete;
   SessionClient& operator=(const SessionClient&) = delete;
 
-  // Starts a stream to host:port and returns its number, from 1. Ends an older one. Does not wait: a
-  // controller that is not there shows as on_lost. One thread dials.
+  // Starts a stream to host:port and returns its number, from 1. Ends an older one. Does not wait:
+  // a controller that is not there shows as on_lost. One thread dials.
   std::uint64_t Dial(const std::string& address);
 
   // False: there is no stream, or its queue is full (then the stream ends).

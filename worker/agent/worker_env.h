@@ -1,5 +1,5 @@
-// What a worker process sees: torchrun's environment block, so that a script written for torchrun runs
-// unchanged, and Everstep's own four variables. Pure functions.
+// What a worker process sees: torchrun's environment block, so that a script written for torchrun
+// runs unchanged, and Everstep's own four variables. Pure functions.
 //
 // Source: torch/distributed/elastic/agent/server/local_elastic_agent.py (_start_workers) and run.py
 // of PyTorch 2.x; docs/reference/environment.md is the table for users.

@@ -12,8 +12,12 @@ namespace {
 constexpr Duration kUnknownJobGrace = Seconds(5);
 
 // pid 0: the keeper was asked to fork it and has not answered yet.
-bool Starting(const WorkerOnNode& w) { return w.pid == 0; }
-bool AliveOrStarting(const WorkerOnNode& w) { return w.running || Starting(w); }
+bool Starting(const WorkerOnNode& w) {
+  return w.pid == 0;
+}
+bool AliveOrStarting(const WorkerOnNode& w) {
+  return w.running || Starting(w);
+}
 
 std::vector<WorkerOnNode> Forked(const std::vector<WorkerOnNode>& workers) {
   std::vector<WorkerOnNode> out;
@@ -86,8 +90,8 @@ std::optional<Timestamp> AgentCore::NextWakeup() const {
 
 template <typename T>
 void AgentCore::Say(T message, Effects* out) {
-  // Without a registration nothing is said: the next one carries the state itself. What happens while
-  // its answer is under way is in neither, and waits.
+  // Without a registration nothing is said: the next one carries the state itself. What happens
+  // while its answer is under way is in neither, and waits.
   if (registered_) {
     out->push_back(std::move(message));
   } else if (register_sent_ && unsaid_.size() < options_.max_unsaid) {
@@ -152,17 +156,18 @@ void AgentCore::On(Timestamp now, const Registered& e, Effects* out) {
   // Registrations are durable and only grow. A smaller one comes from a controller whose state is
   // older than what this node obeyed already: its commands must not reach the workers.
   if (e.header.incarnation <= incarnation_) {
-    out->push_back(CloseSession{
-        fmt::format("the controller gave registration {}, this node obeyed {} already: its state is "
-                    "older than this node's; point the node at the current controller, or stop the "
-                    "node's keeper to begin anew",
-                    e.header.incarnation, incarnation_)});
+    out->push_back(CloseSession{fmt::format(
+        "the controller gave registration {}, this node obeyed {} already: its state is "
+        "older than this node's; point the node at the current controller, or stop the "
+        "node's keeper to begin anew",
+        e.header.incarnation, incarnation_)});
     return;
   }
   registered_ = true;
   incarnation_ = e.header.incarnation;
   last_sequence_ = e.header.sequence;
-  interval_ = e.heartbeat_interval > Duration{} ? e.heartbeat_interval : options_.heartbeat_interval;
+  interval_ =
+      e.heartbeat_interval > Duration{} ? e.heartbeat_interval : options_.heartbeat_interval;
   beat_ = 0;
   out->push_back(RememberIncarnation{incarnation_});
   out->push_back(ControllerAway{false});
@@ -190,7 +195,8 @@ void AgentCore::On(Timestamp now, const Registered& e, Effects* out) {
   }
 }
 
-// A broken stream may have swallowed any answer: those that Register does not carry are given again.
+// A broken stream may have swallowed any answer: those that Register does not carry are given
+// again.
 void AgentCore::ResumeAnswers(Effects* out) {
   for (auto& [id, job] : jobs_) {
     if (job.fork_server_ready) Say(SendNodeWarm{id, true, ""}, out);
@@ -243,7 +249,8 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
   if (job == nullptr) {
     if (jobs_.size() >= options_.max_jobs) {
       SendPrepared refusal{{e.job, e.generation, false, {}, {}}, 0, true, ""};
-      refusal.message = fmt::format("this node holds {} jobs, the limit; end one first", jobs_.size());
+      refusal.message =
+          fmt::format("this node holds {} jobs, the limit; end one first", jobs_.size());
       Say(std::move(refusal), out);
       return;
     }
@@ -317,15 +324,20 @@ void AgentCore::On(Timestamp now, const Activate& e, Effects* out) {
   if (same && job->phase == JobView::Phase::kRunning) return AnswerActivate(e.job, *job, out);
   if (same && job->phase == JobView::Phase::kStarting) return;
   // After a broken stream the node surveys again; it is prepared all the same.
-  const bool prepared = same && (job->phase == JobView::Phase::kPrepared ||
-                                 (job->phase == JobView::Phase::kSurveying &&
-                                  (!job->host_store || job->store_port != 0)));
+  const bool prepared =
+      same &&
+      (job->phase == JobView::Phase::kPrepared ||
+       (job->phase == JobView::Phase::kSurveying && (!job->host_store || job->store_port != 0)));
   if (!prepared) {
-    Say(SendActivated{e.job, e.generation, {}, true,
-                      fmt::format("generation {} is not prepared here (this node is {} at generation "
-                                  "{}); prepare it first",
-                                  e.generation, job ? PhaseName(job->phase) : "without the job",
-                                  job ? job->generation : 0)},
+    Say(SendActivated{e.job,
+                      e.generation,
+                      {},
+                      true,
+                      fmt::format(
+                          "generation {} is not prepared here (this node is {} at generation "
+                          "{}); prepare it first",
+                          e.generation, job ? PhaseName(job->phase) : "without the job",
+                          job ? job->generation : 0)},
         out);
     return;
   }
@@ -350,7 +362,8 @@ void AgentCore::On(Timestamp now, const Activate& e, Effects* out) {
 }
 
 void AgentCore::AnswerActivate(const JobId& id, const JobView& job, Effects* out) {
-  Say(SendActivated{id, job.generation, Forked(job.workers), !job.trouble.empty(), job.trouble}, out);
+  Say(SendActivated{id, job.generation, Forked(job.workers), !job.trouble.empty(), job.trouble},
+      out);
 }
 
 void AgentCore::FailActivate(const JobId& id, JobView* job, std::string message, Effects* out) {
@@ -438,8 +451,8 @@ void AgentCore::On(Timestamp, const KillForDrill& e, Effects* out) {
   JobView* job = Find(e.job);
   const WorkerOnNode* w = job ? FindRank(&job->workers, e.rank) : nullptr;
   if (w == nullptr || !w->running) {
-    out->push_back(Dropped{"kill_for_drill", fmt::format("rank {} of job {} does not run here", e.rank,
-                                                         e.job)});
+    out->push_back(Dropped{"kill_for_drill",
+                           fmt::format("rank {} of job {} does not run here", e.rank, e.job)});
     return;
   }
   out->push_back(KillRank{e.job, job->generation, e.rank, e.signal});

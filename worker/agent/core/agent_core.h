@@ -1,13 +1,14 @@
-// The agent's brain: pure, deterministic, single-threaded. Events and time in, effects out; no IO, no
-// clock, no threads. The shell (worker/agent) runs it on one thread, tests and simulators anywhere.
+// The agent's brain: pure, deterministic, single-threaded. Events and time in, effects out; no IO,
+// no clock, no threads. The shell (worker/agent) runs it on one thread, tests and simulators
+// anywhere.
 //
 // It decides: which of the controller's commands are current, when a node is prepared, when a
-// generation stands here, what is told to a controller and when. It does not decide which generation
-// runs: that is the controller's. Workers live on through the loss of the session and of the agent;
-// only Prepare, StopJob and a controller that does not know the job end them.
+// generation stands here, what is told to a controller and when. It does not decide which
+// generation runs: that is the controller's. Workers live on through the loss of the session and of
+// the agent; only Prepare, StopJob and a controller that does not know the job end them.
 //
-// Everything it says is level-triggered: a report that a broken stream swallowed is said again by the
-// next registration, which carries the node's whole state.
+// Everything it says is level-triggered: a report that a broken stream swallowed is said again by
+// the next registration, which carries the node's whole state.
 #pragma once
 
 #include <map>
@@ -23,8 +24,8 @@ namespace everstep::agent {
 
 struct CoreOptions {
   Duration heartbeat_interval = Milliseconds(250);  // until Registered names another
-  Duration reap_slack = Seconds(10);    // after the grace: a worker that SIGKILL did not end by then
-                                        // sits in the kernel, and this node refuses the generation
+  Duration reap_slack = Seconds(10);  // after the grace: a worker that SIGKILL did not end by then
+                                      // sits in the kernel, and this node refuses the generation
   Duration store_timeout = Seconds(25);  // a store host must listen within
   Duration start_timeout = Seconds(60);  // the keeper must fork the workers within
   std::size_t max_jobs = 64;             // on one node
@@ -38,8 +39,8 @@ struct JobView {
     kDraining,   // prepare: workers of older generations are ending, or the store is starting
     kSurveying,  // ... they are gone; waits for what the memory holds
     kPrepared,
-    kStarting,   // activate: workers are being forked
-    kRunning,    // all forked (some may have exited)
+    kStarting,  // activate: workers are being forked
+    kRunning,   // all forked (some may have exited)
     kStopping,
   };
   Phase phase = Phase::kIdle;
@@ -58,9 +59,9 @@ struct JobView {
   bool trouble_in_activate = false;
   bool survey_done = false;
   std::vector<HeldShard> surveyed;
-  std::optional<Timestamp> deadline;           // of draining, surveying, starting, stopping
-  std::optional<Generation> stop_answer;       // Stopped is owed for this generation
-  bool forget = false;                         // ... and then nothing of the job stays
+  std::optional<Timestamp> deadline;      // of draining, surveying, starting, stopping
+  std::optional<Generation> stop_answer;  // Stopped is owed for this generation
+  bool forget = false;                    // ... and then nothing of the job stays
 };
 const char* PhaseName(JobView::Phase phase);
 
@@ -105,7 +106,8 @@ class AgentCore {
   void On(Timestamp now, const Notice& e, Effects* out);
   void On(Timestamp now, const Tick& e, Effects* out);
 
-  // The door: false, with a Dropped effect, when the command is of another registration or was seen.
+  // The door: false, with a Dropped effect, when the command is of another registration or was
+  // seen.
   bool Current(const Header& header, const char* what, Effects* out);
   JobView* Find(const JobId& job);
 
@@ -130,8 +132,8 @@ class AgentCore {
   bool session_open_ = false;
   bool register_sent_ = false;
   bool registered_ = false;
-  Effects unsaid_;  // reports made after Register was sent and before it was answered
-  Incarnation incarnation_ = 0;    // newest registration that stood
+  Effects unsaid_;               // reports made after Register was sent and before it was answered
+  Incarnation incarnation_ = 0;  // newest registration that stood
   std::uint64_t last_sequence_ = 0;
   Duration interval_ = {};
   std::uint64_t beat_ = 0;

@@ -1,5 +1,5 @@
-// What an agent's core wants done. The shell carries effects out in order and reports the outcome of
-// each asynchronous one as an event; a failure is an outcome.
+// What an agent's core wants done. The shell carries effects out in order and reports the outcome
+// of each asynchronous one as an event; a failure is an outcome.
 #pragma once
 
 #include <string>
@@ -12,8 +12,8 @@ namespace everstep::agent {
 
 // --- to the controller; the shell stamps the registration's incarnation ---
 
-// First message of a stream. The shell adds what it knows of the node, and each job's shards as they
-// lie in memory at this moment.
+// First message of a stream. The shell adds what it knows of the node, and each job's shards as
+// they lie in memory at this moment.
 struct SendRegister {
   Incarnation previous = 0;
   std::vector<JobOnNode> jobs;
@@ -87,8 +87,9 @@ struct StartStore {
   Generation generation = 0;
   CommandSpec command;
 };
-// Begins the restores this node's part of the plan names, forks the workers and sends captured slots
-// to the plan's replica node from now on. -> WorkerStarted or WorkerStartFailed for each worker.
+// Begins the restores this node's part of the plan names, forks the workers and sends captured
+// slots to the plan's replica node from now on. -> WorkerStarted or WorkerStartFailed for each
+// worker.
 struct StartWorkers {
   Activate activate;
 };
@@ -156,8 +157,8 @@ using Effect =
     std::variant<SendRegister, SendHeartbeat, SendPrepared, SendActivated, SendWorkerExited,
                  SendWorkerStalled, SendShardCopied, SendNotice, SendNodeWarm, SendKeeperLost,
                  SendStopped, CloseSession, StartForkServer, StartStore, StartWorkers, KillWorkers,
-                 KillRank, ForgetJob, RememberIncarnation, RememberPrepared, RememberActivated, Survey,
-                 MarkCommitted, ControllerAway, Tail, Dropped>;
+                 KillRank, ForgetJob, RememberIncarnation, RememberPrepared, RememberActivated,
+                 Survey, MarkCommitted, ControllerAway, Tail, Dropped>;
 using Effects = std::vector<Effect>;
 
 }  // namespace everstep::agent

@@ -1,8 +1,8 @@
 // Everything that can happen to an agent. The shell turns the controller's messages, the keeper's
 // events and timers into these; the core never sees a socket.
 //
-// The values of plans, exits and shards are the controller's own (controller/core/types.h): agent and
-// controller speak of the same things, and a simulator can join both cores without a wire.
+// The values of plans, exits and shards are the controller's own (controller/core/types.h): agent
+// and controller speak of the same things, and a simulator can join both cores without a wire.
 #pragma once
 
 #include <cstdint>
@@ -56,7 +56,7 @@ struct Prepare {
   Generation generation = 0;
   CommandSpec command;
   bool host_store = false;
-  Duration grace = {};  // SIGTERM to SIGKILL
+  Duration grace = {};   // SIGTERM to SIGKILL
   std::string data_key;  // authenticates this job's checkpoint sessions
 };
 struct Activate {
@@ -115,10 +115,10 @@ struct AdoptedJob {
   CommandSpec command;
   std::int32_t group_rank = 0;
   bool fork_server_ready = false;
-  Step step = kNoStep;           // newest captured in holds.generation
+  Step step = kNoStep;  // newest captured in holds.generation
 };
-// The agent owns a keeper now. `fresh`: this keeper started after the agent's last one died, or it is
-// the first of this node; it holds nothing.
+// The agent owns a keeper now. `fresh`: this keeper started after the agent's last one died, or it
+// is the first of this node; it holds nothing.
 struct KeeperAttached {
   bool fresh = true;
   Incarnation remembered = 0;  // newest registration of this node, as the keeper remembers it
@@ -202,8 +202,8 @@ struct Notice {
 struct Tick {};  // NextWakeup() has come
 
 using Event =
-    std::variant<SessionOpened, SessionLost, Registered, Warm, Prepare, Activate, StopJob, Committed,
-                 TailLogs, KillForDrill, KeeperAttached, KeeperGone, WorkerStarted,
+    std::variant<SessionOpened, SessionLost, Registered, Warm, Prepare, Activate, StopJob,
+                 Committed, TailLogs, KillForDrill, KeeperAttached, KeeperGone, WorkerStarted,
                  WorkerStartFailed, WorkerExited, WorkerStalled, ForkServerState, StoreReady,
                  StoreFailed, Surveyed, ShardCopied, StepCaptured, Notice, Tick>;
 
