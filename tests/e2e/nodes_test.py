@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -101,6 +102,46 @@ def test_a_torchrun_command_line_for_two_nodes(work: Path, static: bool) -> None
         nodes.finish()
         for run in nodes.runs:  # each shows its own workers
             assert len([line for line in run.stdout().splitlines() if line.endswith("of 4 finished")]) == 2, nodes.told()
+    finally:
+        nodes.stop()
+
+
+def test_each_node_keeps_its_own_environment_and_folder(work: Path) -> None:
+    port = free_port()
+    runs = []
+    try:
+        for i in range(2):
+            (work / f"folder{i}").mkdir()
+            (work / f"facts{i}").mkdir()
+            runs.append(Run(work, "--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", PROBE, f"argument{i}", name=f"n{i}",
+                            cwd=work / f"folder{i}", env={"FACTS": str(work / f"facts{i}"), "CUDA_VISIBLE_DEVICES": str(i)}))
+            if i == 0:
+                wait_for("the controller", lambda: runs[0].pid_of("controller"))
+        for run in runs:
+            assert run.wait(60) == 0, run.told()
+        for i in range(2):
+            (file,) = (work / f"facts{i}").glob("*.json")
+            facts = json.loads(file.read_text())
+            assert facts["directory"] == str(work / f"folder{i}")
+            assert facts["arguments"][1:] == [f"argument{i}"]
+            assert facts["environment"]["CUDA_VISIBLE_DEVICES"] == str(i)
+            assert facts["environment"]["WORLD_SIZE"] == "2"
+    finally:
+        for run in runs:
+            run.stop()
+
+
+def test_unequal_nodes_are_told_apart(work: Path) -> None:
+    nodes = Nodes(work, 1, "--nproc-per-node", 2, nnodes="1:2")
+    try:
+        nodes.wait_for_world(2)
+        arguments = nodes.runs[0].process.args
+        assert isinstance(arguments, list)
+        other = Run(work, *["3" if a == "2" else a for a in arguments[3:]], name="other", env={"PROGRESS": str(nodes.progress)})
+        nodes.runs.append(other)
+        assert other.wait(60) == 1, nodes.told()
+        assert "--nproc-per-node is 3 here and 2 on the node" in other.stderr(), nodes.told()
+        nodes.finish(but=other)
     finally:
         nodes.stop()
 

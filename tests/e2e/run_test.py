@@ -255,6 +255,24 @@ def test_a_state_directory_on_a_read_only_file_system(work: Path) -> None:
     refused(work, "--standalone", "--state-dir", "/sys/everstep", PROBE, code=1, words=["/sys/everstep", "--state-dir"])
 
 
+def test_a_full_disk(work: Path) -> None:
+    disk = work / "d"
+    disk.mkdir()
+    if os.geteuid() != 0 or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=False, capture_output=True).returncode:
+        pytest.skip("a small file system cannot be mounted here (root and CAP_SYS_ADMIN)")
+    try:
+        refused(work, "--standalone", "--state-dir", disk / "s", PROBE, code=1, words=["--state-dir"])
+        with (disk / "fill").open("wb") as fill:  # now not even an error's text has room
+            try:
+                fill.write(b"x" * 65536)
+                fill.flush()
+            except OSError:
+                pass
+        refused(work, "--standalone", "--state-dir", disk / "s", PROBE, code=1, words=["--state-dir"])
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
 def test_a_state_directory_whose_socket_would_be_too_long(work: Path) -> None:
     refused(work, "--standalone", "--state-dir", work / ("d" * 100), PROBE, code=1, words=["107", "--state-dir"])
 

@@ -24,10 +24,25 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
 constexpr milliseconds kAddressPoll{5};
+constexpr milliseconds kRestartStep{200};
+constexpr milliseconds kRestartMost{5'000};
 constexpr int kControllerCannotBind = 3;          // everstep-controller's exit code
 constexpr std::size_t kControllerArguments = 10;  // of argv, those that stay for a restart
 constexpr milliseconds kKeeperEndLimit{5'000};
 constexpr milliseconds kAgentSlack{5'000};
+
+// Of everstep-controller's exit codes (docs/reference/exit-codes.md).
+std::string MeaningOf(int code) {
+  switch (code) {
+    case kControllerCannotBind: return "its address cannot be bound";
+    case 4: return "another controller holds its state directory";
+    case 5:
+      return "its state directory is missing, read-only or full; free it or name another with "
+             "--state-dir";
+    case 6: return "its store is damaged, or of a newer version";
+    default: return {};
+  }
+}
 
 std::string ReadWord(const std::string& path) {
   std::ifstream in(path);
@@ -60,7 +75,11 @@ Brought::~Brought() {
 std::string Brought::Trouble(const Program& program, const std::string& what) const {
   std::string text = fmt::format("{} {}", program.name, what);
   const std::string last = LastLines(program.log, 5);
-  if (!last.empty()) text += fmt::format(": {}", last);
+  if (!last.empty()) {
+    text += fmt::format(": {}", last);
+  } else if (&program == &controller_ && !controller_meaning_.empty()) {
+    text += fmt::format(": {}", controller_meaning_);  // a full disk takes no last words
+  }
   return options_.state->temporary() ? text : text + fmt::format(" (log: {})", program.log);
 }
 
@@ -117,7 +136,9 @@ std::string Brought::WaitForAddress() {
     controller_address_ = ReadWord(options_.state->controller() + "/address");
     if (!controller_address_.empty()) return {};
     if (const auto status = controller_.process.Wait(kAddressPoll)) {
-      address_taken_ = WIFEXITED(*status) && WEXITSTATUS(*status) == kControllerCannotBind;
+      const int code = WIFEXITED(*status) ? WEXITSTATUS(*status) : 0;
+      address_taken_ = code == kControllerCannotBind;
+      controller_meaning_ = MeaningOf(code);
       return Trouble(controller_, StatusText(*status) + " before it served");
     }
   }
@@ -183,14 +204,23 @@ std::string Brought::Mind(Program* program) {
     program->stopped_since.reset();
     const bool short_life = now - program->started < kShortLife;
     program->short_lives = short_life ? program->short_lives + 1 : 0;
-    if (program->short_lives >= kMaxShortLives) {
+    // Workers need no controller to go on, so there is always another try. Without an agent nothing
+    // ends well.
+    if (program == &agent_ && program->short_lives >= kMaxShortLives) {
       program->wanted = false;
       return Trouble(
           *program, fmt::format("{} {} times in a row", StatusText(*status), program->short_lives));
     }
-    options_.say(fmt::format("{} {}; starting it again, the workers run on", program->name,
-                             StatusText(*status)));
-    program->again = now + milliseconds(program->short_lives * 200);
+    if (program->short_lives < kMaxShortLives) {
+      options_.say(fmt::format("{} {}; starting it again, the workers run on", program->name,
+                               StatusText(*status)));
+    } else if (program->short_lives == kMaxShortLives) {
+      options_.say(Trouble(*program, fmt::format("{} {} times in a row", StatusText(*status),
+                                                 program->short_lives)) +
+                   "; trying on in silence, the workers run on");
+    }
+    program->again =
+        now + std::min<milliseconds>(program->short_lives * kRestartStep, kRestartMost);
   }
   if (now < program->again) return {};
   return Launch(program);

@@ -22,7 +22,8 @@ namespace everstep::launcher {
 
 inline constexpr std::chrono::seconds kControllerStartLimit{20};
 inline constexpr std::chrono::seconds kControllerStopLimit{5};
-// A program that ended this often in a row, each time within kShortLife, is not started again.
+// An agent that ended this often in a row, each time within kShortLife, is not started again; a
+// controller is, since workers run on without it.
 inline constexpr int kMaxShortLives = 5;
 inline constexpr std::chrono::seconds kShortLife{3};
 // A program that is stopped (SIGSTOP) for this long is replaced.
@@ -110,6 +111,7 @@ class Brought {
   Program agent_;
   std::string controller_address_;
   bool address_taken_ = false;
+  std::string controller_meaning_;  // of its exit code, when it did not come up
   int lifeline_read_ = -1;
   int lifeline_write_ = -1;
 };
