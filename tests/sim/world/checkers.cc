@@ -316,7 +316,9 @@ void Checkers::OnDecisions(Timestamp now, const controller::Decisions& decisions
         env_.truth->Count(std::string("lost: ") + controller::ReasonName(line->reason));
         if (line->evidence.empty())
           Violate(now, "reason", fmt::format("'{}' has no evidence", line->message));
-        if (!env_.disturbed()) {
+        const bool impatient = line->reason == controller::Reason::kPrepareTimeout &&
+                               env_.options->controller.prepare_timeout < Seconds(15);
+        if (!env_.disturbed() && !impatient) {
           Violate(now, "reason",
                   fmt::format("'{}' ({}) and nothing had happened to it", line->message,
                               line->evidence));
