@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "controller/server/convert.h"
+#include "controller/server/memory.h"
 #include "controller/store/convert.h"
 #include "proto/base/log.h"
 
@@ -11,6 +12,8 @@ namespace everstep::controller {
 namespace {
 
 constexpr Duration kRound = Seconds(1);  // the loop comes round at least so often: /healthz looks at it
+constexpr std::size_t kManyCommands = 64;
+constexpr Duration kTrimAfter = Seconds(2);
 constexpr Duration kWakeupAge = Milliseconds(50);
 
 LogLevel LevelOf(Severity severity) {
@@ -90,6 +93,10 @@ StoreStatus Brain::Run() {
     if (!Commit()) return failure_;
     TellFollowers(clock_->Now());
     EndTails(clock_->Now());
+    if (trim_at_.ns != 0 && clock_->Now() >= trim_at_) {
+      trim_at_ = {};
+      GiveBackMemory();
+    }
   }
   End();
   return failure_;
@@ -222,6 +229,8 @@ void Brain::CarryOut(Decisions& decisions) {
     }
   }
   for (const NodeId& node : decisions.close_sessions) Fence(node);
+  // A switch of a large job fills many queues for a moment; the allocator would keep that memory.
+  if (decisions.commands.size() >= kManyCommands) trim_at_ = clock_->Now() + kTrimAfter;
   PlanNumbers numbers;
   for (const Command& command : decisions.commands) {
     if (const auto* registered = std::get_if<RegisteredCommand>(&command.body)) Bind(command, *registered);

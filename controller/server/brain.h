@@ -191,6 +191,7 @@ class Brain {
   std::atomic<std::int64_t> round_ns_{0};
   const Here here_;
 
+  Timestamp trim_at_;  // memory of a burst is given back then; ns == 0: none
   Timestamp wakeup_, wakeup_asked_;
   bool wakeup_stale_ = true;
   std::vector<Decisions> pending_;  // decided, not yet durable

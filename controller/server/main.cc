@@ -1,9 +1,7 @@
 // everstep-controller: opens the store, serves gRPC (and HTTP), runs the brain until told to end.
-#include <link.h>
 #include <malloc.h>
 #include <netdb.h>
 #include <signal.h>
-#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/statvfs.h>
@@ -31,6 +29,7 @@
 #include "controller/server/agent_service.h"
 #include "controller/server/brain.h"
 #include "controller/server/http.h"
+#include "controller/server/memory.h"
 #include "controller/server/options.h"
 #include "controller/store/rocks_store.h"
 #include "proto/base/log.h"
@@ -125,26 +124,6 @@ void RaiseDescriptorLimit() {
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
   limit.rlim_cur = limit.rlim_max;
   setrlimit(RLIMIT_NOFILE, &limit);
-}
-
-// Start-up runs through much of RocksDB, gRPC and OpenSSL that serving never touches. These pages are files'
-// and unchanged: given back, the few that are wanted again come from the page cache. Half of what an idle
-// controller would hold.
-void GiveBackStartupPages() {
-  dl_iterate_phdr(
-      [](dl_phdr_info* info, std::size_t, void*) {
-        const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
-        for (int i = 0; i < info->dlpi_phnum; ++i) {
-          const auto& segment = info->dlpi_phdr[i];
-          if (segment.p_type != PT_LOAD || (segment.p_flags & PF_W) != 0) continue;
-          const std::uintptr_t begin = (info->dlpi_addr + segment.p_vaddr + page - 1) & ~(page - 1);
-          const std::uintptr_t end = (info->dlpi_addr + segment.p_vaddr + segment.p_memsz) & ~(page - 1);
-          if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
-        }
-        return 0;
-      },
-      nullptr);
-  malloc_trim(0);
 }
 
 // The page of /metrics, made on the brain's thread.
@@ -257,7 +236,7 @@ int Serve(const ServerOptions& options, Brain* brain, const Clock& clock) {
                       {"state_dir", options.state_dir},
                       {"version", kVersion},
                       {"pid", getpid()}});
-  GiveBackStartupPages();
+  GiveBackMemory();  // most of what start-up touched is not wanted again
   const StoreStatus status = brain->Run();
   if (!status.ok()) {
     // Nothing of the failed batch may get out by any way: no orderly end.

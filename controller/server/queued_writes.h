@@ -111,7 +111,7 @@ class QueuedWrites : public Base,
     std::lock_guard<std::mutex> lock(mutex_);
     done_ = true;
     if (!end_) end_ = grpc::Status::CANCELLED;
-    last_words_.Cancel();
+    if (last_words_) last_words_->Cancel();
     self.swap(self_);
   }
 
@@ -149,7 +149,8 @@ class QueuedWrites : public Base,
     while (queue_.size() > (writing_ ? 1u : 0u)) PopBack();
     if (!writing_) FinishLocked();
     // The status waits behind a write that a peer which does not read may hold up for ever.
-    last_words_.Set(std::chrono::system_clock::now() + kLastWords,
+    last_words_.emplace();
+    last_words_->Set(std::chrono::system_clock::now() + kLastWords,
                     [self = this->shared_from_this()](bool in_time) {
                       std::lock_guard<std::mutex> lock(self->mutex_);
                       if (in_time && !self->done_) self->context_->TryCancel();
@@ -169,7 +170,7 @@ class QueuedWrites : public Base,
   bool finished_ = false;
   bool done_ = false;
   std::optional<grpc::Status> end_;
-  grpc::Alarm last_words_;
+  std::optional<grpc::Alarm> last_words_;
   std::shared_ptr<QueuedWrites> self_;  // until OnDone
 };
 

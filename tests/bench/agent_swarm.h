@@ -1,4 +1,5 @@
-// Thousands of agents in one process: each a connection and a stream of its own, none a thread.
+// Thousands of agents in one process: each a connection and a stream of its own, none a thread. They do as
+// they are told at once and have no workers.
 #pragma once
 
 #include <grpcpp/grpcpp.h>
@@ -6,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <deque>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -91,6 +93,7 @@ class AgentSwarm {
       std::lock_guard<std::mutex> lock(mutex_);
       if (writing_ || over_ || incarnation_ == 0) return;
       writing_ = true;
+      out_.Clear();
       out_.set_incarnation(incarnation_);
       out_.mutable_heartbeat()->set_sequence(++beats_);
       out_.mutable_heartbeat()->set_interval_ms(1000);
@@ -103,6 +106,7 @@ class AgentSwarm {
         over_ = true;
         return;
       }
+      Answer();
       if (in_.has_registered()) {
         {
           std::lock_guard<std::mutex> lock(mutex_);
@@ -115,6 +119,11 @@ class AgentSwarm {
     void OnWriteDone(bool) override {
       std::lock_guard<std::mutex> lock(mutex_);
       writing_ = false;
+      if (over_ || answers_.empty()) return;
+      writing_ = true;
+      out_ = std::move(answers_.front());
+      answers_.pop_front();
+      StartWrite(&out_);
     }
     void OnDone(const grpc::Status& status) override {
       if (status.error_code() != grpc::StatusCode::CANCELLED) swarm_->Count(&swarm_->lost_);
@@ -122,7 +131,43 @@ class AgentSwarm {
     }
 
    private:
+    // As a healthy node: prepared, activated, stopped at once.
+    void Answer() {
+      v1::AgentMessage answer;
+      if (in_.has_prepare()) {
+        answer.mutable_prepared()->set_job(in_.prepare().job());
+        answer.mutable_prepared()->set_generation(in_.prepare().generation());
+        answer.mutable_prepared()->set_store_port(in_.prepare().host_store() ? 29500 : 0);
+      } else if (in_.has_activate()) {
+        v1::Activated* activated = answer.mutable_activated();
+        activated->set_job(in_.activate().job());
+        activated->set_generation(in_.activate().generation());
+        for (const v1::WorkerPlan& plan : in_.activate().plan().workers()) {
+          v1::WorkerOnNode* worker = activated->add_workers();
+          worker->set_rank(plan.rank());
+          worker->set_local_rank(plan.local_rank());
+          worker->set_pid(1000 + plan.local_rank());
+          worker->set_running(true);
+        }
+      } else if (in_.has_stop_job()) {
+        answer.mutable_stopped()->set_job(in_.stop_job().job());
+        answer.mutable_stopped()->set_generation(in_.stop_job().generation());
+      } else {
+        return;
+      }
+      std::lock_guard<std::mutex> lock(mutex_);
+      answer.set_incarnation(incarnation_);
+      if (writing_ || over_) {
+        answers_.push_back(std::move(answer));
+        return;
+      }
+      writing_ = true;
+      out_ = std::move(answer);
+      StartWrite(&out_);
+    }
+
     AgentSwarm* const swarm_;
+    std::deque<v1::AgentMessage> answers_;  // while another write is on its way
     std::unique_ptr<v1::AgentService::Stub> stub_;
     grpc::ClientContext context_;
     v1::AgentMessage out_;
