@@ -295,6 +295,21 @@ def test_a_group_that_never_forms_is_told(keeper, job):
     assert "2 ranks" in text(stalled, 5)
 
 
+def test_a_script_that_has_left_its_group_is_not_called_stalled(keeper, job):
+    (job / "train.py").write_text(
+        "import os, time, torch, torch.distributed as d\nd.init_process_group('gloo')\nd.destroy_process_group()\n"
+        "print('left', flush=True)\n"
+        "until = time.time() + 3\nwhile time.time() < until: time.sleep(0.1)\n"
+    )
+    port = store(keeper, job, 1)
+    env = {**BASE, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    for rank in (0, 1):
+        keeper.spawn("job", rank, python=PYTHON, target="train.py", env={**env, "RANK": str(rank)}, cwd=str(job), preload=False,
+                     out=str(job / f"w{rank}"), watch_ms=500)
+    assert [keeper.wait_exit("job", rank) for rank in (0, 1)] == [0, 0], (job / "w0.err").read_text()
+    assert not [e for e in keeper.events if 10 in e]
+
+
 def test_a_dead_fork_server_comes_back(keeper, job):
     (job / "train.py").write_text("import torch\nprint('done')\n")
     state = keeper.fork_server("job", PYTHON, SCRIPT, "train.py", [], BASE, str(job))

@@ -281,11 +281,11 @@ std::uint64_t AvailableMemory() {
   return available;
 }
 
-int CountConnections(pid_t pid, std::uint16_t port) {
+std::optional<TcpConnections> CountConnections(pid_t pid, std::uint16_t port) {
   std::set<unsigned long> sockets;
   const std::string folder = fmt::format("/proc/{}/fd", pid);
   DIR* dir = ::opendir(folder.c_str());
-  if (dir == nullptr) return -1;
+  if (dir == nullptr) return std::nullopt;
   while (const dirent* entry = ::readdir(dir)) {
     char target[64];
     const ssize_t n = ::readlinkat(::dirfd(dir), entry->d_name, target, sizeof(target) - 1);
@@ -295,7 +295,7 @@ int CountConnections(pid_t pid, std::uint16_t port) {
     if (std::sscanf(target, "socket:[%lu]", &inode) == 1) sockets.insert(inode);
   }
   ::closedir(dir);
-  int count = 0;
+  TcpConnections count;
   for (const char* table : {"tcp", "tcp6"}) {
     std::FILE* file = std::fopen(fmt::format("/proc/{}/net/{}", pid, table).c_str(), "re");
     if (file == nullptr) continue;
@@ -307,7 +307,12 @@ int CountConnections(pid_t pid, std::uint16_t port) {
                       &local, &remote, &state, &inode) != 4) {
         continue;
       }
-      if (state == 1 && local != port && remote != port && sockets.count(inode) != 0) ++count;
+      if (state != 1 || sockets.count(inode) == 0) continue;
+      if (remote == port) {
+        ++count.to_port;
+      } else if (local != port) {
+        ++count.others;
+      }
     }
     std::fclose(file);
   }

@@ -54,8 +54,11 @@ std::int64_t MemoryKills();
 // Bytes that can still be had: the smaller of the machine's and the control group's.
 std::uint64_t AvailableMemory();
 
-// How many TCP connections of `pid` are established, those to or from `port` not counted. -1:
-// cannot be told. Reads /proc.
-int CountConnections(pid_t pid, std::uint16_t port);
+// The established TCP connections of a process. Reads /proc.
+struct TcpConnections {
+  int to_port = 0;  // its own to `port`, wherever that is
+  int others = 0;
+};
+std::optional<TcpConnections> CountConnections(pid_t pid, std::uint16_t port);
 
 }  // namespace everstep::keeper

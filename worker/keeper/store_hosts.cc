@@ -408,8 +408,10 @@ void StoreHosts::LookAtGroup(Host* host, std::int64_t now) {
       host->reached_ns = 0;
       return;
     }
-    const int connections = CountConnections(peer.pid, static_cast<std::uint16_t>(host->port));
-    if (connections < 0 || connections + 1 >= static_cast<int>(peer.world_size)) continue;
+    const auto seen = CountConnections(peer.pid, static_cast<std::uint16_t>(host->port));
+    if (!seen || seen->others + 1 >= static_cast<int>(peer.world_size)) continue;
+    // Who waits for its group holds on to the store; who has let go is done with both.
+    if (seen->to_port == 0) continue;
     const std::int64_t waited_ms = (now - host->reached_ns) / 1'000'000;
     if (waited_ms < static_cast<std::int64_t>(peer.start_timeout_ms))
       return;  // not formed, not late
@@ -424,7 +426,7 @@ void StoreHosts::LookAtGroup(Host* host, std::int64_t now) {
     stalled->set_evidence(fmt::format(
         "every one of {} ranks gave the store its address {} ms ago; rank {} "
         "(pid {}) has {} connections to its {} peers",
-        peer.world_size, waited_ms, peer.rank, peer.pid, connections, peer.world_size - 1));
+        peer.world_size, waited_ms, peer.rank, peer.pid, seen->others, peer.world_size - 1));
     LogWarning("group_not_formed", {{"job", host->spec.job()},
                                     {"generation", host->spec.generation()},
                                     {"rank", peer.rank},

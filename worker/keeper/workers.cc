@@ -74,6 +74,10 @@ void Workers::Spawn(const v1::KeeperSpawn& request, Done done) {
   worker->spec = request;
   worker->done = std::move(done);
   worker->world_size = static_cast<std::uint32_t>(Number(request, "WORLD_SIZE"));
+  const auto lazy = request.env().find("TORCH_GLOO_LAZY_INIT");
+  if (lazy != request.env().end() && lazy->second != "0" && !lazy->second.empty()) {
+    worker->spec.set_watch_start(false);  // its ranks connect when they first need each other
+  }
   worker->store_port = static_cast<std::uint16_t>(Number(request, "MASTER_PORT"));
   const auto error_file = request.env().find("TORCHELASTIC_ERROR_FILE");
   if (error_file != request.env().end()) worker->error_file = error_file->second;
