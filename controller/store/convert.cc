@@ -443,7 +443,8 @@ std::string EncodeRecord(const Record& record) {
 }
 
 StoreStatus DecodeRecord(const RecordKey& key, std::string_view value, Record* out) {
-  const std::string_view name = key.table == Deletion::Table::kJournal ? "journal" : key.key;
+  const std::string_view name =
+      key.table == Deletion::Table::kJournal ? std::string_view("journal") : key.key;
   if (value.size() < 5) {
     return {StoreCode::kCorrupt,
             fmt::format("record {} of the store is {} bytes long, at least 5 are needed: restore "
