@@ -9,6 +9,7 @@
 
 #include <functional>
 #include <map>
+#include <utility>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -74,6 +75,7 @@ class Truth {
   using CopyKey = std::tuple<JobId, Rank, Step, Generation, std::uint32_t>;
   std::map<Lineage, State> states_;
   std::map<std::uint32_t, Lineage> by_checksum_;
+  std::map<std::pair<Lineage, Rank>, std::uint32_t> checksums_;
   std::map<CopyKey, std::vector<Holder>> copies_;
   std::map<std::string, std::uint64_t> counts_;
   std::vector<std::string> violations_;
