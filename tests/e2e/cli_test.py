@@ -298,6 +298,17 @@ def test_logs_of_ranks(cluster: Shell) -> None:
     assert sorted(cluster.ok("logs", "talk", "-n", 1).splitlines()) == sorted(both), "they outlive the job"
 
 
+def test_a_job_that_is_over_at_once_is_heard(cluster: Shell) -> None:
+    """Whoever follows asks before, while or after its workers start; no line is lost or said twice."""
+    script = cluster.work / "quick.py"
+    script.write_text("import os\nprint('hello from', os.environ['RANK'])\n")
+    for i in range(8):
+        run = subprocess.run([str(EVERSTEP), "--cluster", "local", "run", "--name", f"q{i}", "--no-preload", "--nnodes", "2", "--nproc-per-node", "1", str(script)],
+                             check=False, capture_output=True, text=True, env=cluster.env, timeout=90, stdin=subprocess.DEVNULL)
+        assert run.returncode == 0, run.stderr
+        assert sorted(run.stdout.splitlines()) == ["hello from 0", "hello from 1"], f"run {i}: {run.stdout}{run.stderr}"
+
+
 def test_events_follow_across_a_restart_of_the_controller(cluster: Shell) -> None:
     with (cluster.work / "events.jsonl").open("w") as out:
         watch = subprocess.Popen([str(EVERSTEP), "events", "-w", "-o", "jsonl"], stdout=out, env=cluster.env)

@@ -32,6 +32,7 @@
 #include "worker/agent/keeper_convert.h"
 #include "worker/agent/keeper_door.h"
 #include "worker/agent/local_command.h"
+#include "worker/agent/log_index.h"
 #include "worker/agent/log_tail.h"
 #include "worker/agent/options.h"
 #include "worker/agent/serial_worker.h"
@@ -70,6 +71,7 @@ class Engine final : private checkpoint::Listener {
   static constexpr std::size_t kMaxInbound = 1024;  // controller's messages not yet looked at
   static constexpr std::size_t kKeepAttempts = 20;  // log directories of one job on this node
   static constexpr std::size_t kKeepJobs = 100;     // ... and of jobs that are over
+  static constexpr std::size_t kMaxNewestLogs = 256;
 
  private:
   // --- engine.cc: the loop, the session, the node's end ---
@@ -171,6 +173,9 @@ class Engine final : private checkpoint::Listener {
   std::atomic<std::uint64_t> incarnation_{0};  // of the registration that stands, for the tailer
   std::atomic<std::size_t> inbound_{0};
   std::map<std::uint64_t, TailLogs> follows_;
+  // The files of each job's newest generation that this agent started, known before its workers are
+  // and after it is forgotten. At most kMaxNewestLogs.
+  std::map<JobId, LogIndex> newest_logs_;
 
   // the keeper
   std::uint64_t link_ = 0;  // that is attached; 0: none

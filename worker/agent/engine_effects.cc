@@ -11,7 +11,6 @@
 #include "proto/base/version.h"
 #include "worker/agent/convert.h"
 #include "worker/agent/engine.h"
-#include "worker/agent/log_index.h"
 #include "worker/agent/node_dir.h"
 #include "worker/agent/part.h"
 
@@ -184,6 +183,11 @@ void Engine::On(const StartWorkers& e) {
     index.workers.emplace_back(s.request.local_rank(), s.request.rank());
   std::vector<JobId> here;
   for (const auto& [job, view] : core_.jobs()) here.push_back(job);
+  if (newest_logs_.size() >= kMaxNewestLogs) {
+    std::erase_if(newest_logs_,
+                  [this](const auto& entry) { return !core_.jobs().contains(entry.first); });
+  }
+  newest_logs_[a.job] = index;
   auto shared = std::make_shared<std::vector<WorkerSpawn>>(std::move(spawns));
   const bool posted = files_.Post([this, root, shared, index, here, part = PartOf(a)] {
     std::string why;
@@ -329,6 +333,17 @@ std::vector<TailFile> Engine::TailFiles(const TailLogs& request, Generation gene
     files.push_back({request.job, g, rank, false, paths.stdout_log});
     files.push_back({request.job, g, rank, true, paths.stderr_log});
   };
+  // A request may come while the workers are being started, or just after a short job's end.
+  const auto newest = newest_logs_.find(request.job);
+  if (newest != newest_logs_.end() &&
+      (generation == 0 || generation == newest->second.generation)) {
+    for (const auto& [local_rank, rank] : newest->second.workers) {
+      if (request.rank < 0 || request.rank == rank) {
+        add(newest->second.root, newest->second.generation, local_rank, rank);
+      }
+    }
+    return files;
+  }
   const auto view = core_.jobs().find(request.job);
   if (view != core_.jobs().end() && !workers.empty()) {
     const std::string root = LogRoot(request.job, view->second.command);
