@@ -33,8 +33,8 @@ using controller::Event;
 constexpr int kBeatsASecond = 10'000;
 constexpr const char* kBudgets[][3] = {{"heartbeats_per_second", "10000", "at least"},
                                        {"decision_p99", "0.001", "at most"},
-                                       {"resident_memory", "60", "at most, at 1,000 nodes"},
-                                       {"resident_memory_with_job", "60", "at most, at 1,000 nodes"}};
+                                       {"resident_memory", "60", "at most"},
+                                       {"resident_memory_with_job", "60", "at most"}};
 
 struct Samples {
   // case, metric, unit
@@ -68,7 +68,7 @@ bool Streams(int agents, int seconds, Samples* samples) {
   const std::string name = fmt::format("{}_agents", agents);
   test::TempDir dir;
   test::ControllerProcess process(dir.path() + "/state");
-  if (!process.Start({"--lease-ms", "15000", "--heartbeat-ms", "1000", "--log-file", dir.path() + "/log"})) {
+  if (!process.Start({"--lease-ms", "300000", "--heartbeat-ms", "1000", "--log-file", dir.path() + "/log"})) {
     fmt::print(stderr, "controller_bench: {}\n", process.output());
     return false;
   }
@@ -82,11 +82,11 @@ bool Streams(int agents, int seconds, Samples* samples) {
   const double cpu = CpuSeconds(process.pid()) - before;
   samples->Add(name, "heartbeats_per_second", "1/s of one core", static_cast<double>(sent) / std::max(cpu, 0.01));
   samples->Add(name, "resident_memory", "MiB", ResidentMiB(process.pid()));
-  // One job over all of them: from its submission until every node said that its workers run.
+  // One job over 1,000 of them: from its submission until every node said that its workers run.
   const auto began = std::chrono::steady_clock::now();
-  const auto nodes = static_cast<std::uint32_t>(agents);
+  const auto nodes = static_cast<std::uint32_t>(std::min(agents, 1000));
   if (!process.Submit("job", nodes, nodes, 1, 8 << 10).ok() || !process.JobIs("job", "RUNNING")) {
-    fmt::print(stderr, "controller_bench: a job over {} nodes did not start\n", agents);
+    fmt::print(stderr, "controller_bench: a job over {} nodes did not start\n", nodes);
     return false;
   }
   samples->Add(name, "job_start", "s",
@@ -181,7 +181,8 @@ void Print(const Samples& samples) {
     const auto& [name, metric, unit] = key;
     std::string limit = "-";
     for (const auto& budget : kBudgets) {
-      if (metric == budget[0]) limit = fmt::format("{} {}", budget[2], budget[1]);
+      const bool here = metric.rfind("resident", 0) != 0 || name == "1000_agents";
+      if (metric == budget[0] && here) limit = fmt::format("{} {}", budget[2], budget[1]);
     }
     const auto number = [](double v) { return v >= 1000 ? fmt::format("{:.0f}", v) : fmt::format("{:.3g}", v); };
     fmt::print("{:<14}{:<24}{:>12}{:>12}{:>12}  {:<17}{:>4}  {}\n", name, metric, number(Median(values)),
