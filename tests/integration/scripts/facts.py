@@ -60,11 +60,16 @@ def threads_of(process):
     return len(os.listdir(f"/proc/{process}/task"))
 
 
-def working_threads():
+def working_threads(at_first):
     """After products that are worth several threads. Last: OpenMP's do not survive a fork."""
+    import time
+
     import numpy
     import torch
 
+    limit = time.monotonic() + 20
+    while threads_of(os.getpid()) > at_first and time.monotonic() < limit:
+        time.sleep(0.05)  # the pool's and the loader's threads wind down
     numpy.ones((200, 200)) @ numpy.ones((200, 200))
     blas = threads_of(os.getpid())
     torch.ones(300, 300) @ torch.ones(300, 300)
@@ -127,7 +132,7 @@ def collect():
         "pickle_main": pickle.loads(pickle.dumps(Thing(4))).x,
         "spawned": spawned,
         "loader": dataset_batches(),
-        "working_threads": working_threads(),
+        "working_threads": working_threads(early_threads),
         "torch_threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
         "torch_parallel": torch.__config__.parallel_info(),
         "excepthook": sys.excepthook is sys.__excepthook__,

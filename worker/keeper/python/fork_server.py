@@ -111,6 +111,24 @@ def load_part(folder, name):
     return module
 
 
+class Importing:
+    """The environment while modules are imported: BLAS starts no threads, and whether there is a GPU is asked of NVML,
+    since CUDA itself would not survive a fork."""
+
+    SET = (("OPENBLAS_NUM_THREADS", "1"), ("PYTORCH_NVML_BASED_CUDA_CHECK", "1"))
+
+    def __enter__(self):
+        self.before = {key: os.environ.get(key) for key, _ in self.SET}
+        os.environ.update(self.SET)
+
+    def __exit__(self, *_):
+        for key, value in self.before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
 def load(names, control, serve, between=lambda name: None):
     import importlib
 
@@ -413,18 +431,15 @@ def run_server(folder, config, control, status, keeper, imports):
         child = os.fork()
         if child == 0:
             forsake()
-            load(names, None, None)
+            with Importing():
+                load(names, None, None)
             torch = sys.modules.get("torch")
             os._exit(thread_count() != 1 or (torch is not None and torch.cuda.is_initialized()))
         if os.waitpid(child, 0)[1] != 0:
             print(f"fork server: not learnt, they start threads or CUDA: {' '.join(names)}", file=sys.stderr)
             return
-        blas_threads = os.environ.get("OPENBLAS_NUM_THREADS")
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"
-        load(names, control, serve)
-        os.environ.pop("OPENBLAS_NUM_THREADS")
-        if blas_threads is not None:
-            os.environ["OPENBLAS_NUM_THREADS"] = blas_threads
+        with Importing():
+            load(names, control, serve)
         blas[:] = blas_libraries()
         seeds.discard()
         say(status, f"learnt {' '.join(names)}")
@@ -462,14 +477,9 @@ def run_server(folder, config, control, status, keeper, imports):
         if not imports.scan(path, local, hints, set()):
             raise imports.Refused("the script imports nothing that is installed: a fresh process starts as fast")
         names = [*PRELOAD, *(hints if config.stage == "2" else [])]
-    threads = os.environ.get("OPENBLAS_NUM_THREADS")
     variables = dict(os.environ)
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    load(names, control, serve, between)
-    if threads is None:
-        del os.environ["OPENBLAS_NUM_THREADS"]
-    else:
-        os.environ["OPENBLAS_NUM_THREADS"] = threads
+    with Importing():
+        load(names, control, serve, between)
     set_by_imports.update({k: v for k, v in os.environ.items() if variables.get(k) != v})
     shadowed = {m.split(".")[0] for m in set(sys.modules) - before} & set(local)
     if shadowed:
