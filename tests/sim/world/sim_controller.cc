@@ -45,7 +45,7 @@ void SimController::Start() {
   env_.truth->Note(env_.timeline->now(), "controller starts");
   env_.checkers->OnRecovered(env_.timeline->now(), core_->state());
   busy_ = true;
-  Commit(std::move(decisions));
+  Commit(decisions);
 }
 
 void SimController::Crash() {
@@ -166,7 +166,7 @@ void SimController::Pump() {
 }
 
 // What the shell makes of an item; none: nothing for the core.
-std::optional<controller::Event> SimController::Resolve(Item item) {
+std::optional<controller::Event> SimController::Resolve(const Item& item) {
   if (item.stream == 0) return *item.event;
   const auto it = sessions_.find(item.stream);
   if (it == sessions_.end()) return std::nullopt;
@@ -189,7 +189,7 @@ std::optional<controller::Event> SimController::Resolve(Item item) {
 void SimController::Work() {
   Item item = std::move(inbox_.front());
   inbox_.pop_front();
-  const std::optional<controller::Event> event = Resolve(std::move(item));
+  const std::optional<controller::Event> event = Resolve(item);
   if (!event) return Pump();
   const Timestamp now = env_.timeline->now();
   auto decisions = std::make_shared<controller::Decisions>();
@@ -210,11 +210,11 @@ void SimController::Work() {
   }
   if (const NodeId* node = NodeOf(*event); node != nullptr) digest.Add(*node);
   busy_ = true;
-  Commit(std::move(decisions));
+  Commit(decisions);
 }
 
 // The order contract. With the seeded bug the commands do not wait for the sync.
-void SimController::Commit(std::shared_ptr<controller::Decisions> decisions) {
+void SimController::Commit(const std::shared_ptr<controller::Decisions>& decisions) {
   env_.checkers->OnDecisions(env_.timeline->now(), *decisions);
   if (decisions->records.empty() && decisions->deletions.empty()) {
     Act(*decisions);
@@ -239,7 +239,7 @@ void SimController::Commit(std::shared_ptr<controller::Decisions> decisions) {
   After(SyncTime(), "sync", [this, decisions] { WriteThenAct(decisions); });
 }
 
-void SimController::WriteThenAct(std::shared_ptr<controller::Decisions> decisions) {
+void SimController::WriteThenAct(const std::shared_ptr<controller::Decisions>& decisions) {
   const Duration paused = paused_until_ - env_.timeline->now();
   if (paused > Duration{}) {
     After(paused, "sync", [this, decisions] { WriteThenAct(decisions); });

@@ -84,9 +84,9 @@ class SimController {
   void Push(Item item);
   void Pump();
   void Work();
-  std::optional<controller::Event> Resolve(Item item);
-  void Commit(std::shared_ptr<controller::Decisions> decisions);
-  void WriteThenAct(std::shared_ptr<controller::Decisions> decisions);
+  std::optional<controller::Event> Resolve(const Item& item);
+  void Commit(const std::shared_ptr<controller::Decisions>& decisions);
+  void WriteThenAct(const std::shared_ptr<controller::Decisions>& decisions);
   void Act(const controller::Decisions& decisions);
   void Close(StreamId stream, const std::string& why);
   void TellAgent(const NodeId& node, StreamId stream, const std::string& why);

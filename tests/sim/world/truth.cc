@@ -38,7 +38,8 @@ std::uint32_t Truth::Checksum(Lineage lineage, Rank rank) {
   Digest digest;
   digest.Add(lineage);
   digest.Add(static_cast<std::uint64_t>(rank) + 1);
-  // Thousands of states and 32 bits: two would share one now and then. The checkers want each to have its own.
+  // Thousands of states and 32 bits: two would share one now and then. The checkers want each to
+  // have its own.
   auto crc = static_cast<std::uint32_t>(digest.value() >> 32);
   while (by_checksum_.contains(crc)) ++crc;
   by_checksum_.emplace(crc, lineage);

@@ -9,10 +9,10 @@
 
 #include <functional>
 #include <map>
-#include <utility>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "controller/core/types.h"
