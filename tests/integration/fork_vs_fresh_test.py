@@ -78,6 +78,9 @@ def compare(keeper, job, kind, target, args, name, env=None, umask=0o27):
         seen.append((result, json.loads((job / "facts.json").read_text())))
         (job / "facts.json").unlink()
     (forked_end, forked), (fresh_end, fresh) = seen
+    # Counts of live threads: one that is just winding down (a data loader's) may still be seen, or not.
+    threads, fresh_threads = forked["facts"].pop("working_threads"), fresh["facts"].pop("working_threads")
+    assert all(abs(a - b) <= 1 for a, b in zip(threads, fresh_threads, strict=True)), (threads, fresh_threads)
     differing = {k: (v, fresh["facts"][k]) for k, v in forked["facts"].items() if v != fresh["facts"][k]}
     assert differing == {}
     assert forked_end == fresh_end
