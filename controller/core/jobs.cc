@@ -442,7 +442,8 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
       if (EndOfGeneration(&job, true)) Prepare(&job, Reason::kNodeReturned, why, true);
     } else if (holds.generation != 0) {
       // Not in this generation: what it still runs is over; what it holds may serve a restore.
-      Send(e.node, StopJobCommand{id, holds.generation, IsTerminal(s), true, Reason::kStale});
+      const bool forget = IsTerminal(s) && s != JobState::kFailed;  // a failed one may go on
+      Send(e.node, StopJobCommand{id, holds.generation, forget, true, Reason::kStale});
     }
     if (job.record.generation == generation && IsMember(job, e.node)) {
       // A broken stream may have swallowed copies, and the word of what is committed.

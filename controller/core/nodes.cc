@@ -100,7 +100,9 @@ void Controller::Impl::On(const NodeRegistered& e) {
                            .lease = node.lease,
                            .known_jobs = {}};
   for (const auto& [id, job] : state_.jobs) {
-    if (!IsTerminal(job.record.state)) answer.known_jobs.push_back(id);
+    // What a failed job left in memory stays: it may be handed in again to go on.
+    const JobState s = job.record.state;
+    if (!IsTerminal(s) || s == JobState::kFailed) answer.known_jobs.push_back(id);
   }
   Send(e.node, std::move(answer));
   Reattach(&node, e);

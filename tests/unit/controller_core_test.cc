@@ -722,5 +722,31 @@ TEST_F(ControllerCopies, ARunStartsFromNothingOfACancelledRunUnderItsName) {
   EXPECT_EQ(Job().plan.restore_step, kNoStep);
 }
 
+// Found by the simulator: a node that came back after a job had failed was told to forget its
+// slots, and the job handed in again began from nothing.
+TEST_F(ControllerCopies, WhatAFailedJobLeftSurvivesARegistration) {
+  Join("n1");
+  Submit(1, 1);
+  RunAll();
+  JobOnNode memory{.job = "j", .generation = G(), .shards = {Shard(0, 5, false)}};
+  memory.shards[0].world_size = 1;
+  Exit("n1", 0, 1, G());
+  Do(Stopped{"n1", Inc("n1"), "j", G()});
+  ASSERT_EQ(Job().record.state, JobState::kFailed);
+  Do(SessionClosed{"n1", Inc("n1"), "reset"});
+  const Decisions out = Join("n1", 0, {memory});
+  for (const Command& c : out.commands) {
+    if (const auto* r = std::get_if<RegisteredCommand>(&c.body)) {
+      EXPECT_EQ(r->known_jobs, std::vector<JobId>{"j"});
+    }
+    if (const auto* stop = std::get_if<StopJobCommand>(&c.body)) {
+      EXPECT_FALSE(stop->forget);
+    }
+  }
+  Submit(1, 1);
+  Prepare("n1", G(), memory.shards);
+  EXPECT_EQ(Job().plan.restore_step, 5);
+}
+
 }  // namespace
 }  // namespace everstep::controller
