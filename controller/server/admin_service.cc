@@ -240,7 +240,11 @@ grpc::ServerUnaryReactor* AdminService::DrainNode(Context* context, const v1::Dr
   return OnBrain(context, [this, request, reply](Unary* reactor) {
     ChangeNode(reactor, request->node(),
                [q = *request](RequestId id) {
-                 return controller::DrainNode{id, q.node(), q.reason(), q.allow_pause()};
+                 const std::string reason =
+                     q.deadline_ms() == 0
+                         ? q.reason()
+                         : fmt::format("{} (goes away in {:.0f} s)", q.reason(), q.deadline_ms() / 1000.0);
+                 return controller::DrainNode{id, q.node(), reason, q.allow_pause()};
                },
                reply);
   });

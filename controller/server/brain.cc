@@ -200,7 +200,8 @@ bool Brain::Commit() {
     }
     if (!records.empty() || !deletions.empty()) {
       const std::int64_t began = MonotonicNanos();
-      failure_ = store_->Write(records, deletions);
+      if (config_.room) failure_ = config_.room();
+      if (failure_.ok()) failure_ = store_->Write(records, deletions);
       if (!failure_.ok()) {
         LogError("store_failed", {{"code", StoreCodeName(failure_.code)}, {"message", failure_.message}});
         return false;

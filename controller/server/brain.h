@@ -53,6 +53,9 @@ class Brain {
     Options core;
     std::size_t mailbox = 65536;     // events and requests that wait
     std::size_t max_watchers = 512;  // followers of events, jobs and logs
+    // Asked before each batch; not ok is as a write that failed. RocksDB may end the process at a full disk
+    // before it can say so. Null: not asked.
+    std::function<StoreStatus()> room;
   };
 
   // `clock` outlives the brain.

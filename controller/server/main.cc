@@ -39,6 +39,7 @@ namespace everstep::controller {
 namespace {
 
 constexpr std::uint64_t kLeastRoomBytes = 8u << 20;
+constexpr std::uint64_t kReserveBytes = 4u << 20;  // below it the store is not written any more
 constexpr int kMaxReceiveBytes = 16 << 20;
 constexpr int kMaxSendBytes = 64 << 20;
 constexpr std::chrono::seconds kScrapeWithin{2};
@@ -77,6 +78,17 @@ std::string CheckStateDir(const std::string& dir) {
   const std::string wrong = WriteAtomically(dir + "/probe", std::string(64 << 10, '\0'));
   std::filesystem::remove(dir + "/probe", error);
   return wrong;
+}
+
+StoreStatus CheckRoom(const std::string& dir) {
+  struct statvfs disk {};
+  if (statvfs(dir.c_str(), &disk) != 0) return {};  // the write itself will tell
+  const std::uint64_t room = static_cast<std::uint64_t>(disk.f_bavail) * disk.f_frsize;
+  if (room >= kReserveBytes) return {};
+  return {StoreCode::kNoSpace,
+          fmt::format("no space left for the store in {}: {} bytes are free on its disk, at least {} are needed; free "
+                      "some or move the state directory, then start the controller again",
+                      dir, room, kReserveBytes)};
 }
 
 int ExitOf(StoreCode code) {
@@ -291,6 +303,7 @@ int Start(const ServerOptions& options) {
   config.core.lease = Milliseconds(options.lease_ms);
   config.core.heartbeat_interval = Milliseconds(options.heartbeat_ms);
   config.core.max_nodes = options.max_nodes;
+  config.room = [dir = options.state_dir] { return CheckRoom(dir); };
   Brain brain(config, std::move(store), &clock);
   status = brain.Recover(options.snapshot.empty() ? nullptr : &snapshot, options.known_dead);
   if (!status.ok()) {

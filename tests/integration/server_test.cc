@@ -3,6 +3,7 @@
 //   test ── admin calls ──> everstep-controller <── Session ── FakeAgent n1, n2, ...
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <set>
 
 #include "tests/integration/controller_process.h"
@@ -220,10 +221,15 @@ TEST_F(ServerTest, NodesAreDrainedAndTakenBack) {
   v1::DrainNodeRequest drain;
   drain.set_node(member);
   drain.set_reason("memory errors");
+  drain.set_deadline_ms(90'000);
   v1::NodeStatus node;
   ASSERT_TRUE(controller_.Call([&](auto* c) { return controller_.admin().DrainNode(c, drain, &node); }).ok());
   EXPECT_TRUE(Eventually([&] { return controller_.NodeState(member) == "DRAINED"; }));
   EXPECT_NE(controller_.Job("train").members(0), member);
+  const auto events = controller_.Events();
+  EXPECT_TRUE(std::any_of(events.begin(), events.end(), [](const v1::Event& e) {
+    return e.type() == "node_draining" && e.evidence().find("memory errors (goes away in 90 s)") != std::string::npos;
+  }));
   // The other one is needed now.
   drain.set_node(controller_.Job("train").members(0));
   const grpc::Status refused =
