@@ -9,6 +9,7 @@
 
 #include "proto/base/check.h"
 #include "worker/agent/log_layout.h"
+#include "worker/agent/node_dir.h"
 
 namespace everstep::agent {
 namespace {
@@ -26,17 +27,12 @@ std::string IndexPath(const std::string& node_dir, const JobId& job) {
 
 void WriteLogIndex(const std::string& node_dir, const JobId& job, const LogIndex& index) {
   const std::string path = IndexPath(node_dir, job);
-  const std::string temporary = path + ".new";
   std::error_code ec;
   fs::create_directories(fs::path(path).parent_path(), ec);
-  {
-    std::ofstream file(temporary, std::ios::trunc);
-    file << index.root << '\n' << index.generation << '\n';
-    for (const auto& [local_rank, rank] : index.workers) file << local_rank << ' ' << rank << '\n';
-    file.flush();
-    if (!file) return;
-  }
-  fs::rename(temporary, path, ec);
+  std::string text = fmt::format("{}\n{}\n", index.root, index.generation);
+  for (const auto& [local_rank, rank] : index.workers) text += fmt::format("{} {}\n", local_rank, rank);
+  std::string unused;  // without it only the logs of an ended job are not found
+  WriteWhole(path, text, &unused);
 }
 
 LogIndex ReadLogIndex(const std::string& node_dir, const JobId& job) {

@@ -3,6 +3,7 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
 #include <fmt/format.h>
+#include <fmt/ranges.h>
 #include <netdb.h>
 #include <sys/file.h>
 #include <sys/socket.h>
@@ -91,38 +92,29 @@ std::vector<std::string> ReadControllers(const std::string& node_dir) {
   return ParseAddresses(ReadFile(node_dir + "/controller", kMaxAddressFile), &bad);
 }
 
-bool WriteControllers(const std::string& node_dir, const std::vector<std::string>& addresses,
-                      std::string* error) {
-  const std::string path = node_dir + "/controller";
-  const std::string temporary = fmt::format("{}.{}", path, getpid());
+bool WriteWhole(const std::string& path, const std::string& text, std::string* error) {
+  const std::string temporary = fmt::format("{}.{}.new", path, getpid());
   {
     std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
-    for (const std::string& address : addresses) file << address << '\n';
+    file << text;
     file.flush();
     if (!file) {
-      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir",
-                           temporary, std::generic_category().message(errno));
+      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir", temporary,
+                           strerror(errno));
+      unlink(temporary.c_str());
       return false;
     }
   }
   std::error_code ec;
   std::filesystem::rename(temporary, path, ec);
-  if (ec)
-    *error = fmt::format("cannot write {}: {}; choose another --state-dir", path, ec.message());
+  if (ec) *error = fmt::format("cannot write {}: {}; choose another --state-dir", path, ec.message());
   return !ec;
 }
 
-namespace {
-
-// A number for people and successors; what cannot be written is found out by them.
-void WriteNumber(const std::string& path, std::int64_t number) {
-  const std::string temporary = path + ".new";
-  std::ofstream(temporary, std::ios::trunc) << number << '\n';
-  std::error_code ec;
-  std::filesystem::rename(temporary, path, ec);
+bool WriteControllers(const std::string& node_dir, const std::vector<std::string>& addresses,
+                      std::string* error) {
+  return WriteWhole(node_dir + "/controller", fmt::format("{}\n", fmt::join(addresses, "\n")), error);
 }
-
-}  // namespace
 
 void WriteKeeperPid(const std::string& node_dir, std::int32_t pid) {
   const std::string path = node_dir + "/keeper.pid";
@@ -130,7 +122,8 @@ void WriteKeeperPid(const std::string& node_dir, std::int32_t pid) {
     unlink(path.c_str());
     return;
   }
-  WriteNumber(path, pid);
+  std::string unused;  // for people and drills: what cannot be written is found out by them
+  WriteWhole(path, fmt::format("{}\n", pid), &unused);
 }
 
 std::uint16_t ReadDataPort(const std::string& node_dir) {
@@ -141,7 +134,8 @@ std::uint16_t ReadDataPort(const std::string& node_dir) {
 }
 
 void WriteDataPort(const std::string& node_dir, std::uint16_t port) {
-  WriteNumber(node_dir + "/data.port", port);
+  std::string unused;  // a successor takes any port then
+  WriteWhole(node_dir + "/data.port", fmt::format("{}\n", port), &unused);
 }
 
 std::string BootId() {
