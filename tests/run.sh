@@ -64,8 +64,10 @@ lint() {
   cmake --build --preset lint --target everstep_keeper_proto everstep_proto > /dev/null
   git ls-files '*.cc' '*.h' | xargs clang-format-14 --dry-run --Werror
   git ls-files '*.cc' | grep -v '^tests/fuzz/' | xargs -P 2 -n 4 $tidy -p build/lint --quiet
-  if [ -x .venv/bin/ruff ]; then .venv/bin/ruff check worker/python deploy tests; fi
-  if [ -x .venv/bin/mypy ]; then .venv/bin/mypy worker/python/everstep; fi
+  [ -x .venv/bin/ruff ] && [ -x .venv/bin/mypy ] || $python -m pip install -q --disable-pip-version-check ruff mypy
+  .venv/bin/ruff check --quiet worker/python deploy tests
+  .venv/bin/mypy worker/python/everstep
+  echo "lint: clean"
 }
 
 case $part in

@@ -22,11 +22,14 @@ namespace {
 constexpr std::size_t kMaxCommandBytes = 4u << 20;
 constexpr std::uint32_t kMaxWorkersPerNode = 1024;
 
-grpc::Status Ending() { return {grpc::StatusCode::UNAVAILABLE, "the controller ends"}; }
+grpc::Status Ending() {
+  return {grpc::StatusCode::UNAVAILABLE, "the controller ends"};
+}
 
 grpc::Status TooManyWatchers(std::size_t count) {
   return {grpc::StatusCode::RESOURCE_EXHAUSTED,
-          fmt::format("{} streams are open, the limit of this controller\nhint: end others first", count)};
+          fmt::format("{} streams are open, the limit of this controller\nhint: end others first",
+                      count)};
 }
 
 grpc::Status StatusOf(const Reply* answer) {
@@ -66,8 +69,9 @@ bool IsJobName(const std::string& name) {
 // Empty: fine.
 std::string CheckSpec(const v1::JobSpec& spec) {
   if (!spec.job().empty() && !IsJobName(spec.job())) {
-    return fmt::format("the job name '{}' is not [A-Za-z0-9_.-]{{1,128}}\nhint: choose another --name",
-                       spec.job().substr(0, 200));
+    return fmt::format(
+        "the job name '{}' is not [A-Za-z0-9_.-]{{1,128}}\nhint: choose another --name",
+        spec.job().substr(0, 200));
   }
   if (spec.command().target().empty()) return "the job has no script to run\nhint: name one";
   if (spec.nproc_per_node() > kMaxWorkersPerNode) {
@@ -76,9 +80,10 @@ std::string CheckSpec(const v1::JobSpec& spec) {
   }
   const std::size_t bytes = spec.command().ByteSizeLong();
   if (bytes > kMaxCommandBytes) {
-    return fmt::format("the command with its environment has {} bytes, the limit is {}\nhint: start from "
-                       "a smaller environment",
-                       bytes, kMaxCommandBytes);
+    return fmt::format(
+        "the command with its environment has {} bytes, the limit is {}\nhint: start from "
+        "a smaller environment",
+        bytes, kMaxCommandBytes);
   }
   return {};
 }
@@ -99,7 +104,8 @@ class Writer final : public QueuedWrites<grpc::ServerWriteReactor<Message>, Mess
   void OnCancel() override { this->End(grpc::Status::CANCELLED); }
   void OnDone() override {
     // On its thread also the order is right: the task that set watch_ ran before.
-    brain_->Post([brain = brain_, self = this->shared_from_this(), this] { brain->Unwatch(watch_); });
+    brain_->Post(
+        [brain = brain_, self = this->shared_from_this(), this] { brain->Unwatch(watch_); });
     this->Done();  // may delete this
   }
 
@@ -119,16 +125,19 @@ std::shared_ptr<Writer<Message>> MakeWriter(grpc::CallbackServerContext* context
 
 }  // namespace
 
-grpc::ServerUnaryReactor* AdminService::OnBrain(Context* context, std::function<void(Unary*)> task) {
+grpc::ServerUnaryReactor* AdminService::OnBrain(Context* context,
+                                                std::function<void(Unary*)> task) {
   Unary* reactor = context->DefaultReactor();
   ++brain_->counters().requests;
-  if (!brain_->Post([reactor, task = std::move(task)] { task(reactor); })) reactor->Finish(Refusal());
+  if (!brain_->Post([reactor, task = std::move(task)] { task(reactor); }))
+    reactor->Finish(Refusal());
   return reactor;
 }
 
 grpc::Status AdminService::Refusal() const {
   if (brain_->stopping()) return Ending();
-  return {grpc::StatusCode::RESOURCE_EXHAUSTED, "the controller is behind with its work\nhint: try again"};
+  return {grpc::StatusCode::RESOURCE_EXHAUSTED,
+          "the controller is behind with its work\nhint: try again"};
 }
 
 grpc::ServerUnaryReactor* AdminService::GetStatus(Context* context, const v1::GetStatusRequest*,
@@ -152,7 +161,8 @@ grpc::ServerUnaryReactor* AdminService::GetStatus(Context* context, const v1::Ge
   });
 }
 
-grpc::ServerUnaryReactor* AdminService::SubmitJob(Context* context, const v1::SubmitJobRequest* request,
+grpc::ServerUnaryReactor* AdminService::SubmitJob(Context* context,
+                                                  const v1::SubmitJobRequest* request,
                                                   v1::SubmitJobReply* reply) {
   const std::string wrong = CheckSpec(request->spec());
   if (!wrong.empty()) {
@@ -169,7 +179,9 @@ grpc::ServerUnaryReactor* AdminService::SubmitJob(Context* context, const v1::Su
     if (spec.max_start_failures == 0) spec.max_start_failures = JobSpec{}.max_start_failures;
     reply->set_job(spec.job);
     brain_->Request(
-        [spec](RequestId id) { return controller::SubmitJob{id, spec, RandomHex(16)}; },
+        [spec](RequestId id) {
+          return controller::SubmitJob{id, spec, RandomHex(16)};
+        },
         [reactor](const Reply* answer) { reactor->Finish(StatusOf(answer)); });
   });
 }
@@ -198,7 +210,8 @@ grpc::ServerUnaryReactor* AdminService::GetJob(Context* context, const v1::GetJo
   });
 }
 
-grpc::ServerUnaryReactor* AdminService::CancelJob(Context* context, const v1::CancelJobRequest* request,
+grpc::ServerUnaryReactor* AdminService::CancelJob(Context* context,
+                                                  const v1::CancelJobRequest* request,
                                                   v1::CancelJobReply*) {
   return OnBrain(context, [this, request](Unary* reactor) {
     std::string error;
@@ -209,7 +222,9 @@ grpc::ServerUnaryReactor* AdminService::CancelJob(Context* context, const v1::Ca
     }
     const JobId id = job->record.spec.job;
     brain_->Request(
-        [id, reason = request->reason()](RequestId r) { return controller::CancelJob{r, id, reason}; },
+        [id, reason = request->reason()](RequestId r) {
+          return controller::CancelJob{r, id, reason};
+        },
         [reactor](const Reply* answer) { reactor->Finish(StatusOf(answer)); });
   });
 }
@@ -235,18 +250,20 @@ void AdminService::ChangeNode(Unary* reactor, const std::string& node,
   });
 }
 
-grpc::ServerUnaryReactor* AdminService::DrainNode(Context* context, const v1::DrainNodeRequest* request,
+grpc::ServerUnaryReactor* AdminService::DrainNode(Context* context,
+                                                  const v1::DrainNodeRequest* request,
                                                   v1::NodeStatus* reply) {
   return OnBrain(context, [this, request, reply](Unary* reactor) {
-    ChangeNode(reactor, request->node(),
-               [q = *request](RequestId id) {
-                 const std::string reason =
-                     q.deadline_ms() == 0
-                         ? q.reason()
-                         : fmt::format("{} (goes away in {:.0f} s)", q.reason(), q.deadline_ms() / 1000.0);
-                 return controller::DrainNode{id, q.node(), reason, q.allow_pause()};
-               },
-               reply);
+    ChangeNode(
+        reactor, request->node(),
+        [q = *request](RequestId id) {
+          const std::string reason =
+              q.deadline_ms() == 0
+                  ? q.reason()
+                  : fmt::format("{} (goes away in {:.0f} s)", q.reason(), q.deadline_ms() / 1000.0);
+          return controller::DrainNode{id, q.node(), reason, q.allow_pause()};
+        },
+        reply);
   });
 }
 
@@ -254,9 +271,12 @@ grpc::ServerUnaryReactor* AdminService::UndrainNode(Context* context,
                                                     const v1::UndrainNodeRequest* request,
                                                     v1::NodeStatus* reply) {
   return OnBrain(context, [this, request, reply](Unary* reactor) {
-    ChangeNode(reactor, request->node(),
-               [node = request->node()](RequestId id) { return controller::UndrainNode{id, node}; },
-               reply);
+    ChangeNode(
+        reactor, request->node(),
+        [node = request->node()](RequestId id) {
+          return controller::UndrainNode{id, node};
+        },
+        reply);
   });
 }
 
@@ -271,10 +291,11 @@ grpc::ServerUnaryReactor* AdminService::Drill(Context* context, const v1::DrillR
     }
     const auto worker = job->workers.find(request->rank());
     if (worker == job->workers.end() || !worker->second.worker.running) {
-      reactor->Finish({grpc::StatusCode::FAILED_PRECONDITION,
-                       fmt::format("job {} runs no rank {} now (state {})\nhint: everstep job show {}",
-                                   job->record.spec.job, request->rank(),
-                                   JobStateName(job->record.state), job->record.spec.job)});
+      reactor->Finish(
+          {grpc::StatusCode::FAILED_PRECONDITION,
+           fmt::format("job {} runs no rank {} now (state {})\nhint: everstep job show {}",
+                       job->record.spec.job, request->rank(), JobStateName(job->record.state),
+                       job->record.spec.job)});
       return;
     }
     v1::ControllerMessage message;
@@ -282,9 +303,9 @@ grpc::ServerUnaryReactor* AdminService::Drill(Context* context, const v1::DrillR
     message.mutable_kill_for_drill()->set_rank(request->rank());
     message.mutable_kill_for_drill()->set_signal(request->signal());
     if (!brain_->SendTo(worker->second.node, std::move(message))) {
-      reactor->Finish({grpc::StatusCode::FAILED_PRECONDITION,
-                       fmt::format("node {} is not connected\nhint: everstep node list",
-                                   worker->second.node)});
+      reactor->Finish(
+          {grpc::StatusCode::FAILED_PRECONDITION,
+           fmt::format("node {} is not connected\nhint: everstep node list", worker->second.node)});
       return;
     }
     reply->set_node(worker->second.node);
@@ -297,9 +318,10 @@ grpc::ServerUnaryReactor* AdminService::Shutdown(Context* context, const v1::Shu
                                                  v1::ShutdownReply*) {
   Unary* reactor = context->DefaultReactor();
   if (!config_.shutdown) {
-    reactor->Finish({grpc::StatusCode::FAILED_PRECONDITION,
-                     "this controller was not started with --allow-shutdown\nhint: end it where it was "
-                     "started"});
+    reactor->Finish(
+        {grpc::StatusCode::FAILED_PRECONDITION,
+         "this controller was not started with --allow-shutdown\nhint: end it where it was "
+         "started"});
     return reactor;
   }
   reactor->Finish(grpc::Status::OK);
@@ -307,8 +329,8 @@ grpc::ServerUnaryReactor* AdminService::Shutdown(Context* context, const v1::Shu
   return reactor;
 }
 
-grpc::ServerWriteReactor<v1::Event>* AdminService::WatchEvents(Context* context,
-                                                               const v1::WatchEventsRequest* request) {
+grpc::ServerWriteReactor<v1::Event>* AdminService::WatchEvents(
+    Context* context, const v1::WatchEventsRequest* request) {
   ++brain_->counters().requests;
   auto writer = MakeWriter<v1::Event>(context, brain_, {.messages = 16384, .bytes = 16u << 20});
   const bool posted = brain_->Post([this, writer, query = *request] {
@@ -343,8 +365,8 @@ grpc::ServerWriteReactor<v1::Event>* AdminService::WatchEvents(Context* context,
   return writer.get();
 }
 
-grpc::ServerWriteReactor<v1::JobStatus>* AdminService::FollowJob(Context* context,
-                                                                 const v1::FollowJobRequest* request) {
+grpc::ServerWriteReactor<v1::JobStatus>* AdminService::FollowJob(
+    Context* context, const v1::FollowJobRequest* request) {
   ++brain_->counters().requests;
   auto writer = MakeWriter<v1::JobStatus>(context, brain_, {.messages = 8, .bytes = 64u << 20});
   const bool posted = brain_->Post([this, writer, query = *request] {
@@ -357,9 +379,10 @@ grpc::ServerWriteReactor<v1::JobStatus>* AdminService::FollowJob(Context* contex
     const WatchId id = brain_->FollowJob(
         job->record.spec.job, query.with_snapshot(), [writer](v1::JobStatus status, bool terminal) {
           // The newest snapshot must arrive, even when the status it came with is out of date.
-          const bool taken = writer->Replace(std::move(status), [](v1::JobStatus& old, v1::JobStatus* now) {
-            if (now->snapshot().empty()) now->set_snapshot(std::move(*old.mutable_snapshot()));
-          });
+          const bool taken =
+              writer->Replace(std::move(status), [](v1::JobStatus& old, v1::JobStatus* now) {
+                if (now->snapshot().empty()) now->set_snapshot(std::move(*old.mutable_snapshot()));
+              });
           if (taken && terminal) writer->End(grpc::Status::OK);
           return taken;
         });
@@ -373,7 +396,8 @@ grpc::ServerWriteReactor<v1::JobStatus>* AdminService::FollowJob(Context* contex
 grpc::ServerWriteReactor<v1::JobLogLines>* AdminService::TailJobLogs(
     Context* context, const v1::TailJobLogsRequest* request) {
   ++brain_->counters().requests;
-  auto writer = MakeWriter<v1::JobLogLines>(context, brain_, {.messages = 16384, .bytes = 16u << 20});
+  auto writer =
+      MakeWriter<v1::JobLogLines>(context, brain_, {.messages = 16384, .bytes = 16u << 20});
   const bool posted = brain_->Post([this, writer, query = *request]() mutable {
     std::string error;
     const JobStateView* job = FindJobByPrefix(brain_->state(), query.job(), &error);
@@ -382,11 +406,11 @@ grpc::ServerWriteReactor<v1::JobLogLines>* AdminService::TailJobLogs(
       return;
     }
     query.set_job(job->record.spec.job);
-    const WatchId id =
-        brain_->TailLogs(query,
-                         {[writer](v1::JobLogLines lines) { return writer->Enqueue(std::move(lines)); },
-                          [writer] { writer->End(grpc::Status::OK); }},
-                         &error);
+    const WatchId id = brain_->TailLogs(
+        query,
+        {[writer](v1::JobLogLines lines) { return writer->Enqueue(std::move(lines)); },
+         [writer] { writer->End(grpc::Status::OK); }},
+        &error);
     writer->Watches(id);
     if (id == 0) writer->End({grpc::StatusCode::FAILED_PRECONDITION, error});
   });

@@ -1,7 +1,7 @@
 // AdminService: what the CLI, the launcher and other people ask. Thread-safe.
 //
-// Reads and changes run on the brain's thread; a change is answered after its batch is durable. Texts of errors
-// may carry a second line, "hint: what to do".
+// Reads and changes run on the brain's thread; a change is answered after its batch is durable.
+// Texts of errors may carry a second line, "hint: what to do".
 #pragma once
 
 #include <functional>
@@ -15,9 +15,9 @@ namespace everstep::controller {
 class AdminService final : public v1::AdminService::CallbackService {
  public:
   struct Config {
-    std::string started;                // RFC 3339
+    std::string started;  // RFC 3339
     Timestamp started_at;
-    std::function<void()> shutdown;     // null: Shutdown is refused
+    std::function<void()> shutdown;  // null: Shutdown is refused
   };
   // The brain outlives the server.
   AdminService(Brain* brain, Config config) : brain_(brain), config_(std::move(config)) {}
@@ -35,9 +35,12 @@ class AdminService final : public v1::AdminService::CallbackService {
   Unary* UndrainNode(Context*, const v1::UndrainNodeRequest*, v1::NodeStatus*) override;
   Unary* Drill(Context*, const v1::DrillRequest*, v1::DrillReply*) override;
   Unary* Shutdown(Context*, const v1::ShutdownRequest*, v1::ShutdownReply*) override;
-  grpc::ServerWriteReactor<v1::Event>* WatchEvents(Context*, const v1::WatchEventsRequest*) override;
-  grpc::ServerWriteReactor<v1::JobStatus>* FollowJob(Context*, const v1::FollowJobRequest*) override;
-  grpc::ServerWriteReactor<v1::JobLogLines>* TailJobLogs(Context*, const v1::TailJobLogsRequest*) override;
+  grpc::ServerWriteReactor<v1::Event>* WatchEvents(Context*,
+                                                   const v1::WatchEventsRequest*) override;
+  grpc::ServerWriteReactor<v1::JobStatus>* FollowJob(Context*,
+                                                     const v1::FollowJobRequest*) override;
+  grpc::ServerWriteReactor<v1::JobLogLines>* TailJobLogs(Context*,
+                                                         const v1::TailJobLogsRequest*) override;
 
  private:
   grpc::Status Refusal() const;  // nothing can be posted

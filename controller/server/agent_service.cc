@@ -22,16 +22,19 @@ class AgentService::Stream final
       : QueuedWrites(context, {.messages = 4096,
                                .bytes = 32u << 20,
                                .slow_readers = &service->brain_->counters().slow_readers}),
-        service_(service), number_(number), peer_(context->peer()) {}
+        service_(service),
+        number_(number),
+        peer_(context->peer()) {}
 
   void Start() {
     Hold();
     register_by_.Set(std::chrono::system_clock::now() + kRegisterWithin,
                      [self = std::static_pointer_cast<Stream>(shared_from_this())](bool in_time) {
                        if (in_time && !self->registered_) {
-                         self->Refuse(grpc::StatusCode::DEADLINE_EXCEEDED,
-                                      fmt::format("{}: no Register within {} s of the session's start", self->peer_,
-                                                  kRegisterWithin.count()));
+                         self->Refuse(
+                             grpc::StatusCode::DEADLINE_EXCEEDED,
+                             fmt::format("{}: no Register within {} s of the session's start",
+                                         self->peer_, kRegisterWithin.count()));
                        }
                      });
     StartRead(&incoming_);
@@ -45,7 +48,8 @@ class AgentService::Stream final
   // --- from the brain ---
   void Send(v1::ControllerMessage message) override {
     if (over()) return;
-    if (!Enqueue(std::move(message))) LogWarning("agent_cut_off", {{"node", node_}, {"reason", "slow_reader"}});
+    if (!Enqueue(std::move(message)))
+      LogWarning("agent_cut_off", {{"node", node_}, {"reason", "slow_reader"}});
   }
   void Close(Why why, const std::string& text) override {
     switch (why) {
@@ -66,14 +70,16 @@ class AgentService::Stream final
   // --- from gRPC ---
   void OnReadDone(bool ok) override {
     if (!ok) {
-      // An agent that ends resets its stream; what is left is bytes that do not parse, or half a close.
+      // An agent that ends resets its stream; what is left is bytes that do not parse, or half a
+      // close.
       const bool broken = context_->IsCancelled();
       Broken(broken ? "connection broken" : "no message of this version, or closed by the agent");
       End(broken ? grpc::Status::CANCELLED
-                 : grpc::Status(grpc::StatusCode::INVALID_ARGUMENT,
-                                fmt::format("{}: the agent closed the session, or sent bytes that are no "
-                                            "AgentMessage of version {}",
-                                            peer_, kVersion)));
+                 : grpc::Status(
+                       grpc::StatusCode::INVALID_ARGUMENT,
+                       fmt::format("{}: the agent closed the session, or sent bytes that are no "
+                                   "AgentMessage of version {}",
+                                   peer_, kVersion)));
       return;
     }
     if (over()) return;  // fenced or refused: what still comes is not heard
@@ -84,7 +90,9 @@ class AgentService::Stream final
     } else if (incoming_.has_register_()) {
       Broken("registered twice on one session");
       Refuse(grpc::StatusCode::FAILED_PRECONDITION,
-             fmt::format("{} registered twice on one session; a registration takes a stream of its own", node_));
+             fmt::format(
+                 "{} registered twice on one session; a registration takes a stream of its own",
+                 node_));
       return;
     } else {
       {
@@ -127,7 +135,8 @@ class AgentService::Stream final
     registered_ = true;
     told_ = false;
     register_by_.Cancel();
-    if (service_->brain_->PostRegister(number_, std::static_pointer_cast<Stream>(shared_from_this()),
+    if (service_->brain_->PostRegister(number_,
+                                       std::static_pointer_cast<Stream>(shared_from_this()),
                                        std::move(*incoming_.mutable_register_()))) {
       return true;
     }
@@ -141,9 +150,10 @@ class AgentService::Stream final
     cancel->set_request(incoming_.log_lines().request());
     cancel->set_job(incoming_.log_lines().job());
     cancel->set_cancel(true);
-    service_->brain_->Post([brain = service_->brain_, node = node_, message = std::move(message)]() mutable {
-      brain->SendTo(node, std::move(message));
-    });
+    service_->brain_->Post(
+        [brain = service_->brain_, node = node_, message = std::move(message)]() mutable {
+          brain->SendTo(node, std::move(message));
+        });
   }
 
   void Behind() {
@@ -187,9 +197,11 @@ grpc::ServerBidiReactor<v1::AgentMessage, v1::ControllerMessage>* AgentService::
   auto stream = std::make_shared<Stream>(this, context, number);
   stream->Start();
   if (streams > max_streams_) {
-    stream->Refuse(grpc::StatusCode::RESOURCE_EXHAUSTED,
-                   fmt::format("this controller takes {} agents at once\nhint: start it with a larger --max-nodes",
-                               max_streams_));
+    stream->Refuse(
+        grpc::StatusCode::RESOURCE_EXHAUSTED,
+        fmt::format(
+            "this controller takes {} agents at once\nhint: start it with a larger --max-nodes",
+            max_streams_));
   }
   return stream.get();
 }

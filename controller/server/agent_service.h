@@ -1,8 +1,8 @@
 // AgentService: one bidi stream for each node. Thread-safe.
 //
-// A stream that does not register in time, sends another message first, or speaks another version is ended with
-// a text. An agent that sends faster than the brain takes in is not read from for a while; one that does not
-// read is cut off (queued_writes.h).
+// A stream that does not register in time, sends another message first, or speaks another version
+// is ended with a text. An agent that sends faster than the brain takes in is not read from for a
+// while; one that does not read is cut off (queued_writes.h).
 #pragma once
 
 #include <atomic>

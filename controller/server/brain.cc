@@ -11,7 +11,8 @@
 namespace everstep::controller {
 namespace {
 
-constexpr Duration kRound = Seconds(1);  // the loop comes round at least so often: /healthz looks at it
+constexpr Duration kRound =
+    Seconds(1);  // the loop comes round at least so often: /healthz looks at it
 constexpr std::size_t kManyCommands = 64;
 constexpr Duration kTrimAfter = Seconds(2);
 constexpr Duration kWakeupAge = Milliseconds(50);
@@ -40,15 +41,23 @@ void LogJournal(const JournalRecord& r) {
 }  // namespace
 
 Brain::Brain(Config config, std::unique_ptr<RecordStore> store, const Clock* clock)
-    : config_(config), store_(std::move(store)), clock_(clock), controller_(config.core),
-      mailbox_(config.mailbox), round_ns_(clock->Now().ns), here_(ReadHere()) {
-  watch_ = std::make_unique<ProcessWatch>(
-      [this](std::uint64_t session) { Push(KeeperDead{session}); });
+    : config_(config),
+      store_(std::move(store)),
+      clock_(clock),
+      controller_(config.core),
+      mailbox_(config.mailbox),
+      round_ns_(clock->Now().ns),
+      here_(ReadHere()) {
+  watch_ =
+      std::make_unique<ProcessWatch>([this](std::uint64_t session) { Push(KeeperDead{session}); });
 }
 
-Brain::~Brain() { watch_.reset(); }
+Brain::~Brain() {
+  watch_.reset();
+}
 
-StoreStatus Brain::Recover(const v1::StoreSnapshot* snapshot, const std::vector<NodeId>& known_dead) {
+StoreStatus Brain::Recover(const v1::StoreSnapshot* snapshot,
+                           const std::vector<NodeId>& known_dead) {
   std::vector<Record> records;
   StoreStatus status = store_->Load(&records);
   if (!status.ok()) return status;
@@ -72,7 +81,8 @@ StoreStatus Brain::Recover(const v1::StoreSnapshot* snapshot, const std::vector<
   for (const NodeId& node : known_dead) {
     const auto it = state().nodes.find(node);
     if (it != state().nodes.end()) {
-      Step(NodeProcessDead{node, it->second.record.incarnation, "known dead at the controller's start"});
+      Step(NodeProcessDead{node, it->second.record.incarnation,
+                           "known dead at the controller's start"});
     }
   }
   return Commit() ? StoreStatus{} : failure_;
@@ -121,11 +131,13 @@ void Brain::Stop() {
   mailbox_.Close();
 }
 
-Duration Brain::silence() const { return clock_->Now() - Timestamp{round_ns_.load()}; }
+Duration Brain::silence() const {
+  return clock_->Now() - Timestamp{round_ns_.load()};
+}
 
 Timestamp Brain::Wakeup() {
-  // NextWakeup looks at every node, and a heartbeat moves it into the future (or, as a lease calms down,
-  // nearer by a sixteenth at most): the answer of a moment ago will do.
+  // NextWakeup looks at every node, and a heartbeat moves it into the future (or, as a lease calms
+  // down, nearer by a sixteenth at most): the answer of a moment ago will do.
   const Timestamp now = clock_->Now();
   if (wakeup_stale_ || wakeup_ <= now || now - wakeup_asked_ > kWakeupAge) {
     wakeup_ = controller_.NextWakeup().value_or(now + Seconds(3600));
@@ -150,7 +162,9 @@ bool Brain::Push(Item item) {
   return false;
 }
 
-bool Brain::Post(Task task) { return Push(std::move(task)); }
+bool Brain::Post(Task task) {
+  return Push(std::move(task));
+}
 bool Brain::PostRegister(std::uint64_t session, std::shared_ptr<AgentStream> stream,
                          v1::Register message) {
   return Push(Register{session, std::move(stream), std::move(message)});
@@ -181,7 +195,8 @@ bool Brain::Commit() {
     std::vector<Record> records;
     std::vector<Deletion> deletions;
     for (Decisions& d : batch) {
-      // All records, then all deletions: an earlier deletion must not swallow a later record of that key.
+      // All records, then all deletions: an earlier deletion must not swallow a later record of
+      // that key.
       if (!deletions.empty()) {
         for (const Record& record : d.records) {
           const RecordKey key = KeyOf(record);
@@ -192,9 +207,8 @@ bool Brain::Commit() {
       }
       records.insert(records.end(), d.records.begin(), d.records.end());
       deletions.insert(deletions.end(), d.deletions.begin(), d.deletions.end());
-      if (std::any_of(d.records.begin(), d.records.end(), [](const Record& r) {
-            return !std::holds_alternative<JournalRecord>(r);
-          })) {
+      if (std::any_of(d.records.begin(), d.records.end(),
+                      [](const Record& r) { return !std::holds_alternative<JournalRecord>(r); })) {
         ++durable_version_;
       }
     }
@@ -203,7 +217,8 @@ bool Brain::Commit() {
       if (config_.room) failure_ = config_.room();
       if (failure_.ok()) failure_ = store_->Write(records, deletions);
       if (!failure_.ok()) {
-        LogError("store_failed", {{"code", StoreCodeName(failure_.code)}, {"message", failure_.message}});
+        LogError("store_failed",
+                 {{"code", StoreCodeName(failure_.code)}, {"message", failure_.message}});
         return false;
       }
       counters_.store_write.Observe(Duration(MonotonicNanos() - began));
@@ -234,7 +249,8 @@ void Brain::CarryOut(Decisions& decisions) {
   if (decisions.commands.size() >= kManyCommands) trim_at_ = clock_->Now() + kTrimAfter;
   PlanNumbers numbers;
   for (const Command& command : decisions.commands) {
-    if (const auto* registered = std::get_if<RegisteredCommand>(&command.body)) Bind(command, *registered);
+    if (const auto* registered = std::get_if<RegisteredCommand>(&command.body))
+      Bind(command, *registered);
     const auto it = bound_.find(command.node);
     if (it == bound_.end() || it->second.incarnation != command.incarnation) continue;
     v1::ControllerMessage message = ToWire(command, &numbers);
@@ -253,7 +269,8 @@ void Brain::CarryOut(Decisions& decisions) {
   }
 }
 
-void Brain::Request(std::function<Event(RequestId)> make, std::function<void(const Reply*)> answer) {
+void Brain::Request(std::function<Event(RequestId)> make,
+                    std::function<void(const Reply*)> answer) {
   const RequestId id = ++last_request_;
   requests_[id] = std::move(answer);
   Step(make(id));

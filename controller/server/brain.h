@@ -1,5 +1,6 @@
-// The thread that owns the controller. Everything reaches it through one bounded mailbox; it steps the pure
-// core, writes one synced batch for all that was decided, and only then lets commands and answers out.
+// The thread that owns the controller. Everything reaches it through one bounded mailbox; it steps
+// the pure core, writes one synced batch for all that was decided, and only then lets commands and
+// answers out.
 #pragma once
 
 #include <atomic>
@@ -53,8 +54,8 @@ class Brain {
     Options core;
     std::size_t mailbox = 65536;     // events and requests that wait
     std::size_t max_watchers = 512;  // followers of events, jobs and logs
-    // Asked before each batch; not ok is as a write that failed. RocksDB may end the process at a full disk
-    // before it can say so. Null: not asked.
+    // Asked before each batch; not ok is as a write that failed. RocksDB may end the process at a
+    // full disk before it can say so. Null: not asked.
     std::function<StoreStatus()> room;
   };
 
@@ -64,13 +65,13 @@ class Brain {
   Brain(const Brain&) = delete;
   Brain& operator=(const Brain&) = delete;
 
-  // Reads the store, or takes `snapshot` when the store is empty; then known-dead nodes are lost at once.
-  // Not ok: nothing was changed.
+  // Reads the store, or takes `snapshot` when the store is empty; then known-dead nodes are lost at
+  // once. Not ok: nothing was changed.
   StoreStatus Recover(const v1::StoreSnapshot* snapshot, const std::vector<NodeId>& known_dead);
 
-  // On the calling thread until Stop, or until a batch could not be written: then it returns that status,
-  // and nothing that the batch justified has gone out. After Stop every request has had its answer and
-  // every agent's stream its last word.
+  // On the calling thread until Stop, or until a batch could not be written: then it returns that
+  // status, and nothing that the batch justified has gone out. After Stop every request has had its
+  // answer and every agent's stream its last word.
   StoreStatus Run();
   void Stop();  // from any thread
   bool stopping() const { return stop_; }
@@ -78,7 +79,8 @@ class Brain {
   // --- from any thread. False: the mailbox is full or closed, say so to the peer ---
   // Runs on the brain's thread; what it reads is durable.
   bool Post(std::function<void()> task);
-  bool PostRegister(std::uint64_t session, std::shared_ptr<AgentStream> stream, v1::Register message);
+  bool PostRegister(std::uint64_t session, std::shared_ptr<AgentStream> stream,
+                    v1::Register message);
   bool PostClosed(std::uint64_t session, std::string evidence);
   // A report of the agent that registered on `session`.
   bool PostReport(std::uint64_t session, v1::AgentMessage message);
@@ -96,10 +98,11 @@ class Brain {
   bool SendTo(const NodeId& node, v1::ControllerMessage message);
   WatchId WatchEvents(EventSink sink);
   WatchId FollowJob(const JobId& job, bool with_snapshot, StatusSink sink);
-  // Asks the job's nodes for their logs; lines come to `reader` through the relay. With follow it goes on
-  // through generations, restarts of agents and nodes that join, until the job is over.
+  // Asks the job's nodes for their logs; lines come to `reader` through the relay. With follow it
+  // goes on through generations, restarts of agents and nodes that join, until the job is over.
   // *error: no node can answer, or there are too many watchers.
-  WatchId TailLogs(const v1::TailJobLogsRequest& request, LogRelay::Reader reader, std::string* error);
+  WatchId TailLogs(const v1::TailJobLogsRequest& request, LogRelay::Reader reader,
+                   std::string* error);
   // The watcher is gone. Harmless when it was known.
   void Unwatch(WatchId id);
 

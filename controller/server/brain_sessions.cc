@@ -35,10 +35,11 @@ void Brain::Take(Register& item) {
   if (std::string who; NameTaken(item.message, &who)) {
     ++counters_.agents_refused;
     LogWarning("agent_refused", {{"node", node}, {"reason", "name_taken"}, {"holder", who}});
-    item.stream->Close(AgentStream::Why::kTaken,
-                       fmt::format("a living node is called {} already: {}\nhint: start this agent with another "
-                                   "--node, or end the other one first",
-                                   node, who));
+    item.stream->Close(
+        AgentStream::Why::kTaken,
+        fmt::format("a living node is called {} already: {}\nhint: start this agent with another "
+                    "--node, or end the other one first",
+                    node, who));
     return;
   }
   const NodeRegistered event = FromWire(item.message, item.session);
@@ -47,17 +48,20 @@ void Brain::Take(Register& item) {
   Step(event);
   const bool let_in =
       pending_.size() > before &&
-      std::any_of(pending_.back().commands.begin(), pending_.back().commands.end(), [&](const Command& c) {
-        const auto* registered = std::get_if<RegisteredCommand>(&c.body);
-        return registered != nullptr && registered->session == item.session;
-      });
+      std::any_of(pending_.back().commands.begin(), pending_.back().commands.end(),
+                  [&](const Command& c) {
+                    const auto* registered = std::get_if<RegisteredCommand>(&c.body);
+                    return registered != nullptr && registered->session == item.session;
+                  });
   if (let_in) return;  // Bind follows when it is durable
   registering_.erase(item.session);
   ++counters_.agents_refused;
-  item.stream->Close(AgentStream::Why::kTooMany,
-                     fmt::format("node {} is one too many: this controller takes {} (--max-nodes)\nhint: start the "
-                                 "controller with a larger --max-nodes",
-                                 node, config_.core.max_nodes));
+  item.stream->Close(
+      AgentStream::Why::kTooMany,
+      fmt::format(
+          "node {} is one too many: this controller takes {} (--max-nodes)\nhint: start the "
+          "controller with a larger --max-nodes",
+          node, config_.core.max_nodes));
 }
 
 void Brain::Bind(const Command& command, const RegisteredCommand& registered) {
@@ -66,8 +70,9 @@ void Brain::Bind(const Command& command, const RegisteredCommand& registered) {
   Fence(command.node);
   const std::optional<std::string> broken = std::move(it->second.broken);
   Bound& bound = bound_[command.node];
-  bound = Bound{registered.session, command.incarnation, std::move(it->second.stream), 0,
-                std::move(it->second.facts), false};
+  bound = Bound{registered.session,           command.incarnation,
+                std::move(it->second.stream), 0,
+                std::move(it->second.facts),  false};
   // What is not needed again: a thousand nodes' holdings.
   bound.facts.clear_jobs();
   registering_.erase(it);
@@ -81,7 +86,8 @@ void Brain::Bind(const Command& command, const RegisteredCommand& registered) {
 }
 
 void Brain::WatchKeeper(const Bound& bound) {
-  if (bound.facts.boot_id() != here_.boot_id || bound.facts.pid_namespace() != here_.pid_namespace) return;
+  if (bound.facts.boot_id() != here_.boot_id || bound.facts.pid_namespace() != here_.pid_namespace)
+    return;
   watch_->Watch(bound.session, bound.facts.keeper_pid(), bound.facts.keeper_start_time());
 }
 
@@ -91,10 +97,11 @@ void Brain::Fence(const NodeId& node) {
   Bound& bound = it->second;
   watch_->Forget(bound.session);
   if (!bound.stream) return;
-  bound.stream->Close(AgentStream::Why::kFenced,
-                      fmt::format("registration {} of node {} is over: the node was taken for lost, or a newer one "
-                                  "came",
-                                  bound.incarnation, node));
+  bound.stream->Close(
+      AgentStream::Why::kFenced,
+      fmt::format("registration {} of node {} is over: the node was taken for lost, or a newer one "
+                  "came",
+                  bound.incarnation, node));
   sessions_.erase(bound.session);
   bound.stream.reset();
   for (auto& [id, tail] : tails_) tail.asked.erase(node);
@@ -125,20 +132,23 @@ void Brain::Take(Closed& item) {
   relay_.NodeGone(node);
   Step(SessionClosed{node, bound.incarnation, item.evidence});
   if (bound.keeper_dead) {
-    Step(NodeProcessDead{node, bound.incarnation,
-                         fmt::format("stream broke, keeper pid {} is gone", bound.facts.keeper_pid())});
+    Step(NodeProcessDead{
+        node, bound.incarnation,
+        fmt::format("stream broke, keeper pid {} is gone", bound.facts.keeper_pid())});
   }
 }
 
 void Brain::Take(KeeperDead& item) {
-  const auto it = std::find_if(bound_.begin(), bound_.end(),
-                               [&](const auto& entry) { return entry.second.session == item.session; });
+  const auto it = std::find_if(bound_.begin(), bound_.end(), [&](const auto& entry) {
+    return entry.second.session == item.session;
+  });
   if (it == bound_.end()) return;
   it->second.keeper_dead = true;
   // An agent that lives reports its keeper's death itself, with what it knows.
   if (it->second.stream) return;
-  Step(NodeProcessDead{it->first, it->second.incarnation,
-                       fmt::format("stream broke, keeper pid {} is gone", it->second.facts.keeper_pid())});
+  Step(NodeProcessDead{
+      it->first, it->second.incarnation,
+      fmt::format("stream broke, keeper pid {} is gone", it->second.facts.keeper_pid())});
 }
 
 void Brain::Take(Report& item) {

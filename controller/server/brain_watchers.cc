@@ -1,4 +1,5 @@
-// The brain's part about those who look on: events, followed jobs, logs. None of them can hold it up.
+// The brain's part about those who look on: events, followed jobs, logs. None of them can hold it
+// up.
 #include <fmt/format.h>
 
 #include <algorithm>
@@ -89,8 +90,8 @@ void Brain::TellFollowers(Timestamp now) {
 WatchId Brain::TailLogs(const v1::TailJobLogsRequest& request, LogRelay::Reader reader,
                         std::string* error) {
   if (watchers() >= config_.max_watchers) {
-    *error = fmt::format("{} streams are open, the limit of this controller\nhint: end others first",
-                         watchers());
+    *error = fmt::format(
+        "{} streams are open, the limit of this controller\nhint: end others first", watchers());
     return 0;
   }
   const JobStateView& job = state().jobs.at(request.job());
@@ -98,22 +99,21 @@ WatchId Brain::TailLogs(const v1::TailJobLogsRequest& request, LogRelay::Reader 
   std::set<NodeId> nodes;
   for (const NodePlan& node : job.plan.nodes) {
     names += (names.empty() ? "" : ", ") + node.node;
-    const bool wanted =
-        request.follow() || request.rank() < 0 ||
-        std::any_of(node.workers.begin(), node.workers.end(),
-                    [&](const WorkerPlan& w) { return w.rank == request.rank(); });
+    const bool wanted = request.follow() || request.rank() < 0 ||
+                        std::any_of(node.workers.begin(), node.workers.end(),
+                                    [&](const WorkerPlan& w) { return w.rank == request.rank(); });
     const auto bound = bound_.find(node.node);
     if (wanted && bound != bound_.end() && bound->second.stream) nodes.insert(node.node);
   }
   const JobState s = job.record.state;
   if (nodes.empty() && (!request.follow() || IsTerminal(s))) {
-    *error = fmt::format("no connected node has logs of job {}{}\nhint: {}", request.job(),
-                         request.rank() < 0 ? std::string() : fmt::format(" rank {}", request.rank()),
-                         names.empty() ? "everstep job show " + request.job()
-                         : LogDirOf(job.record.spec.command).empty()
-                             ? fmt::format("the files are on {}, in STATE/nodes/NODE/jobs/{}", names, request.job())
-                             : fmt::format("the files are on {}, in {}", names,
-                                           LogDirOf(job.record.spec.command)));
+    *error = fmt::format(
+        "no connected node has logs of job {}{}\nhint: {}", request.job(),
+        request.rank() < 0 ? std::string() : fmt::format(" rank {}", request.rank()),
+        names.empty() ? "everstep job show " + request.job()
+        : LogDirOf(job.record.spec.command).empty()
+            ? fmt::format("the files are on {}, in STATE/nodes/NODE/jobs/{}", names, request.job())
+            : fmt::format("the files are on {}, in {}", names, LogDirOf(job.record.spec.command)));
     return 0;
   }
   const WatchId id = ++last_watch_;
@@ -136,14 +136,16 @@ void Brain::AskForLogs(const NodeId& node, WatchId id, Tail* tail, std::int64_t 
   if (SendTo(node, std::move(message))) tail->asked.insert(node);
 }
 
-// A node that joins a followed job (`activated`) sends its files from the beginning; one that registers again
+// A node that joins a followed job (`activated`) sends its files from the beginning; one that
+// registers again
 // (`activated` is empty) only what is new: the rest was sent before its stream broke.
 void Brain::TailsOf(const NodeId& node, const JobId& activated) {
   for (auto& [id, tail] : tails_) {
     if (!tail.request.follow() || tail.end_at.ns != 0 || tail.asked.contains(node)) continue;
     if (activated.empty()) {
       const auto& plan = state().jobs.at(tail.request.job()).plan.nodes;
-      if (std::any_of(plan.begin(), plan.end(), [&](const NodePlan& p) { return p.node == node; })) {
+      if (std::any_of(plan.begin(), plan.end(),
+                      [&](const NodePlan& p) { return p.node == node; })) {
         AskForLogs(node, id, &tail, 0);
       }
     } else if (tail.request.job() == activated) {

@@ -27,7 +27,8 @@ std::string Cut(const std::string& text, std::size_t limit = 4096) {
 }
 
 ExitInfo Bounded(ExitInfo exit) {
-  exit.error_json = exit.error_json.substr(0, kMaxErrorJson);  // cut JSON is no JSON, but a text still
+  exit.error_json =
+      exit.error_json.substr(0, kMaxErrorJson);  // cut JSON is no JSON, but a text still
   exit.error_file = Cut(exit.error_file);
   return exit;
 }
@@ -45,11 +46,14 @@ JobOnNode FromProto(const v1::JobOnNode& from) {
   for (const v1::WorkerOnNode& worker : from.workers()) {
     to.workers.push_back(Bounded(controller::FromProto(worker)));
   }
-  for (const v1::HeldShard& shard : from.shards()) to.shards.push_back(controller::FromProto(shard));
+  for (const v1::HeldShard& shard : from.shards())
+    to.shards.push_back(controller::FromProto(shard));
   return to;
 }
 
-void FillCommand(const CommandSpec& spec, v1::Command* to) { to->ParseFromString(spec.opaque); }
+void FillCommand(const CommandSpec& spec, v1::Command* to) {
+  to->ParseFromString(spec.opaque);
+}
 
 PlanNumbers NumbersOf(const std::shared_ptr<const GenerationPlan>& plan) {
   PlanNumbers numbers{plan, PlanCrc(*plan), 0};
@@ -146,22 +150,27 @@ std::string CheckRegister(const v1::Register& message) {
         message.node(), message.version(), message.protocol_version(), kVersion, kProtocolVersion);
   }
   if (!IsNodeName(message.node())) {
-    return fmt::format("node name '{}' is not [a-z0-9.-]{{1,63}}\nhint: start the agent with "
-                       "another --node",
-                       message.node().substr(0, 80));
+    return fmt::format(
+        "node name '{}' is not [a-z0-9.-]{{1,63}}\nhint: start the agent with "
+        "another --node",
+        message.node().substr(0, 80));
   }
-  if (message.address().empty() || message.address().size() > kMaxAddress || message.data_port() > 65535) {
-    return fmt::format("node {} names no address by which others reach it ('{}', port {})\nhint: start the agent "
-                       "with --address HOST",
-                       message.node(), message.address().substr(0, 80), message.data_port());
+  if (message.address().empty() || message.address().size() > kMaxAddress ||
+      message.data_port() > 65535) {
+    return fmt::format(
+        "node {} names no address by which others reach it ('{}', port {})\nhint: start the agent "
+        "with --address HOST",
+        message.node(), message.address().substr(0, 80), message.data_port());
   }
-  const bool long_label = std::any_of(message.labels().begin(), message.labels().end(), [](const auto& label) {
-    return label.first.size() + label.second.size() > kMaxLabelBytes;
-  });
+  const bool long_label = std::any_of(
+      message.labels().begin(), message.labels().end(),
+      [](const auto& label) { return label.first.size() + label.second.size() > kMaxLabelBytes; });
   if (message.labels_size() > kMaxLabels || long_label) {
-    return fmt::format("node {} has {} labels; at most {} of at most {} bytes are taken\nhint: start the agent with "
-                       "fewer --label",
-                       message.node(), message.labels_size(), kMaxLabels, kMaxLabelBytes);
+    return fmt::format(
+        "node {} has {} labels; at most {} of at most {} bytes are taken\nhint: start the agent "
+        "with "
+        "fewer --label",
+        message.node(), message.labels_size(), kMaxLabels, kMaxLabelBytes);
   }
   return {};
 }
@@ -193,8 +202,8 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
     }
     case v1::AgentMessage::kPrepared: {
       const v1::Prepared& p = m.prepared();
-      Prepared e{node,         incarnation, FromProto(p.holds()), p.store_port(),
-                 p.refused(), Cut(p.message())};
+      Prepared e{node,           incarnation, FromProto(p.holds()),
+                 p.store_port(), p.refused(), Cut(p.message())};
       // Which prepare this answers; `holds` tells of the newest generation that ran here.
       e.holds.job = p.job();
       e.holds.generation = p.generation();
@@ -210,12 +219,14 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
     }
     case v1::AgentMessage::kWorkerExited: {
       const v1::WorkerExited& w = m.worker_exited();
-      return WorkerExited{node,     incarnation,    w.job(), w.generation(),
-                          w.rank(), w.local_rank(), w.pid(), Bounded(controller::FromProto(w.exit()))};
+      return WorkerExited{
+          node,     incarnation,    w.job(), w.generation(),
+          w.rank(), w.local_rank(), w.pid(), Bounded(controller::FromProto(w.exit()))};
     }
     case v1::AgentMessage::kWorkerStalled: {
       const v1::WorkerStalled& w = m.worker_stalled();
-      if (w.kind() != v1::WorkerStalled::STOPPED && w.kind() != v1::WorkerStalled::GROUP_NOT_FORMED) {
+      if (w.kind() != v1::WorkerStalled::STOPPED &&
+          w.kind() != v1::WorkerStalled::GROUP_NOT_FORMED) {
         return std::nullopt;
       }
       return WorkerStalled{node,
@@ -231,16 +242,17 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
       return ShardCopied{node, incarnation, m.shard_copied().job(),
                          controller::FromProto(m.shard_copied().shard())};
     case v1::AgentMessage::kNotice:
-      return Notice{node, incarnation, Cut(m.notice().source(), 256), Milliseconds(m.notice().deadline_ms())};
+      return Notice{node, incarnation, Cut(m.notice().source(), 256),
+                    Milliseconds(m.notice().deadline_ms())};
     case v1::AgentMessage::kNodeWarm:
       return NodeWarm{node, incarnation, m.node_warm().job(), m.node_warm().warm(),
                       Cut(m.node_warm().message())};
     case v1::AgentMessage::kKeeperLost:
-      return KeeperLost{node, incarnation,
-                        KeeperId(keeper.boot_id(), keeper.pid_namespace(),
-                                 m.keeper_lost().new_keeper_pid(),
-                                 m.keeper_lost().new_keeper_start_time()),
-                        Cut(m.keeper_lost().message())};
+      return KeeperLost{
+          node, incarnation,
+          KeeperId(keeper.boot_id(), keeper.pid_namespace(), m.keeper_lost().new_keeper_pid(),
+                   m.keeper_lost().new_keeper_start_time()),
+          Cut(m.keeper_lost().message())};
     case v1::AgentMessage::kStopped:
       return Stopped{node, incarnation, m.stopped().job(), m.stopped().generation()};
     case v1::AgentMessage::kRegister:

@@ -22,13 +22,13 @@ std::string CheckRegister(const v1::Register& message);
 
 NodeRegistered FromWire(const v1::Register& message, std::uint64_t session);
 
-// A report of a registered agent. None: a body that is not a report to the core (log lines, or one a
-// newer agent knows). `keeper` is the node's last Register: KeeperLost names only what changed.
+// A report of a registered agent. None: a body that is not a report to the core (log lines, or one
+// a newer agent knows). `keeper` is the node's last Register: KeeperLost names only what changed.
 std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& message,
                               const v1::Register& keeper);
 
-// What all commands of one plan share, worked out once: a plan over a thousand nodes is sent a thousand times.
-// Not thread-safe; starts empty.
+// What all commands of one plan share, worked out once: a plan over a thousand nodes is sent a
+// thousand times. Not thread-safe; starts empty.
 struct PlanNumbers {
   std::shared_ptr<const GenerationPlan> plan;  // of which the rest is
   std::uint32_t crc = 0;

@@ -93,12 +93,13 @@ std::unique_ptr<HttpServer> HttpServer::Start(const std::string& listen, HttpSou
     response.set_content(wrong.empty() ? std::string("ok\n") : wrong + "\n", kPlain);
   });
   errno = 0;
-  const int bound = port == 0 ? server.bind_to_any_port(host)
+  const int bound = port == 0                         ? server.bind_to_any_port(host)
                     : server.bind_to_port(host, port) ? port
                                                       : -1;
   if (bound < 0) {
-    *error = fmt::format("cannot serve HTTP on {}: {}; choose another --http HOST:PORT, port 0 takes any",
-                         listen, errno != 0 ? std::strerror(errno) : "the address is not this machine's");
+    *error = fmt::format(
+        "cannot serve HTTP on {}: {}; choose another --http HOST:PORT, port 0 takes any", listen,
+        errno != 0 ? std::strerror(errno) : "the address is not this machine's");
     return nullptr;
   }
   http->address_ = fmt::format("{}:{}", listen.substr(0, listen.rfind(':')), bound);

@@ -10,7 +10,8 @@
 namespace everstep::controller {
 
 struct HttpSources {
-  // The page of /metrics; false: the controller did not answer in time (503). Called on HTTP threads.
+  // The page of /metrics; false: the controller did not answer in time (503). Called on HTTP
+  // threads.
   std::function<bool(std::string* page)> metrics;
   // Empty: healthy; else one line that says what is wrong (503).
   std::function<std::string()> trouble;

@@ -6,7 +6,8 @@
 
 namespace everstep::controller {
 
-void LogRelay::Open(std::uint64_t request, Reader reader, std::set<std::string> nodes, bool follow) {
+void LogRelay::Open(std::uint64_t request, Reader reader, std::set<std::string> nodes,
+                    bool follow) {
   std::lock_guard<std::mutex> lock(mutex_);
   open_[request] = {std::make_shared<Reader>(std::move(reader)), std::move(nodes), follow};
 }

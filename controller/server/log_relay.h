@@ -1,5 +1,5 @@
-// Carries log lines from agents to whoever asked, beside the brain: a chatty job must not delay a decision.
-// Thread-safe.
+// Carries log lines from agents to whoever asked, beside the brain: a chatty job must not delay a
+// decision. Thread-safe.
 #pragma once
 
 #include <atomic>
@@ -24,8 +24,8 @@ class LogRelay {
     std::function<void()> end;
   };
 
-  // Starts request number `request` that these nodes answer. It is over when each has said so or is gone; with
-  // `follow` only by End.
+  // Starts request number `request` that these nodes answer. It is over when each has said so or is
+  // gone; with `follow` only by End.
   void Open(std::uint64_t request, Reader reader, std::set<std::string> nodes, bool follow);
   // A message of `node`. False: nobody reads it any more, tell the agent to cancel.
   bool Deliver(const std::string& node, const v1::LogLines& lines);

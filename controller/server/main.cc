@@ -46,7 +46,9 @@ constexpr std::chrono::seconds kScrapeWithin{2};
 constexpr Duration kHealthySilence = Seconds(5);
 constexpr std::chrono::milliseconds kLastWords{300};
 
-void Say(const std::string& text) { std::fprintf(stderr, "%s\n", text.c_str()); }
+void Say(const std::string& text) {
+  std::fprintf(stderr, "%s\n", text.c_str());
+}
 
 // Written beside and renamed: a reader never sees half of it. Empty: done.
 std::string WriteAtomically(const std::string& path, const std::string& text) {
@@ -63,7 +65,8 @@ std::string WriteAtomically(const std::string& path, const std::string& text) {
   return {};
 }
 
-// Made, writable, and with room: RocksDB ends the process when its first files do not fit. Empty: fine.
+// Made, writable, and with room: RocksDB ends the process when its first files do not fit. Empty:
+// fine.
 std::string CheckStateDir(const std::string& dir) {
   std::error_code error;
   std::filesystem::create_directories(dir, error);
@@ -86,7 +89,8 @@ StoreStatus CheckRoom(const std::string& dir) {
   const std::uint64_t room = static_cast<std::uint64_t>(disk.f_bavail) * disk.f_frsize;
   if (room >= kReserveBytes) return {};
   return {StoreCode::kNoSpace,
-          fmt::format("no space left for the store in {}: {} bytes are free on its disk, at least {} are needed; free "
+          fmt::format("no space left for the store in {}: {} bytes are free on its disk, at least "
+                      "{} are needed; free "
                       "some or move the state directory, then start the controller again",
                       dir, room, kReserveBytes)};
 }
@@ -117,7 +121,8 @@ std::string BindTrouble(const std::string& address) {
   hints.ai_socktype = SOCK_STREAM;
   hints.ai_flags = AI_PASSIVE;
   addrinfo* found = nullptr;
-  if (const int wrong = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found); wrong != 0) {
+  if (const int wrong = getaddrinfo(host.c_str(), std::to_string(port).c_str(), &hints, &found);
+      wrong != 0) {
     return gai_strerror(wrong);
   }
   const std::unique_ptr<addrinfo, decltype(&freeaddrinfo)> owner(found, freeaddrinfo);
@@ -130,7 +135,8 @@ std::string BindTrouble(const std::string& address) {
   return bound ? "it was taken for a moment" : std::strerror(error);
 }
 
-// One stream, one descriptor, one more for its keeper: thousands of nodes need more than the usual 1,024.
+// One stream, one descriptor, one more for its keeper: thousands of nodes need more than the usual
+// 1,024.
 void RaiseDescriptorLimit() {
   rlimit limit{};
   if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
@@ -163,7 +169,8 @@ bool Scrape(Brain* brain, Timestamp started, std::string* page) {
   });
   if (!posted) return false;
   std::unique_lock<std::mutex> lock(answer->mutex);
-  if (!answer->came.wait_for(lock, kScrapeWithin, [&] { return !answer->text.empty(); })) return false;
+  if (!answer->came.wait_for(lock, kScrapeWithin, [&] { return !answer->text.empty(); }))
+    return false;
   *page = std::move(answer->text);
   return true;
 }
@@ -172,9 +179,11 @@ std::string Trouble(const Brain& brain) {
   if (brain.stopping()) return "the controller ends";
   const Duration silence = brain.silence();
   if (silence < kHealthySilence) return {};
-  return fmt::format("the controller's thread has not come round for {:.1f} s (limit {:.0f} s): is the disk of its "
-                     "state directory stuck?",
-                     ToSeconds(silence), ToSeconds(kHealthySilence));
+  return fmt::format(
+      "the controller's thread has not come round for {:.1f} s (limit {:.0f} s): is the disk of "
+      "its "
+      "state directory stuck?",
+      ToSeconds(silence), ToSeconds(kHealthySilence));
 }
 
 std::unique_ptr<grpc::Server> BuildServer(const ServerOptions& options, AgentService* agents,
@@ -183,7 +192,8 @@ std::unique_ptr<grpc::Server> BuildServer(const ServerOptions& options, AgentSer
   grpc::reflection::InitProtoReflectionServerBuilderPlugin();
   grpc::ServerBuilder builder;
   builder.AddListeningPort(options.listen, grpc::InsecureServerCredentials(), port);
-  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);  // a port in use is an error, not a share
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT,
+                             0);  // a port in use is an error, not a share
   builder.SetMaxReceiveMessageSize(kMaxReceiveBytes);
   builder.SetMaxSendMessageSize(kMaxSendBytes);
   builder.AddChannelArgument(GRPC_ARG_MAX_CONCURRENT_STREAMS, 128);  // of one connection
@@ -213,33 +223,41 @@ int Serve(const ServerOptions& options, Brain* brain, const Clock& clock) {
   int port = 0;
   const std::unique_ptr<grpc::Server> server = BuildServer(options, &agents, &admin, &port);
   if (server == nullptr || port == 0) {
-    Say(fmt::format("error: cannot listen on {}: {}\n  hint: ss -ltnp shows who has a port; port 0 takes any free one",
+    Say(
+        fmt::format("error: cannot listen on {}: {}\n  hint: ss -ltnp shows who has a port; port 0 "
+                    "takes any free one",
                     options.listen, BindTrouble(options.listen)));
     return kExitAddress;
   }
-  const std::string address = fmt::format("{}:{}", options.listen.substr(0, options.listen.rfind(':')), port);
+  const std::string address =
+      fmt::format("{}:{}", options.listen.substr(0, options.listen.rfind(':')), port);
   std::unique_ptr<HttpServer> http;
   if (!options.http.empty()) {
     std::string wrong;
-    http = HttpServer::Start(options.http,
-                             {.metrics = [=](std::string* page) { return Scrape(brain, started, page); },
-                              .trouble = [=] { return Trouble(*brain); }},
-                             &wrong);
+    http = HttpServer::Start(
+        options.http,
+        {.metrics = [=](std::string* page) { return Scrape(brain, started, page); },
+         .trouble = [=] { return Trouble(*brain); }},
+        &wrong);
     if (http == nullptr) {
       Say("error: " + wrong);
       return kExitAddress;
     }
   }
   std::string wrong = WriteAtomically(options.state_dir + "/pid", fmt::format("{}\n", getpid()));
-  if (wrong.empty() && http) wrong = WriteAtomically(options.state_dir + "/http.address", http->address() + "\n");
-  if (wrong.empty() && !options.address_file.empty()) wrong = WriteAtomically(options.address_file, address + "\n");
+  if (wrong.empty() && http)
+    wrong = WriteAtomically(options.state_dir + "/http.address", http->address() + "\n");
+  if (wrong.empty() && !options.address_file.empty())
+    wrong = WriteAtomically(options.address_file, address + "\n");
   if (!wrong.empty()) {
     Say("error: " + wrong + "\n  hint: give another --state-dir or --address-file, or make room");
     return kExitStateDir;
   }
   for (const std::string& open : {address, http ? http->address() : std::string("127.0.0.1:0")}) {
     if (IsLoopback(open)) continue;
-    Say(fmt::format("warning: {} is not loopback, and the channel is not encrypted yet: use it in a network you trust",
+    Say(
+        fmt::format("warning: {} is not loopback, and the channel is not encrypted yet: use it in "
+                    "a network you trust",
                     open));
     LogWarning("not_encrypted", {{"address", open}});
   }
@@ -252,7 +270,9 @@ int Serve(const ServerOptions& options, Brain* brain, const Clock& clock) {
   const StoreStatus status = brain->Run();
   if (!status.ok()) {
     // Nothing of the failed batch may get out by any way: no orderly end.
-    Say(fmt::format("error: {}\n  what was decided but not written has not been carried out; jobs run on, and a "
+    Say(
+        fmt::format("error: {}\n  what was decided but not written has not been carried out; jobs "
+                    "run on, and a "
                     "controller started again continues from the last durable state",
                     status.message));
     std::fflush(nullptr);
@@ -266,7 +286,8 @@ int Serve(const ServerOptions& options, Brain* brain, const Clock& clock) {
 }
 
 int Start(const ServerOptions& options) {
-  // Before any thread: a process of many threads otherwise keeps one heap for each; signals come to one.
+  // Before any thread: a process of many threads otherwise keeps one heap for each; signals come to
+  // one.
   mallopt(M_ARENA_MAX, 2);
   sigset_t signals;
   sigemptyset(&signals);
@@ -277,15 +298,19 @@ int Start(const ServerOptions& options) {
   RaiseDescriptorLimit();
 
   if (const std::string wrong = CheckStateDir(options.state_dir); !wrong.empty()) {
-    Say(fmt::format("error: cannot use the state directory {}: {}\n  hint: give another --state-dir, or make this one "
+    Say(
+        fmt::format("error: cannot use the state directory {}: {}\n  hint: give another "
+                    "--state-dir, or make this one "
                     "writable for uid {} with {} MiB of room",
                     options.state_dir, wrong, getuid(), kLeastRoomBytes >> 20));
     return kExitStateDir;
   }
   LogInit({.process = "controller", .file = options.log_file, .json = options.log_json});
   StoreStatus status;
-  std::unique_ptr<RocksStore> store = RocksStore::Open(
-      {.directory = options.state_dir + "/db", .cluster = options.cluster, .product_version = kVersion}, &status);
+  std::unique_ptr<RocksStore> store = RocksStore::Open({.directory = options.state_dir + "/db",
+                                                        .cluster = options.cluster,
+                                                        .product_version = kVersion},
+                                                       &status);
   if (!status.ok()) {
     LogError("store_unusable", {{"code", StoreCodeName(status.code)}, {"message", status.message}});
     Say("error: " + status.message);
@@ -293,7 +318,9 @@ int Start(const ServerOptions& options) {
   }
   v1::StoreSnapshot snapshot;
   if (!options.snapshot.empty() && !ReadSnapshot(options.snapshot, &snapshot)) {
-    Say(fmt::format("error: {} holds no snapshot of a controller\n  hint: leave --recover-snapshot away to start from "
+    Say(
+        fmt::format("error: {} holds no snapshot of a controller\n  hint: leave --recover-snapshot "
+                    "away to start from "
                     "the store alone",
                     options.snapshot));
     return kExitUsage;

@@ -18,7 +18,8 @@ void GiveBackMemory() {
           const auto& segment = info->dlpi_phdr[i];
           if (segment.p_type != PT_LOAD || (segment.p_flags & PF_W) != 0) continue;
           const std::uintptr_t begin = (info->dlpi_addr + segment.p_vaddr + page - 1) & ~(page - 1);
-          const std::uintptr_t end = (info->dlpi_addr + segment.p_vaddr + segment.p_memsz) & ~(page - 1);
+          const std::uintptr_t end =
+              (info->dlpi_addr + segment.p_vaddr + segment.p_memsz) & ~(page - 1);
           if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
         }
         return 0;

@@ -27,13 +27,15 @@ struct Family {
 
 // In the order in which they are served.
 constexpr Family kFamilies[] = {
-    {"everstep_controller_info", "gauge", "cluster, version", "Always 1; the labels say what runs."},
+    {"everstep_controller_info", "gauge", "cluster, version",
+     "Always 1; the labels say what runs."},
     {"everstep_controller_start_time_seconds", "gauge", "",
      "When this process started, in seconds since the Unix epoch."},
     {"everstep_store_starts_total", "counter", "",
      "Times a controller opened this store, this one included: restarts of the controller."},
     {"everstep_nodes", "gauge", "state",
-     "Nodes by state: alive, suspect (stream broken, lease not over), lost, draining (alive, takes no new "
+     "Nodes by state: alive, suspect (stream broken, lease not over), lost, draining (alive, takes "
+     "no new "
      "work)."},
     {"everstep_sessions", "gauge", "", "Agents' streams that are open and registered."},
     {"everstep_agents_refused_total", "counter", "",
@@ -53,22 +55,29 @@ constexpr Family kFamilies[] = {
      "Restarts charged to the script's own failures (max_restarts counts these)."},
     {"everstep_job_lost_capacity_total", "counter", "job",
      "Restarts because workers were killed or stopped from outside."},
-    {"everstep_job_faults_total", "counter", "job, reason", "Faults of a job, by reason code; the newest 256."},
+    {"everstep_job_faults_total", "counter", "job, reason",
+     "Faults of a job, by reason code; the newest 256."},
     {"everstep_job_recovery_seconds_total", "counter", "job",
      "Time from a fault's detection until the job stepped again (or its workers ran), summed."},
-    {"everstep_events_total", "counter", "", "Events handed to the core: messages, requests, timers."},
+    {"everstep_events_total", "counter", "",
+     "Events handed to the core: messages, requests, timers."},
     {"everstep_stale_messages_total", "counter", "",
      "Messages of an old incarnation or generation that were dropped at the door."},
     {"everstep_decision_duration_seconds", "histogram", "", "Time of one decision of the core."},
     {"everstep_store_write_duration_seconds", "histogram", "",
      "Time of one batch's write to the store, sync included."},
     {"everstep_store_records_total", "counter", "", "Records written."},
-    {"everstep_mailbox_depth", "gauge", "", "Events and requests that wait for the controller's thread."},
-    {"everstep_mailbox_refused_total", "counter", "", "Events and requests refused because the mailbox was full."},
+    {"everstep_mailbox_depth", "gauge", "",
+     "Events and requests that wait for the controller's thread."},
+    {"everstep_mailbox_refused_total", "counter", "",
+     "Events and requests refused because the mailbox was full."},
     {"everstep_admin_requests_total", "counter", "", "Calls of the admin service."},
-    {"everstep_admin_streams", "gauge", "", "Open streams of the admin service: events, followed jobs, logs."},
-    {"everstep_slow_readers_total", "counter", "", "Streams cut off because their reader did not read."},
-    {"everstep_log_bytes_relayed_total", "counter", "", "Bytes of workers' logs passed from agents to readers."},
+    {"everstep_admin_streams", "gauge", "",
+     "Open streams of the admin service: events, followed jobs, logs."},
+    {"everstep_slow_readers_total", "counter", "",
+     "Streams cut off because their reader did not read."},
+    {"everstep_log_bytes_relayed_total", "counter", "",
+     "Bytes of workers' logs passed from agents to readers."},
     {"process_resident_memory_bytes", "gauge", "", "Resident memory of the controller."},
     {"process_cpu_seconds_total", "counter", "", "User and system CPU time of the controller."},
     {"process_open_fds", "gauge", "", "Open file descriptors of the controller."},
@@ -259,7 +268,9 @@ std::array<std::uint64_t, Histogram::kBoundsMicros.size() + 1> Histogram::Cumula
   return out;
 }
 
-std::uint64_t Histogram::count() const { return Cumulative().back(); }
+std::uint64_t Histogram::count() const {
+  return Cumulative().back();
+}
 
 std::string MetricsText(const ClusterState& state, const Counters& counters, const Figures& figures,
                         Timestamp now) {

@@ -1,6 +1,6 @@
-// /metrics in Prometheus' text format, version 0.0.4. One table of families in metrics.cc names, types and
-// explains everything that is served; docs/reference/metrics.md is made from it (MetricsMarkdown), and a
-// test holds the two together.
+// /metrics in Prometheus' text format, version 0.0.4. One table of families in metrics.cc names,
+// types and explains everything that is served; docs/reference/metrics.md is made from it
+// (MetricsMarkdown), and a test holds the two together.
 #pragma once
 
 #include <array>
@@ -33,14 +33,14 @@ class Histogram {
 
 // What the shell counts. Thread-safe; grows only.
 struct Counters {
-  Histogram decision;     // one Controller::Step
-  Histogram store_write;  // one synced batch
-  std::atomic<std::uint64_t> events{0};             // handed to the core
-  std::atomic<std::uint64_t> records{0};            // written to the store
-  std::atomic<std::uint64_t> requests{0};           // of the admin service
-  std::atomic<std::uint64_t> mailbox_refused{0};    // nothing was free in the mailbox
-  std::atomic<std::uint64_t> slow_readers{0};       // streams that were cut off
-  std::atomic<std::uint64_t> agents_refused{0};     // registrations that were not let in
+  Histogram decision;                             // one Controller::Step
+  Histogram store_write;                          // one synced batch
+  std::atomic<std::uint64_t> events{0};           // handed to the core
+  std::atomic<std::uint64_t> records{0};          // written to the store
+  std::atomic<std::uint64_t> requests{0};         // of the admin service
+  std::atomic<std::uint64_t> mailbox_refused{0};  // nothing was free in the mailbox
+  std::atomic<std::uint64_t> slow_readers{0};     // streams that were cut off
+  std::atomic<std::uint64_t> agents_refused{0};   // registrations that were not let in
   std::atomic<std::uint64_t> log_bytes_relayed{0};
 };
 

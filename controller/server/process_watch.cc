@@ -46,7 +46,8 @@ Here ReadHere() {
   return here;
 }
 
-ProcessWatch::ProcessWatch(std::function<void(std::uint64_t)> on_dead) : on_dead_(std::move(on_dead)) {
+ProcessWatch::ProcessWatch(std::function<void(std::uint64_t)> on_dead)
+    : on_dead_(std::move(on_dead)) {
   epoll_ = epoll_create1(EPOLL_CLOEXEC);
   wake_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   epoll_event event{.events = EPOLLIN, .data = {.u64 = kWakeToken}};
@@ -65,7 +66,8 @@ ProcessWatch::~ProcessWatch() {
 
 void ProcessWatch::Watch(std::uint64_t token, std::int32_t pid, std::uint64_t start_time) {
   const int fd = pid > 0 ? static_cast<int>(syscall(SYS_pidfd_open, pid, 0)) : -1;
-  // Opened first, compared second: a pid that was given to another process shows another start time.
+  // Opened first, compared second: a pid that was given to another process shows another start
+  // time.
   if (fd < 0 || StartTime(pid) != start_time) {
     if (fd >= 0) close(fd);
     if (pid > 0) on_dead_(token);

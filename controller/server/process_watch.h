@@ -1,5 +1,5 @@
-// Tells at once when a process of this machine is gone (pidfd), so that a dead node need not wait for its
-// lease.
+// Tells at once when a process of this machine is gone (pidfd), so that a dead node need not wait
+// for its lease.
 #pragma once
 
 #include <cstdint>
@@ -26,8 +26,8 @@ class ProcessWatch {
   ProcessWatch(const ProcessWatch&) = delete;
   ProcessWatch& operator=(const ProcessWatch&) = delete;
 
-  // Watches the process with that pid and start time (field 22 of /proc/PID/stat). When it does not exist
-  // any more, on_dead follows at once. A token is watched once; Forget takes it back.
+  // Watches the process with that pid and start time (field 22 of /proc/PID/stat). When it does not
+  // exist any more, on_dead follows at once. A token is watched once; Forget takes it back.
   void Watch(std::uint64_t token, std::int32_t pid, std::uint64_t start_time);
   void Forget(std::uint64_t token);
 

@@ -1,9 +1,9 @@
-// The sending half of a gRPC reactor with a bounded queue: the brain says Enqueue and goes on, a peer that
-// does not read is cut off.
+// The sending half of a gRPC reactor with a bounded queue: the brain says Enqueue and goes on, a
+// peer that does not read is cut off.
 //
-// Base: grpc::ServerBidiReactor<...> or grpc::ServerWriteReactor<...>. Thread-safe. Owned by a shared_ptr
-// that the reactor itself holds from Hold() to OnDone(); callers hold one while they call. Derived classes
-// that override OnDone call Done() last.
+// Base: grpc::ServerBidiReactor<...> or grpc::ServerWriteReactor<...>. Thread-safe. Owned by a
+// shared_ptr that the reactor itself holds from Hold() to OnDone(); callers hold one while they
+// call. Derived classes that override OnDone call Done() last.
 #pragma once
 
 #include <atomic>
@@ -31,8 +31,7 @@ struct QueueLimits {
 };
 
 template <typename Base, typename Message>
-class QueuedWrites : public Base,
-                     public std::enable_shared_from_this<QueuedWrites<Base, Message>> {
+class QueuedWrites : public Base, public std::enable_shared_from_this<QueuedWrites<Base, Message>> {
  public:
   // A peer that was cut off gets this long to read why; then its stream is reset.
   static constexpr std::chrono::seconds kLastWords{3};
@@ -42,14 +41,16 @@ class QueuedWrites : public Base,
 
   void Hold() { self_ = this->shared_from_this(); }
 
-  // False: the stream is over, or its queue is full (then it ends with RESOURCE_EXHAUSTED and a text).
+  // False: the stream is over, or its queue is full (then it ends with RESOURCE_EXHAUSTED and a
+  // text).
   bool Enqueue(Message message) {
     std::lock_guard<std::mutex> lock(mutex_);
     return EnqueueLocked(std::move(message));
   }
 
-  // The same for states, of which only the newest counts: what waits and is not on its way is replaced, after
-  // merge(old, &message) took over what must not be lost. A slow reader is never cut off.
+  // The same for states, of which only the newest counts: what waits and is not on its way is
+  // replaced, after merge(old, &message) took over what must not be lost. A slow reader is never
+  // cut off.
   template <typename Merge>
   bool Replace(Message message, const Merge& merge) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -80,7 +81,8 @@ class QueuedWrites : public Base,
     return end_.has_value();
   }
 
-  // `start` starts an operation from outside a reaction: not when the stream may be finished meanwhile.
+  // `start` starts an operation from outside a reaction: not when the stream may be finished
+  // meanwhile.
   template <typename Start>
   void IfOpen(const Start& start) {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -124,11 +126,11 @@ class QueuedWrites : public Base,
     // One message always fits: it is bounded by the server's limit on messages.
     if (!queue_.empty() && (queue_.size() >= limits_.messages || bytes_ + bytes > limits_.bytes)) {
       if (limits_.slow_readers != nullptr) ++*limits_.slow_readers;
-      CutLocked(grpc::Status(
-          grpc::StatusCode::RESOURCE_EXHAUSTED,
-          fmt::format("slow_reader: {} messages ({} bytes) wait and are not read, the limit is {} ({} bytes)\n"
-                      "hint: read faster, or ask again from the last one seen",
-                      queue_.size(), bytes_, limits_.messages, limits_.bytes)));
+      CutLocked(grpc::Status(grpc::StatusCode::RESOURCE_EXHAUSTED,
+                             fmt::format("slow_reader: {} messages ({} bytes) wait and are not "
+                                         "read, the limit is {} ({} bytes)\n"
+                                         "hint: read faster, or ask again from the last one seen",
+                                         queue_.size(), bytes_, limits_.messages, limits_.bytes)));
       return false;
     }
     bytes_ += bytes;
@@ -151,10 +153,10 @@ class QueuedWrites : public Base,
     // The status waits behind a write that a peer which does not read may hold up for ever.
     last_words_.emplace();
     last_words_->Set(std::chrono::system_clock::now() + kLastWords,
-                    [self = this->shared_from_this()](bool in_time) {
-                      std::lock_guard<std::mutex> lock(self->mutex_);
-                      if (in_time && !self->done_) self->context_->TryCancel();
-                    });
+                     [self = this->shared_from_this()](bool in_time) {
+                       std::lock_guard<std::mutex> lock(self->mutex_);
+                       if (in_time && !self->done_) self->context_->TryCancel();
+                     });
   }
   void FinishLocked() {
     if (finished_) return;

@@ -14,7 +14,9 @@
 namespace everstep::controller {
 namespace {
 
-std::string TimeText(Timestamp t) { return t.ns == 0 ? std::string() : FormatTimestamp(t); }
+std::string TimeText(Timestamp t) {
+  return t.ns == 0 ? std::string() : FormatTimestamp(t);
+}
 
 std::string CommandText(const CommandSpec& spec) {
   v1::Command command;
@@ -48,10 +50,11 @@ void FillFault(const Fault& f, v1::FaultStatus* to) {
   to->set_action(f.action);
   to->set_detected(TimeText(f.detected));
   to->set_recovery_seconds(f.recovered.ns == 0 ? -1.0 : ToSeconds(f.recovered - f.detected));
-  // The occurrence is told by the node's clock: a difference out of this range says that the clocks differ.
+  // The occurrence is told by the node's clock: a difference out of this range says that the clocks
+  // differ.
   const double detect = f.occurred.ns == 0 ? -1.0 : ToSeconds(f.detected - f.occurred);
-  to->set_detect_seconds(f.occurred.ns == 0 || detect < -1.0 || detect > 3600.0 ? -1.0
-                                                                               : std::max(detect, 0.0));
+  to->set_detect_seconds(
+      f.occurred.ns == 0 || detect < -1.0 || detect > 3600.0 ? -1.0 : std::max(detect, 0.0));
   to->set_generation_before(f.generation_before);
   to->set_generation_after(f.generation_after);
   to->set_step_before(f.step_before);
@@ -79,17 +82,22 @@ void FillRanks(const JobStateView& job, const NodePlan& node, v1::JobStatus* to)
 
 // Nodes that would be taken now if there were enough of them.
 std::size_t Candidates(const ClusterState& state, const JobSpec& spec) {
-  return static_cast<std::size_t>(std::count_if(state.nodes.begin(), state.nodes.end(), [&](const auto& entry) {
-    const bool named = spec.only_nodes.empty() || std::find(spec.only_nodes.begin(), spec.only_nodes.end(),
-                                                            entry.first) != spec.only_nodes.end();
-    return named && entry.second.record.health == NodeHealth::kAlive && !entry.second.record.draining;
-  }));
+  return static_cast<std::size_t>(
+      std::count_if(state.nodes.begin(), state.nodes.end(), [&](const auto& entry) {
+        const bool named = spec.only_nodes.empty() ||
+                           std::find(spec.only_nodes.begin(), spec.only_nodes.end(), entry.first) !=
+                               spec.only_nodes.end();
+        return named && entry.second.record.health == NodeHealth::kAlive &&
+               !entry.second.record.draining;
+      }));
 }
 
-// torch's error file: {"message": {"message": "RuntimeError: ...", ...}} or {"message": "..."}; empty: neither.
+// torch's error file: {"message": {"message": "RuntimeError: ...", ...}} or {"message": "..."};
+// empty: neither.
 std::string MessageOf(const std::string& error_json) {
   google::protobuf::Struct file;
-  if (error_json.empty() || !google::protobuf::util::JsonStringToMessage(error_json, &file).ok()) return {};
+  if (error_json.empty() || !google::protobuf::util::JsonStringToMessage(error_json, &file).ok())
+    return {};
   const auto outer = file.fields().find("message");
   if (outer == file.fields().end()) return {};
   if (outer->second.has_string_value()) return outer->second.string_value();
@@ -172,7 +180,8 @@ v1::NodeStatus NodeStatusOf(const ClusterState& state, const NodeState& node, Ti
   to.set_slots(r.facts.slots);
   to.mutable_labels()->insert(r.facts.labels.begin(), r.facts.labels.end());
   to.set_agent_restarts(static_cast<std::int32_t>(node.reattached));
-  to.set_warm(std::any_of(node.warm.begin(), node.warm.end(), [](const auto& w) { return w.second; }));
+  to.set_warm(
+      std::any_of(node.warm.begin(), node.warm.end(), [](const auto& w) { return w.second; }));
   return to;
 }
 
@@ -200,7 +209,8 @@ v1::JobStatus JobStatusOf(const ClusterState& state, const JobStateView& job, Ti
   std::sort(to.mutable_ranks()->begin(), to.mutable_ranks()->end(),
             [](const auto& x, const auto& y) { return x.rank() < y.rank(); });
   if (r.state == JobState::kWaiting && to.message().empty()) {
-    to.set_message(fmt::format("{} of at least {} nodes", Candidates(state, r.spec), r.spec.min_nodes));
+    to.set_message(
+        fmt::format("{} of at least {} nodes", Candidates(state, r.spec), r.spec.min_nodes));
   }
   if (!IsTerminal(r.state)) {
     std::uint32_t spares = 0;
@@ -294,7 +304,8 @@ const JobStateView* FindJobByPrefix(const ClusterState& state, const std::string
     *error = fmt::format("there is no job '{}' here\nhint: everstep job list shows {} job{}", id,
                          state.jobs.size(), state.jobs.size() == 1 ? "" : "s");
   } else {
-    *error = fmt::format("'{}' begins {} jobs: {}\nhint: type more of the id", id, found.size(), names);
+    *error =
+        fmt::format("'{}' begins {} jobs: {}\nhint: type more of the id", id, found.size(), names);
   }
   return nullptr;
 }

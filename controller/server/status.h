@@ -1,5 +1,5 @@
-// The core's state as people read it: the messages of proto/admin.proto. Pure functions; call on the
-// thread that owns the state.
+// The core's state as people read it: the messages of proto/admin.proto. Pure functions; call on
+// the thread that owns the state.
 #pragma once
 
 #include <string>
@@ -19,8 +19,8 @@ std::string LogDirOf(const CommandSpec& command);
 // Every record but the journal, for a successor controller.
 v1::StoreSnapshot SnapshotOf(const ClusterState& state, const std::string& cluster);
 
-// The job of that id, or the only one whose id starts with it (4 characters or more). Null: *error says
-// why, with what there is.
+// The job of that id, or the only one whose id starts with it (4 characters or more). Null: *error
+// says why, with what there is.
 const JobStateView* FindJobByPrefix(const ClusterState& state, const std::string& id,
                                     std::string* error);
 

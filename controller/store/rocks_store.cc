@@ -118,7 +118,8 @@ rocksdb::Options DbOptions() {
   // A torn last write was never acknowledged; a hole before it means damage.
   options.wal_recovery_mode = rocksdb::WALRecoveryMode::kTolerateCorruptedTailRecords;
   options.max_open_files = 128;
-  options.write_buffer_size = 2 << 20;  // memory; a flush writes 2 MiB once in some thousand decisions
+  options.write_buffer_size =
+      2 << 20;  // memory; a flush writes 2 MiB once in some thousand decisions
   options.max_write_buffer_number = 2;
   options.max_background_jobs = 2;
   options.keep_log_file_num = 2;

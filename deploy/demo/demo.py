@@ -168,7 +168,7 @@ def plot_terminal(runs: dict[str, list[Mark]], faults: list[FaultResult], width:
         x = min(width - 1, int(fault.step_before / last * (width - 1)))
         for row in grid:
             row[x] = ":"
-    for (name, points), symbol in zip(series.items(), ".x"):
+    for (_name, points), symbol in zip(series.items(), ".x"):
         for x, v in points:
             grid[min(height - 1, int((top - v) / (top - low + 1e-9) * (height - 1)))][int(x / last * (width - 1))] = symbol
     print()

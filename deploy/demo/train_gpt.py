@@ -20,13 +20,12 @@ import sysconfig
 import time
 from pathlib import Path
 
+import everstep
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-import everstep
 
 
 class Block(nn.Module):

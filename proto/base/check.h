@@ -10,9 +10,9 @@ namespace everstep {
 
 }  // namespace everstep
 
-#define EVERSTEP_CHECK(condition, ...)                                                      \
-  do {                                                                                      \
-    if (!(condition)) [[unlikely]] {                                                        \
+#define EVERSTEP_CHECK(condition, ...)                                                          \
+  do {                                                                                          \
+    if (!(condition)) [[unlikely]] {                                                            \
       ::everstep::CheckFailed(__FILE__, __LINE__, #condition, ::std::string_view{__VA_ARGS__}); \
-    }                                                                                       \
+    }                                                                                           \
   } while (false)

@@ -15,11 +15,15 @@ std::int64_t ReadClock(clockid_t id) {
 
 }  // namespace
 
-std::int64_t MonotonicNanos() { return ReadClock(CLOCK_MONOTONIC); }
+std::int64_t MonotonicNanos() {
+  return ReadClock(CLOCK_MONOTONIC);
+}
 
 RealClock::RealClock() : offset_ns_(ReadClock(CLOCK_REALTIME) - MonotonicNanos()) {}
 
-Timestamp RealClock::Now() const { return {offset_ns_ + MonotonicNanos()}; }
+Timestamp RealClock::Now() const {
+  return {offset_ns_ + MonotonicNanos()};
+}
 
 std::string FormatTimestamp(Timestamp t) {
   const std::time_t seconds = static_cast<std::time_t>(t.ns / 1'000'000'000);

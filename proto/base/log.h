@@ -1,7 +1,8 @@
 // Structured log lines: a stable event name and key=value fields, at state changes only.
 //
 //   LogInfo("node_lost", {{"node", "n7"}, {"incarnation", 3}, {"reason", "lease_expired"}});
-//   -> 2026-01-31T14:02:11.482Z info  controller node_lost node=n7 incarnation=3 reason=lease_expired
+//   -> 2026-01-31T14:02:11.482Z info  controller node_lost node=n7 incarnation=3
+//   reason=lease_expired
 //
 // Names are listed in docs/reference/events.md. Human lines by default; one JSON object a line with
 // Options::json. Thread-safe after LogInit; before it, lines go to stderr.
@@ -34,8 +35,8 @@ using LogFields = std::initializer_list<LogField>;
 enum class LogLevel { kDebug, kInfo, kWarning, kError };
 
 struct LogOptions {
-  std::string process;     // "controller", "agent", ...: third column
-  std::string file;        // empty: stderr. Appended to, reopened on LogReopen.
+  std::string process;  // "controller", "agent", ...: third column
+  std::string file;     // empty: stderr. Appended to, reopened on LogReopen.
   bool json = false;
   LogLevel level = LogLevel::kInfo;
 };
@@ -45,9 +46,17 @@ void LogInit(const LogOptions& options);
 
 void Log(LogLevel level, std::string_view event, LogFields fields);
 
-inline void LogDebug(std::string_view e, LogFields f = {}) { Log(LogLevel::kDebug, e, f); }
-inline void LogInfo(std::string_view e, LogFields f = {}) { Log(LogLevel::kInfo, e, f); }
-inline void LogWarning(std::string_view e, LogFields f = {}) { Log(LogLevel::kWarning, e, f); }
-inline void LogError(std::string_view e, LogFields f = {}) { Log(LogLevel::kError, e, f); }
+inline void LogDebug(std::string_view e, LogFields f = {}) {
+  Log(LogLevel::kDebug, e, f);
+}
+inline void LogInfo(std::string_view e, LogFields f = {}) {
+  Log(LogLevel::kInfo, e, f);
+}
+inline void LogWarning(std::string_view e, LogFields f = {}) {
+  Log(LogLevel::kWarning, e, f);
+}
+inline void LogError(std::string_view e, LogFields f = {}) {
+  Log(LogLevel::kError, e, f);
+}
 
 }  // namespace everstep

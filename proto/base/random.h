@@ -1,5 +1,6 @@
-// A seeded generator whose sequence is fixed by this file alone (std distributions are not portable).
-// SplitMix64 (Steele, Lea, Flood 2014). For simulation, jitter and sampling; never for secrets.
+// A seeded generator whose sequence is fixed by this file alone (std distributions are not
+// portable). SplitMix64 (Steele, Lea, Flood 2014). For simulation, jitter and sampling; never for
+// secrets.
 #pragma once
 
 #include <cstdint>

@@ -20,11 +20,17 @@ struct Timestamp {
   friend constexpr Duration operator-(Timestamp a, Timestamp b) { return Duration(a.ns - b.ns); }
 };
 
-constexpr Duration Milliseconds(std::int64_t n) { return std::chrono::milliseconds(n); }
-constexpr Duration Seconds(std::int64_t n) { return std::chrono::seconds(n); }
+constexpr Duration Milliseconds(std::int64_t n) {
+  return std::chrono::milliseconds(n);
+}
+constexpr Duration Seconds(std::int64_t n) {
+  return std::chrono::seconds(n);
+}
 constexpr std::int64_t ToMilliseconds(Duration d) {
   return std::chrono::duration_cast<std::chrono::milliseconds>(d).count();
 }
-constexpr double ToSeconds(Duration d) { return std::chrono::duration<double>(d).count(); }
+constexpr double ToSeconds(Duration d) {
+  return std::chrono::duration<double>(d).count();
+}
 
 }  // namespace everstep

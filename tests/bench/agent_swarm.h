@@ -1,5 +1,5 @@
-// Thousands of agents in one process: each a connection and a stream of its own, none a thread. They do as
-// they are told at once and have no workers.
+// Thousands of agents in one process: each a connection and a stream of its own, none a thread.
+// They do as they are told at once and have no workers.
 #pragma once
 
 #include <grpcpp/grpcpp.h>
@@ -30,8 +30,9 @@ class AgentSwarm {
       agents_[i]->Start();
       const std::size_t lead = 200;
       std::unique_lock<std::mutex> lock(mutex_);
-      changed_.wait_for(lock, std::chrono::seconds(10),
-                        [&] { return i < lead || static_cast<std::size_t>(registered_ + lost_) >= i - lead; });
+      changed_.wait_for(lock, std::chrono::seconds(10), [&] {
+        return i < lead || static_cast<std::size_t>(registered_ + lost_) >= i - lead;
+      });
     }
   }
   ~AgentSwarm() {
@@ -44,7 +45,8 @@ class AgentSwarm {
 
   bool WaitRegistered(std::chrono::seconds patience) {
     std::unique_lock<std::mutex> lock(mutex_);
-    return changed_.wait_for(lock, patience, [this] { return registered_ == static_cast<int>(agents_.size()); });
+    return changed_.wait_for(lock, patience,
+                             [this] { return registered_ == static_cast<int>(agents_.size()); });
   }
   // All agents together, evenly, at this rate. How many went out.
   std::uint64_t Beat(int per_second, std::chrono::seconds length) {
@@ -53,7 +55,8 @@ class AgentSwarm {
     while (true) {
       const auto now = std::chrono::steady_clock::now();
       if (now >= began + length) return sent;
-      const auto due = static_cast<std::uint64_t>(std::chrono::duration<double>(now - began).count() * per_second);
+      const auto due = static_cast<std::uint64_t>(
+          std::chrono::duration<double>(now - began).count() * per_second);
       for (; sent < due; ++sent) agents_[sent % agents_.size()]->Beat();
       std::this_thread::sleep_for(std::chrono::milliseconds(2));
     }

@@ -2,9 +2,10 @@
 //
 //   controller_bench [--agents 1000,10000] [--seconds 10] [--runs 3] [--json FILE]
 //
-// The program everstep-controller runs as a process of its own on a fresh state directory; this process plays
-// the agents, one TCP connection and stream each, and offers 10,000 beats a second in all. Two of the figures
-// need no agents: decisions are timed inside this process on the same Controller, with a job over all nodes.
+// The program everstep-controller runs as a process of its own on a fresh state directory; this
+// process plays the agents, one TCP connection and stream each, and offers 10,000 beats a second in
+// all. Two of the figures need no agents: decisions are timed inside this process on the same
+// Controller, with a job over all nodes.
 #include <fmt/format.h>
 #include <sys/resource.h>
 #include <unistd.h>
@@ -39,7 +40,8 @@ constexpr const char* kBudgets[][3] = {{"heartbeats_per_second", "10000", "at le
 struct Samples {
   // case, metric, unit
   std::map<std::tuple<std::string, std::string, std::string>, std::vector<double>> values;
-  void Add(const std::string& name, const std::string& metric, const std::string& unit, double value) {
+  void Add(const std::string& name, const std::string& metric, const std::string& unit,
+           double value) {
     values[{name, metric, unit}].push_back(value);
   }
 };
@@ -68,19 +70,22 @@ bool Streams(int agents, int seconds, Samples* samples) {
   const std::string name = fmt::format("{}_agents", agents);
   test::TempDir dir;
   test::ControllerProcess process(dir.path() + "/state");
-  if (!process.Start({"--lease-ms", "300000", "--heartbeat-ms", "1000", "--log-file", dir.path() + "/log"})) {
+  if (!process.Start(
+          {"--lease-ms", "300000", "--heartbeat-ms", "1000", "--log-file", dir.path() + "/log"})) {
     fmt::print(stderr, "controller_bench: {}\n", process.output());
     return false;
   }
   AgentSwarm swarm(process.address(), agents);
   if (!swarm.WaitRegistered(std::chrono::seconds(120))) {
-    fmt::print(stderr, "controller_bench: {} of {} agents registered within 120 s\n", swarm.registered(), agents);
+    fmt::print(stderr, "controller_bench: {} of {} agents registered within 120 s\n",
+               swarm.registered(), agents);
     return false;
   }
   const double before = CpuSeconds(process.pid());
   const std::uint64_t sent = swarm.Beat(kBeatsASecond, std::chrono::seconds(seconds));
   const double cpu = CpuSeconds(process.pid()) - before;
-  samples->Add(name, "heartbeats_per_second", "1/s of one core", static_cast<double>(sent) / std::max(cpu, 0.01));
+  samples->Add(name, "heartbeats_per_second", "1/s of one core",
+               static_cast<double>(sent) / std::max(cpu, 0.01));
   samples->Add(name, "resident_memory", "MiB", ResidentMiB(process.pid()));
   // One job over 1,000 of them: from its submission until every node said that its workers run.
   const auto began = std::chrono::steady_clock::now();
@@ -94,7 +99,8 @@ bool Streams(int agents, int seconds, Samples* samples) {
   swarm.Beat(kBeatsASecond, std::chrono::seconds(4));
   samples->Add(name, "resident_memory_with_job", "MiB", ResidentMiB(process.pid()));
   if (swarm.lost() > 0) {
-    fmt::print(stderr, "controller_bench: {} of {} agents lost their stream\n", swarm.lost(), agents);
+    fmt::print(stderr, "controller_bench: {} of {} agents lost their stream\n", swarm.lost(),
+               agents);
     return false;
   }
   return true;
@@ -133,14 +139,17 @@ void DecideAll(int nodes, Samples* samples) {
       e.holds.generation = g;
       step(e);
     }
-    for (int i = 0; i < nodes; ++i) step(controller::Activated{node(i), 1, "job", g, {{i, 0, 1, true, {}}}, false, ""});
+    for (int i = 0; i < nodes; ++i)
+      step(controller::Activated{node(i), 1, "job", g, {{i, 0, 1, true, {}}}, false, ""});
     for (int beat = 0; beat < 20 * nodes; ++beat) {
       controller::Heartbeat e{node(beat % nodes), 1, 0, {}, {{"job", g, static_cast<Step>(g), 1}}};
       step(e);
     }
     for (const bool replica : {false, true}) {
       for (int i = 0; i < nodes; ++i) {
-        step(controller::ShardCopied{node((i + replica) % nodes), 1, "job",
+        step(controller::ShardCopied{node((i + replica) % nodes),
+                                     1,
+                                     "job",
                                      {i, nodes, g, static_cast<Step>(g), 7, 100, replica, true}});
       }
     }
@@ -175,8 +184,8 @@ std::string Machine() {
 }
 
 void Print(const Samples& samples) {
-  fmt::print("\ncontroller: {}\n{:<14}{:<24}{:>12}{:>12}{:>12}  {:<17}{:>4}  {}\n", Machine(), "CASE", "METRIC",
-             "MEDIAN", "MIN", "MAX", "UNIT", "RUNS", "LIMIT");
+  fmt::print("\ncontroller: {}\n{:<14}{:<24}{:>12}{:>12}{:>12}  {:<17}{:>4}  {}\n", Machine(),
+             "CASE", "METRIC", "MEDIAN", "MIN", "MAX", "UNIT", "RUNS", "LIMIT");
   for (const auto& [key, values] : samples.values) {
     const auto& [name, metric, unit] = key;
     std::string limit = "-";
@@ -184,9 +193,11 @@ void Print(const Samples& samples) {
       const bool here = metric.rfind("resident", 0) != 0 || name == "1000_agents";
       if (metric == budget[0] && here) limit = fmt::format("{} {}", budget[2], budget[1]);
     }
-    const auto number = [](double v) { return v >= 1000 ? fmt::format("{:.0f}", v) : fmt::format("{:.3g}", v); };
-    fmt::print("{:<14}{:<24}{:>12}{:>12}{:>12}  {:<17}{:>4}  {}\n", name, metric, number(Median(values)),
-               number(*std::min_element(values.begin(), values.end())),
+    const auto number = [](double v) {
+      return v >= 1000 ? fmt::format("{:.0f}", v) : fmt::format("{:.3g}", v);
+    };
+    fmt::print("{:<14}{:<24}{:>12}{:>12}{:>12}  {:<17}{:>4}  {}\n", name, metric,
+               number(Median(values)), number(*std::min_element(values.begin(), values.end())),
                number(*std::max_element(values.begin(), values.end())), unit, values.size(), limit);
   }
 }
@@ -196,19 +207,25 @@ bool WriteJson(const Samples& samples, const std::string& path) {
   for (const auto& [key, values] : samples.values) {
     const auto& [name, metric, unit] = key;
     rows += fmt::format(
-        "{}\n  {{\"case\": \"{}\", \"system\": \"everstep\", \"metric\": \"{}\", \"unit\": \"{}\", \"median\": {}, "
+        "{}\n  {{\"case\": \"{}\", \"system\": \"everstep\", \"metric\": \"{}\", \"unit\": \"{}\", "
+        "\"median\": {}, "
         "\"min\": {}, \"max\": {}, \"runs\": {}}}",
-        rows.empty() ? "" : ",", name, metric, unit, Median(values), *std::min_element(values.begin(), values.end()),
+        rows.empty() ? "" : ",", name, metric, unit, Median(values),
+        *std::min_element(values.begin(), values.end()),
         *std::max_element(values.begin(), values.end()), values.size());
   }
   std::ofstream out(path);
-  out << fmt::format("{{\"benchmark\": \"controller\", \"machine\": \"{}\", \"rows\": [{}]}}\n", Machine(), rows);
+  out << fmt::format("{{\"benchmark\": \"controller\", \"machine\": \"{}\", \"rows\": [{}]}}\n",
+                     Machine(), rows);
   return static_cast<bool>(out.flush());
 }
 
 int Usage(const std::string& wrong) {
-  fmt::print(stderr, "controller_bench: {}\nusage: controller_bench [--agents N,N...] [--seconds N] [--runs N] "
-                     "[--json FILE]\n", wrong);
+  fmt::print(
+      stderr,
+      "controller_bench: {}\nusage: controller_bench [--agents N,N...] [--seconds N] [--runs N] "
+      "[--json FILE]\n",
+      wrong);
   return 2;
 }
 
@@ -220,7 +237,8 @@ int Main(int argc, char** argv) {
   std::string json;
   for (int i = 1; i < argc; i += 2) {
     const std::string flag = argv[i];
-    if (flag == "--help" || i + 1 >= argc) return Usage(flag == "--help" ? "" : flag + " needs a value");
+    if (flag == "--help" || i + 1 >= argc)
+      return Usage(flag == "--help" ? "" : flag + " needs a value");
     if (flag == "--agents") {
       agents.clear();
       std::istringstream list(argv[i + 1]);
@@ -235,7 +253,8 @@ int Main(int argc, char** argv) {
       return Usage("unknown flag " + flag);
     }
   }
-  if (seconds < 1 || runs < 1 || agents.empty() || *std::min_element(agents.begin(), agents.end()) < 1) {
+  if (seconds < 1 || runs < 1 || agents.empty() ||
+      *std::min_element(agents.begin(), agents.end()) < 1) {
     return Usage("numbers start at 1");
   }
   rlimit files{};
@@ -247,7 +266,9 @@ int Main(int argc, char** argv) {
   for (int run = 0; run < runs; ++run) {
     for (const int count : agents) {
       if (files.rlim_cur < static_cast<rlim_t>(count) + 200) {
-        fmt::print(stderr, "controller_bench: {} agents need {} descriptors, this process may have {} (ulimit -n)\n",
+        fmt::print(stderr,
+                   "controller_bench: {} agents need {} descriptors, this process may have {} "
+                   "(ulimit -n)\n",
                    count, count + 200, files.rlim_cur);
         all = false;
         continue;
@@ -266,4 +287,6 @@ int Main(int argc, char** argv) {
 
 }  // namespace everstep::bench
 
-int main(int argc, char** argv) { return everstep::bench::Main(argc, argv); }
+int main(int argc, char** argv) {
+  return everstep::bench::Main(argc, argv);
+}

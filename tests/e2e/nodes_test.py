@@ -156,7 +156,7 @@ def test_a_lost_node_is_done_without_and_may_come_back(work: Path) -> None:
         assert "node_" in host.stderr(), nodes.told()
         arguments = host.process.args
         assert isinstance(arguments, list)
-        again = Run(work, *[a for a in arguments[3:]], name="n2", env={"PROGRESS": str(nodes.progress)})
+        again = Run(work, *list(arguments[3:]), name="n2", env={"PROGRESS": str(nodes.progress)})
         nodes.runs.append(again)
         nodes.wait_for_world(2, generation + 1)
         nodes.finish(but=nodes.runs[1])

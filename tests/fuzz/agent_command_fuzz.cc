@@ -1,4 +1,5 @@
-// Any bytes from a controller become a command of the core, or an error text; names in it are safe as file names.
+// Any bytes from a controller become a command of the core, or an error text; names in it are safe
+// as file names.
 #include <cstddef>
 #include <cstdint>
 #include <optional>

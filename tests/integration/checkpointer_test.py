@@ -37,7 +37,6 @@ from everstep import _library, checkpointer
 from everstep._files import FileTier
 from everstep._table import Decoder, Encoder, Flattened
 
-
 torch.set_num_threads(1)  # the same bits on every machine, and no fight for its cores
 
 

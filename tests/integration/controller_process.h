@@ -1,5 +1,5 @@
-// A real everstep-controller on loopback, for tests: any free port, a state directory of its own, short
-// leases. Ends with the test, by pid.
+// A real everstep-controller on loopback, for tests: any free port, a state directory of its own,
+// short leases. Ends with the test, by pid.
 #pragma once
 
 #include <fcntl.h>
@@ -31,7 +31,8 @@ inline constexpr std::chrono::seconds kPatience{20};
 class TempDir {
  public:
   TempDir() {
-    std::string pattern = (std::filesystem::temp_directory_path() / "everstep-server-XXXXXX").string();
+    std::string pattern =
+        (std::filesystem::temp_directory_path() / "everstep-server-XXXXXX").string();
     path_ = ::mkdtemp(pattern.data());
   }
   ~TempDir() {
@@ -136,7 +137,9 @@ class ControllerProcess {
     return true;
   }
   // Waits for the end; -1000: it did not end in time.
-  int Wait() { return Eventually([this] { return Ended(); }) ? exit_ : -1000; }
+  int Wait() {
+    return Eventually([this] { return Ended(); }) ? exit_ : -1000;
+  }
   void Kill() {
     if (pid_ <= 0) return;
     ::kill(pid_, SIGKILL);
@@ -193,7 +196,8 @@ class ControllerProcess {
     spec->mutable_command()->set_kind(v1::Command::SCRIPT);
     spec->mutable_command()->set_python("/usr/bin/python3");
     spec->mutable_command()->set_target("train.py");
-    if (padding > 0) (*spec->mutable_command()->mutable_env())["PADDING"] = std::string(padding, 'x');
+    if (padding > 0)
+      (*spec->mutable_command()->mutable_env())["PADDING"] = std::string(padding, 'x');
     v1::SubmitJobReply reply;
     return Call([&](grpc::ClientContext* c) { return admin_->SubmitJob(c, request, &reply); });
   }

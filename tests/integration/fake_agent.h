@@ -1,5 +1,6 @@
-// An agent that a test scripts: a real stream to a controller, beats by itself, keeps every message, says what
-// the test says. The obliging one (Obey) answers prepare, activate and stop as a healthy node does.
+// An agent that a test scripts: a real stream to a controller, beats by itself, keeps every
+// message, says what the test says. The obliging one (Obey) answers prepare, activate and stop as a
+// healthy node does.
 #pragma once
 
 #include <grpcpp/grpcpp.h>
@@ -44,7 +45,8 @@ class FakeAgent {
   v1::Register& hello() { return hello_; }
   void Obey() { obey_ = true; }
 
-  // Opens a stream. Connect also registers and waits for the answer; false: it did not come (see status()).
+  // Opens a stream. Connect also registers and waits for the answer; false: it did not come (see
+  // status()).
   void Open(const std::string& address) {
     Break();
     grpc::ChannelArguments arguments;
@@ -52,7 +54,8 @@ class FakeAgent {
     arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
     arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 200);
     arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
-    auto channel = grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
+    auto channel =
+        grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
     stub_ = v1::AgentService::NewStub(channel);
     context_ = std::make_unique<grpc::ClientContext>();
     context_->set_wait_for_ready(true);
@@ -83,15 +86,18 @@ class FakeAgent {
     return stream_ != nullptr && stream_->Write(message);
   }
 
-  // The first message from number `from` on that `match` takes; none: not in time, or the stream ended.
-  std::optional<Message> Wait(const std::function<bool(const Message&)>& match, std::size_t from = 0) {
+  // The first message from number `from` on that `match` takes; none: not in time, or the stream
+  // ended.
+  std::optional<Message> Wait(const std::function<bool(const Message&)>& match,
+                              std::size_t from = 0) {
     std::unique_lock<std::mutex> lock(mutex_);
     const auto deadline = std::chrono::steady_clock::now() + kPatience;
     for (std::size_t at = from;;) {
       for (; at < messages_.size(); ++at) {
         if (match(messages_[at])) return messages_[at];
       }
-      if (over_ || changed_.wait_until(lock, deadline) == std::cv_status::timeout) return std::nullopt;
+      if (over_ || changed_.wait_until(lock, deadline) == std::cv_status::timeout)
+        return std::nullopt;
     }
   }
   std::optional<Message> WaitActivate(std::uint64_t generation) {

@@ -1,5 +1,5 @@
-// What everstep-controller does with bad input, bad peers and bad machines: a text that says who, what, the
-// limit and what to do next, a documented code, and everybody else served on.
+// What everstep-controller does with bad input, bad peers and bad machines: a text that says who,
+// what, the limit and what to do next, a documented code, and everybody else served on.
 #include <arpa/inet.h>
 #include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
@@ -18,7 +18,9 @@ namespace {
 
 using ::testing::Test;
 
-bool Contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
+bool Contains(const std::string& text, const std::string& part) {
+  return text.find(part) != std::string::npos;
+}
 
 class ServerFaults : public Test {
  protected:
@@ -46,14 +48,17 @@ std::string Http(const std::string& address, const std::string& request) {
   sockaddr_in to{};
   to.sin_family = AF_INET;
   to.sin_addr.s_addr = ::htonl(INADDR_LOOPBACK);
-  to.sin_port = ::htons(static_cast<std::uint16_t>(std::stoi(address.substr(address.rfind(':') + 1))));
+  to.sin_port =
+      ::htons(static_cast<std::uint16_t>(std::stoi(address.substr(address.rfind(':') + 1))));
   timeval patience{5, 0};
   ::setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof(patience));
   std::string answer;
   if (::connect(fd, reinterpret_cast<const sockaddr*>(&to), sizeof(to)) == 0 &&
-      ::send(fd, request.data(), request.size(), MSG_NOSIGNAL) == static_cast<ssize_t>(request.size())) {
+      ::send(fd, request.data(), request.size(), MSG_NOSIGNAL) ==
+          static_cast<ssize_t>(request.size())) {
     char chunk[4096];
-    for (ssize_t n; (n = ::recv(fd, chunk, sizeof(chunk), 0)) > 0;) answer.append(chunk, static_cast<std::size_t>(n));
+    for (ssize_t n; (n = ::recv(fd, chunk, sizeof(chunk), 0)) > 0;)
+      answer.append(chunk, static_cast<std::size_t>(n));
   }
   ::close(fd);
   return answer;
@@ -204,7 +209,8 @@ TEST_F(ServerFaults, AMessageOfAnOldIncarnationIsDropped) {
   wrong.set_generation(7);
   agent.Exit(wrong, 1);
   EXPECT_TRUE(Eventually([&] {
-    return Contains(Http(http(), "GET /metrics HTTP/1.0\r\n\r\n"), "\neverstep_stale_messages_total 2\n");
+    return Contains(Http(http(), "GET /metrics HTTP/1.0\r\n\r\n"),
+                    "\neverstep_stale_messages_total 2\n");
   }));
   EXPECT_EQ(controller_.Job("train").state(), "RUNNING");
   EXPECT_EQ(controller_.Job("train").faults_size(), 0);
@@ -233,7 +239,8 @@ TEST_F(ServerFaults, AReaderThatDoesNotReadIsCutOffWithTheReasonAndNobodyWaits) 
   lines.mutable_log_lines()->set_data(std::string(64u << 10, 'x'));
   for (int i = 0; i < 24 * 16; ++i) ASSERT_TRUE(agent.Send(lines));
   // The agent is told to stop, the controller answers others all the time, the node stays alive.
-  const auto cancelled = agent.Wait([&](const auto& m) { return m.has_tail_logs() && m.tail_logs().cancel(); });
+  const auto cancelled =
+      agent.Wait([&](const auto& m) { return m.has_tail_logs() && m.tail_logs().cancel(); });
   ASSERT_TRUE(cancelled);
   EXPECT_EQ(cancelled->tail_logs().request(), asked->tail_logs().request());
   EXPECT_EQ(controller_.NodeState("n1"), "ALIVE");
@@ -251,7 +258,8 @@ TEST_F(ServerFaults, ASpecThatCannotRunIsRefused) {
   v1::SubmitJobRequest request;
   v1::SubmitJobReply reply;
   const auto submit = [&] {
-    return controller_.Call([&](auto* c) { return controller_.admin().SubmitJob(c, request, &reply); });
+    return controller_.Call(
+        [&](auto* c) { return controller_.admin().SubmitJob(c, request, &reply); });
   };
   EXPECT_EQ(submit().error_code(), grpc::StatusCode::INVALID_ARGUMENT);
   request.mutable_spec()->mutable_command()->set_target("train.py");
@@ -276,7 +284,8 @@ TEST_F(ServerFaults, ASpecThatCannotRunIsRefused) {
 TEST_F(ServerFaults, ASecondControllerOnTheSameStateIsRefused) {
   Serve();
   ControllerProcess second(controller_.state());
-  second.Launch({"--log-file", dir_.path() + "/second.log", "--address-file", dir_.path() + "/second"});
+  second.Launch(
+      {"--log-file", dir_.path() + "/second.log", "--address-file", dir_.path() + "/second"});
   EXPECT_EQ(second.Wait(), 4);
   EXPECT_TRUE(Contains(second.output(), "has it open")) << second.output();
   EXPECT_TRUE(Contains(second.output(), "--state-dir")) << second.output();
@@ -498,7 +507,8 @@ TEST_F(ServerFaults, MetricsAndHealthAreServed) {
   EXPECT_TRUE(Contains(page, "\neverstep_jobs{state=\"RUNNING\"} 1\n")) << page;
   EXPECT_TRUE(Contains(page, "\neverstep_job_generation{job=\"train\"} 1\n")) << page;
   EXPECT_TRUE(Contains(page, "\neverstep_sessions 1\n")) << page;
-  EXPECT_TRUE(Contains(page, "\neverstep_store_write_duration_seconds_bucket{le=\"+Inf\"} ")) << page;
+  EXPECT_TRUE(Contains(page, "\neverstep_store_write_duration_seconds_bucket{le=\"+Inf\"} "))
+      << page;
   // Each family that is documented is served once, with its type; and nothing else.
   std::istringstream documented(ReadAll(EVERSTEP_SOURCE_DIR "/docs/reference/metrics.md"));
   std::size_t families = 0;
@@ -512,7 +522,9 @@ TEST_F(ServerFaults, MetricsAndHealthAreServed) {
     ++families;
   }
   std::size_t served = 0;
-  for (std::size_t at = page.find("# TYPE "); at != std::string::npos; at = page.find("# TYPE ", at + 1)) ++served;
+  for (std::size_t at = page.find("# TYPE "); at != std::string::npos;
+       at = page.find("# TYPE ", at + 1))
+    ++served;
   EXPECT_EQ(families, served);
   EXPECT_GT(families, 20u);
   EXPECT_TRUE(Contains(Http(http(), "GET /healthz HTTP/1.0\r\n\r\n"), "200 OK"));
@@ -531,7 +543,8 @@ TEST_F(ServerFaults, TheGrpcHealthServiceAnswers) {
   grpc::CompletionQueue queue;
   const grpc::ByteBuffer empty;
   grpc::Slice nothing("");
-  auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check", grpc::ByteBuffer(&nothing, 1), &queue);
+  auto call = stub.PrepareUnaryCall(&context, "/grpc.health.v1.Health/Check",
+                                    grpc::ByteBuffer(&nothing, 1), &queue);
   call->StartCall();
   grpc::ByteBuffer answer;
   grpc::Status status;

@@ -32,7 +32,8 @@ class ServerTest : public ::testing::Test {
 
   bool Saw(const std::string& type, const std::string& reason, const std::string& node = "") {
     for (const v1::Event& event : controller_.Events()) {
-      if (event.type() == type && event.reason() == reason && (node.empty() || event.node() == node)) {
+      if (event.type() == type && event.reason() == reason &&
+          (node.empty() || event.node() == node)) {
         return true;
       }
     }
@@ -66,9 +67,9 @@ TEST_F(ServerTest, AnAgentRegistersBeatsAndIsListed) {
   EXPECT_EQ(status.nodes(0).labels().at("rack"), "r7");
   // Beats go on: after two leases it is alive still.
   const auto until = std::chrono::steady_clock::now() + std::chrono::milliseconds(1300);
-  EXPECT_FALSE(Eventually(
-      [&] { return controller_.NodeState("n1") != "ALIVE"; },
-      std::chrono::duration_cast<std::chrono::milliseconds>(until - std::chrono::steady_clock::now())));
+  EXPECT_FALSE(Eventually([&] { return controller_.NodeState("n1") != "ALIVE"; },
+                          std::chrono::duration_cast<std::chrono::milliseconds>(
+                              until - std::chrono::steady_clock::now())));
 }
 
 TEST_F(ServerTest, AJobGoesFromSubmissionToItsEnd) {
@@ -175,7 +176,8 @@ TEST_F(ServerTest, ANodeWhoseKeeperIsKnownDeadIsLostBeforeItsLease) {
   const auto broke = std::chrono::steady_clock::now();
   agent.Break();
   EXPECT_TRUE(Eventually([&] { return controller_.NodeState("n1") == "LOST"; }));
-  EXPECT_LT(std::chrono::steady_clock::now() - broke, std::chrono::milliseconds(550));  // the lease is 600
+  EXPECT_LT(std::chrono::steady_clock::now() - broke,
+            std::chrono::milliseconds(550));  // the lease is 600
   EXPECT_TRUE(Saw("node_lost", "node_died", "n1"));
 }
 
@@ -223,28 +225,34 @@ TEST_F(ServerTest, NodesAreDrainedAndTakenBack) {
   drain.set_reason("memory errors");
   drain.set_deadline_ms(90'000);
   v1::NodeStatus node;
-  ASSERT_TRUE(controller_.Call([&](auto* c) { return controller_.admin().DrainNode(c, drain, &node); }).ok());
+  ASSERT_TRUE(
+      controller_.Call([&](auto* c) { return controller_.admin().DrainNode(c, drain, &node); })
+          .ok());
   EXPECT_TRUE(Eventually([&] { return controller_.NodeState(member) == "DRAINED"; }));
   EXPECT_NE(controller_.Job("train").members(0), member);
   const auto events = controller_.Events();
   EXPECT_TRUE(std::any_of(events.begin(), events.end(), [](const v1::Event& e) {
-    return e.type() == "node_draining" && e.evidence().find("memory errors (goes away in 90 s)") != std::string::npos;
+    return e.type() == "node_draining" &&
+           e.evidence().find("memory errors (goes away in 90 s)") != std::string::npos;
   }));
   // The other one is needed now.
   drain.set_node(controller_.Job("train").members(0));
   const grpc::Status refused =
       controller_.Call([&](auto* c) { return controller_.admin().DrainNode(c, drain, &node); });
   EXPECT_EQ(refused.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
-  EXPECT_NE(refused.error_message().find("--allow-pause"), std::string::npos) << refused.error_message();
+  EXPECT_NE(refused.error_message().find("--allow-pause"), std::string::npos)
+      << refused.error_message();
   v1::UndrainNodeRequest undrain;
   undrain.set_node(member);
   ASSERT_TRUE(
-      controller_.Call([&](auto* c) { return controller_.admin().UndrainNode(c, undrain, &node); }).ok());
+      controller_.Call([&](auto* c) { return controller_.admin().UndrainNode(c, undrain, &node); })
+          .ok());
   EXPECT_EQ(node.state(), "ALIVE");
   undrain.set_node("n9");
-  EXPECT_EQ(controller_.Call([&](auto* c) { return controller_.admin().UndrainNode(c, undrain, &node); })
-                .error_code(),
-            grpc::StatusCode::NOT_FOUND);
+  EXPECT_EQ(
+      controller_.Call([&](auto* c) { return controller_.admin().UndrainNode(c, undrain, &node); })
+          .error_code(),
+      grpc::StatusCode::NOT_FOUND);
 }
 
 TEST_F(ServerTest, CancelEndsAJobAndNamesAreTold) {
@@ -255,18 +263,22 @@ TEST_F(ServerTest, CancelEndsAJobAndNamesAreTold) {
   v1::CancelJobRequest cancel;
   v1::CancelJobReply reply;
   cancel.set_job("nope");
-  EXPECT_EQ(controller_.Call([&](auto* c) { return controller_.admin().CancelJob(c, cancel, &reply); })
-                .error_code(),
-            grpc::StatusCode::NOT_FOUND);
+  EXPECT_EQ(
+      controller_.Call([&](auto* c) { return controller_.admin().CancelJob(c, cancel, &reply); })
+          .error_code(),
+      grpc::StatusCode::NOT_FOUND);
   cancel.set_job("train");
   cancel.set_reason("changed my mind");
-  ASSERT_TRUE(controller_.Call([&](auto* c) { return controller_.admin().CancelJob(c, cancel, &reply); }).ok());
+  ASSERT_TRUE(
+      controller_.Call([&](auto* c) { return controller_.admin().CancelJob(c, cancel, &reply); })
+          .ok());
   ASSERT_TRUE(controller_.JobIs("train", "CANCELLED"));
   EXPECT_EQ(controller_.Job("train").message(), "changed my mind");
   EXPECT_EQ(controller_.Job("train").exit_code(), 1);
-  EXPECT_EQ(controller_.Call([&](auto* c) { return controller_.admin().CancelJob(c, cancel, &reply); })
-                .error_code(),
-            grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_EQ(
+      controller_.Call([&](auto* c) { return controller_.admin().CancelJob(c, cancel, &reply); })
+          .error_code(),
+      grpc::StatusCode::FAILED_PRECONDITION);
 }
 
 TEST_F(ServerTest, EventsAreReplayedThenFollowed) {
@@ -368,7 +380,8 @@ TEST_F(ServerTest, FollowedLogsGoOnThroughGenerationsAndEndWithTheJob) {
   grpc::ClientContext late;
   late.set_deadline(std::chrono::system_clock::now() + kPatience);
   auto ended = controller_.admin().TailJobLogs(&late, request);
-  const auto again = new_member.Wait([](const auto& m) { return m.has_tail_logs() && !m.tail_logs().cancel(); }, before);
+  const auto again = new_member.Wait(
+      [](const auto& m) { return m.has_tail_logs() && !m.tail_logs().cancel(); }, before);
   ASSERT_TRUE(again);
   EXPECT_FALSE(again->tail_logs().follow());
   lines.mutable_log_lines()->set_request(again->tail_logs().request());
@@ -379,7 +392,8 @@ TEST_F(ServerTest, FollowedLogsGoOnThroughGenerationsAndEndWithTheJob) {
   EXPECT_TRUE(ended->Finish().ok());
   // With nobody left to ask, the error says where the files are.
   new_member.Break();
-  EXPECT_TRUE(Eventually([&] { return controller_.NodeState(first == 1 ? "n2" : "n1") == "LOST"; }));
+  EXPECT_TRUE(
+      Eventually([&] { return controller_.NodeState(first == 1 ? "n2" : "n1") == "LOST"; }));
   grpc::ClientContext alone;
   alone.set_deadline(std::chrono::system_clock::now() + kPatience);
   auto nothing = controller_.admin().TailJobLogs(&alone, request);
@@ -398,14 +412,16 @@ TEST_F(ServerTest, ADrillReachesTheNodeOfTheRank) {
   drill.set_rank(0);
   drill.set_signal(SIGKILL);
   v1::DrillReply reply;
-  ASSERT_TRUE(controller_.Call([&](auto* c) { return controller_.admin().Drill(c, drill, &reply); }).ok());
+  ASSERT_TRUE(
+      controller_.Call([&](auto* c) { return controller_.admin().Drill(c, drill, &reply); }).ok());
   EXPECT_EQ(reply.node(), "n1");
   EXPECT_EQ(reply.pid(), 5000);
   const auto told = agent(1).Wait([](const auto& m) { return m.has_kill_for_drill(); });
   ASSERT_TRUE(told);
   EXPECT_EQ(told->kill_for_drill().signal(), SIGKILL);
   drill.set_rank(7);
-  EXPECT_EQ(controller_.Call([&](auto* c) { return controller_.admin().Drill(c, drill, &reply); }).error_code(),
+  EXPECT_EQ(controller_.Call([&](auto* c) { return controller_.admin().Drill(c, drill, &reply); })
+                .error_code(),
             grpc::StatusCode::FAILED_PRECONDITION);
 }
 

@@ -84,7 +84,8 @@ TEST(Convert, ARegistrationThatCannotBeIsToldWhy) {
     change(&r);
     return CheckRegister(r);
   };
-  EXPECT_NE(wrong([](auto* r) { r->set_protocol_version(9); }).find("protocol 9"), std::string::npos);
+  EXPECT_NE(wrong([](auto* r) { r->set_protocol_version(9); }).find("protocol 9"),
+            std::string::npos);
   EXPECT_NE(wrong([](auto* r) { r->set_node("A"); }).find("[a-z0-9.-]"), std::string::npos);
   EXPECT_NE(wrong([](auto* r) { r->clear_address(); }).find("--address"), std::string::npos);
   EXPECT_NE(wrong([](auto* r) { r->set_data_port(70000); }).find("70000"), std::string::npos);
@@ -164,11 +165,15 @@ TEST(Convert, EachReportBecomesItsEvent) {
   EXPECT_EQ(stalled.kind, StallKind::kGroupNotFormed);
   EXPECT_EQ(stalled.stalled, Milliseconds(1500));
 
-  EXPECT_EQ(Report<ShardCopied>([](auto* m) { m->mutable_shard_copied()->mutable_shard()->set_step(9); }).shard.step,
+  EXPECT_EQ(Report<ShardCopied>([](auto* m) {
+              m->mutable_shard_copied()->mutable_shard()->set_step(9);
+            }).shard.step,
             9);
-  EXPECT_EQ(Report<Notice>([](auto* m) { m->mutable_notice()->set_deadline_ms(30'000); }).deadline, Seconds(30));
+  EXPECT_EQ(Report<Notice>([](auto* m) { m->mutable_notice()->set_deadline_ms(30'000); }).deadline,
+            Seconds(30));
   EXPECT_TRUE(Report<NodeWarm>([](auto* m) { m->mutable_node_warm()->set_warm(true); }).warm);
-  EXPECT_EQ(Report<Stopped>([](auto* m) { m->mutable_stopped()->set_generation(4); }).generation, 4u);
+  EXPECT_EQ(Report<Stopped>([](auto* m) { m->mutable_stopped()->set_generation(4); }).generation,
+            4u);
   v1::Register renewed = GoodRegister();
   renewed.set_keeper_pid(77);
   renewed.set_keeper_start_time(78);
@@ -189,16 +194,31 @@ TEST(Convert, WhatIsNoReportIsNoEvent) {
 }
 
 GenerationPlan TwoNodes() {
-  GenerationPlan plan{.job = "train", .generation = 3, .phase = Phase::kActivate, .master_addr = "10.0.0.1",
-                      .master_port = 29500, .restart_count = 2, .restore_step = 40};
+  GenerationPlan plan{.job = "train",
+                      .generation = 3,
+                      .phase = Phase::kActivate,
+                      .master_addr = "10.0.0.1",
+                      .master_port = 29500,
+                      .restart_count = 2,
+                      .restore_step = 40};
   for (int i = 0; i < 2; ++i) {
-    NodePlan node{.node = i == 0 ? "n1" : "n2", .group_rank = i, .address = "10.0.0.1", .data_port = 4000,
-                  .workers = {}, .replica_node = i == 0 ? "n2" : "n1", .replica_address = "10.0.0.2:4000"};
+    NodePlan node{.node = i == 0 ? "n1" : "n2",
+                  .group_rank = i,
+                  .address = "10.0.0.1",
+                  .data_port = 4000,
+                  .workers = {},
+                  .replica_node = i == 0 ? "n2" : "n1",
+                  .replica_address = "10.0.0.2:4000"};
     for (int l = 0; l < 2; ++l) {
       node.workers.push_back({.rank = i * 2 + l,
                               .local_rank = l,
-                              .restore = {.step = 40, .shard_rank = l, .shard_generation = 2, .crc_root = 5,
-                                          .bytes = 6, .source_node = "n2", .source_address = "10.0.0.2:4000"}});
+                              .restore = {.step = 40,
+                                          .shard_rank = l,
+                                          .shard_generation = 2,
+                                          .crc_root = 5,
+                                          .bytes = 6,
+                                          .source_node = "n2",
+                                          .source_address = "10.0.0.2:4000"}});
     }
     plan.nodes.push_back(node);
   }
@@ -211,7 +231,8 @@ TEST(Convert, ActivateGivesANodeItsPartOfThePlan) {
   PlanNumbers numbers;
   const auto plan = std::make_shared<const GenerationPlan>(TwoNodes());
   const v1::ControllerMessage m = ToWire(
-      Command{"n2", 1, 1, ActivateCommand{plan, "n2", 2, {command.SerializeAsString()}, "key", 39}}, &numbers);
+      Command{"n2", 1, 1, ActivateCommand{plan, "n2", 2, {command.SerializeAsString()}, "key", 39}},
+      &numbers);
   EXPECT_EQ(m.activate().plan_crc(), PlanCrc(*plan));
   ASSERT_TRUE(m.has_activate());
   const v1::Activate& a = m.activate();
@@ -232,8 +253,11 @@ TEST(Convert, ActivateGivesANodeItsPartOfThePlan) {
 
 TEST(Convert, EachCommandBecomesItsMessage) {
   PlanNumbers numbers;
-  const auto wire = [&numbers](auto body) { return ToWire(Command{"n1", 1, 1, std::move(body)}, &numbers); };
-  const auto registered = wire(RegisteredCommand{4, Milliseconds(250), Milliseconds(1500), {"train"}});
+  const auto wire = [&numbers](auto body) {
+    return ToWire(Command{"n1", 1, 1, std::move(body)}, &numbers);
+  };
+  const auto registered =
+      wire(RegisteredCommand{4, Milliseconds(250), Milliseconds(1500), {"train"}});
   EXPECT_EQ(registered.registered().heartbeat_interval_ms(), 250u);
   EXPECT_EQ(registered.registered().lease_ms(), 1500u);
   EXPECT_EQ(registered.registered().known_jobs(0), "train");
@@ -256,9 +280,17 @@ TEST(Status, AFaultTellsWhatItCost) {
   job.record.state = JobState::kRunning;
   job.plan = TwoNodes();
   job.step = 52;
-  Fault fault{.id = 1, .reason = Reason::kWorkerKilled, .subject = "rank 1 on n1", .evidence = "signal=9",
-              .action = "restart in place", .detected = {10'000'000'000}, .occurred = {9'990'000'000},
-              .recovered = {10'250'000'000}, .generation_before = 2, .generation_after = 3, .step_before = 50,
+  Fault fault{.id = 1,
+              .reason = Reason::kWorkerKilled,
+              .subject = "rank 1 on n1",
+              .evidence = "signal=9",
+              .action = "restart in place",
+              .detected = {10'000'000'000},
+              .occurred = {9'990'000'000},
+              .recovered = {10'250'000'000},
+              .generation_before = 2,
+              .generation_after = 3,
+              .step_before = 50,
               .step_after = 50};
   job.record.faults = {fault};
   const v1::JobStatus s = JobStatusOf(state, job, {20'000'000'000});
@@ -285,8 +317,10 @@ TEST(Status, TheRootCauseSpeaksTheScriptsOwnWords) {
     job.record.failures = {{.rank = 3, .local_rank = 1, .pid = 7, .running = false, .exit = exit}};
     return JobStatusOf(state, job, {}).root_cause().message();
   };
-  EXPECT_EQ(message({.code = 1, .error_json = R"({"message": {"message": "ValueError: no", "extraInfo": {}}})"}),
-            "ValueError: no");
+  EXPECT_EQ(
+      message({.code = 1,
+               .error_json = R"({"message": {"message": "ValueError: no", "extraInfo": {}}})"}),
+      "ValueError: no");
   EXPECT_EQ(message({.code = 1, .error_json = R"({"message": "plain"})"}), "plain");
   EXPECT_EQ(message({.code = 3, .error_json = "not json"}), "exit code 3");
   EXPECT_EQ(message({.code = -11}), "ended by signal 11");
@@ -329,7 +363,8 @@ TEST(Status, ANodesStateIsOneOfFive) {
 
 TEST(Status, ASnapshotIsWhatASuccessorStartsFrom) {
   ClusterState state;
-  state.nodes["n1"].record = {.node = "n1", .incarnation = 4, .keeper_id = 5, .health = NodeHealth::kAlive};
+  state.nodes["n1"].record = {
+      .node = "n1", .incarnation = 4, .keeper_id = 5, .health = NodeHealth::kAlive};
   JobStateView& job = state.jobs["train"];
   job.record.spec.job = "train";
   job.record.generation = 3;
@@ -345,12 +380,15 @@ TEST(Status, ASnapshotIsWhatASuccessorStartsFrom) {
 
 TEST(Metrics, BucketsCountFromBelowAndNamesAreEscaped) {
   Counters counters;
-  counters.decision.Observe(std::chrono::microseconds(10));   // a bound belongs to its bucket
+  counters.decision.Observe(std::chrono::microseconds(10));  // a bound belongs to its bucket
   counters.decision.Observe(std::chrono::nanoseconds(10'001));
   counters.decision.Observe(std::chrono::seconds(5));
   EXPECT_EQ(counters.decision.count(), 3u);
-  const std::string page = MetricsText(ClusterState{}, counters, {.cluster = "a\"b\\c\nd", .version = "1"}, {});
-  const auto has = [&page](const std::string& line) { return page.find(line + "\n") != std::string::npos; };
+  const std::string page =
+      MetricsText(ClusterState{}, counters, {.cluster = "a\"b\\c\nd", .version = "1"}, {});
+  const auto has = [&page](const std::string& line) {
+    return page.find(line + "\n") != std::string::npos;
+  };
   EXPECT_TRUE(has("everstep_controller_info{cluster=\"a\\\"b\\\\c\\nd\",version=\"1\"} 1")) << page;
   EXPECT_TRUE(has("everstep_decision_duration_seconds_bucket{le=\"1e-05\"} 1")) << page;
   EXPECT_TRUE(has("everstep_decision_duration_seconds_bucket{le=\"5e-05\"} 2")) << page;
@@ -365,7 +403,8 @@ TEST(Options, AddressesAreHostAndPort) {
   EXPECT_TRUE(SplitAddress("[::1]:80", &host, &port));
   EXPECT_EQ(host, "::1");
   EXPECT_EQ(port, 80);
-  for (const char* bad : {"", "host", "host:", ":1", "host:-1", "host:65536", "host:1x", "host: 1"}) {
+  for (const char* bad :
+       {"", "host", "host:", ":1", "host:-1", "host:65536", "host:1x", "host: 1"}) {
     EXPECT_FALSE(SplitAddress(bad, &host, &port)) << bad;
   }
   EXPECT_TRUE(IsLoopback("127.0.0.1:1"));

@@ -59,7 +59,8 @@ TEST(SimTimeline, BoundsAWorldThatNeverRests) {
 // A small world over every part of the kernel; returns its digest.
 std::uint64_t RunSmallWorld(std::uint64_t seed) {
   Timeline timeline(seed);
-  Network network(&timeline, {.drop_per_mille = 100, .duplicate_per_mille = 100, .slow_per_mille = 100});
+  Network network(&timeline,
+                  {.drop_per_mille = 100, .duplicate_per_mille = 100, .slow_per_mille = 100});
   const StreamId stream = network.Open("a", "b");
   int got = 0;
   for (int i = 0; i < 200; ++i) {
@@ -159,12 +160,12 @@ TEST(SimFault, TextRoundTripsAndNamesWhatIsWrong) {
                                      {Duration(7), "controller_crash", "", {}},
                                      {Seconds(4), "slow", "", Milliseconds(1)}};
   const std::string text = FormatFaults(faults);
-  EXPECT_EQ(text,
-            "1250ms:node_crash:n2,3s:partition:n1:800ms,7ns:controller_crash,4s:slow::1ms");
+  EXPECT_EQ(text, "1250ms:node_crash:n2,3s:partition:n1:800ms,7ns:controller_crash,4s:slow::1ms");
   std::string error;
   EXPECT_EQ(ParseFaults(text, &error), faults);
   EXPECT_EQ(ParseFaults("none", &error), std::vector<Fault>{});
-  for (const char* bad : {"1250", "x:node_crash", "1s:", "1s:a:b:c", "1s:a:b:1s:z", "-1s:a", "1s:a,"}) {
+  for (const char* bad :
+       {"1250", "x:node_crash", "1s:", "1s:a:b:c", "1s:a:b:1s:z", "-1s:a", "1s:a,"}) {
     error.clear();
     EXPECT_FALSE(ParseFaults(bad, &error)) << bad;
     EXPECT_NE(error.find("is not TIME:KIND"), std::string::npos) << error;
@@ -182,21 +183,25 @@ std::vector<Fault> Numbered(int n) {
 TEST(SimShrink, FindsTheFewFaultsThatMatter) {
   const std::vector<Fault> all = Numbered(64);
   const auto has = [](const std::vector<Fault>& faults, const char* name) {
-    return std::any_of(faults.begin(), faults.end(), [&](const Fault& f) { return f.target == name; });
+    return std::any_of(faults.begin(), faults.end(),
+                       [&](const Fault& f) { return f.target == name; });
   };
   const ShrinkResult result = Shrink(
-      all, [&](const std::vector<Fault>& f) { return has(f, "3") && has(f, "40") && has(f, "41"); }, 1000);
+      all, [&](const std::vector<Fault>& f) { return has(f, "3") && has(f, "40") && has(f, "41"); },
+      1000);
   EXPECT_TRUE(result.minimal);
   EXPECT_EQ(result.faults, (std::vector<Fault>{all[3], all[40], all[41]}));
   EXPECT_LT(result.runs, 200U);
 }
 
 TEST(SimShrink, DropsEveryFaultWhenNoneIsNeededAndHonoursItsBudget) {
-  const ShrinkResult none = Shrink(Numbered(10), [](const auto&) { return true; }, 100);
+  const ShrinkResult none = Shrink(
+      Numbered(10), [](const auto&) { return true; }, 100);
   EXPECT_TRUE(none.minimal);
   EXPECT_TRUE(none.faults.empty());
   EXPECT_EQ(none.runs, 1U);
-  const ShrinkResult all = Shrink(Numbered(10), [](const auto& f) { return f.size() == 10; }, 5);
+  const ShrinkResult all = Shrink(
+      Numbered(10), [](const auto& f) { return f.size() == 10; }, 5);
   EXPECT_FALSE(all.minimal);
   EXPECT_EQ(all.faults.size(), 10U);
   EXPECT_EQ(all.runs, 5U);

@@ -30,7 +30,8 @@ void WriteLogIndex(const std::string& node_dir, const JobId& job, const LogIndex
   std::error_code ec;
   fs::create_directories(fs::path(path).parent_path(), ec);
   std::string text = fmt::format("{}\n{}\n", index.root, index.generation);
-  for (const auto& [local_rank, rank] : index.workers) text += fmt::format("{} {}\n", local_rank, rank);
+  for (const auto& [local_rank, rank] : index.workers)
+    text += fmt::format("{} {}\n", local_rank, rank);
   std::string unused;  // without it only the logs of an ended job are not found
   WriteWhole(path, text, &unused);
 }

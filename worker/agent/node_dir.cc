@@ -99,21 +99,23 @@ bool WriteWhole(const std::string& path, const std::string& text, std::string* e
     file << text;
     file.flush();
     if (!file) {
-      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir", temporary,
-                           strerror(errno));
+      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir",
+                           temporary, strerror(errno));
       unlink(temporary.c_str());
       return false;
     }
   }
   std::error_code ec;
   std::filesystem::rename(temporary, path, ec);
-  if (ec) *error = fmt::format("cannot write {}: {}; choose another --state-dir", path, ec.message());
+  if (ec)
+    *error = fmt::format("cannot write {}: {}; choose another --state-dir", path, ec.message());
   return !ec;
 }
 
 bool WriteControllers(const std::string& node_dir, const std::vector<std::string>& addresses,
                       std::string* error) {
-  return WriteWhole(node_dir + "/controller", fmt::format("{}\n", fmt::join(addresses, "\n")), error);
+  return WriteWhole(node_dir + "/controller", fmt::format("{}\n", fmt::join(addresses, "\n")),
+                    error);
 }
 
 void WriteKeeperPid(const std::string& node_dir, std::int32_t pid) {

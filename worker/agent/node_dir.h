@@ -25,8 +25,8 @@ class NodeDirLock {
   std::string path_;
 };
 
-// Writes beside `path` and renames: a reader, or a full disk, never leaves half of it. False: *error says
-// which file and why; what was there is still there.
+// Writes beside `path` and renames: a reader, or a full disk, never leaves half of it. False:
+// *error says which file and why; what was there is still there.
 bool WriteWhole(const std::string& path, const std::string& text, std::string* error);
 
 // The controllers' addresses: one place that a launcher may rewrite while the agent runs.
