@@ -10,9 +10,9 @@
 #include <cstring>
 #include <utility>
 
-#include "checkpoint/store/crc32c.h"
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
+#include "proto/base/crc32c.h"
 
 namespace everstep::checkpoint {
 namespace {

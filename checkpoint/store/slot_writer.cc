@@ -9,9 +9,9 @@
 #include <cerrno>
 #include <cstring>
 
-#include "checkpoint/store/crc32c.h"
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
+#include "proto/base/crc32c.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23

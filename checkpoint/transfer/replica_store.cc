@@ -8,9 +8,9 @@
 #include <cstring>
 #include <tuple>
 
-#include "checkpoint/store/crc32c.h"
 #include "checkpoint/store/memory_limit.h"
 #include "checkpoint/transfer/slot_stream.h"
+#include "proto/base/crc32c.h"
 
 namespace everstep::checkpoint {
 namespace {

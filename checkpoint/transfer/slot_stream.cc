@@ -7,7 +7,7 @@
 #include <cerrno>
 #include <cstring>
 
-#include "checkpoint/store/crc32c.h"
+#include "proto/base/crc32c.h"
 
 namespace everstep::checkpoint {
 namespace {

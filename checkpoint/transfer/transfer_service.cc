@@ -12,7 +12,6 @@
 #include <thread>
 #include <utility>
 
-#include "checkpoint/store/crc32c.h"
 #include "checkpoint/transfer/job_table.h"
 #include "checkpoint/transfer/local_rank.h"
 #include "checkpoint/transfer/peer_client.h"
@@ -20,6 +19,7 @@
 #include "checkpoint/transfer/replica_store.h"
 #include "checkpoint/transfer/restorer.h"
 #include "checkpoint/transfer/task_pool.h"
+#include "proto/base/crc32c.h"
 
 namespace everstep::checkpoint {
 namespace {

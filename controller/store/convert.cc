@@ -1,9 +1,10 @@
 #include "controller/store/convert.h"
 
-#include <array>
 #include <utility>
 
 #include <fmt/format.h>
+
+#include "proto/base/crc32c.h"
 
 namespace everstep::controller {
 namespace {
@@ -24,17 +25,6 @@ template <typename Enum>
 std::uint32_t Number(Enum e) {
   return static_cast<std::uint32_t>(e);
 }
-
-constexpr std::array<std::uint32_t, 256> MakeCrcTable() {
-  std::array<std::uint32_t, 256> table{};
-  for (std::uint32_t i = 0; i < 256; ++i) {
-    std::uint32_t crc = i;
-    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) != 0 ? 0x82F63B78u : 0u);
-    table[i] = crc;
-  }
-  return table;
-}
-constexpr std::array<std::uint32_t, 256> kCrcTable = MakeCrcTable();
 
 void ToProto(const ExitInfo& from, v1::ExitInfo* to) {
   to->set_code(from.code);
@@ -99,18 +89,10 @@ StoreStatus Parse(const RecordKey& key, std::string_view payload, Record* out) {
 
 std::uint32_t RecordCrc(const RecordKey& key, std::string_view payload) {
   const char table = static_cast<char>(key.table);
-  return Crc32c(payload, Crc32c(key.key, Crc32c({&table, 1})));
+  return Crc32cExtend(Crc32cExtend(Crc32c(&table, 1), key.key), payload);
 }
 
 }  // namespace
-
-std::uint32_t Crc32c(std::string_view data, std::uint32_t seed) {
-  std::uint32_t crc = ~seed;
-  for (const char c : data) {
-    crc = (crc >> 8) ^ kCrcTable[(crc ^ static_cast<unsigned char>(c)) & 0xFF];
-  }
-  return ~crc;
-}
 
 void ToProto(const NodeRecord& from, v1::NodeRecord* to) {
   to->set_node(from.node);

@@ -45,9 +45,6 @@ std::string EncodeRecord(const Record& record);
 // `key` as KeyOf gave it. Not ok: kCorrupt or kTooNew, with a text that names the record.
 StoreStatus DecodeRecord(const RecordKey& key, std::string_view value, Record* out);
 
-// CRC32C (Castagnoli), table-driven: records are small.
-std::uint32_t Crc32c(std::string_view data, std::uint32_t seed = 0);
-
 // The CRC32C of a plan as persisted: agents echo it in logs, two plans with one number are equal.
 std::uint32_t PlanCrc(const GenerationPlan& plan);
 

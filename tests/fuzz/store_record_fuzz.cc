@@ -7,14 +7,17 @@
 
 #include "controller/store/convert.h"
 #include "proto/base/check.h"
+#include "proto/base/crc32c.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   using namespace everstep::controller;  // NOLINT: the store's functions
+  using everstep::Crc32c;
+  using everstep::Crc32cExtend;
   if (size == 0) return 0;
   const std::string payload(reinterpret_cast<const char*>(data) + 1, size - 1);
   const RecordKey key{static_cast<Deletion::Table>(data[0] % 5), "key"};
   const char table = static_cast<char>(key.table);
-  const std::uint32_t crc = Crc32c(payload, Crc32c(key.key, Crc32c({&table, 1})));
+  const std::uint32_t crc = Crc32cExtend(Crc32cExtend(Crc32c(&table, 1), key.key), payload);
   std::string value(1, static_cast<char>(kRecordFormat));
   for (int i = 0; i < 4; ++i) value += static_cast<char>((crc >> (8 * i)) & 0xFF);
   Record record;

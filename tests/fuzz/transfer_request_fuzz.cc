@@ -12,10 +12,11 @@
 #include <cstring>
 #include <map>
 
-#include "checkpoint/store/crc32c.h"
 #include "checkpoint/transfer/replica_store.h"
+#include "proto/base/crc32c.h"
 
 using namespace everstep::checkpoint;  // NOLINT: a fuzzer of one namespace
+using everstep::Crc32c;
 using everstep::JobId;
 
 namespace {

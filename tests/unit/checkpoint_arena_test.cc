@@ -10,9 +10,9 @@
 #include <cstring>
 #include <vector>
 
-#include "checkpoint/store/crc32c.h"
 #include "checkpoint/store/memory_limit.h"
 #include "checkpoint/store/slot_writer.h"
+#include "proto/base/crc32c.h"
 #include "proto/base/random.h"
 
 namespace everstep::checkpoint {

@@ -268,11 +268,6 @@ TEST(RecordFormat, AnyTurnedBitOrForeignKeyIsCorrupt) {
   EXPECT_EQ(DecodeRecord(KeyOf(record), newer, &back).code, StoreCode::kTooNew);
 }
 
-TEST(RecordFormat, Crc32cIsCastagnolis) {
-  EXPECT_EQ(Crc32c("123456789"), 0xE3069283u);  // RFC 3720, B.4's polynomial
-  EXPECT_EQ(Crc32c("6789", Crc32c("12345")), 0xE3069283u);
-}
-
 TEST(Snapshot, HoldsAllButTheJournal) {
   v1::StoreSnapshot snapshot;
   ToSnapshot(OneOfEach(), &snapshot);

@@ -1,7 +1,7 @@
 // Three streams hide the latency of the crc32 instruction (3 cycles, one a cycle); their results
 // are joined by tables that advance a CRC over a fixed count of zero bytes (M. Adler, crc32c.c,
 // 2013).
-#include "checkpoint/store/crc32c.h"
+#include "proto/base/crc32c.h"
 
 #include <array>
 #include <cstring>
@@ -13,7 +13,7 @@
 #include <sys/auxv.h>
 #endif
 
-namespace everstep::checkpoint {
+namespace everstep {
 namespace {
 
 constexpr std::uint32_t kPolynomial = 0x82F63B78;  // reflected
@@ -240,4 +240,4 @@ const char* Crc32cMethod() {
   return "table";
 }
 
-}  // namespace everstep::checkpoint
+}  // namespace everstep

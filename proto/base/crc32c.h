@@ -7,19 +7,26 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
-namespace everstep::checkpoint {
+namespace everstep {
 
 // CRC of `data` following bytes whose CRC is `crc` (0: nothing before).
 std::uint32_t Crc32cExtend(std::uint32_t crc, const void* data, std::size_t size);
 inline std::uint32_t Crc32c(const void* data, std::size_t size) {
   return Crc32cExtend(0, data, size);
 }
+inline std::uint32_t Crc32cExtend(std::uint32_t crc, std::string_view data) {
+  return Crc32cExtend(crc, data.data(), data.size());
+}
+inline std::uint32_t Crc32c(std::string_view data) {
+  return Crc32c(data.data(), data.size());
+}
 
 // As Crc32cExtend(crc, from, size), and copies the bytes to `to` in the same pass with stores that
 // bypass the cache, so that a capture costs one trip through memory and leaves the trainer's cache
-// alone. Call StoreFence() (fence.h) before telling another process. REQUIRES: the ranges do not
-// overlap.
+// alone. Call StoreFence() (checkpoint/store/fence.h) before telling another process. REQUIRES: the
+// ranges do not overlap.
 std::uint32_t Crc32cCopy(std::uint32_t crc, void* to, const void* from, std::size_t size);
 
 // CRC of A followed by B from their own CRCs and B's size.
@@ -33,4 +40,4 @@ namespace internal {
 std::uint32_t Crc32cTable(std::uint32_t crc, const void* data, std::size_t size);
 }  // namespace internal
 
-}  // namespace everstep::checkpoint
+}  // namespace everstep

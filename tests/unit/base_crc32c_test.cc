@@ -1,5 +1,5 @@
 // CRC32C against published vectors, and every implementation against every other.
-#include "checkpoint/store/crc32c.h"
+#include "proto/base/crc32c.h"
 
 #include <gtest/gtest.h>
 
@@ -10,7 +10,7 @@
 #include "checkpoint/store/fence.h"
 #include "proto/base/random.h"
 
-namespace everstep::checkpoint {
+namespace everstep {
 namespace {
 
 std::vector<unsigned char> RandomBytes(std::size_t n, std::uint64_t seed) {
@@ -23,6 +23,8 @@ std::vector<unsigned char> RandomBytes(std::size_t n, std::uint64_t seed) {
 // RFC 3720, section B.4, and the check value of the polynomial's catalogue entry.
 TEST(Crc32c, AgreesWithPublishedVectors) {
   EXPECT_EQ(Crc32c("123456789", 9), 0xE3069283u);
+  EXPECT_EQ(Crc32c("123456789"), 0xE3069283u);
+  EXPECT_EQ(Crc32cExtend(Crc32c("12345"), "6789"), 0xE3069283u);
   EXPECT_EQ(Crc32c("", 0), 0u);
   const std::string zeros(32, '\0'), ones(32, '\xff');
   EXPECT_EQ(Crc32c(zeros.data(), 32), 0x8A9136AAu);
@@ -50,7 +52,7 @@ TEST(Crc32c, HardwareTableAndCopyAgreeAtEveryLengthAndAlignment) {
       std::fill(copy.begin(), copy.end(), 0xEE);
       const std::size_t to = (from * 3) % 64;
       EXPECT_EQ(Crc32cCopy(0, copy.data() + to, bytes.data() + from, size), expected);
-      StoreFence();
+      checkpoint::StoreFence();
       EXPECT_TRUE(std::equal(copy.begin() + static_cast<long>(to),
                              copy.begin() + static_cast<long>(to + size),
                              bytes.begin() + static_cast<long>(from)));
@@ -83,4 +85,4 @@ TEST(Crc32c, EverySingleBitFlipIsSeen) {
 }
 
 }  // namespace
-}  // namespace everstep::checkpoint
+}  // namespace everstep
