@@ -128,6 +128,7 @@ struct CancelJob {
   RequestId request = 0;
   JobId job;
   std::string reason;
+  bool forget = false;  // of a job that has ended: its record and its memory are given up
 };
 struct DrainNode {
   RequestId request = 0;

@@ -64,6 +64,7 @@ enum class Reason : std::uint8_t {
   // added later: numbers are stored
   kTooManyNodes,      // the controller's limit
   kHeartbeatResumed,  // a suspect node is heard again
+  kRetentionOver,     // what a failed job captured was kept long enough
   kCount
 };
 const char* ReasonName(Reason reason);  // "worker_killed"
