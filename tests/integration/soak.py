@@ -14,6 +14,7 @@ and no process, socket, memfd or file of the cluster is left.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -128,6 +129,27 @@ class Cluster:
             files = [node / "agent.pid"] if kind == "agent" else [node / "keeper.pid"] if kind == "keeper" else [node / "agent.pid", node / "keeper.pid"]
         return [pid for pid in map(pid_of, files) if pid]
 
+    def autopsy(self) -> None:
+        """Writes down where everything stands that still lives, before it is taken down: work/autopsy.txt."""
+        processes = cluster_processes(self.state)
+        parts = [f"{time.time():.3f} of the wall clock\n", self.cli("job", "show", "soak", check=False),
+                 self.cli("node", "list", check=False), self.cli("events", "-o", "jsonl", check=False)]
+        workers = {e.pid for e in ledger.read(self.ledger)} & set(processes)
+        for pid in workers:
+            os.kill(pid, signal.SIGUSR1)  # its Python stacks go to its log
+        # Workers first: a debugger stops its process, and a stopped agent loses its node.
+        for pid, command in sorted(processes.items(), key=lambda item: item[0] not in workers):
+            parts.append(f"\n==== {pid}: {command[:160]}\n")
+            for file in ("wchan", "status"):
+                with contextlib.suppress(OSError):
+                    text = Path(f"/proc/{pid}/{file}").read_text()
+                    parts.append("\n".join(line for line in text.splitlines() if not line.startswith(("Vm", "Rss", "Hugetlb"))) + "\n")
+            if shutil.which("gdb"):
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    parts.append(subprocess.run(["gdb", "-p", str(pid), "-batch", "-ex", "thread apply all bt 24"], check=False,
+                                                capture_output=True, text=True, timeout=30).stdout)
+        (self.work / "autopsy.txt").write_text("".join(parts))
+
     def down(self) -> None:
         """Takes the cluster down; its logs stay in the soak's directory."""
         for file in self.state.rglob("*.log"):
@@ -190,6 +212,9 @@ def soak(args: argparse.Namespace, work: Path) -> None:
         if code:
             raise Failure(f"the run ended with {code}; its output is in {work}/run.log")
         shown = cluster.job() or {}
+    except Failure:
+        cluster.autopsy()
+        raise
     finally:
         if cluster.run.poll() is None:
             cluster.run.kill()

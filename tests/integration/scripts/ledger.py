@@ -7,8 +7,10 @@ one step with different CRCs mean that somebody went on from a wrong state.
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
+import signal
 import time
 import zlib
 
@@ -27,6 +29,7 @@ def weights_crc(model: nn.Module) -> int:
 
 
 def main() -> None:
+    faulthandler.register(signal.SIGUSR1)  # the soak asks who hangs where it stands
     steps = int(os.environ.get("STEPS", "1000000"))
     stop_file = os.environ.get("STOP_FILE", "")
     pace = float(os.environ.get("STEP_SECONDS", "0.05"))
@@ -56,6 +59,10 @@ def main() -> None:
                 break
             time.sleep(max(0.0, until - time.time()))
     checkpoint.close()
+    # Whoever drops the last reference to a gloo group joins its threads, and one of them may still need the GIL to let
+    # go of the last reduction's tensor. The Reducer drops it with the GIL held and hangs (PyTorch 2.13); the Python
+    # wrapper drops it without. So the Reducer goes first.
+    del model
     dist.destroy_process_group()
 
 
