@@ -9,23 +9,19 @@ namespace everstep::controller {
 namespace {
 
 constexpr std::array kEvents = {
-    EventName{"node_registered",
-              "A node joined, or came back with nothing it had before."},
+    EventName{"node_registered", "A node joined, or came back with nothing it had before."},
     EventName{"node_reattached",
               "An agent registered again; its keeper, workers and memory are "
               "what they were."},
     EventName{"node_refused", "A node was turned away."},
-    EventName{
-        "node_suspect",
-        "A node's stream broke or its heartbeat is overdue; nothing is done "
-        "until its lease ends."},
+    EventName{"node_suspect",
+              "A node's stream broke or its heartbeat is overdue; nothing is done "
+              "until its lease ends."},
     EventName{"node_alive", "A suspect node is heard again."},
-    EventName{
-        "node_lost",
-        "A node's lease ended or its processes are known dead; its incarnation "
-        "is fenced."},
-    EventName{"keeper_died",
-              "A node's keeper died and its workers with it; its agent lives."},
+    EventName{"node_lost",
+              "A node's lease ended or its processes are known dead; its incarnation "
+              "is fenced."},
+    EventName{"keeper_died", "A node's keeper died and its workers with it; its agent lives."},
     EventName{"node_draining",
               "A node is being left: an operator drains it, or it said that it "
               "will go away."},
@@ -34,35 +30,30 @@ constexpr std::array kEvents = {
               "take its place yet."},
     EventName{"node_undrained", "A node takes part again."},
     EventName{"job_submitted", "A job was handed in."},
-    EventName{
-        "job_waiting",
-        "A job has too few nodes; what is saved is kept and it goes on by "
-        "itself when there are enough."},
-    EventName{"fault", "Something ended or endangered a generation; the job's "
-                       "list of faults has "
-                       "the same entry."},
-    EventName{"report_refused", "A node told of a rank that another node "
-                                "hosts; nothing was done. Once a node and "
-                                "generation."},
+    EventName{"job_waiting",
+              "A job has too few nodes; what is saved is kept and it goes on by "
+              "itself when there are enough."},
+    EventName{"fault",
+              "Something ended or endangered a generation; the job's list of faults has "
+              "the same entry."},
+    EventName{"report_refused",
+              "A node told of a rank that another node hosts; nothing was done. Once a node and "
+              "generation."},
     EventName{"generation_prepare",
               "A new generation was decided: old workers stop, nodes say "
               "what they hold."},
     EventName{"generation_activate",
               "The generation's plan is on disk; its workers are being "
               "started."},
-    EventName{"restore", "Which step the generation starts from, and where its "
-                         "bytes come from."},
+    EventName{"restore", "Which step the generation starts from, and where its bytes come from."},
     EventName{"generation_running", "Every worker of the generation runs."},
     EventName{"job_stopping", "The job's end is decided; its nodes clean up."},
     EventName{"job_ended", "The job is over on every node."},
-    EventName{"memory_freed", "What a failed job captured is given up on every "
-                              "node; handed in again it starts "
-                              "from nothing."},
-    EventName{
-        "job_forgotten",
-        "The record of a job that has ended is given up, and its memory."},
-    EventName{"controller_recovered",
-              "A controller took over from what the store held."},
+    EventName{"memory_freed",
+              "What a failed job captured is given up on every node; handed in again it starts "
+              "from nothing."},
+    EventName{"job_forgotten", "The record of a job that has ended is given up, and its memory."},
+    EventName{"controller_recovered", "A controller took over from what the store held."},
     EventName{"store_behind",
               "A node knows a later generation than the store: the store is an "
               "older copy; the job is moved beyond both."},
@@ -76,8 +67,7 @@ constexpr std::array kMeanings = {
     "every worker exited 0",
     "an operator or the launcher asked",
     "fewer nodes than the minimum for longer than join_timeout",
-    "a worker ended with an exit code other than 0, or by a signal that it "
-    "raised itself",
+    "a worker ended with an exit code other than 0, or by a signal that it raised itself",
     "a worker was ended by a signal that neither it nor Everstep sent",
     "the kernel's memory killer took a worker",
     "a worker is stopped (process state T)",
@@ -106,8 +96,7 @@ constexpr std::array kMeanings = {
     "a checkpoint step has its copies",
     "every rank starts from a slot on its own node",
     "some ranks start from a slot of another node",
-    "no step is complete: the generation starts from nothing, or from the "
-    "script's own file",
+    "no step is complete: the generation starts from nothing, or from the script's own file",
     "the controller has as many nodes as it takes",
     "a suspect node is heard again",
     "what a failed job captured was kept long enough",
@@ -115,49 +104,44 @@ constexpr std::array kMeanings = {
 static_assert(kMeanings.size() == static_cast<std::size_t>(Reason::kCount),
               "every reason has a meaning");
 
-} // namespace
+}  // namespace
 
-std::span<const EventName> EventNames() { return kEvents; }
+std::span<const EventName> EventNames() {
+  return kEvents;
+}
 
 bool IsEventName(std::string_view name) {
   return std::any_of(kEvents.begin(), kEvents.end(),
-                     [name](const EventName &e) { return e.name == name; });
+                     [name](const EventName& e) { return e.name == name; });
 }
 
-const char *ReasonMeaning(Reason reason) {
+const char* ReasonMeaning(Reason reason) {
   const auto i = static_cast<std::size_t>(reason);
   return i < kMeanings.size() ? kMeanings[i] : "unknown";
 }
 
 std::string EventsReference() {
-  std::string text = "# Events and reason codes\n\n"
-                     "This page is printed from the program "
-                     "(`build/release/tests/everstep_events_doc`); a test "
-                     "compares.\n\n"
-                     "An event is a line of the controller's history, as "
-                     "`everstep events` prints it: when, its "
-                     "name, its severity (INFO, WARNING,\nERROR), a reason "
-                     "code, the job, node, rank and "
-                     "generation it concerns, a sentence, and the evidence as "
-                     "`key=value` pairs.\n"
-                     "The newest 10,000 are kept. The reason code of a fault "
-                     "is the same in `everstep status`, "
-                     "`everstep job show`, `everstep events`,\nthe metrics and "
-                     "the summary at the end of a "
-                     "run.\n\n"
-                     "## Events\n\n| event | meaning |\n|---|---|\n";
-  for (const EventName &e : EventNames())
-    text += fmt::format("| `{}` | {} |\n", e.name, e.meaning);
+  std::string text =
+      "# Events and reason codes\n\n"
+      "This page is printed from the program (`build/release/tests/everstep_events_doc`); a test "
+      "compares.\n\n"
+      "An event is a line of the controller's history, as `everstep events` prints it: when, its "
+      "name, its severity (INFO, WARNING,\nERROR), a reason code, the job, node, rank and "
+      "generation it concerns, a sentence, and the evidence as `key=value` pairs.\n"
+      "The newest 10,000 are kept. The reason code of a fault is the same in `everstep status`, "
+      "`everstep job show`, `everstep events`,\nthe metrics and the summary at the end of a "
+      "run.\n\n"
+      "## Events\n\n| event | meaning |\n|---|---|\n";
+  for (const EventName& e : EventNames()) text += fmt::format("| `{}` | {} |\n", e.name, e.meaning);
   text += "\n## Reason codes\n\n| code | meaning |\n|---|---|\n";
   for (std::size_t i = 1; i < kMeanings.size(); ++i) {
     const auto reason = static_cast<Reason>(i);
-    text += fmt::format("| `{}` | {} |\n", ReasonName(reason),
-                        ReasonMeaning(reason));
+    text += fmt::format("| `{}` | {} |\n", ReasonName(reason), ReasonMeaning(reason));
   }
-  text += "\nWho pays for which fault: [lifecycle](../internals/lifecycle.md), "
-          "\"Restarts: who "
-          "pays\".\n";
+  text +=
+      "\nWho pays for which fault: [lifecycle](../internals/lifecycle.md), \"Restarts: who "
+      "pays\".\n";
   return text;
 }
 
-} // namespace everstep::controller
+}  // namespace everstep::controller
