@@ -115,7 +115,7 @@ Result<int> CreateArenaFd(const ArenaSpec& spec) {
   return fd;
 }
 
-Shard ToShard(const SlotView& view, bool replica) {
+HeldShard ToShard(const SlotView& view, bool replica) {
   return {.rank = view.fields.rank,
           .world_size = view.fields.world_size,
           .generation = view.fields.generation,

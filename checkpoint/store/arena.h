@@ -13,10 +13,10 @@
 #include <optional>
 #include <string>
 
-#include "checkpoint/core/shard.h"
 #include "checkpoint/store/arena_layout.h"
 #include "checkpoint/store/result.h"
 #include "proto/base/ids.h"
+#include "proto/base/plan.h"
 
 namespace everstep::checkpoint {
 
@@ -54,7 +54,7 @@ struct SlotView {
     return left < kChunkBytes ? static_cast<std::uint32_t>(left) : kChunkBytes;
   }
 };
-Shard ToShard(const SlotView& view, bool replica);
+HeldShard ToShard(const SlotView& view, bool replica);
 
 // CRC32C of `fields`, then of the chunk CRCs.
 std::uint32_t CrcRoot(const SlotFields& fields, const std::uint32_t* chunk_crcs);

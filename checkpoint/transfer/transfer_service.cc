@@ -62,7 +62,7 @@ class Service final : public TransferService {
 
   std::uint16_t port() const override { return server_->port(); }
   void Begin(const JobId& job, Generation generation, const std::string& data_key) override;
-  std::vector<Shard> Survey(const JobId& job) override;
+  std::vector<HeldShard> Survey(const JobId& job) override;
   bool Activate(const Part& part, std::string* error) override;
   void MarkCommitted(const JobId& job, Generation generation, Step step) override;
   void MarkReleased(const JobId& job, Generation generation, Step step) override;
@@ -137,8 +137,8 @@ void Service::Begin(const JobId& job, Generation generation, const std::string& 
   active_.erase(it);
 }
 
-std::vector<Shard> Service::Survey(const JobId& job) {
-  std::vector<Shard> out;
+std::vector<HeldShard> Service::Survey(const JobId& job) {
+  std::vector<HeldShard> out;
   auto names = host_->List(job);
   if (!names.ok()) {
     listener_->OnTrouble(job, names.error().message);

@@ -20,9 +20,9 @@
 #include <string>
 #include <vector>
 
-#include "checkpoint/core/shard.h"
 #include "checkpoint/store/result.h"
 #include "proto/base/ids.h"
+#include "proto/base/plan.h"
 
 namespace everstep::checkpoint {
 
@@ -57,7 +57,7 @@ class Listener {
   // A local rank captured a step (event StepCaptured of the agent's core).
   virtual void OnCaptured(const JobId& job, Generation generation, Rank rank, Step step) = 0;
   // This node verified and holds a copy: its own capture or a peer's (event ShardCopied).
-  virtual void OnCopied(const JobId& job, const Shard& shard) = 0;
+  virtual void OnCopied(const JobId& job, const HeldShard& shard) = 0;
   // A slot could not be pushed, fetched or verified; for the log. The service goes on by itself.
   virtual void OnTrouble(const JobId& job, const std::string& what) = 0;
 };
@@ -89,6 +89,7 @@ struct TransferOptions {
   std::string bind_address = "127.0.0.1";
   std::uint16_t port = 0;  // 0: any
   int push_threads = 2;
+  int streams = 1;           // connections for one slot, 1 to 8
   int max_connections = 64;  // beyond: refused, the peer tries again
   std::uint64_t max_payload_bytes = std::uint64_t{1} << 40;
   std::chrono::milliseconds connect_timeout{2000};
@@ -113,7 +114,7 @@ class TransferService {
   virtual void Begin(const JobId& job, Generation generation, const std::string& data_key) = 0;
 
   // What lies verified in this node's memory of the job (effect Survey).
-  virtual std::vector<Shard> Survey(const JobId& job) = 0;
+  virtual std::vector<HeldShard> Survey(const JobId& job) = 0;
 
   // At Activate, before the workers are forked: marks each local rank's arena as "restore pending"
   // of this generation (so that a worker waits for its bytes), fetches in the background, then

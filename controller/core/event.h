@@ -74,7 +74,6 @@ struct WorkerExited {
   std::int32_t pid = 0;
   ExitInfo exit;
 };
-enum class StallKind : std::uint8_t { kStopped = 1, kGroupNotFormed = 2 };
 struct WorkerStalled {
   NodeId node;
   Incarnation incarnation = 0;

@@ -1,6 +1,6 @@
-// The vocabulary of the controller's core: specs, plans, reasons. Plain values, no behaviour beyond
-// naming. The wire and record formats in proto/ mirror these one to one;
-// controller/server/convert.cc and controller/store/convert.cc are the only places that know both.
+// The vocabulary of the controller's core: specs, states, reasons. Plain values, no behaviour
+// beyond naming. What the agents speak of too stands in proto/base/plan.h. The record format in
+// proto/ mirrors these one to one; controller/store/convert.cc is the only place that knows both.
 #pragma once
 
 #include <compare>
@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "proto/base/ids.h"
+#include "proto/base/plan.h"
 #include "proto/base/time.h"
 
 namespace everstep::controller {
@@ -92,13 +93,6 @@ inline bool IsTerminal(JobState s) {
   return s >= JobState::kSucceeded;
 }
 
-// What a worker process is. The core carries it, it does not look inside: `opaque` is a serialised
-// everstep.v1.Command, made and read by shells only.
-struct CommandSpec {
-  std::string opaque;
-  friend bool operator==(const CommandSpec&, const CommandSpec&) = default;
-};
-
 struct JobSpec {
   JobId job;
   std::uint32_t min_nodes = 1;
@@ -118,49 +112,6 @@ struct JobSpec {
   friend bool operator==(const JobSpec&, const JobSpec&) = default;
 };
 
-struct ExitInfo {
-  std::int32_t code = 0;  // exit code, or -signal
-  bool oom_killed = false;
-  bool by_everstep = false;
-  Timestamp occurred;  // the node's clock
-  std::string error_json;
-  std::string error_file;
-  Timestamp error_time;  // from the error file; ns == 0: none
-  Duration ran = {};
-  friend bool operator==(const ExitInfo&, const ExitInfo&) = default;
-};
-
-struct WorkerOnNode {
-  Rank rank = 0;
-  std::int32_t local_rank = 0;
-  std::int32_t pid = 0;
-  bool running = false;
-  ExitInfo exit;  // meaningful when not running
-  friend bool operator==(const WorkerOnNode&, const WorkerOnNode&) = default;
-};
-
-// A verified slot in some node's memory.
-struct HeldShard {
-  Rank rank = 0;
-  std::int32_t world_size = 0;
-  Generation generation = 0;  // that captured it
-  Step step = kNoStep;
-  std::uint32_t crc_root = 0;
-  std::uint64_t bytes = 0;
-  bool replica = false;            // a peer's slot kept here
-  bool replicated_layout = false;  // every rank's state is the same: any shard serves any rank
-  friend bool operator==(const HeldShard&, const HeldShard&) = default;
-};
-
-struct JobOnNode {
-  JobId job;
-  Generation generation = 0;
-  bool activated = false;
-  std::vector<WorkerOnNode> workers;
-  std::vector<HeldShard> shards;
-  friend bool operator==(const JobOnNode&, const JobOnNode&) = default;
-};
-
 struct NodeFacts {
   std::string address;
   std::uint32_t data_port = 0;
@@ -170,35 +121,6 @@ struct NodeFacts {
 };
 
 // --- the plan of a generation ---
-
-struct RestorePlan {
-  Step step = kNoStep;
-  Rank shard_rank = 0;
-  Generation shard_generation = 0;
-  std::uint32_t crc_root = 0;
-  std::uint64_t bytes = 0;
-  NodeId source_node;
-  std::string source_address;  // host:port
-  friend bool operator==(const RestorePlan&, const RestorePlan&) = default;
-};
-
-struct WorkerPlan {
-  Rank rank = 0;
-  std::int32_t local_rank = 0;
-  RestorePlan restore;
-  friend bool operator==(const WorkerPlan&, const WorkerPlan&) = default;
-};
-
-struct NodePlan {
-  NodeId node;
-  std::int32_t group_rank = 0;
-  std::string address;
-  std::uint32_t data_port = 0;
-  std::vector<WorkerPlan> workers;
-  NodeId replica_node;          // empty: no peer
-  std::string replica_address;  // host:port
-  friend bool operator==(const NodePlan&, const NodePlan&) = default;
-};
 
 struct GenerationPlan {
   JobId job;

@@ -30,7 +30,7 @@ class Cluster {
     Incarnation incarnation = 0;
     std::uint32_t slots = 0;
     bool connected = false;
-    std::map<JobId, controller::JobOnNode> jobs;
+    std::map<JobId, JobOnNode> jobs;
     std::deque<controller::Command> inbox;
   };
 
@@ -43,9 +43,9 @@ class Cluster {
   void Prepared(const Command& c);
   void Activated(const Command& c);
   void Stopped(const Command& c);
-  controller::JobOnNode Prepare(Node* node, const JobId& job, Generation generation);
-  std::vector<controller::WorkerOnNode> Fork(const NodeId& id, Node* node, const JobId& job,
-                                             Generation generation);
+  JobOnNode Prepare(Node* node, const JobId& job, Generation generation);
+  std::vector<WorkerOnNode> Fork(const NodeId& id, Node* node, const JobId& job,
+                                 Generation generation);
   void Beat(const NodeId& id);
   // workers and bytes
   void Exit(const Command& c);
@@ -53,7 +53,7 @@ class Cluster {
   void StepReached(const Command& c);
   void Captured(const Command& c);
   void Copied(const Command& c);
-  void Hold(const NodeId& id, const JobId& job, const controller::HeldShard& shard);
+  void Hold(const NodeId& id, const JobId& job, const HeldShard& shard);
   // people, time, the controller itself
   void Submit(const Command& c);
   void Advance(const Command& c);

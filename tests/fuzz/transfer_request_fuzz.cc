@@ -58,7 +58,7 @@ class Host final : public ArenaHost {
 class Nobody final : public Listener {
  public:
   void OnCaptured(const JobId&, everstep::Generation, everstep::Rank, everstep::Step) override {}
-  void OnCopied(const JobId&, const Shard&) override {}
+  void OnCopied(const JobId&, const HeldShard&) override {}
   void OnTrouble(const JobId&, const std::string&) override {}
 };
 

@@ -19,7 +19,7 @@ namespace {
 class Commits final : public checkpoint::Listener {
  public:
   void OnCaptured(const JobId&, Generation, Rank, Step) override {}
-  void OnCopied(const JobId& job, const checkpoint::Shard& shard) override {
+  void OnCopied(const JobId& job, const HeldShard& shard) override {
     auto* s = service.load();
     if (s != nullptr && on) s->MarkCommitted(job, shard.generation, shard.step);
   }
@@ -34,10 +34,10 @@ std::string Activate(std::istringstream* words, const JobId& job,
   Step step = kNoStep;
   Rank rank = 0;
   *words >> part.generation >> part.world_size >> step;
-  const std::vector<checkpoint::Shard> held = service->Survey(job);
+  const std::vector<HeldShard> held = service->Survey(job);
   while (*words >> rank) {
     checkpoint::WorkerPart worker{.rank = rank, .restore = {}};
-    for (const checkpoint::Shard& s : held) {
+    for (const HeldShard& s : held) {
       if (step == kNoStep || s.step != step) continue;
       if (worker.restore.step != kNoStep && s.rank != rank) continue;
       worker.restore = {.step = s.step,
@@ -98,7 +98,7 @@ int Main(const std::string& socket, const JobId& job) {
     } else if (verb == "away" && words >> value) {
       service.value()->SetControllerAway(value == "on");
     } else if (verb == "survey") {
-      for (const checkpoint::Shard& s : service.value()->Survey(job)) {
+      for (const HeldShard& s : service.value()->Survey(job)) {
         more += fmt::format(
             "{}{{\"rank\": {}, \"step\": {}, \"generation\": {}, \"bytes\": {}, \"replicated\": "
             "{}}}",

@@ -27,7 +27,6 @@
 namespace everstep {
 namespace {
 
-using checkpoint::Shard;
 using std::chrono::steady_clock;
 
 constexpr std::size_t kTensors = 9;
@@ -108,7 +107,7 @@ std::uint64_t PayloadBound() {
 class Commits final : public checkpoint::Listener {
  public:
   void OnCaptured(const JobId&, Generation, Rank, Step) override {}
-  void OnCopied(const JobId& job, const Shard& shard) override {
+  void OnCopied(const JobId& job, const HeldShard& shard) override {
     if (auto* s = service.load(); s != nullptr) s->MarkCommitted(job, shard.generation, shard.step);
   }
   void OnTrouble(const JobId&, const std::string& what) override { ADD_FAILURE() << what; }
@@ -167,7 +166,7 @@ TEST(CaptureKill, LeavesTheStepBeforeOrTheStepItselfEveryTime) {
                           .data_key = "key",
                           .workers = {{.rank = 0}},
                           .replica_address = ""};
-    for (const Shard& s : service.value()->Survey(kJob)) {
+    for (const HeldShard& s : service.value()->Survey(kJob)) {
       if (s.step != last) continue;
       part.workers[0].restore = {.step = s.step,
                                  .shard_rank = 0,

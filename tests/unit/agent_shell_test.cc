@@ -78,7 +78,7 @@ TEST(StartTrouble, LooksAtTheErrorFileThenAtTheEndOfStderr) {
   Directory d;
   const std::string log = d / "stderr.log";
   std::ofstream(log) << std::string(100'000, '.') << "\nGloo connectFullMesh failed with [y]\n";
-  controller::ExitInfo exit;
+  ExitInfo exit;
   exit.code = 1;
   EXPECT_EQ(StartTrouble(exit, log), "Gloo connectFullMesh failed with [y]");
   EXPECT_EQ(StartTrouble(exit, d / "absent"), "");
@@ -91,7 +91,7 @@ TEST(StartTrouble, LooksAtTheErrorFileThenAtTheEndOfStderr) {
 TEST(ErrorFile, OnlyWhatAFailedWorkerWrote) {
   Directory d;
   std::ofstream(d / "error.json") << R"({"message": {"extraInfo": {"timestamp": "12"}}})";
-  controller::ExitInfo exit;
+  ExitInfo exit;
   exit.code = 0;
   FillError(d / "error.json", &exit);
   EXPECT_TRUE(exit.error_json.empty());
@@ -99,7 +99,7 @@ TEST(ErrorFile, OnlyWhatAFailedWorkerWrote) {
   FillError(d / "error.json", &exit);
   EXPECT_EQ(exit.error_time.ns, 12'000'000'000);
   EXPECT_EQ(exit.error_file, d / "error.json");
-  controller::ExitInfo silent;
+  ExitInfo silent;
   silent.code = 1;
   FillError(d / "absent", &silent);
   EXPECT_TRUE(silent.error_file.empty());

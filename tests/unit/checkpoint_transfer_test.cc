@@ -85,7 +85,7 @@ class Recorder final : public Listener {
   void OnCaptured(const JobId&, Generation, Rank, Step step) override {
     Note([&] { captured.push_back(step); });
   }
-  void OnCopied(const JobId&, const Shard& shard) override {
+  void OnCopied(const JobId&, const HeldShard& shard) override {
     Note([&] { copied.push_back(shard); });
   }
   void OnTrouble(const JobId&, const std::string& what) override {
@@ -98,8 +98,9 @@ class Recorder final : public Listener {
   }
   bool Copied(Step step, bool replica) {
     return Until([&] {
-      return std::any_of(copied.begin(), copied.end(),
-                         [&](const Shard& s) { return s.step == step && s.replica == replica; });
+      return std::any_of(copied.begin(), copied.end(), [&](const HeldShard& s) {
+        return s.step == step && s.replica == replica;
+      });
     });
   }
   bool Complains(const std::string& part) {
@@ -116,7 +117,7 @@ class Recorder final : public Listener {
   }
 
   std::vector<Step> captured;
-  std::vector<Shard> copied;
+  std::vector<HeldShard> copied;
   std::vector<std::string> trouble;
 
  private:
@@ -458,7 +459,7 @@ TEST(Transfer, ANewcomerFetchesItsRestoreFromThePeerThatHoldsIt) {
   a.Activate(a.PartOf(1, 0, b.address()));
   a.Capture(1, 0, 0, 7, kSize);
   ASSERT_TRUE(b.heard.Copied(7, true));
-  const Shard shard = b.heard.copied.front();
+  const HeldShard shard = b.heard.copied.front();
   a.service->Stop();  // its node is gone
   b.service->Begin(kJob, 2, "key");
   const RestorePart restore{7, 0, 1, shard.crc_root, shard.bytes, b.address()};
@@ -478,7 +479,7 @@ TEST(Transfer, ARestoreFromThisNodesOwnMemoryNeedsNoWire) {
   a.Activate(a.PartOf(1, 3, b.address()));
   a.Capture(1, 3, 0, 7, kSize);
   ASSERT_TRUE(b.heard.Copied(7, true));
-  const Shard shard = b.heard.copied.front();
+  const HeldShard shard = b.heard.copied.front();
   b.Activate(b.PartOf(
       2, 0, "", {7, 3, 1, shard.crc_root, shard.bytes, b.address()}));  // rank 0 takes rank 3's
   Arena arena = b.Open(0, false);

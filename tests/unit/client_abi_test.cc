@@ -22,7 +22,7 @@ using std::chrono::steady_clock;
 class Silent final : public checkpoint::Listener {
  public:
   void OnCaptured(const JobId&, Generation, Rank, Step) override {}
-  void OnCopied(const JobId& job, const checkpoint::Shard& shard) override {
+  void OnCopied(const JobId& job, const HeldShard& shard) override {
     ++copied;
     if (auto* s = service.load(); s != nullptr && commits) {
       s->MarkCommitted(job, shard.generation, shard.step);
@@ -62,7 +62,7 @@ class ClientAbi : public ::testing::Test {
                           .data_key = "k",
                           .workers = {{.rank = 0}},
                           .replica_address = ""};
-    for (const checkpoint::Shard& s : service->Survey("job")) {
+    for (const HeldShard& s : service->Survey("job")) {
       if (step == kNoStep || s.step != step) continue;
       part.workers[0].restore = {.step = s.step,
                                  .shard_rank = s.rank,

@@ -3,6 +3,8 @@
 1. A pure core (controller/core, checkpoint/core, worker/agent/core) includes proto/base, other cores and
    the C++ standard library only, and uses no clock, thread, random device, file or environment.
 2. The keeper includes no gRPC (it must stay small and must not die).
+3. worker/ and checkpoint/ include nothing of controller/, controller/ nothing of worker/, checkpoint/
+   nothing of worker/, and proto/ nothing of any: what two of them need stands in proto/.
 
 Prints each breach as file:line: text and exits 1; exits 0 with a count of what it looked at.
 """
@@ -14,6 +16,12 @@ import sys
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CORES = ("controller/core", "checkpoint/core", "worker/agent/core")
 ALLOWED = ("proto/base/", *(c + "/" for c in CORES))
+STRANGERS = {  # whose headers a side may not include
+    "controller": ("worker/",),
+    "worker": ("controller/",),
+    "checkpoint": ("controller/", "worker/"),
+    "proto": ("controller/", "worker/", "checkpoint/"),
+}
 IMPURE_HEADERS = {
     "thread", "mutex", "shared_mutex", "condition_variable", "future", "fstream", "iostream",
     "filesystem", "ctime", "random", "cstdio", "csignal",
@@ -52,15 +60,25 @@ def check_keeper(path: pathlib.Path) -> list[tuple[int, str]]:
     ]
 
 
+def check_sides(path: pathlib.Path) -> list[tuple[int, str]]:
+    side = path.relative_to(ROOT).parts[0]
+    return [
+        (number, f'{side}/ may not include "{found.group(2)}": what both need stands in proto/')
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if (found := INCLUDE.match(line)) and found.group(2).startswith(STRANGERS[side])
+    ]
+
+
 def main() -> int:
-    breaches, looked = 0, 0
+    breaches = 0
     jobs = [(p, check_core) for c in CORES for p in sources(c)]
     jobs += [(p, check_keeper) for p in sources("worker/keeper")]
+    jobs += [(p, check_sides) for side in STRANGERS for p in sources(side)]
     for path, check in jobs:
-        looked += 1
         for number, text in check(path):
             print(f"{path.relative_to(ROOT)}:{number}: {text}")
             breaches += 1
+    looked = len({path for path, _ in jobs})
     print(f"house rules: {looked} files, {breaches} breaches")
     if looked == 0:
         print("error: no core found below the source folder; the rules looked at nothing", file=sys.stderr)

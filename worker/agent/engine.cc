@@ -404,11 +404,10 @@ void Engine::OnCaptured(const JobId& job, Generation generation, Rank, Step step
   Post([this, job, generation, step] { Feed(StepCaptured{job, generation, step}); });
 }
 
-void Engine::OnCopied(const JobId& job, const checkpoint::Shard& shard) {
+void Engine::OnCopied(const JobId& job, const HeldShard& shard) {
   Post([this, job, shard] {
-    const HeldShard held = FromCheckpoint(shard);
-    held_.Note(job, held);
-    Feed(ShardCopied{job, held});
+    held_.Note(job, shard);
+    Feed(ShardCopied{job, shard});
   });
 }
 

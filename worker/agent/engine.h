@@ -143,7 +143,7 @@ class Engine final : private checkpoint::Listener {
 
   // checkpoint::Listener, on the service's threads.
   void OnCaptured(const JobId& job, Generation generation, Rank rank, Step step) override;
-  void OnCopied(const JobId& job, const checkpoint::Shard& shard) override;
+  void OnCopied(const JobId& job, const HeldShard& shard) override;
   void OnTrouble(const JobId& job, const std::string& what) override;
 
   const AgentOptions options_;

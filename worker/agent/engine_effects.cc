@@ -306,9 +306,7 @@ void Engine::On(const RememberActivated& e) {
 void Engine::On(const Survey& e) {
   if (transfer_ == nullptr) return Feed(Surveyed{e.job, e.generation, {}});
   const bool posted = memory_.Post([this, e] {
-    std::vector<HeldShard> shards;
-    for (const checkpoint::Shard& s : transfer_->Survey(e.job)) shards.push_back(FromCheckpoint(s));
-    Post([this, e, shards = std::move(shards)] {
+    Post([this, e, shards = transfer_->Survey(e.job)] {
       held_.Set(e.job, shards);
       Feed(Surveyed{e.job, e.generation, shards});
     });

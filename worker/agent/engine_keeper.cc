@@ -98,9 +98,7 @@ void Engine::ResumeCheckpoints(const Adopted& adopted) {
       if (!transfer_->Activate(PartOf(activate), &error)) OnTrouble(job, error);
     }
     for (const AdoptedJob& job : shared->attached.jobs) {
-      for (const checkpoint::Shard& s : transfer_->Survey(job.holds.job)) {
-        found[job.holds.job].push_back(FromCheckpoint(s));
-      }
+      found[job.holds.job] = transfer_->Survey(job.holds.job);
     }
     Post([this, shared, found = std::move(found)] {
       for (const auto& [job, shards] : found) {

@@ -29,7 +29,7 @@ Timestamp ErrorTime(std::string_view text) {
   return Timestamp{seconds * kSecond};
 }
 
-void FillError(const std::string& fallback, controller::ExitInfo* exit) {
+void FillError(const std::string& fallback, ExitInfo* exit) {
   if (exit->code == 0) return;
   if (exit->error_file.empty()) exit->error_file = fallback;
   if (exit->error_file.empty()) return;

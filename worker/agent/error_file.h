@@ -5,7 +5,7 @@
 #include <string>
 #include <string_view>
 
-#include "controller/core/types.h"
+#include "proto/base/plan.h"
 #include "proto/base/time.h"
 
 namespace everstep::agent {
@@ -19,6 +19,6 @@ Timestamp ErrorTime(std::string_view json);
 // Fills error_json (at most kMaxErrorFile) and error_time of an exit that failed, from error_file
 // or, when that is empty, from `fallback`. A file that is not there is fine: not every script
 // records.
-void FillError(const std::string& fallback, controller::ExitInfo* exit);
+void FillError(const std::string& fallback, ExitInfo* exit);
 
 }  // namespace everstep::agent

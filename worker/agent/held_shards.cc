@@ -12,19 +12,6 @@ std::pair<Generation, Step> Age(const HeldShard& s) {
 
 }  // namespace
 
-HeldShard FromCheckpoint(const checkpoint::Shard& s) {
-  HeldShard out;
-  out.rank = s.rank;
-  out.world_size = s.world_size;
-  out.generation = s.generation;
-  out.step = s.step;
-  out.crc_root = s.crc_root;
-  out.bytes = s.bytes;
-  out.replica = s.replica;
-  out.replicated_layout = s.replicated_layout;
-  return out;
-}
-
 void HeldShards::Note(const JobId& job, const HeldShard& shard) {
   std::vector<HeldShard>& slots = jobs_[job][{shard.replica, shard.rank}];
   std::erase_if(slots, [&](const HeldShard& s) { return s.step == shard.step; });

@@ -7,12 +7,9 @@
 #include <utility>
 #include <vector>
 
-#include "checkpoint/core/shard.h"
-#include "worker/agent/core/event.h"
+#include "proto/base/plan.h"
 
 namespace everstep::agent {
-
-HeldShard FromCheckpoint(const checkpoint::Shard& shard);
 
 class HeldShards {
  public:

@@ -21,7 +21,7 @@ std::string FullMeshFailure(std::string_view text) {
   return std::string(line);
 }
 
-std::string StartTrouble(const controller::ExitInfo& exit, const std::string& stderr_log) {
+std::string StartTrouble(const ExitInfo& exit, const std::string& stderr_log) {
   if (exit.code <= 0) return "";  // a signal is no exception of the process group
   std::string found = FullMeshFailure(exit.error_json);
   if (!found.empty() || stderr_log.empty()) return found;

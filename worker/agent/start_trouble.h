@@ -5,7 +5,7 @@
 #include <string>
 #include <string_view>
 
-#include "controller/core/types.h"
+#include "proto/base/plan.h"
 
 namespace everstep::agent {
 
@@ -16,6 +16,6 @@ std::string FullMeshFailure(std::string_view text);
 
 // Looks at the error file's content, then at the end of stderr (may be absent). Empty: the worker's
 // exit has another cause. Reads a file: not for the engine's thread.
-std::string StartTrouble(const controller::ExitInfo& exit, const std::string& stderr_log);
+std::string StartTrouble(const ExitInfo& exit, const std::string& stderr_log);
 
 }  // namespace everstep::agent

@@ -140,14 +140,14 @@ void Checkers::CheckPlan(Timestamp now, const ClusterState& state,
   }
   Rank next = 0;
   std::set<NodeId> seen;
-  for (const controller::NodePlan& node : plan.nodes) {
+  for (const NodePlan& node : plan.nodes) {
     if (!seen.insert(node.node).second) {
       Violate(now, "one_plan", fmt::format("{} names {} twice", name, node.node));
     }
     if (node.replica_node == node.node) {
       Violate(now, "one_plan", fmt::format("{}: {} is its own replica", name, node.node));
     }
-    for (const controller::WorkerPlan& worker : node.workers) {
+    for (const WorkerPlan& worker : node.workers) {
       if (worker.rank != next++) {
         Violate(now, "one_plan", fmt::format("{}: rank {} on {}", name, worker.rank, node.node));
       }
@@ -176,8 +176,8 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
                             const controller::GenerationPlan& plan) {
   const std::string name = fmt::format("job {} generation {}", plan.job, plan.generation);
   std::optional<Lineage> start;
-  for (const controller::NodePlan& node : plan.nodes) {
-    for (const controller::WorkerPlan& worker : node.workers) {
+  for (const NodePlan& node : plan.nodes) {
+    for (const WorkerPlan& worker : node.workers) {
       const std::optional<Lineage> state_of = worker.restore.step == kNoStep
                                                   ? kFromNothing
                                                   : env_.truth->OfChecksum(worker.restore.crc_root);
@@ -210,7 +210,7 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
   // It went back behind a committed step: were the copies really out of reach?
   std::size_t ranks_at_hand = 0;
   std::string where;
-  for (const controller::HeldShard& shard : commit.shards) {
+  for (const HeldShard& shard : commit.shards) {
     bool at_hand = false;
     for (const Truth::Holder& holder : env_.truth->Holders(plan.job, shard)) {
       if (!holder.intact || !Reachable(state, holder.node, holder.keeper)) continue;
@@ -241,7 +241,7 @@ void Checkers::TellMemory(Timestamp now, const ClusterState& state, const JobId&
     const auto known = state.jobs.at(job).holdings.find(id);
     if (known == state.jobs.at(job).holdings.end()) continue;
     std::string held;
-    for (const controller::HeldShard& s : known->second.shards) {
+    for (const HeldShard& s : known->second.shards) {
       held += fmt::format(" {}{}@{}/g{}", s.replica ? "r" : "", s.rank, s.step, s.generation);
     }
     env_.truth->Note(now, fmt::format("... as the controller knows:{}", held));
@@ -268,9 +268,9 @@ void Checkers::CheckCommit(Timestamp now, const ClusterState& state,
     return;
   }
   std::optional<Lineage> lineage;
-  for (const controller::HeldShard& shard : commit.shards) {
+  for (const HeldShard& shard : commit.shards) {
     std::set<NodeId> nodes;
-    std::vector<controller::HeldShard> serve = {shard};
+    std::vector<HeldShard> serve = {shard};
     if (commit.replicated_layout && commit.generation != job.record.generation) {
       // What a generation starts from: with a replicated layout any rank's shard serves.
       const std::optional<Lineage> of = env_.truth->OfChecksum(shard.crc_root);
@@ -280,7 +280,7 @@ void Checkers::CheckCommit(Timestamp now, const ClusterState& state,
         serve.back().crc_root = env_.truth->Checksum(*of, rank);
       }
     }
-    for (const controller::HeldShard& one : serve) {
+    for (const HeldShard& one : serve) {
       for (const Truth::Holder& holder : env_.truth->Holders(record.job, one)) {
         nodes.insert(holder.node);
       }

@@ -110,9 +110,9 @@ std::vector<agent::AdoptedJob> SimNode::Adopted() const {
     adopted.step = job.step;
     if (job.activate) {
       adopted.group_rank = job.activate->plan.group_rank;
-      for (const controller::WorkerPlan& w : job.activate->plan.workers) {
+      for (const WorkerPlan& w : job.activate->plan.workers) {
         const ProcessKey key{job.generation, w.rank};
-        controller::WorkerOnNode worker;
+        WorkerOnNode worker;
         worker.rank = w.rank;
         worker.local_rank = w.local_rank;
         if (const auto p = job.processes.find(key); p != job.processes.end()) {
@@ -126,7 +126,7 @@ std::vector<agent::AdoptedJob> SimNode::Adopted() const {
     }
     for (const auto& [key, process] : job.processes) {
       if (job.activate && key.first == job.generation) continue;
-      controller::WorkerOnNode worker;
+      WorkerOnNode worker;
       worker.rank = key.second;
       worker.local_rank = process.local_rank;
       worker.pid = process.pid;
@@ -148,13 +148,13 @@ void SimNode::StartWorkers(const agent::Activate& activate) {
         fmt::format("{} starts generation {} of job {}, it knew {} and ended {}", name_,
                     activate.generation, activate.job, job.generation, job.killed));
   }
-  for (const controller::WorkerPlan& worker : activate.plan.workers) {
+  for (const WorkerPlan& worker : activate.plan.workers) {
     job.starting.emplace(activate.generation, worker.rank);
     AfterKeeper(Draw(10, 250), "fork", [this, activate, worker] { Fork(activate, worker); });
   }
 }
 
-void SimNode::Fork(const agent::Activate& activate, const controller::WorkerPlan& worker) {
+void SimNode::Fork(const agent::Activate& activate, const WorkerPlan& worker) {
   KeeperJob* job = FindJob(activate.job);
   const ProcessKey key{activate.generation, worker.rank};
   if (job == nullptr || job->starting.erase(key) == 0) return;
@@ -194,13 +194,13 @@ void SimNode::Fork(const agent::Activate& activate, const controller::WorkerPlan
 void SimNode::WatchStart(const JobId& job, ProcessKey key) {
   AfterKeeper(kFormTimeout, "group check", [this, job, key] {
     if (FindProcess(job, key) == nullptr || env_.training->Formed(job, key.first)) return;
-    Tell(agent::WorkerStalled{job, key.first, key.second, agent::StallKind::kGroupNotFormed,
+    Tell(agent::WorkerStalled{job, key.first, key.second, StallKind::kGroupNotFormed,
                               "no process group", kFormTimeout});
     WatchStart(job, key);
   });
 }
 
-void SimNode::Restore(const JobId& job, ProcessKey key, const controller::RestorePlan& plan,
+void SimNode::Restore(const JobId& job, ProcessKey key, const RestorePlan& plan,
                       Timestamp give_up) {
   const Process* process = FindProcess(job, key);
   if (process == nullptr) return;
@@ -224,8 +224,8 @@ void SimNode::Restore(const JobId& job, ProcessKey key, const controller::Restor
 }
 
 // The shard lies in this node's memory now, as the rank's own.
-void SimNode::Restored(const JobId& job, ProcessKey key, const controller::RestorePlan& plan,
-                       const controller::HeldShard& shard) {
+void SimNode::Restored(const JobId& job, ProcessKey key, const RestorePlan& plan,
+                       const HeldShard& shard) {
   if (FindProcess(job, key) == nullptr || env_.training->Joined(job, key.first, key.second)) return;
   const std::optional<Lineage> state = env_.truth->OfChecksum(shard.crc_root);
   if (!state || shard.crc_root != plan.crc_root) {
@@ -234,7 +234,7 @@ void SimNode::Restored(const JobId& job, ProcessKey key, const controller::Resto
                                     shard.crc_root, plan.crc_root));
     return;
   }
-  controller::HeldShard own = shard;
+  HeldShard own = shard;
   own.replica = false;
   FindJob(job)->memory.Restore(key.second, own);
   env_.truth->Copied(name_, keeper_->id, job, own);
@@ -298,7 +298,7 @@ void SimNode::Die(const JobId& job, ProcessKey key, std::int32_t pid, std::int32
         [this, job, key, pid, code, by_everstep] { Die(job, key, pid, code, by_everstep); });
     return;
   }
-  controller::WorkerOnNode worker;
+  WorkerOnNode worker;
   worker.rank = key.second;
   worker.local_rank = process->local_rank;
   worker.pid = pid;
@@ -342,7 +342,7 @@ void SimNode::ReportStopped(const JobId& job, ProcessKey key, std::int32_t pid) 
   AfterKeeper(Draw(1000, 2000), "state T", [this, job, key, pid] {
     const Process* process = FindProcess(job, key);
     if (process == nullptr || process->pid != pid) return;
-    Tell(agent::WorkerStalled{job, key.first, key.second, agent::StallKind::kStopped, "state T",
+    Tell(agent::WorkerStalled{job, key.first, key.second, StallKind::kStopped, "state T",
                               Seconds(1)});
     ReportStopped(job, key, pid);
   });
@@ -364,7 +364,7 @@ void SimNode::Capture(const JobId& job, ProcessKey key, std::int32_t pid, Lineag
   KeeperJob& j = *FindJob(job);
   process->capturing = j.generation == key.first;
   if (!process->capturing) return;  // fenced: a newer generation is being prepared
-  controller::HeldShard shard;
+  HeldShard shard;
   shard.rank = key.second;
   shard.world_size = process->world_size;
   shard.generation = key.first;
@@ -406,8 +406,8 @@ void SimNode::Push(const JobId& job, Rank rank, Generation generation) {
   const NodeId to = j->activate->plan.replica_node;
   const Memory::Slot* slot = j->memory.ToPush(rank, generation);
   if (to.empty() || slot == nullptr || slot->replicated || slot->pushing) return;
-  const controller::HeldShard shard = slot->shard;
-  const std::optional<controller::HeldShard> kept = j->memory.Committed(rank);
+  const HeldShard shard = slot->shard;
+  const std::optional<HeldShard> kept = j->memory.Committed(rank);
   j->memory.MarkPushing(shard, true);
   AfterKeeper(Draw(300, 600), "push ends", [this, job, rank, generation, shard] {
     KeeperJob* again = FindJob(job);
@@ -438,8 +438,8 @@ void SimNode::PushAll() {
   for (const auto& [id, key] : all) Push(id, key.second, key.first);
 }
 
-bool SimNode::Receive(const JobId& job, Generation generation, controller::HeldShard shard,
-                      const std::optional<controller::HeldShard>& kept) {
+bool SimNode::Receive(const JobId& job, Generation generation, HeldShard shard,
+                      const std::optional<HeldShard>& kept) {
   KeeperJob* j = FindJob(job);
   if (j == nullptr || !Responsive() || j->generation != generation || j->killed >= generation) {
     return false;
@@ -451,8 +451,7 @@ bool SimNode::Receive(const JobId& job, Generation generation, controller::HeldS
   return true;
 }
 
-std::optional<controller::HeldShard> SimNode::Offer(const JobId& job,
-                                                    const controller::RestorePlan& wanted) const {
+std::optional<HeldShard> SimNode::Offer(const JobId& job, const RestorePlan& wanted) const {
   if (!Responsive()) return std::nullopt;
   const auto it = keeper_->jobs.find(job);
   if (it == keeper_->jobs.end()) return std::nullopt;
@@ -460,7 +459,7 @@ std::optional<controller::HeldShard> SimNode::Offer(const JobId& job,
                                 wanted.crc_root);
 }
 
-std::vector<controller::HeldShard> SimNode::Verified(const JobId& job) const {
+std::vector<HeldShard> SimNode::Verified(const JobId& job) const {
   if (!keeper_) return {};
   const auto it = keeper_->jobs.find(job);
   if (it == keeper_->jobs.end()) return {};

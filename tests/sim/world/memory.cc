@@ -11,7 +11,7 @@ bool Older(const Memory::Slot& a, const Memory::Slot& b) {
   return std::pair(a.shard.generation, a.shard.step) < std::pair(b.shard.generation, b.shard.step);
 }
 
-bool Same(const Memory::Slot& slot, const controller::HeldShard& shard) {
+bool Same(const Memory::Slot& slot, const HeldShard& shard) {
   return slot.whole && slot.shard.step == shard.step && slot.shard.generation == shard.generation &&
          slot.shard.crc_root == shard.crc_root;
 }
@@ -27,8 +27,7 @@ std::size_t Memory::Choose(const Arena& arena) {
   return Older(a, b) ? 0 : 1;
 }
 
-checkpoint::CaptureAction Memory::Capture(const controller::HeldShard& shard,
-                                          const Trainer& trainer) {
+checkpoint::CaptureAction Memory::Capture(const HeldShard& shard, const Trainer& trainer) {
   Arena& arena = arenas_[{shard.rank, false}];
   checkpoint::CaptureFacts facts;
   facts.step = shard.step;
@@ -57,7 +56,7 @@ void Memory::NewProcess(Rank rank) {
   arenas_[{rank, false}].base = -1;
 }
 
-void Memory::Restore(Rank rank, const controller::HeldShard& shard) {
+void Memory::Restore(Rank rank, const HeldShard& shard) {
   Arena& arena = arenas_[{rank, false}];
   for (std::size_t i = 0; i < 2; ++i) {
     if (!Same(arena.slots[i], shard) || arena.slots[i].corrupt ||
@@ -73,8 +72,8 @@ void Memory::Restore(Rank rank, const controller::HeldShard& shard) {
   arena.base = static_cast<int>(target);
 }
 
-bool Memory::Receive(const controller::HeldShard& shard, Generation generation,
-                     const std::optional<controller::HeldShard>& kept) {
+bool Memory::Receive(const HeldShard& shard, Generation generation,
+                     const std::optional<HeldShard>& kept) {
   Arena& arena = arenas_[{shard.rank, true}];
   for (Slot& slot : arena.slots) {
     if (kept && Same(slot, *kept)) slot.committed = true;
@@ -93,7 +92,7 @@ bool Memory::Receive(const controller::HeldShard& shard, Generation generation,
   return true;
 }
 
-std::optional<controller::HeldShard> Memory::Committed(Rank rank) const {
+std::optional<HeldShard> Memory::Committed(Rank rank) const {
   const auto it = arenas_.find({rank, false});
   if (it == arenas_.end()) return std::nullopt;
   const Slot* newest = nullptr;
@@ -104,7 +103,7 @@ std::optional<controller::HeldShard> Memory::Committed(Rank rank) const {
   return newest->shard;
 }
 
-Memory::Slot* Memory::FindSlot(const controller::HeldShard& shard) {
+Memory::Slot* Memory::FindSlot(const HeldShard& shard) {
   const auto it = arenas_.find({shard.rank, false});
   if (it == arenas_.end()) return nullptr;
   for (Slot& slot : it->second.slots) {
@@ -113,7 +112,7 @@ Memory::Slot* Memory::FindSlot(const controller::HeldShard& shard) {
   return nullptr;
 }
 
-bool Memory::IsCommitted(const controller::HeldShard& shard) const {
+bool Memory::IsCommitted(const HeldShard& shard) const {
   return shard.generation == committed_.first && shard.step == committed_.second;
 }
 
@@ -141,16 +140,16 @@ void Memory::MarkReleased(Generation generation, Step step) {
   }
 }
 
-void Memory::MarkReplicated(const controller::HeldShard& shard) {
+void Memory::MarkReplicated(const HeldShard& shard) {
   if (Slot* slot = FindSlot(shard)) slot->replicated = true;
 }
 
-void Memory::MarkPushing(const controller::HeldShard& shard, bool pushing) {
+void Memory::MarkPushing(const HeldShard& shard, bool pushing) {
   if (Slot* slot = FindSlot(shard)) slot->pushing = pushing;
 }
 
-std::vector<controller::HeldShard> Memory::Verified() const {
-  std::vector<controller::HeldShard> all;
+std::vector<HeldShard> Memory::Verified() const {
+  std::vector<HeldShard> all;
   for (const auto& [key, arena] : arenas_) {
     for (const Slot& slot : arena.slots) {
       if (slot.whole && !slot.corrupt) all.push_back(slot.shard);
@@ -159,8 +158,8 @@ std::vector<controller::HeldShard> Memory::Verified() const {
   return all;
 }
 
-std::optional<controller::HeldShard> Memory::Find(Step step, Generation generation, Rank rank,
-                                                  std::uint32_t crc_root) const {
+std::optional<HeldShard> Memory::Find(Step step, Generation generation, Rank rank,
+                                      std::uint32_t crc_root) const {
   for (const auto& [key, arena] : arenas_) {
     for (const Slot& slot : arena.slots) {
       if (slot.whole && !slot.corrupt && slot.shard.step == step &&
@@ -207,7 +206,7 @@ std::string Memory::Describe() const {
   return text;
 }
 
-std::optional<controller::HeldShard> Memory::Corrupt(std::uint64_t n) {
+std::optional<HeldShard> Memory::Corrupt(std::uint64_t n) {
   std::vector<Slot*> all;
   for (auto& [key, arena] : arenas_) {
     for (Slot& slot : arena.slots) {

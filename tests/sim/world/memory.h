@@ -19,7 +19,7 @@ namespace everstep::sim {
 class Memory {
  public:
   struct Slot {
-    controller::HeldShard shard;
+    HeldShard shard;
     bool whole = false;
     bool committed = false;
     bool replicated = false;  // the peer acknowledged it
@@ -36,31 +36,30 @@ class Memory {
   };
 
   // A local rank captures `shard`; written when the answer is kWrite.
-  checkpoint::CaptureAction Capture(const controller::HeldShard& shard, const Trainer& trainer);
+  checkpoint::CaptureAction Capture(const HeldShard& shard, const Trainer& trainer);
   void NewProcess(Rank rank);  // it restored nothing yet
   // A rank's process restores: into its arena, from there or from a peer's bytes.
-  void Restore(Rank rank, const controller::HeldShard& shard);
+  void Restore(Rank rank, const HeldShard& shard);
   // A peer's slot arrives, from a rank of `generation` that knows `kept` as its newest committed
   // one. False: something newer of that generation is here already.
-  bool Receive(const controller::HeldShard& shard, Generation generation,
-               const std::optional<controller::HeldShard>& kept);
+  bool Receive(const HeldShard& shard, Generation generation, const std::optional<HeldShard>& kept);
 
   void MarkCommitted(Generation generation, Step step);
   void MarkReleased(Generation generation, Step step);  // and those before
-  void MarkReplicated(const controller::HeldShard& shard);
-  void MarkPushing(const controller::HeldShard& shard, bool pushing);
+  void MarkReplicated(const HeldShard& shard);
+  void MarkPushing(const HeldShard& shard, bool pushing);
 
   // Every slot whose bytes verify.
-  std::vector<controller::HeldShard> Verified() const;
-  std::optional<controller::HeldShard> Find(Step step, Generation generation, Rank rank,
-                                            std::uint32_t crc_root) const;
+  std::vector<HeldShard> Verified() const;
+  std::optional<HeldShard> Find(Step step, Generation generation, Rank rank,
+                                std::uint32_t crc_root) const;
   // The newest committed own slot of a rank.
-  std::optional<controller::HeldShard> Committed(Rank rank) const;
+  std::optional<HeldShard> Committed(Rank rank) const;
   // What a rank of this generation has to send its peer: its newest capture, else what it restored.
   const Slot* ToPush(Rank rank, Generation generation) const;
   std::string Describe() const;
   // Spoils the n-th slot, counted over all, and says what lay there. None: there is no slot.
-  std::optional<controller::HeldShard> Corrupt(std::uint64_t n);
+  std::optional<HeldShard> Corrupt(std::uint64_t n);
 
  private:
   struct Arena {
@@ -68,8 +67,8 @@ class Memory {
     int base = -1;  // the slot the present process restored from, while it holds that
   };
   static std::size_t Choose(const Arena& arena);
-  bool IsCommitted(const controller::HeldShard& shard) const;
-  Slot* FindSlot(const controller::HeldShard& shard);
+  bool IsCommitted(const HeldShard& shard) const;
+  Slot* FindSlot(const HeldShard& shard);
 
   std::map<std::pair<Rank, bool>, Arena> arenas_;      // (rank, replica)
   std::pair<Generation, Step> committed_{0, kNoStep};  // newest that was heard of

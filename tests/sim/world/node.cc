@@ -161,7 +161,7 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
     activate.job = a->plan->job;
     activate.generation = a->plan->generation;
     activate.command = a->command;
-    for (const controller::NodePlan& node : a->plan->nodes) {
+    for (const NodePlan& node : a->plan->nodes) {
       if (node.node == name_) activate.plan = node;
     }
     activate.group_world_size = static_cast<std::uint32_t>(a->plan->nodes.size());
@@ -287,7 +287,7 @@ void SimNode::CarryOut(const agent::Effect& effect) {
     message.facts.address = "10.0.0." + name_.substr(1);
     message.facts.data_port = 7000;
     message.jobs = e->jobs;
-    for (controller::JobOnNode& job : message.jobs) job.shards = Verified(job.job);
+    for (JobOnNode& job : message.jobs) job.shards = Verified(job.job);
     Say("register", std::move(message));
   } else if (const auto* h = std::get_if<agent::SendHeartbeat>(&effect)) {
     controller::Heartbeat beat{name_, incarnation, h->sequence, h->sent, {}};
@@ -306,10 +306,10 @@ void SimNode::CarryOut(const agent::Effect& effect) {
         controller::WorkerExited{name_, incarnation, x->job, x->generation, x->worker.rank,
                                  x->worker.local_rank, x->worker.pid, x->worker.exit});
   } else if (const auto* s = std::get_if<agent::SendWorkerStalled>(&effect)) {
-    Say("worker_stalled", controller::WorkerStalled{
-                              name_, incarnation, s->stalled.job, s->stalled.generation,
-                              s->stalled.rank, static_cast<controller::StallKind>(s->stalled.kind),
-                              s->stalled.evidence, s->stalled.stalled});
+    Say("worker_stalled",
+        controller::WorkerStalled{name_, incarnation, s->stalled.job, s->stalled.generation,
+                                  s->stalled.rank, static_cast<StallKind>(s->stalled.kind),
+                                  s->stalled.evidence, s->stalled.stalled});
   } else if (const auto* c = std::get_if<agent::SendShardCopied>(&effect)) {
     Say("shard_copied", controller::ShardCopied{name_, incarnation, c->job, c->shard});
   } else if (const auto* n = std::get_if<agent::SendNotice>(&effect)) {

@@ -77,16 +77,14 @@ class SimNode {
   // --- from other nodes' data planes ---
   // `generation`: whose ranks send; a slot may be older, when they restored it.
   // `kept`: the newest committed slot that the sender knows of.
-  bool Receive(
-      const JobId& job, Generation generation, controller::HeldShard shard,
-      const std::optional<controller::HeldShard>& kept);  // a peer's slot; true: verified, kept
-  std::optional<controller::HeldShard> Offer(const JobId& job,
-                                             const controller::RestorePlan& wanted) const;
+  bool Receive(const JobId& job, Generation generation, HeldShard shard,
+               const std::optional<HeldShard>& kept);  // a peer's slot; true: verified, kept
+  std::optional<HeldShard> Offer(const JobId& job, const RestorePlan& wanted) const;
 
   // --- for checkers ---
   // Generations of the job with a live process or one about to be.
   std::set<Generation> LiveGenerations(const JobId& job) const;
-  std::vector<controller::HeldShard> Verified(const JobId& job) const;
+  std::vector<HeldShard> Verified(const JobId& job) const;
   std::string DescribeMemory(const JobId& job) const;
 
  private:
@@ -102,12 +100,12 @@ class SimNode {
     Timestamp started;
   };
   struct KeeperJob {
-    agent::CommandSpec command;
+    CommandSpec command;
     Generation generation = 0;  // newest prepared or activated
     std::optional<agent::Activate> activate;
     std::map<ProcessKey, Process> processes;
     std::set<ProcessKey> starting;
-    std::map<ProcessKey, controller::WorkerOnNode> exited;
+    std::map<ProcessKey, WorkerOnNode> exited;
     Generation killed = 0;  // processes of generations up to this die as soon as they are forked
     bool fork_server = false;
     Step step = kNoStep;
@@ -142,12 +140,10 @@ class SimNode {
   KeeperJob* FindJob(const JobId& job);
   Process* FindProcess(const JobId& job, ProcessKey key);
   void StartWorkers(const agent::Activate& activate);
-  void Fork(const agent::Activate& activate, const controller::WorkerPlan& worker);
+  void Fork(const agent::Activate& activate, const WorkerPlan& worker);
   void WatchStart(const JobId& job, ProcessKey key);
-  void Restore(const JobId& job, ProcessKey key, const controller::RestorePlan& plan,
-               Timestamp give_up);
-  void Restored(const JobId& job, ProcessKey key, const controller::RestorePlan& plan,
-                const controller::HeldShard& shard);
+  void Restore(const JobId& job, ProcessKey key, const RestorePlan& plan, Timestamp give_up);
+  void Restored(const JobId& job, ProcessKey key, const RestorePlan& plan, const HeldShard& shard);
   void JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step step);
   bool Checkpoints(const JobId& job) const;
   void Kill(const JobId& job, Generation generation, Duration grace);

@@ -53,8 +53,7 @@ std::optional<Lineage> Truth::OfChecksum(std::uint32_t crc_root) const {
   return it->second;
 }
 
-void Truth::Copied(const NodeId& node, std::uint64_t keeper, const JobId& job,
-                   const controller::HeldShard& s) {
+void Truth::Copied(const NodeId& node, std::uint64_t keeper, const JobId& job, const HeldShard& s) {
   std::vector<Holder>& holders = copies_[{job, s.rank, s.step, s.generation, s.crc_root}];
   for (Holder& holder : holders) {
     if (holder.node != node || holder.keeper != keeper) continue;
@@ -65,7 +64,7 @@ void Truth::Copied(const NodeId& node, std::uint64_t keeper, const JobId& job,
 }
 
 void Truth::Spoiled(const NodeId& node, std::uint64_t keeper, const JobId& job,
-                    const controller::HeldShard& s) {
+                    const HeldShard& s) {
   const auto it = copies_.find({job, s.rank, s.step, s.generation, s.crc_root});
   if (it == copies_.end()) return;
   for (Holder& holder : it->second) {
@@ -73,7 +72,7 @@ void Truth::Spoiled(const NodeId& node, std::uint64_t keeper, const JobId& job,
   }
 }
 
-std::vector<Truth::Holder> Truth::Holders(const JobId& job, const controller::HeldShard& s) const {
+std::vector<Truth::Holder> Truth::Holders(const JobId& job, const HeldShard& s) const {
   const auto it = copies_.find({job, s.rank, s.step, s.generation, s.crc_root});
   return it == copies_.end() ? std::vector<Holder>{} : it->second;
 }

@@ -48,13 +48,11 @@ class Truth {
     std::uint64_t keeper = 0;
     bool intact = true;  // no fault spoiled it since
   };
-  void Copied(const NodeId& node, std::uint64_t keeper, const JobId& job,
-              const controller::HeldShard& shard);
-  std::vector<Holder> Holders(const JobId& job, const controller::HeldShard& shard) const;
+  void Copied(const NodeId& node, std::uint64_t keeper, const JobId& job, const HeldShard& shard);
+  std::vector<Holder> Holders(const JobId& job, const HeldShard& shard) const;
 
   // A holder's slot was spoiled by a fault: that copy is dead.
-  void Spoiled(const NodeId& node, std::uint64_t keeper, const JobId& job,
-               const controller::HeldShard& shard);
+  void Spoiled(const NodeId& node, std::uint64_t keeper, const JobId& job, const HeldShard& shard);
 
   void Count(const std::string& what) { ++counts_[what]; }
   const std::map<std::string, std::uint64_t>& counts() const { return counts_; }

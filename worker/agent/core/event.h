@@ -1,8 +1,7 @@
 // Everything that can happen to an agent. The shell turns the controller's messages, the keeper's
 // events and timers into these; the core never sees a socket.
 //
-// The values of plans, exits and shards are the controller's own (controller/core/types.h): agent
-// and controller speak of the same things, and a simulator can join both cores without a wire.
+// The values of plans, exits and shards are those the controller speaks of (proto/base/plan.h).
 #pragma once
 
 #include <cstdint>
@@ -11,20 +10,11 @@
 #include <variant>
 #include <vector>
 
-#include "controller/core/types.h"
 #include "proto/base/ids.h"
+#include "proto/base/plan.h"
 #include "proto/base/time.h"
 
 namespace everstep::agent {
-
-using controller::CommandSpec;
-using controller::ExitInfo;
-using controller::HeldShard;
-using controller::JobOnNode;
-using controller::NodePlan;
-using controller::RestorePlan;
-using controller::WorkerOnNode;
-using controller::WorkerPlan;
 
 // --- the session with the controller ---
 
@@ -148,7 +138,6 @@ struct WorkerExited {
   std::int32_t pid = 0;
   ExitInfo exit;
 };
-enum class StallKind : std::uint8_t { kStopped = 1, kGroupNotFormed = 2 };
 struct WorkerStalled {
   JobId job;
   Generation generation = 0;
