@@ -114,16 +114,12 @@ Estimate Wilson(std::uint64_t safe, std::uint64_t drawn) {
   return {p, std::max(0.0, centre - half), std::min(1.0, centre + half), false, drawn};
 }
 
-// k of 0 .. n-1, uniformly, ascending. Floyd's algorithm.
+// k of 0 .. n-1, uniformly, in any order. Floyd's algorithm.
 NodeSet Draw(std::uint32_t n, std::uint32_t k, Random* random) {
-  std::vector<bool> taken(n, false);
+  NodeSet out;
   for (std::uint32_t j = n - k; j < n; ++j) {
     const auto t = static_cast<std::uint32_t>(random->Below(j + 1));
-    taken[taken[t] ? j : t] = true;
-  }
-  NodeSet out;
-  for (std::uint32_t v = 0; v < n; ++v) {
-    if (taken[v]) out.push_back(v);
+    out.push_back(std::find(out.begin(), out.end(), t) == out.end() ? t : j);
   }
   return out;
 }
@@ -209,8 +205,10 @@ std::optional<std::vector<double>> SurvivalByLosses(std::uint32_t nodes,
   for (std::uint32_t a = 0; a <= free && a < size; ++a) rest.push_back(Binomial(free, a));
   safe = Multiply(safe, rest, size);
   std::vector<double> out(size, 0);
+  long double all = 1;  // C(nodes, k)
   for (std::uint32_t k = 0; k < size; ++k) {
-    if (k < safe.size()) out[k] = static_cast<double>(safe[k] / Binomial(nodes, k));
+    if (k > 0) all = all * static_cast<long double>(nodes - k + 1) / static_cast<long double>(k);
+    if (k < safe.size()) out[k] = static_cast<double>(safe[k] / all);
   }
   return out;
 }
@@ -252,13 +250,21 @@ Estimate SurvivalByDomain(const std::vector<NodeSet>& hosts, const std::vector<N
   }
   std::sort(patterns.begin(), patterns.end());
   patterns.erase(std::unique(patterns.begin(), patterns.end()), patterns.end());
+  // Only those whose first node lies in a lost domain can fall.
+  std::vector<std::vector<const std::vector<NodeSet>*>> first_in(count);
+  for (const std::vector<NodeSet>& pattern : patterns) {
+    for (const std::uint32_t d : pattern.front()) first_in[d].push_back(&pattern);
+  }
   std::vector<bool> lost(count, false);
+  const auto falls = [&lost](const std::vector<NodeSet>* pattern) {
+    return std::all_of(pattern->begin(), pattern->end(), [&lost](const NodeSet& any) {
+      return std::any_of(any.begin(), any.end(), [&lost](std::uint32_t d) { return lost[d]; });
+    });
+  };
   return OverChoices(count, k, limits, [&](const NodeSet& choice) {
     for (const std::uint32_t d : choice) lost[d] = true;
-    const bool safe = std::none_of(patterns.begin(), patterns.end(), [&](const auto& pattern) {
-      return std::all_of(pattern.begin(), pattern.end(), [&](const NodeSet& any) {
-        return std::any_of(any.begin(), any.end(), [&](std::uint32_t d) { return lost[d]; });
-      });
+    const bool safe = std::none_of(choice.begin(), choice.end(), [&](std::uint32_t d) {
+      return std::any_of(first_in[d].begin(), first_in[d].end(), falls);
     });
     for (const std::uint32_t d : choice) lost[d] = false;
     return safe;
