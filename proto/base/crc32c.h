@@ -1,8 +1,8 @@
 // CRC32C (Castagnoli, polynomial 0x1EDC6F41, reflected), as iSCSI, ext4 and RocksDB use it.
 //
-// Hardware instructions where the processor has them (SSE4.2, ARMv8 CRC), chosen at run time; a
-// table (slicing by 8) elsewhere. Values are the plain ones: Crc32c("123456789") == 0xE3069283.
-// Thread-safe.
+// Hardware instructions where the processor has them (AVX-512 with VPCLMULQDQ, SSE4.2, ARMv8 CRC),
+// chosen at run time; a table (slicing by 8) elsewhere. Values are the plain ones:
+// Crc32c("123456789") == 0xE3069283. Thread-safe.
 #pragma once
 
 #include <cstddef>
@@ -32,12 +32,13 @@ std::uint32_t Crc32cCopy(std::uint32_t crc, void* to, const void* from, std::siz
 // CRC of A followed by B from their own CRCs and B's size.
 std::uint32_t Crc32cCombine(std::uint32_t crc_a, std::uint32_t crc_b, std::uint64_t size_b);
 
-// "sse4.2", "armv8" or "table": what this process uses.
+// "avx512", "sse4.2", "armv8" or "table": what this process uses.
 const char* Crc32cMethod();
 
 namespace internal {
-// The portable one, for tests beside the chosen one.
+// For tests, beside the chosen one: the portable one, and the copy without 512-bit words.
 std::uint32_t Crc32cTable(std::uint32_t crc, const void* data, std::size_t size);
+std::uint32_t Crc32cCopyNarrow(std::uint32_t crc, void* to, const void* from, std::size_t size);
 }  // namespace internal
 
 }  // namespace everstep

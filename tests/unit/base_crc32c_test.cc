@@ -38,26 +38,43 @@ TEST(Crc32c, AgreesWithPublishedVectors) {
   EXPECT_EQ(Crc32c(down.data(), 32), 0x113FDB5Cu);
 }
 
-TEST(Crc32c, HardwareTableAndCopyAgreeAtEveryLengthAndAlignment) {
-  const auto bytes = RandomBytes(70'000, 1);
-  std::vector<unsigned char> copy(bytes.size() + 64);
+// Sizes around each path's limits: one, three streams of the crc32 instruction; one, four streams
+// of 512-bit words; one and two rounds of each.
+TEST(Crc32c, AllWaysAgreeAtEveryLengthAndAlignment) {
+  const auto bytes = RandomBytes(200'000, 1);
+  std::vector<unsigned char> copy(bytes.size() + 128);
   std::vector<std::size_t> sizes;
   for (std::size_t n = 0; n < 80; ++n) sizes.push_back(n);
-  for (std::size_t n : {255, 256, 767, 768, 769, 8191, 24'575, 24'576, 24'577, 65'000})
+  for (std::size_t n : {255,    256,    511,    512,    513,    575,     576,     767,     768,
+                        769,    1024,   8191,   24'575, 24'576, 24'577,  65'000,  65'535,  65'536,
+                        65'537, 65'600, 66'000, 98'304, 98'305, 131'072, 131'136, 131'999, 199'000})
     sizes.push_back(n);
+  const auto copies_of = [&](auto function, std::size_t size, std::size_t from, std::size_t to) {
+    std::fill(copy.begin(), copy.end(), 0xEE);
+    const std::uint32_t crc = function(0, copy.data() + to, bytes.data() + from, size);
+    checkpoint::StoreFence();
+    EXPECT_TRUE(std::equal(copy.begin() + static_cast<long>(to),
+                           copy.begin() + static_cast<long>(to + size),
+                           bytes.begin() + static_cast<long>(from)))
+        << size << "+" << from << " to " << to;
+    EXPECT_EQ(copy[to + size], 0xEE) << "wrote past the end";
+    EXPECT_TRUE(to == 0 || copy[to - 1] == 0xEE) << "wrote before the beginning";
+    return crc;
+  };
   for (std::size_t size : sizes) {
     for (std::size_t from : {0, 1, 7, 8, 63}) {
       const std::uint32_t expected = internal::Crc32cTable(0, bytes.data() + from, size);
       EXPECT_EQ(Crc32c(bytes.data() + from, size), expected) << size << "+" << from;
-      std::fill(copy.begin(), copy.end(), 0xEE);
-      const std::size_t to = (from * 3) % 64;
-      EXPECT_EQ(Crc32cCopy(0, copy.data() + to, bytes.data() + from, size), expected);
-      checkpoint::StoreFence();
-      EXPECT_TRUE(std::equal(copy.begin() + static_cast<long>(to),
-                             copy.begin() + static_cast<long>(to + size),
-                             bytes.begin() + static_cast<long>(from)));
-      EXPECT_EQ(copy[to + size], 0xEE) << "wrote past the end";
+      for (std::size_t to : {std::size_t{0}, (from * 3) % 64}) {
+        EXPECT_EQ(copies_of(Crc32cCopy, size, from, to), expected) << size << "+" << from;
+        EXPECT_EQ(copies_of(internal::Crc32cCopyNarrow, size, from, to), expected);
+      }
     }
+  }
+  for (std::size_t at = 0; at < 64; ++at) {  // every alignment of either side
+    const std::uint32_t expected = internal::Crc32cTable(0, bytes.data() + at, 70'000);
+    EXPECT_EQ(copies_of(Crc32cCopy, 70'000, at, 0), expected) << "from " << at;
+    EXPECT_EQ(copies_of(Crc32cCopy, 70'000, at, 63 - at), expected) << "from " << at;
   }
 }
 
