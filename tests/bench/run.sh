@@ -5,14 +5,16 @@
 #
 #   recovery    the same script under everstep and torchrun, SIGKILLed, interleaved
 #   startup     `everstep run --standalone` of a trivial script beside torchrun's
+#   capture     what Checkpointer.step() costs, in plain memcpys of the same bytes, two nodes
 #   controller  heartbeats a second, decision p99, memory
 #   placement   copies of 1,024 nodes' state placed over four levels of failure domains, and what they survive
 #   store       synced batches a second beside the disk's fsync rate
+#   transfer    a slot from agent to agent beside iperf3 with as many streams
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 name=${1:-}
 case $name in
-  recovery | startup) shift; exec .venv/bin/python "tests/bench/$name.py" "$@" ;;
-  controller | placement | store) shift; exec "build/release/tests/${name}_bench" "$@" ;;
-  *) sed -n '2,11p' "$0" | sed 's/^# \{0,1\}//' >&2; [ -z "$name" ] || echo "error: no benchmark '$name'" >&2; exit 2 ;;
+  recovery | startup | capture) shift; exec .venv/bin/python "tests/bench/$name.py" "$@" ;;
+  controller | placement | store | transfer) shift; exec "build/release/tests/${name}_bench" "$@" ;;
+  *) sed -n '2,12p' "$0" | sed 's/^# \{0,1\}//' >&2; [ -z "$name" ] || echo "error: no benchmark '$name'" >&2; exit 2 ;;
 esac

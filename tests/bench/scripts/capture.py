@@ -1,0 +1,126 @@
+"""What tests/bench/capture.py launches: rank 0 holds the state and measures, rank 1 is its peer's trainer.
+
+Generation 1 captures, writes its figures and kills itself; generation 2 restores from the node's memory and
+writes how long that took. Every figure is a multiple of one warm memcpy of the same bytes in the same process,
+measured around it. One JSON line per figure goes to $CAPTURE_OUT.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import statistics
+import time
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import everstep
+
+TENSORS = 64
+RANK, GENERATION = int(os.environ["RANK"]), int(os.environ["EVERSTEP_GENERATION"])
+BYTES, MODE, STEPS = int(os.environ["CAPTURE_BYTES"]), os.environ["CAPTURE_MODE"], int(os.environ["CAPTURE_STEPS"])
+
+
+class Copier:
+    """One plain memcpy of the state's bytes, both sides warm."""
+
+    def __init__(self, size: int) -> None:
+        self.source, self.target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+
+    def __call__(self) -> float:
+        began = time.perf_counter()
+        ctypes.memmove(self.target.data_ptr(), self.source.data_ptr(), self.source.numel())
+        return time.perf_counter() - began
+
+
+def tell(**row: Any) -> None:
+    with open(os.environ["CAPTURE_OUT"], "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def until_committed(ck: everstep.Checkpointer, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while ck.stats().committed_step < step:
+        if time.monotonic() > deadline:
+            raise SystemExit(f"error: step {step} was not committed within 120 s: {ck.stats()}")
+        time.sleep(0.0002)
+
+
+def compute(seconds: float, a: torch.Tensor) -> None:
+    """A forward and backward that keep one core busy."""
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        torch.mm(a, a)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    size = BYTES if RANK == 0 else 4096
+    model = nn.ParameterList([torch.rand(size // TENSORS // 4) for _ in range(TENSORS)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    copy = Copier(size)
+    for _ in range(3):
+        copy()
+    ck = everstep.Checkpointer({"model": model, "optimizer": optimizer}, replicated=False, commit_wait=60.0, **({} if MODE == "blocking" else {"mode": MODE}))
+    dist.barrier()
+    began = time.perf_counter()
+    start = ck.restore()
+    took = time.perf_counter() - began
+    if start > 0:
+        if RANK == 0:
+            tell(metric="restored", value=took / statistics.median(copy() for _ in range(5)))
+        dist.barrier()
+        ck.close()
+        return
+    time.sleep(max(1.0, BYTES / 2**30 * 3))  # what a script does before its first step: data, compilation
+    small = torch.rand(256, 256)
+    for p in model.parameters():
+        p.grad = torch.zeros(1).expand_as(p)
+    for step in range(STEPS):
+        dist.barrier()
+        before = copy()
+        waited = ck.stats().waited_seconds
+        began = time.perf_counter()
+        assert ck.step(step)
+        blocked = time.perf_counter() - began
+        if MODE == "overlapped":
+            compute(4 * before, small)
+            began = time.perf_counter()
+            optimizer.step()  # waits for what is not yet copied, then does its own work
+            second = time.perf_counter()
+            optimizer.step()
+            blocked += max(0.0, second - began - (time.perf_counter() - second))
+        blocked -= ck.stats().waited_seconds - waited
+        began_commit = time.perf_counter()
+        until_committed(ck, step)
+        replicated = time.perf_counter() - began_commit + blocked
+        if RANK == 0:
+            once = (before + copy()) / 2
+            first = "first" if step == 0 else "steady"
+            tell(metric="blocked", when=first, value=blocked / once, memcpy=once)
+            if MODE == "blocking":
+                tell(metric="replicated", when=first, value=replicated / once)
+        dist.barrier()
+    if MODE == "overlapped":  # the same again without a computation to hide behind: when is it on the peer?
+        for step in range(STEPS, STEPS + 3):
+            dist.barrier()
+            before = copy()
+            began = time.perf_counter()
+            assert ck.step(step)
+            until_committed(ck, step)
+            replicated = time.perf_counter() - began
+            if RANK == 0:
+                tell(metric="replicated", when="steady", value=replicated / ((before + copy()) / 2))
+            dist.barrier()
+    if RANK == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(600)  # the generation ends with rank 0
+
+
+main()
