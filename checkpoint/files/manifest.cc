@@ -99,16 +99,15 @@ Result<Manifest> ParseManifest(std::string_view text) {
                  fmt::format("{} bytes; the limit is {}", text.size(), kMaxManifestBytes));
   }
   const std::size_t seal = text.rfind(kSealField);
-  std::uint32_t crc = 0;
   if (seal == std::string_view::npos ||
       text.size() != seal + kSealField.size() + 8 + kSealEnd.size() || !text.ends_with(kSealEnd)) {
     return wrong(ErrorCode::kCorrupt, "it does not end with its checksum: truncated");
   }
-  const char* const hex = text.data() + seal + kSealField.size();
-  const auto [end, error] = std::from_chars(hex, hex + 8, crc, 16);
-  if (error != std::errc() || end != hex + 8 || Crc32c(text.substr(0, seal)) != crc) {
-    return wrong(ErrorCode::kCorrupt, fmt::format("its checksum is {:08x}, the text says {:.8}",
-                                                  Crc32c(text.substr(0, seal)), hex));
+  const std::uint32_t crc = Crc32c(text.substr(0, seal));
+  const std::string_view told = text.substr(seal + kSealField.size(), 8);
+  if (told != fmt::format("{:08x}", crc)) {
+    return wrong(ErrorCode::kCorrupt,
+                 fmt::format("its checksum is {:08x}, the text says {}", crc, told));
   }
   Manifest m;
   JsonReader in(text);

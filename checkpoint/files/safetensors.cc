@@ -85,7 +85,7 @@ Outcome CheckTiling(const Safetensors& file) {
     }
     if (e.begin != at) {
       return Wrong(fmt::format("tensor {:.200} begins at {}, {} the one before ends at {}", e.name,
-                               e.begin, e.begin < at ? "within: " : "behind a hole:", at));
+                               e.begin, e.begin < at ? "within:" : "behind a hole:", at));
     }
     at = e.end;
   }
