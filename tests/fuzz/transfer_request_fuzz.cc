@@ -17,6 +17,7 @@
 
 using namespace everstep::checkpoint;  // NOLINT: a fuzzer of one namespace
 using everstep::Crc32c;
+using everstep::HeldShard;
 using everstep::JobId;
 
 namespace {
