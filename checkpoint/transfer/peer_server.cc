@@ -11,6 +11,7 @@
 #include <cstring>
 #include <list>
 #include <mutex>
+#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -158,8 +159,13 @@ void PeerServer::Impl::Accept() {
     }
     Worker& worker = workers.emplace_back();
     worker.fd = fd;
-    worker.thread =
-        std::thread([this, fd, peer = PeerName(from), &worker] { Run(fd, peer, &worker); });
+    try {
+      worker.thread =
+          std::thread([this, fd, peer = PeerName(from), &worker] { Run(fd, peer, &worker); });
+    } catch (const std::system_error&) {  // no thread is free: as with too many connections
+      workers.pop_back();
+      close(fd);
+    }
   }
 }
 

@@ -404,7 +404,12 @@ Outcome StartSupervisor(const std::string& programs, const std::string& state_di
   const pid_t middle = ::fork();
   if (middle == 0) {
     ::setsid();
-    if (::fork() != 0) ::_exit(0);
+    const pid_t second = ::fork();
+    if (second < 0) {
+      const int error = errno;
+      [[maybe_unused]] const ssize_t n = ::write(ends[1], &error, sizeof(error));
+    }
+    if (second != 0) ::_exit(0);
     const int nothing = ::open("/dev/null", O_RDONLY);
     const int file = ::open(log.c_str(), O_WRONLY | O_CREAT | O_APPEND, 0644);
     int error = errno;

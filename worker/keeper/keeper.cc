@@ -1,6 +1,7 @@
 #include "worker/keeper/keeper.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/epoll.h>
 #include <sys/file.h>
@@ -219,7 +220,11 @@ void Keeper::OnChild() {
 void Keeper::Accept() {
   while (true) {
     OwnedFd socket(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    if (!socket) return;
+    if (!socket) {
+      // No descriptor is free: the caller waits in the queue, and this loop must not spin.
+      if (errno == EMFILE || errno == ENFILE) ::poll(nullptr, 0, 20);
+      return;
+    }
     ucred peer{};
     socklen_t size = sizeof(peer);
     ::getsockopt(socket.get(), SOL_SOCKET, SO_PEERCRED, &peer, &size);

@@ -31,7 +31,12 @@ std::string BesideThisProgram() {
                          int log_fd, int lifeline) {
   ::setsid();
   // A second fork: the keeper is nobody's child, so nobody has to reap it.
-  if (::fork() != 0) ::_exit(0);
+  const pid_t second = ::fork();
+  if (second < 0) {
+    const char text[] = "the system has no room for another process; raise its limit (ulimit -u)\n";
+    [[maybe_unused]] const ssize_t n = ::write(ready_fd, text, sizeof(text) - 1);
+  }
+  if (second != 0) ::_exit(0);
   sigset_t none;
   sigemptyset(&none);
   ::sigprocmask(SIG_SETMASK, &none, nullptr);
@@ -98,9 +103,10 @@ bool StartKeeper(const StartOptions& options, std::string* error) {
     const std::int64_t left = (deadline - MonotonicNanos()) / 1'000'000;
     pollfd p{ready.get(), POLLIN, 0};
     char piece[512];
-    ssize_t n = 0;
-    if (left > 0 && ::poll(&p, 1, static_cast<int>(left)) > 0)
-      n = ::read(ready.get(), piece, sizeof(piece));
+    if (left <= 0) break;
+    const int some = ::poll(&p, 1, static_cast<int>(left));
+    const ssize_t n = some > 0 ? ::read(ready.get(), piece, sizeof(piece)) : some;
+    if (n < 0 && errno == EINTR) continue;
     if (n <= 0) break;
     text.append(piece, static_cast<std::size_t>(n));
   }

@@ -1,6 +1,7 @@
 #include "worker/launcher/log_follower.h"
 
 #include <fcntl.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -151,7 +152,14 @@ std::size_t LogFollower::Read(File* file) {
 }
 
 void LogFollower::Close(File* file) {
-  while (Read(file) > 0) {
+  // No more than there is by now: a process that got away from its worker may write for ever.
+  struct stat now = {};
+  std::size_t left =
+      ::stat(file->path.c_str(), &now) == 0 ? static_cast<std::size_t>(now.st_size) : 0;
+  while (left > 0) {
+    const std::size_t count = Read(file);
+    if (count == 0) break;
+    left -= std::min(left, count);
   }
   if (!file->line.empty()) {
     std::string lines;
