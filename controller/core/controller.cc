@@ -120,6 +120,7 @@ std::optional<Timestamp> Controller::Impl::NextWakeup() const {
     if (!Bug(kBugLostWakeup)) at(job.deadline);
     const Runtime& run = runtime_.at(id);
     at(run.grow_at);
+    if (job.record.state == JobState::kRunning) at(run.linger_at);
     for (const auto& [node, refused] : run.excluded) {
       if (!refused.over) at(refused.until);
     }

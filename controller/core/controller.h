@@ -32,6 +32,8 @@ struct Options {
   Duration max_refused_retry = Seconds(600);  // doubled each time, up to this
   Duration grow_delay = Milliseconds(500);    // joins within this window are one switch
   Duration commit_patience = Seconds(60);     // a step short of copies for this long is given up
+  Duration linger_notice = Seconds(30);  // workers that go on this long after their peers' good end
+                                         // and make no step are told of
   std::size_t max_nodes = 20000;
   std::size_t max_jobs = 1000;
   std::size_t journal_limit = 10000;    // records kept

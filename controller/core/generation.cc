@@ -140,6 +140,7 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
   run.surveyed.clear();
   run.last_call = {};
   run.grow_at = {};
+  run.linger_at = {};
   run.ran = false;
   job->workers.clear();
   job->waiting_for.clear();
@@ -446,6 +447,7 @@ void Controller::Impl::On(const Tick&) {
                  fmt::format("owed generation {} of {} an answer", generation, id));
       }
     }
+    TellLingerers(&job);
     if (run.grow_at.ns != 0 && now_ >= run.grow_at && job.record.state == JobState::kRunning) {
       run.grow_at = {};
       Reason reason;

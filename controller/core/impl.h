@@ -32,6 +32,9 @@ class Controller::Impl {
     Timestamp running_since;
     everstep::Step step_at_start = kNoStep;
     bool ran = false;  // the newest generation reached RUNNING
+    Timestamp
+        linger_at;  // some of its workers exited 0, the others are told of then; ns == 0: none
+    everstep::Step linger_step = kNoStep;  // of the job when linger_at was set
     std::map<NodeId, std::uint32_t> store_ports;
     std::set<NodeId> surveyed;  // told in this generation what they hold
     struct Exclusion {
@@ -82,6 +85,9 @@ class Controller::Impl {
   void Exclude(JobStateView* job, const NodeId& node);
   void Consider(JobStateView* job);  // capacity changed: start or grow it?
   void WorkerFailed(JobStateView* job, const WorkerExited& e);
+  // A local rank made a step of the newest generation: its process group had formed.
+  bool Stepped(const JobStateView& job);
+  void TellLingerers(JobStateView* job);  // at linger_at
   // Counts a generation that ends; true when the job may go on.
   bool EndOfGeneration(JobStateView* job, bool lost_capacity);
   void Finish(JobStateView* job, JobState outcome, Reason reason, const std::string& message,

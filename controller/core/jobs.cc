@@ -203,6 +203,8 @@ void Controller::Impl::On(const WorkerExited& e) {
     return;
   }
   if (job->record.state != JobState::kRunning && job->record.state != JobState::kActivating) return;
+  const auto known = job->workers.find(e.rank);
+  const bool news = known == job->workers.end() || known->second.worker.running;
   job->workers[e.rank] = {e.node, worker};
   if (e.exit.code != 0) {
     if (!e.exit.by_everstep) WorkerFailed(job, e);
@@ -213,7 +215,57 @@ void Controller::Impl::On(const WorkerExited& e) {
                    std::all_of(job->workers.begin(), job->workers.end(), [](const auto& w) {
                      return !w.second.worker.running && w.second.worker.exit.code == 0;
                    });
-  if (all) Finish(job, JobState::kSucceeded, Reason::kCompleted, "every worker exited 0", 0);
+  if (all) {
+    Finish(job, JobState::kSucceeded, Reason::kCompleted, "every worker exited 0", 0);
+  } else if (news) {
+    runtime_[e.job].linger_at = now_ + options_.linger_notice;
+    runtime_[e.job].linger_step = job->step;
+  }
+}
+
+// Rank 0 may write a last checkpoint for minutes after the others have left, or evaluate alone; a
+// process may also hang in its end. Nothing here can tell which, so it is said and left alone.
+void Controller::Impl::TellLingerers(JobStateView* job) {
+  Runtime& run = runtime_[job->record.spec.job];
+  if (job->record.state != JobState::kRunning || run.linger_at.ns == 0 || now_ < run.linger_at) {
+    return;
+  }
+  if (job->step > run.linger_step) {  // they train on, with unequal shares of the data
+    run.linger_step = job->step;
+    run.linger_at = now_ + options_.linger_notice;
+    return;
+  }
+  run.linger_at = {};
+  const WorkerState* first = nullptr;
+  std::size_t left = 0;
+  for (const auto& [rank, worker] : job->workers) {
+    if (!worker.worker.running) continue;
+    ++left;
+    if (first == nullptr) first = &worker;
+  }
+  if (first == nullptr) return;
+  job->reason = Reason::kWorkersLinger;
+  job->message = fmt::format(
+      "rank {} on {}{} still run{}, without a step for {:.0f} s; the other {} exited 0",
+      first->worker.rank, first->node, left > 1 ? fmt::format(" and {} more", left - 1) : "",
+      left > 1 ? "" : "s", ToSeconds(options_.linger_notice), job->workers.size() - left);
+  Journal({.type = "workers_linger",
+           .severity = Severity::kWarning,
+           .reason = Reason::kWorkersLinger,
+           .job = job->record.spec.job,
+           .node = first->node,
+           .rank = first->worker.rank,
+           .generation = job->record.generation,
+           .message = fmt::format("job {}: {}", job->record.spec.job, job->message),
+           .evidence = fmt::format("pid={} running={} exited={} step={}", first->worker.pid, left,
+                                   job->workers.size() - left, job->step)});
+}
+
+bool Controller::Impl::Stepped(const JobStateView& job) {
+  const Runtime& run = runtime_[job.record.spec.job];
+  const auto& commits = job.commits.commits;
+  return (run.ran && job.record.best_step > run.step_at_start) || !run.copies.empty() ||
+         (!commits.empty() && commits.front().generation == job.record.generation);
 }
 
 void Controller::Impl::WorkerFailed(JobStateView* job, const WorkerExited& e) {
@@ -261,6 +313,10 @@ void Controller::Impl::On(const WorkerStalled& e) {
     AddFault(job, Reason::kWorkerStopped, subject, e.evidence);
     ++job->record.lost_capacity;
     if (EndOfGeneration(job, true)) Prepare(job, Reason::kWorkerStopped, e.evidence, true, true);
+    return;
+  }
+  if (Stepped(*job)) {  // its connections are few since it is leaving its group, not forming it
+    ++state_.stale_dropped;
     return;
   }
   AddFault(job, Reason::kGroupNotFormed, subject, e.evidence);

@@ -47,7 +47,8 @@ constexpr std::array<const char*, static_cast<std::size_t>(Reason::kCount)> kRea
     "no_common_step",
     "too_many_nodes",
     "heartbeat_resumed",
-    "retention_over"};
+    "retention_over",
+    "workers_linger"};
 static_assert(kReasons.back() != nullptr, "every reason has a name");
 
 }  // namespace

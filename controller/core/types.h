@@ -66,6 +66,7 @@ enum class Reason : std::uint8_t {
   kTooManyNodes,      // the controller's limit
   kHeartbeatResumed,  // a suspect node is heard again
   kRetentionOver,     // what a failed job captured was kept long enough
+  kWorkersLinger,     // workers go on long after their peers' good end
   kCount
 };
 const char* ReasonName(Reason reason);  // "worker_killed"

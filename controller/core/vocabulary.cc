@@ -47,6 +47,9 @@ constexpr std::array kEvents = {
               "started."},
     EventName{"restore", "Which step the generation starts from, and where its bytes come from."},
     EventName{"generation_running", "Every worker of the generation runs."},
+    EventName{"workers_linger",
+              "Workers still run, without a step, 30 s after others of their generation exited 0: "
+              "a last checkpoint, or a process that hangs in its end. Nothing is done."},
     EventName{"job_stopping", "The job's end is decided; its nodes clean up."},
     EventName{"job_ended", "The job is over on every node."},
     EventName{"memory_freed",
@@ -100,6 +103,7 @@ constexpr std::array kMeanings = {
     "the controller has as many nodes as it takes",
     "a suspect node is heard again",
     "what a failed job captured was kept long enough",
+    "some workers of the generation exited 0 long ago, others run on and make no step",
 };
 static_assert(kMeanings.size() == static_cast<std::size_t>(Reason::kCount),
               "every reason has a meaning");
