@@ -75,6 +75,17 @@ void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const He
     commit.shards.push_back(source->second);
     commit.replicated_layout = commit.replicated_layout && source->second.replicated_layout;
   }
+  if (needed > 1) {
+    std::map<NodeId, std::uint64_t> sent;
+    for (const auto& [rank, copies] : by_rank) {
+      for (const auto& [holder, shard] : copies) {
+        if (!shard.replica) sent[holder] += shard.bytes;
+      }
+    }
+    job->copied_bytes = 0;
+    for (const auto& [holder, bytes] : sent) job->copied_bytes = std::max(job->copied_bytes, bytes);
+    job->copy_took = now_ - copies_of_step->second.since;
+  }
   run.copies.erase(run.copies.begin(), run.copies.upper_bound(step));
   AddCommit(job, std::move(commit));
 }

@@ -10,6 +10,8 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <string>
+#include <vector>
 
 #include "controller/core/decision.h"
 #include "controller/core/event.h"
@@ -43,6 +45,16 @@ struct Options {
   std::uint32_t bugs = 0;
 };
 
+// How a job would go on.
+struct Forecast {
+  JobState state = JobState::kWaiting;  // kActivating: on the nodes of `plan`; kWaiting: it waits
+                                        // for nodes; a terminal state: it ends
+  std::string message;                  // why it waits or ends
+  // kActivating: the plan with its restore. kWaiting: the plan before the loss with the restore
+  // that the memory left would allow. restore_step kNoStep: nothing is left.
+  GenerationPlan plan;
+};
+
 class Controller {
  public:
   explicit Controller(Options options);
@@ -58,6 +70,11 @@ class Controller {
   std::optional<Timestamp> NextWakeup() const;
 
   const ClusterState& state() const;
+
+  // What would become of the job if these nodes were lost now: the same code, run on a copy until
+  // its plan stands, with what nodes last reported to hold. Copies the state; for people, not for
+  // loops. REQUIRES: the job and the nodes are known.
+  Forecast IfLost(Timestamp now, const JobId& job, const std::vector<NodeId>& lost) const;
 
  private:
   class Impl;

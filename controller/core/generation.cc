@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "controller/core/copies.h"
 #include "controller/core/impl.h"
 
 namespace everstep::controller {
@@ -280,9 +281,7 @@ void Controller::Impl::Activate(JobStateView* job) {
   plan.master_port = spec.master_port != 0
                          ? spec.master_port
                          : runtime_[spec.job].store_ports[plan.nodes.front().node];
-  const std::size_t count = plan.nodes.size();
-  for (std::size_t i = 0; i < count; ++i) {
-    NodePlan& member = plan.nodes[i];
+  for (NodePlan& member : plan.nodes) {
     member.workers.clear();
     for (std::uint32_t local = 0; local < spec.nproc_per_node; ++local) {
       WorkerPlan worker;
@@ -291,12 +290,8 @@ void Controller::Impl::Activate(JobStateView* job) {
       worker.local_rank = static_cast<std::int32_t>(local);
       member.workers.push_back(worker);
     }
-    if (count > 1) {
-      const NodePlan& peer = plan.nodes[(i + 1) % count];
-      member.replica_node = peer.node;
-      member.replica_address = fmt::format("{}:{}", peer.address, peer.data_port);
-    }
   }
+  AssignPeers(state_, *job, &plan);
   PlanRestore(job);
   if (!Bug(kBugDoubleActivation) && AskSources(job)) {
     plan = prepared;

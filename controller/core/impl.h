@@ -1,6 +1,7 @@
 // The controller's inside. Split along its seams: controller.cc (dispatch, records, recovery),
 // nodes.cc (who is alive), jobs.cc (a job's life and who pays for a restart), generation.cc (the
-// two-phase switch), commit.cc (which step is safe, where a generation starts from).
+// two-phase switch), commit.cc (which step is safe, where a generation starts from), forecast.cc
+// (what if).
 #pragma once
 
 #include <map>
@@ -22,6 +23,8 @@ class Controller::Impl {
   void Handle(Timestamp now, const Event& event, Decisions* out);
   std::optional<Timestamp> NextWakeup() const;
   const ClusterState& state() const { return state_; }
+  // On a copy of this: forecast.cc.
+  Forecast IfLost(Timestamp now, const JobId& id, const std::vector<NodeId>& lost) const;
 
  private:
   // What the core remembers of a job beside its public state; rebuilt after a recovery.

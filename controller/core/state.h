@@ -38,6 +38,10 @@ struct JobStateView {
   Reason reason = Reason::kNone;  // why it is in its state
   std::string message;
   Timestamp deadline;  // of the present phase; ns == 0: none
+  // Of the newest commit: the most bytes that one node sent, and how long after the first report of
+  // the step every copy was there. 0: nothing was committed yet.
+  std::uint64_t copied_bytes = 0;
+  Duration copy_took = {};
 };
 
 struct ClusterState {

@@ -29,6 +29,7 @@ class Cluster {
     std::uint64_t keeper = 0;
     Incarnation incarnation = 0;
     std::uint32_t slots = 0;
+    std::map<std::string, std::string> labels;
     bool connected = false;
     std::map<JobId, JobOnNode> jobs;
     std::deque<controller::Command> inbox;

@@ -24,6 +24,7 @@ void Cluster::Register(const NodeId& id, Node* node) {
   e.facts.address = "10.0.0." + id.substr(1);
   e.facts.data_port = 4000;
   e.facts.slots = node->slots;
+  e.facts.labels = node->labels;
   for (const auto& [job, holds] : node->jobs) e.jobs.push_back(holds);
   Do(e);
 }
@@ -37,6 +38,9 @@ void Cluster::Join(const Words& c) {
     node.keeper = next_keeper_++;
     node.slots = static_cast<std::uint32_t>(std::atoi(c.Get("slots", "0").c_str()));
     node.incarnation = c.Has("amnesiac") ? 0 : previous;
+    for (const char* key : {"zone", "rack", "pool", "evict"}) {
+      if (const std::string value = c.Get(key, ""); !value.empty()) node.labels[key] = value;
+    }
     nodes_[id] = std::move(node);
     if (id != "amnesiac") Register(id, &nodes_[id]);
   }

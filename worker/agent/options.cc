@@ -66,7 +66,9 @@ ParseOutcome ParseOptions(int argc, const char* const* argv, AgentOptions* o) {
       "Host or IP by which other nodes reach this one (default: the one that reaches the "
       "controller)");
   app.add_option("--slots", o->slots, "Workers this node may run at once; 0: no limit");
-  app.add_option("--label", labels, "KEY=VALUE (host, rack, zone, pool); may be repeated");
+  app.add_option(
+      "--label", labels,
+      "KEY=VALUE: a failure domain (region, zone, pool, rack, host, evict); may be repeated");
   app.add_option("--data-port", o->data_port, "TCP port of the checkpoint data plane; 0: any")
       ->check(CLI::Range(0, 65535));
   app.add_option("--keeper", o->keeper_program,
