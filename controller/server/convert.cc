@@ -6,11 +6,11 @@
 
 #include "controller/store/convert.h"
 #include "proto/base/version.h"
+#include "proto/wire/convert.h"
 
 namespace everstep::controller {
 namespace {
 
-constexpr std::size_t kMaxErrorJson = 64u << 10;
 constexpr std::size_t kMaxAddress = 255;
 constexpr int kMaxLabels = 64;
 constexpr std::size_t kMaxLabelBytes = 1024;
@@ -26,33 +26,23 @@ std::string Cut(const std::string& text, std::size_t limit = 4096) {
   return text.size() <= limit ? text : text.substr(0, limit) + "...";
 }
 
-ExitInfo Bounded(ExitInfo exit) {
-  exit.error_json =
-      exit.error_json.substr(0, kMaxErrorJson);  // cut JSON is no JSON, but a text still
-  exit.error_file = Cut(exit.error_file);
-  return exit;
-}
-
-WorkerOnNode Bounded(WorkerOnNode worker) {
-  worker.exit = Bounded(std::move(worker.exit));
-  return worker;
-}
-
-JobOnNode FromProto(const v1::JobOnNode& from) {
-  JobOnNode to;
-  to.job = from.job();
-  to.generation = from.generation();
-  to.activated = from.activated();
-  for (const v1::WorkerOnNode& worker : from.workers()) {
-    to.workers.push_back(Bounded(controller::FromProto(worker)));
-  }
-  for (const v1::HeldShard& shard : from.shards())
-    to.shards.push_back(controller::FromProto(shard));
+// The wire bounds an exit's JSON itself.
+ExitInfo FromProto(const v1::ExitInfo& from) {
+  ExitInfo to = wire::FromProto(from);
+  to.error_file = Cut(to.error_file);
   return to;
 }
 
-void FillCommand(const CommandSpec& spec, v1::Command* to) {
-  to->ParseFromString(spec.opaque);
+WorkerOnNode FromProto(const v1::WorkerOnNode& from) {
+  WorkerOnNode to = wire::FromProto(from);
+  to.exit.error_file = Cut(to.exit.error_file);
+  return to;
+}
+
+JobOnNode FromProto(const v1::JobOnNode& from) {
+  JobOnNode to = wire::FromProto(from);
+  for (WorkerOnNode& worker : to.workers) worker.exit.error_file = Cut(worker.exit.error_file);
+  return to;
 }
 
 PlanNumbers NumbersOf(const std::shared_ptr<const GenerationPlan>& plan) {
@@ -77,14 +67,14 @@ struct Writer {
   void operator()(const WarmCommand& c) const {
     v1::Warm* to = m->mutable_warm();
     to->set_job(c.job);
-    FillCommand(c.command, to->mutable_command());
+    wire::ToProto(c.command, to->mutable_command());
     to->set_nproc_per_node(c.nproc_per_node);
   }
   void operator()(const PrepareCommand& c) const {
     v1::Prepare* to = m->mutable_prepare();
     to->set_job(c.job);
     to->set_generation(c.generation);
-    FillCommand(c.command, to->mutable_command());
+    wire::ToProto(c.command, to->mutable_command());
     to->set_nproc_per_node(c.nproc_per_node);
     to->set_host_store(c.host_store);
     to->set_failed(c.failed);
@@ -97,7 +87,7 @@ struct Writer {
     if (numbers->plan != c.plan) *numbers = NumbersOf(c.plan);
     for (const NodePlan& node : c.plan->nodes) {
       to->add_members(node.node);
-      if (node.node == c.node) ToProto(node, to->mutable_plan());
+      if (node.node == c.node) wire::ToProto(node, to->mutable_plan());
     }
     to->set_world_size(numbers->world_size);
     to->set_group_world_size(static_cast<std::uint32_t>(c.plan->nodes.size()));
@@ -105,7 +95,7 @@ struct Writer {
     to->set_master_addr(c.plan->master_addr);
     to->set_master_port(c.plan->master_port);
     to->set_restart_count(c.plan->restart_count);
-    FillCommand(c.command, to->mutable_command());
+    wire::ToProto(c.command, to->mutable_command());
     to->set_data_key(c.data_key);
     to->set_committed_step(c.committed_step);
     to->set_plan_crc(numbers->crc);
@@ -213,15 +203,14 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
       const v1::Activated& a = m.activated();
       Activated e{node, incarnation, a.job(), a.generation(), {}, a.failed(), Cut(a.message())};
       for (const v1::WorkerOnNode& w : a.workers()) {
-        e.workers.push_back(Bounded(controller::FromProto(w)));
+        e.workers.push_back(FromProto(w));
       }
       return e;
     }
     case v1::AgentMessage::kWorkerExited: {
       const v1::WorkerExited& w = m.worker_exited();
-      return WorkerExited{
-          node,     incarnation,    w.job(), w.generation(),
-          w.rank(), w.local_rank(), w.pid(), Bounded(controller::FromProto(w.exit()))};
+      return WorkerExited{node,     incarnation,    w.job(), w.generation(),
+                          w.rank(), w.local_rank(), w.pid(), FromProto(w.exit())};
     }
     case v1::AgentMessage::kWorkerStalled: {
       const v1::WorkerStalled& w = m.worker_stalled();
@@ -240,7 +229,7 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
     }
     case v1::AgentMessage::kShardCopied:
       return ShardCopied{node, incarnation, m.shard_copied().job(),
-                         controller::FromProto(m.shard_copied().shard())};
+                         wire::FromProto(m.shard_copied().shard())};
     case v1::AgentMessage::kNotice:
       return Notice{node, incarnation, Cut(m.notice().source(), 256),
                     Milliseconds(m.notice().deadline_ms())};

@@ -10,6 +10,7 @@
 #include "controller/store/convert.h"
 #include "proto/base/clock.h"
 #include "proto/base/version.h"
+#include "proto/wire/convert.h"
 
 namespace everstep::controller {
 namespace {
@@ -20,7 +21,7 @@ std::string TimeText(Timestamp t) {
 
 std::string CommandText(const CommandSpec& spec) {
   v1::Command command;
-  if (!command.ParseFromString(spec.opaque)) return {};
+  if (!wire::ToProto(spec, &command)) return {};
   std::string text;
   switch (command.kind()) {
     case v1::Command::MODULE: text = "python -m " + command.target(); break;
@@ -139,7 +140,7 @@ void FillCause(const WorkerOnNode& w, const JobStateView& job, v1::RootCause* to
 
 std::string LogDirOf(const CommandSpec& spec) {
   v1::Command command;
-  return command.ParseFromString(spec.opaque) ? command.log_dir() : std::string();
+  return wire::ToProto(spec, &command) ? command.log_dir() : std::string();
 }
 
 v1::NodeStatus NodeStatusOf(const ClusterState& state, const NodeState& node, Timestamp now) {

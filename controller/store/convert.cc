@@ -5,6 +5,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/crc32c.h"
+#include "proto/wire/convert.h"
 
 namespace everstep::controller {
 namespace {
@@ -24,17 +25,6 @@ bool ToReason(std::uint32_t number, Reason* to) {
 template <typename Enum>
 std::uint32_t Number(Enum e) {
   return static_cast<std::uint32_t>(e);
-}
-
-void ToProto(const ExitInfo& from, v1::ExitInfo* to) {
-  to->set_code(from.code);
-  to->set_oom_killed(from.oom_killed);
-  to->set_by_everstep(from.by_everstep);
-  to->set_exit_ns(from.occurred.ns);
-  to->set_error_json(from.error_json);
-  to->set_error_file(from.error_file);
-  to->set_error_time_ns(from.error_time.ns);
-  to->set_ran_ms(ToMilliseconds(from.ran));
 }
 
 void ToProto(const Fault& from, v1::FaultSummary* to) {
@@ -138,7 +128,7 @@ void ToProto(const JobSpec& from, v1::JobSpec* to) {
   to->set_only_nodes(fmt::format("{}", fmt::join(from.only_nodes, ",")));
   to->set_submitted_ns(from.submitted.ns);
   // An unreadable command was refused at submission.
-  to->mutable_command()->ParseFromString(from.command.opaque);
+  wire::ToProto(from.command, to->mutable_command());
 }
 
 void FromProto(const v1::JobSpec& from, JobSpec* to) {
@@ -163,101 +153,7 @@ void FromProto(const v1::JobSpec& from, JobSpec* to) {
     begin = end + 1;
   }
   to->submitted = {from.submitted_ns()};
-  from.command().SerializeToString(&to->command.opaque);
-}
-
-void ToProto(const HeldShard& from, v1::HeldShard* to) {
-  to->set_rank(from.rank);
-  to->set_world_size(from.world_size);
-  to->set_generation(from.generation);
-  to->set_step(from.step);
-  to->set_crc_root(from.crc_root);
-  to->set_bytes(from.bytes);
-  to->set_replica(from.replica);
-  to->set_replicated_layout(from.replicated_layout);
-}
-
-HeldShard FromProto(const v1::HeldShard& from) {
-  return {.rank = from.rank(),
-          .world_size = from.world_size(),
-          .generation = from.generation(),
-          .step = from.step(),
-          .crc_root = from.crc_root(),
-          .bytes = from.bytes(),
-          .replica = from.replica(),
-          .replicated_layout = from.replicated_layout()};
-}
-
-void ToProto(const WorkerOnNode& from, v1::WorkerOnNode* to) {
-  to->set_rank(from.rank);
-  to->set_local_rank(from.local_rank);
-  to->set_pid(from.pid);
-  to->set_running(from.running);
-  if (!from.running) ToProto(from.exit, to->mutable_exit());
-}
-
-ExitInfo FromProto(const v1::ExitInfo& from) {
-  return {.code = from.code(),
-          .oom_killed = from.oom_killed(),
-          .by_everstep = from.by_everstep(),
-          .occurred = {from.exit_ns()},
-          .error_json = from.error_json(),
-          .error_file = from.error_file(),
-          .error_time = {from.error_time_ns()},
-          .ran = Milliseconds(from.ran_ms())};
-}
-
-WorkerOnNode FromProto(const v1::WorkerOnNode& from) {
-  return {.rank = from.rank(),
-          .local_rank = from.local_rank(),
-          .pid = from.pid(),
-          .running = from.running(),
-          .exit = FromProto(from.exit())};
-}
-
-void ToProto(const NodePlan& from, v1::NodePlan* to) {
-  to->set_node(from.node);
-  to->set_group_rank(from.group_rank);
-  to->set_address(from.address);
-  to->set_data_port(from.data_port);
-  to->set_replica_node(from.replica_node);
-  to->set_replica_address(from.replica_address);
-  for (const WorkerPlan& worker : from.workers) {
-    v1::WorkerPlan* w = to->add_workers();
-    w->set_rank(worker.rank);
-    w->set_local_rank(worker.local_rank);
-    w->set_role_rank(worker.rank);
-    v1::Restore* restore = w->mutable_restore();
-    restore->set_step(worker.restore.step);
-    restore->set_shard_rank(worker.restore.shard_rank);
-    restore->set_shard_generation(worker.restore.shard_generation);
-    restore->set_crc_root(worker.restore.crc_root);
-    restore->set_bytes(worker.restore.bytes);
-    restore->set_source_node(worker.restore.source_node);
-    restore->set_source_address(worker.restore.source_address);
-  }
-}
-
-void FromProto(const v1::NodePlan& from, NodePlan* to) {
-  to->node = from.node();
-  to->group_rank = from.group_rank();
-  to->address = from.address();
-  to->data_port = from.data_port();
-  to->replica_node = from.replica_node();
-  to->replica_address = from.replica_address();
-  to->workers.clear();
-  for (const v1::WorkerPlan& worker : from.workers()) {
-    const v1::Restore& restore = worker.restore();
-    to->workers.push_back({.rank = worker.rank(),
-                           .local_rank = worker.local_rank(),
-                           .restore = {.step = restore.step(),
-                                       .shard_rank = restore.shard_rank(),
-                                       .shard_generation = restore.shard_generation(),
-                                       .crc_root = restore.crc_root(),
-                                       .bytes = restore.bytes(),
-                                       .source_node = restore.source_node(),
-                                       .source_address = restore.source_address()}});
-  }
+  to->command = wire::FromProto(from.command());
 }
 
 void ToProto(const JobRecord& from, v1::JobRecord* to) {
@@ -277,7 +173,7 @@ void ToProto(const JobRecord& from, v1::JobRecord* to) {
   to->set_data_key(from.data_key);
   to->set_earlier_runs(from.earlier_runs);
   for (const Fault& fault : from.faults) ToProto(fault, to->add_faults());
-  for (const WorkerOnNode& worker : from.failures) ToProto(worker, to->add_failures());
+  for (const WorkerOnNode& worker : from.failures) wire::ToProto(worker, to->add_failures());
 }
 
 bool FromProto(const v1::JobRecord& from, JobRecord* to) {
@@ -297,7 +193,8 @@ bool FromProto(const v1::JobRecord& from, JobRecord* to) {
   for (const v1::FaultSummary& fault : from.faults()) {
     if (!FromProto(fault, &to->faults.emplace_back())) return false;
   }
-  for (const v1::WorkerOnNode& worker : from.failures()) to->failures.push_back(FromProto(worker));
+  for (const v1::WorkerOnNode& worker : from.failures())
+    to->failures.push_back(wire::FromProto(worker));
   return ToEnum(from.state(), JobState::kCancelled, &to->state) &&
          ToReason(from.end_reason(), &to->end_reason);
 }
@@ -307,7 +204,7 @@ void ToProto(const GenerationRecord& from, v1::GenerationRecord* to) {
   to->set_job(plan.job);
   to->set_generation(plan.generation);
   to->set_phase(Number(plan.phase));
-  for (const NodePlan& node : plan.nodes) ToProto(node, to->add_nodes());
+  for (const NodePlan& node : plan.nodes) wire::ToProto(node, to->add_nodes());
   to->set_master_addr(plan.master_addr);
   to->set_master_port(plan.master_port);
   to->set_restart_count(plan.restart_count);
@@ -320,7 +217,7 @@ bool FromProto(const v1::GenerationRecord& from, GenerationRecord* to) {
   GenerationPlan& plan = to->plan;
   plan.job = from.job();
   plan.generation = from.generation();
-  for (const v1::NodePlan& node : from.nodes()) FromProto(node, &plan.nodes.emplace_back());
+  for (const v1::NodePlan& node : from.nodes()) plan.nodes.push_back(wire::FromProto(node));
   plan.master_addr = from.master_addr();
   plan.master_port = from.master_port();
   plan.restart_count = from.restart_count();
@@ -338,7 +235,7 @@ void ToProto(const CommitRecord& from, v1::CommitRecord* to) {
     c->set_world_size(static_cast<std::uint32_t>(commit.world_size));
     c->set_copies(commit.copies);
     c->set_replicated_layout(commit.replicated_layout);
-    for (const HeldShard& shard : commit.shards) ToProto(shard, c->add_shards());
+    for (const HeldShard& shard : commit.shards) wire::ToProto(shard, c->add_shards());
   }
 }
 
@@ -351,7 +248,7 @@ bool FromProto(const v1::CommitRecord& from, CommitRecord* to) {
     commit.world_size = static_cast<std::int32_t>(c.world_size());
     commit.copies = c.copies();
     commit.replicated_layout = c.replicated_layout();
-    for (const v1::HeldShard& shard : c.shards()) commit.shards.push_back(FromProto(shard));
+    for (const v1::HeldShard& shard : c.shards()) commit.shards.push_back(wire::FromProto(shard));
   }
   return true;
 }

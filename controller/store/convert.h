@@ -1,5 +1,5 @@
-// The core's records as proto/record.proto, and back. With controller/server/convert.h the only
-// places that know both. Pure functions, thread-safe.
+// The core's records as proto/record.proto, and back: the only place that knows both. Pure
+// functions, thread-safe.
 #pragma once
 
 #include <string>
@@ -27,16 +27,9 @@ bool FromProto(const v1::GenerationRecord& from, GenerationRecord* to);
 bool FromProto(const v1::CommitRecord& from, CommitRecord* to);
 bool FromProto(const v1::JournalRecord& from, JournalRecord* to);
 
-// Parts that the wire shares with the records.
+// Also as submitted.
 void ToProto(const JobSpec& from, v1::JobSpec* to);
 void FromProto(const v1::JobSpec& from, JobSpec* to);
-void ToProto(const NodePlan& from, v1::NodePlan* to);
-void FromProto(const v1::NodePlan& from, NodePlan* to);
-void ToProto(const HeldShard& from, v1::HeldShard* to);
-HeldShard FromProto(const v1::HeldShard& from);
-void ToProto(const WorkerOnNode& from, v1::WorkerOnNode* to);
-WorkerOnNode FromProto(const v1::WorkerOnNode& from);
-ExitInfo FromProto(const v1::ExitInfo& from);
 
 // One record's value in the store: format byte, CRC32C (little-endian, over table, key and
 // payload), payload. The key is in the checksum so that a value under another's key is not taken

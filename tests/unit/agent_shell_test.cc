@@ -8,6 +8,7 @@
 #include <fstream>
 #include <future>
 
+#include "proto/wire/convert.h"
 #include "worker/agent/convert.h"
 #include "worker/agent/dial_backoff.h"
 #include "worker/agent/error_file.h"
@@ -251,7 +252,7 @@ TEST(Adopt, FindsWhatTheDeadAgentLeft) {
   EXPECT_EQ(adopted.activates.at("j").data_key, "secret");
   EXPECT_EQ(adopted.begun.at("j").second, "secret");
   v1::Command command;
-  ASSERT_TRUE(ParseCommand(job.command, &command));
+  ASSERT_TRUE(wire::ToProto(job.command, &command));
   EXPECT_EQ(command.target(), "train.py");
 }
 

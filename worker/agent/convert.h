@@ -1,4 +1,5 @@
-// The only place of the agent that knows both the wire (proto/agent.proto) and the core's values.
+// The agent's events and effects as messages of proto/agent.proto. What the controller speaks of
+// too is converted by proto/wire/convert.h.
 #pragma once
 
 #include <optional>
@@ -14,15 +15,10 @@ namespace everstep::agent {
 // a command whose names would not be safe as file names.
 std::optional<Event> FromWire(const everstep::v1::ControllerMessage& message, std::string* error);
 
-// What a CommandSpec holds. False: it is no Command.
-bool ParseCommand(const CommandSpec& spec, everstep::v1::Command* command);
-
 Activate ActivateFromWire(const everstep::v1::Activate& message);
 everstep::v1::Activate ToWire(const Activate& activate);
 
 // Reports, without the incarnation.
-everstep::v1::JobOnNode ToWire(const JobOnNode& job);
-everstep::v1::HeldShard ToWire(const HeldShard& shard);
 everstep::v1::AgentMessage ToWire(const SendHeartbeat& e);
 everstep::v1::AgentMessage ToWire(const SendPrepared& e);
 everstep::v1::AgentMessage ToWire(const SendActivated& e);

@@ -8,6 +8,7 @@
 #include <cstdio>
 
 #include "proto/base/log.h"
+#include "proto/wire/convert.h"
 #include "worker/agent/convert.h"
 #include "worker/agent/error_file.h"
 #include "worker/agent/node_dir.h"
@@ -279,7 +280,7 @@ void Engine::OnMessage(std::uint64_t stream, const v1::ControllerMessage& messag
   if (auto* stop = std::get_if<StopJob>(&*event)) {
     const auto job = core_.jobs().find(stop->job);
     v1::Command command;
-    if (job != core_.jobs().end() && ParseCommand(job->second.command, &command)) {
+    if (job != core_.jobs().end() && wire::ToProto(job->second.command, &command)) {
       stop->grace = Milliseconds(message.stop_job().failed() ? command.restart_grace_ms()
                                                              : command.stop_grace_ms());
     }

@@ -9,6 +9,7 @@
 
 #include "proto/base/log.h"
 #include "proto/base/version.h"
+#include "proto/wire/convert.h"
 #include "worker/agent/convert.h"
 #include "worker/agent/engine.h"
 #include "worker/agent/node_dir.h"
@@ -42,7 +43,7 @@ void Engine::On(const SendRegister& e) {
   for (const auto& [key, value] : options_.labels) (*r->mutable_labels())[key] = value;
   for (JobOnNode job : e.jobs) {
     job.shards = held_.Of(job.job);
-    *r->add_jobs() = ToWire(job);
+    wire::ToProto(job, r->add_jobs());
   }
   Send(std::move(m));
 }
@@ -100,7 +101,7 @@ void Engine::On(const CloseSession& e) {
 
 void Engine::On(const StartForkServer& e) {
   v1::Command command;
-  if (!ParseCommand(e.command, &command)) {
+  if (!wire::ToProto(e.command, &command)) {
     return Feed(ForkServerState{e.job, false, "the job's command is damaged"});
   }
   if (!command.preload() || command.kind() == v1::Command::PROGRAM) {
@@ -115,7 +116,7 @@ void Engine::On(const StartForkServer& e) {
 
 void Engine::On(const StartStore& e) {
   v1::Command command;
-  if (!ParseCommand(e.command, &command)) {
+  if (!wire::ToProto(e.command, &command)) {
     return Feed(StoreFailed{e.job, e.generation, "the job's command is damaged"});
   }
   v1::KeeperRequest request;
@@ -140,7 +141,7 @@ void Engine::On(const StartStore& e) {
 
 std::string Engine::LogRoot(const JobId& job, const CommandSpec& spec) const {
   v1::Command command;
-  ParseCommand(spec, &command);
+  wire::ToProto(spec, &command);
   return JobLogRoot(options_.node_dir,
                     command.log_dir().empty() ? options_.log_dir : command.log_dir(), job,
                     options_.node);
@@ -151,7 +152,7 @@ void Engine::On(const StartWorkers& e) {
   v1::Command command;
   std::string error;
   std::vector<WorkerSpawn> spawns;
-  if (ParseCommand(a.command, &command)) {
+  if (wire::ToProto(a.command, &command)) {
     if (command.log_dir().empty()) command.set_log_dir(options_.log_dir);
     const auto job = core_.jobs().find(a.job);
     const auto storeless = storeless_.find(a.job);

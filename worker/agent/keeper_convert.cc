@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <charconv>
 
+#include "proto/wire/convert.h"
 #include "worker/agent/convert.h"
 #include "worker/agent/worker_env.h"
 
@@ -76,7 +77,7 @@ v1::KeeperRemember Remember(const RememberPrepared& e) {
   prepare.set_job(e.job);
   prepare.set_generation(e.generation);
   prepare.set_data_key(e.data_key);
-  prepare.mutable_command()->ParseFromString(e.command.opaque);
+  wire::ToProto(e.command, prepare.mutable_command());
   v1::KeeperRemember m;
   m.set_key(PreparedKey(e.job));
   m.set_value(prepare.SerializeAsString());
@@ -119,7 +120,7 @@ Adopted Adopt(const v1::KeeperState& state) {
     if (!prepare.ParseFromString(value) || key != PreparedKey(prepare.job())) continue;
     AdoptedJob& job = jobs[prepare.job()];
     job.holds.generation = prepare.generation();
-    job.command = CommandSpec{prepare.command().SerializeAsString()};
+    job.command = wire::FromProto(prepare.command());
     adopted.begun[prepare.job()] = {prepare.generation(), prepare.data_key()};
   }
   for (const auto& [key, value] : state.memory()) {
