@@ -46,5 +46,9 @@ std::uint64_t ResponseMac(const SipKey& key, std::uint64_t client_nonce, std::ui
                           const ResponseFrame& response) {
   return Mac(key, server_nonce, client_nonce, response);
 }
+std::uint64_t AckMac(const SipKey& key, std::uint64_t client_nonce, std::uint64_t server_nonce,
+                     const AckFrame& ack) {
+  return Mac(key, server_nonce, client_nonce, ack);
+}
 
 }  // namespace everstep::checkpoint

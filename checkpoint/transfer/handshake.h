@@ -15,5 +15,7 @@ std::uint64_t RequestMac(const SipKey& key, std::uint64_t client_nonce, std::uin
                          const RequestFrame& request);
 std::uint64_t ResponseMac(const SipKey& key, std::uint64_t client_nonce, std::uint64_t server_nonce,
                           const ResponseFrame& response);
+std::uint64_t AckMac(const SipKey& key, std::uint64_t client_nonce, std::uint64_t server_nonce,
+                     const AckFrame& ack);
 
 }  // namespace everstep::checkpoint

@@ -28,7 +28,8 @@ struct LocalRank {
   Generation generation = 0;
   std::string peer;  // host:port; empty: none
   RestorePart restore;
-  Arena arena;  // looked at by several threads; nobody maps its slots through this object
+  Arena arena;    // looked at by several threads; nobody maps its slots through this object
+  Arena sending;  // the same memory, mapped; the push task's alone
   int eventfd = -1;
 
   std::atomic<bool> cancel{false};    // the generation is over: tasks end soon

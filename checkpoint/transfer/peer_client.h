@@ -6,11 +6,14 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "checkpoint/store/arena.h"
 #include "checkpoint/store/slot_writer.h"
+#include "checkpoint/transfer/frame.h"
 #include "checkpoint/transfer/siphash.h"
 #include "checkpoint/transfer/socket.h"
+#include "checkpoint/transfer/traffic.h"
 #include "proto/base/ids.h"
 
 namespace everstep::checkpoint {
@@ -31,23 +34,46 @@ struct PeerTask {
   Step committed_step = kNoStep;
   PeerLimits limits;
   const std::atomic<bool>* cancel = nullptr;  // set: the attempt ends soon, with kStale
+  int streams = 1;                            // at most so many connections; small slots take fewer
+  TrafficClass traffic_class = TrafficClass::kCommit;
+  Traffic* traffic = nullptr;  // who says when bytes may go; null: at once
 };
 
+// A connection behind its handshake.
+struct PeerConversation {
+  Connection connection;
+  ResponseFrame response;
+  std::uint64_t my_nonce = 0;
+  std::uint64_t their_nonce = 0;
+  // kRefused: an ack that does not know the key. Others: what the ack says.
+  Outcome Ack(const SipKey& key);
+  // The same when its first `got` bytes are there already.
+  Outcome FinishAck(const SipKey& key, AckFrame ack, std::size_t got);
+};
+// Dials, greets, asks. Ok: the peer's status is kOk or kHave.
+Result<PeerConversation> Converse(const PeerTask& task, RequestFrame request, SteadyTime deadline);
+
+struct PushReport {
+  std::uint64_t sent_bytes = 0;
+  std::uint64_t unchanged_bytes = 0;  // the peer had them in an older slot
+  std::uint64_t resumed_bytes = 0;    // arrived in an earlier attempt
+  int streams = 0;
+};
 // Done: the peer holds these bytes, verified. kStale: it knows a newer generation, or the slot was
 // overwritten here; do not try again. kCorrupt: bytes changed on the way or in memory. kRefused:
-// wrong key. Others: try again.
-Outcome PushSlot(const PeerTask& task, const Arena& arena, const SlotView& view);
+// wrong key. Others: try again, what arrived is not sent again. Maps slots of `arena`.
+Outcome PushSlot(const PeerTask& task, Arena* arena, const SlotView& view, PushReport* report);
 
-// What a fetch has got so far: a later attempt, at another source too, resumes there.
+// What a fetch has got so far: a later attempt, at another source too, brings the rest.
 struct FetchProgress {
-  std::uint64_t next_chunk = 0;
+  std::vector<std::uint8_t> have;  // by chunk; empty: nothing is known yet
 };
-// `wanted`: rank, generation, step and world_size 0; crc_root as planned. `begin` makes the writer
-// when the size is known. The slot is published on Done.
+// `wanted`: rank, generation, step, payload_bytes (0: not known, then in one stream); crc_root as
+// planned. `Begin` makes the writer when the slot's fields are known. Published on Done.
 class FetchSink {
  public:
   virtual ~FetchSink() = default;
-  // Called at most once, before the first byte. Null: cannot (the sink keeps why).
+  // Called before the first byte of each attempt, under a lock. Null: cannot (the sink keeps why).
   virtual SlotWriter* Begin(const SlotFields& fields) = 0;
   virtual std::string Why() const = 0;
 };

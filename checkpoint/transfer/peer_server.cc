@@ -34,12 +34,14 @@ Outcome PeerSession::Refuse(Status status, const std::string& message) {
   return Respond(response);
 }
 Outcome PeerSession::Acknowledge(std::uint32_t crc_root) {
-  const AckFrame ack{.crc_root = crc_root};
+  AckFrame ack{.crc_root = crc_root};
+  ack.mac = AckMac(key_, client_nonce_, server_nonce_, ack);
   return connection_->Send(&ack, sizeof ack);
 }
 Outcome PeerSession::AcknowledgeError(const Error& error, std::uint64_t chunk) {
   AckFrame ack{.status = ToStatus(error.code), .chunk = static_cast<std::uint32_t>(chunk)};
   PutText(ack.message, error.message);
+  ack.mac = AckMac(key_, client_nonce_, server_nonce_, ack);
   return connection_->Send(&ack, sizeof ack);
 }
 
@@ -93,7 +95,7 @@ void PeerServer::Impl::Handle(Connection* connection) {
   const JobId job = GetText(request.job);
   const auto key = handler->KeyOf(job);
   PeerSession session(connection, request, key.value_or(SipKey{}), theirs.nonce, mine.nonce);
-  if (request.magic != kFrameMagic || (request.op != Op::kPush && request.op != Op::kFetch)) return;
+  if (request.magic != kFrameMagic || request.op < Op::kPush || request.op > Op::kJoin) return;
   if (!key) {
     (void)session.Refuse(Status::kUnknown, fmt::format("job {} is not on this node (yet)", job));
     return;

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <tuple>
 
+#include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
 #include "checkpoint/transfer/slot_stream.h"
 #include "proto/base/crc32c.h"
@@ -17,6 +18,19 @@ namespace {
 
 bool SameBytes(const SlotView& view, const SlotFields& fields, std::uint32_t root) {
   return view.crc_root == root && std::memcmp(&view.fields, &fields, sizeof fields) == 0;
+}
+
+// The table, and chunks [first, end).
+Outcome SendRange(Connection* connection, Arena* arena, const SlotView& view,
+                  const std::vector<std::uint32_t>& crcs, std::uint64_t first, std::uint64_t end) {
+  if (auto ok = SendTable(connection, crcs); !ok.ok()) return ok;
+  const unsigned char* data = MappingPays(*connection) ? arena->Payload(view) : nullptr;
+  if (end == 0 || end > crcs.size()) end = crcs.size();
+  for (std::uint64_t i = first; i < end; ++i) {
+    if (connection->Readable()) return Done{};  // it has left
+    if (auto ok = SendChunk(connection, *arena, view, data, i, crcs[i]); !ok.ok()) return ok;
+  }
+  return SendEndOfChunks(connection);
 }
 
 PeerLimits Limits(const TransferOptions& o) {
@@ -72,10 +86,10 @@ void ReplicaStore::Serve(PeerSession* session) {
                                       request.generation, session->job(), facts->generation));
     return;
   }
-  if (request.op == Op::kFetch) {
-    Fetch(session);
-  } else {
-    Push(session, *facts);
+  switch (request.op) {
+    case Op::kPush: return Push(session, *facts);
+    case Op::kJoin: return Join(session);
+    case Op::kFetch: return Fetch(session);
   }
 }
 
@@ -117,6 +131,7 @@ void ReplicaStore::Push(PeerSession* session, const JobFacts& facts) {
         return;
       }
       shutdown(replica->active_fd, SHUT_RDWR);  // it hangs, or is of an older try
+      if (replica->arrival != nullptr) replica->arrival->Break();
     }
   }
   std::lock_guard<std::mutex> busy(replica->busy);
@@ -129,15 +144,17 @@ void ReplicaStore::Push(PeerSession* session, const JobFacts& facts) {
     replica->received = std::max(replica->received, request.generation);
   }
   bool answered = false;
-  const auto taken = Take(session, facts, replica.get(), &answered);
+  std::uint64_t chunk = 0;
+  const auto taken = Take(session, facts, replica.get(), &answered, &chunk);
   {
     std::lock_guard<std::mutex> lock(replica->state);
     replica->active_fd = -1;
     if (replica->gone) return;
   }
+  traffic_->Arrived(taken.ok() ? PeerOutcome::kDone : OutcomeOf(taken.error()));
   if (taken.ok()) return;
   if (answered) {
-    (void)session->AcknowledgeError(taken.error(), replica->next);
+    (void)session->AcknowledgeError(taken.error(), chunk);
   } else {
     (void)session->Refuse(ToStatus(taken.error().code), taken.error().message);
   }
@@ -148,7 +165,7 @@ void ReplicaStore::Push(PeerSession* session, const JobFacts& facts) {
 }
 
 Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica* replica,
-                           bool* answered) {
+                           bool* answered, std::uint64_t* chunk) {
   const RequestFrame& request = session->request();
   const SlotFields& fields = request.fields;
   const JobId job = session->job();
@@ -162,14 +179,15 @@ Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica*
     replica->arena = std::move(arena.value());
   }
   Arena& arena = replica->arena;
-  Generation committed_generation = request.committed_generation;
-  Step committed_step = request.committed_step;
-  if (std::pair(facts.committed_generation, facts.committed_step) >
-      std::pair(committed_generation, committed_step)) {
-    committed_generation = facts.committed_generation;
-    committed_step = facts.committed_step;
+  JobFacts newest = facts;
+  if (std::pair(request.committed_generation, request.committed_step) >
+      std::pair(newest.committed_generation, newest.committed_step)) {
+    newest.committed_generation = request.committed_generation;
+    newest.committed_step = request.committed_step;
   }
-  if (committed_step != kNoStep) MarkSlots(arena, committed_generation, committed_step);
+  if (newest.committed_step != kNoStep) {
+    MarkSlots(arena, newest.committed_generation, newest.committed_step);
+  }
 
   for (std::uint32_t i = 0; i < kSlots; ++i) {
     const auto view = arena.Look(i);
@@ -192,46 +210,158 @@ Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica*
     }
   }
 
-  const bool resumes = replica->writer && replica->partial_root == request.crc_root &&
-                       std::memcmp(&replica->partial, &fields, sizeof fields) == 0;
-  if (!resumes) {
-    replica->writer.reset();
-    std::uint32_t slot = ChooseSlot(arena, committed_generation, committed_step);
-    for (std::uint32_t i = 0; i < kSlots;
-         ++i) {  // these very bytes, damaged since: repaired in place
-      const auto view = arena.Look(i);
-      if (view && SameBytes(*view, fields, request.crc_root)) slot = i;
-    }
-    auto writer = SlotWriter::Begin(&arena, slot, fields.payload_bytes);
-    if (!writer.ok()) return writer.error();
-    replica->writer.emplace(writer.value());
-    replica->partial = fields;
-    replica->partial_root = request.crc_root;
-    replica->next = 0;
-  }
-  if (auto ok = session->Respond({.first_chunk = replica->next}); !ok.ok()) return ok;
-  *answered = true;
-  session->connection()->set_deadline(DeadlineFor(Limits(options_), fields.payload_bytes));
-  if (auto ok = ReceiveChunks(session->connection(), fields, &*replica->writer, &replica->next);
-      !ok.ok()) {
-    return ok;
-  }
+  auto begun = Begin(request, newest, replica);
+  if (!begun.ok()) return begun.error();
+  const std::shared_ptr<Arrival> arrival = begun.value();
+  *answered = true;  // from here on errors are acks
+  if (auto ok = Bring(session, replica, arrival.get(), chunk); !ok.ok()) return ok;
   const auto now = jobs_->Find(job);  // the fence may have moved while bytes came
   if (!now || request.generation < now->generation) {
     return Error{
         ErrorCode::kStale,
         fmt::format("generation {} of job {} ended while its bytes came", request.generation, job)};
   }
-  auto view = replica->writer->Publish(fields, request.crc_root);
-  replica->writer.reset();
-  if (!view.ok()) return view.error();
-  if (auto ok = session->Acknowledge(view.value().crc_root); !ok.ok()) {
-    // It is here all the same; the sender asks again and hears so.
-    listener_->OnCopied(job, ToShard(view.value(), true));
-    return Done{};
+  auto view = arrival->writer()->Publish(fields, request.crc_root);
+  {
+    std::lock_guard<std::mutex> lock(replica->state);
+    replica->arrival.reset();
   }
+  if (!view.ok()) return view.error();
+  // Heard or not, it is here: a sender that did not hear asks again and is told so.
+  (void)session->Acknowledge(view.value().crc_root);
   listener_->OnCopied(job, ToShard(view.value(), true));
   return Done{};
+}
+
+// The arrival to go on with, or a new one in the slot that may be overwritten.
+Result<std::shared_ptr<Arrival>> ReplicaStore::Begin(const RequestFrame& request,
+                                                     const JobFacts& newest, Replica* replica) {
+  const SlotFields& fields = request.fields;
+  std::lock_guard<std::mutex> lock(replica->state);
+  if (replica->arrival != nullptr && replica->arrival->Is(fields, request.crc_root)) {
+    return replica->arrival;
+  }
+  replica->arrival.reset();
+  Arena& arena = replica->arena;
+  std::uint32_t slot = ChooseSlot(arena, newest.committed_generation, newest.committed_step);
+  for (std::uint32_t i = 0; i < kSlots;
+       ++i) {  // these very bytes, damaged since: repaired in place
+    const auto view = arena.Look(i);
+    if (view && SameBytes(*view, fields, request.crc_root)) slot = i;
+  }
+  auto writer = SlotWriter::Begin(&arena, slot, fields.payload_bytes);
+  if (!writer.ok()) return writer.error();
+  replica->arrival = std::make_shared<Arrival>(fields, request.crc_root, writer.value());
+  return replica->arrival;
+}
+
+// The conversation of a push from the response on: every chunk is there and verified, or why not.
+Outcome ReplicaStore::Bring(PeerSession* session, Replica* replica, Arrival* arrival,
+                            std::uint64_t* chunk) {
+  Connection* connection = session->connection();
+  const SlotFields& fields = arrival->fields();
+  ResponseFrame response;
+  std::uint64_t held_seq[kSlots] = {};
+  for (std::uint32_t i = 0; i < kSlots; ++i) {
+    const auto view = replica->arena.Look(i);
+    if (!view || view->seq == replica->damaged[i]) continue;
+    held_seq[i] = view->seq;
+    response.held[i] = {.generation = view->fields.generation,
+                        .step = view->fields.step,
+                        .captured_ns = view->fields.captured_ns,
+                        .payload_bytes = view->fields.payload_bytes,
+                        .crc_root = view->crc_root};
+  }
+  if (auto ok = session->Respond(response); !ok.ok()) return ok;
+  connection->set_deadline(DeadlineFor(Limits(options_), fields.payload_bytes));
+  auto table = ReceiveTable(connection, fields, arrival->crc_root());
+  if (!table.ok()) return table.error();
+  arrival->SetTable(table.value().crcs);
+  const std::uint64_t resumed = arrival->verified();
+  CopyUnchanged(table.value(), response.held, held_seq, replica, arrival);
+  const Bitmap lacking = arrival->Lacking();
+  const std::uint64_t chunks = arrival->crcs().size();
+  const WantFrame want{.chunks = static_cast<std::uint32_t>(chunks),
+                       .wanted = static_cast<std::uint32_t>(chunks - arrival->verified()),
+                       .resumed = static_cast<std::uint32_t>(resumed)};
+  arrival->Open();
+  auto done = connection->Send(&want, sizeof want, true);
+  if (done.ok()) done = connection->Send(lacking.data(), lacking.size());
+  if (done.ok()) done = ReceiveInto(connection, arrival, chunk);
+  arrival->Close(!done.ok());
+  if (!done.ok()) return done;
+  const std::uint64_t missing = chunks - arrival->verified();
+  if (missing == 0) return Done{};
+  return Error{ErrorCode::kUnavailable,
+               fmt::format("{} of {} chunks of step {} of rank {} did not arrive", missing, chunks,
+                           fields.step, fields.rank)};
+}
+
+// What the sender compared byte for byte with a slot that both have is taken from there. A chunk
+// that fails its CRC here is asked for, and that slot is no base any more.
+void ReplicaStore::CopyUnchanged(const ChunkTable& table, const HeldFrame* held,
+                                 const std::uint64_t* held_seq, Replica* replica,
+                                 Arrival* arrival) {
+  if (table.base == kNoBase || held[table.base].step < 0) return;
+  const auto base = replica->arena.Look(table.base);
+  if (!base || base->seq != held_seq[table.base]) return;
+  const unsigned char* data = replica->arena.Payload(*base);
+  if (data == nullptr) return;
+  SlotView shape;
+  shape.fields = arrival->fields();
+  for (std::uint64_t i = 0; i < table.crcs.size() && i < base->chunks(); ++i) {
+    if (!BitOf(table.same, i) || base->chunk_size(i) != shape.chunk_size(i) || !arrival->Claim(i)) {
+      continue;
+    }
+    const std::uint32_t crc =
+        Crc32cCopy(0, arrival->writer()->Chunk(i), data + i * kChunkBytes, shape.chunk_size(i));
+    if (crc != table.crcs[i]) {
+      replica->damaged[table.base] = base->seq;
+      arrival->Unclaim(i);
+      listener_->OnTrouble(
+          GetText(replica->arena.header()->job),
+          fmt::format("{}: chunk {} of step {} has CRC {:08x}, not {:08x}; the peer sends it again",
+                      replica->arena.Name(), i, base->step(), crc, table.crcs[i]));
+      continue;
+    }
+    arrival->writer()->SetChunkCrc(i, crc);
+    arrival->Verified(i);
+  }
+  StoreFence();
+}
+
+// A further stream of a push that runs.
+void ReplicaStore::Join(PeerSession* session) {
+  const RequestFrame& request = session->request();
+  Connection* connection = session->connection();
+  std::shared_ptr<Arrival> arrival;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto it = replicas_.find({session->job(), request.fields.rank});
+    if (it != replicas_.end()) {
+      std::lock_guard<std::mutex> state(it->second->state);
+      if (!it->second->gone) arrival = it->second->arrival;
+    }
+  }
+  if (arrival == nullptr || !arrival->Is(request.fields, request.crc_root) ||
+      !arrival->Join(connection->fd())) {
+    (void)session->Refuse(Status::kUnknown, fmt::format("no push of step {} of rank {} runs here",
+                                                        request.fields.step, request.fields.rank));
+    return;
+  }
+  std::uint64_t chunk = 0;
+  connection->set_deadline(DeadlineFor(Limits(options_), request.fields.payload_bytes));
+  auto done = session->Respond({});
+  if (done.ok()) done = ReceiveInto(connection, arrival.get(), &chunk);
+  arrival->Leave(connection->fd());
+  if (done.ok()) {
+    (void)session->Acknowledge(request.crc_root);
+  } else {
+    (void)session->AcknowledgeError(done.error(), chunk);
+    if (done.error().code == ErrorCode::kCorrupt || done.error().code == ErrorCode::kInvalid) {
+      listener_->OnTrouble(session->job(), done.error().message);
+    }
+  }
 }
 
 void ReplicaStore::Fetch(PeerSession* session) {
@@ -256,8 +386,8 @@ void ReplicaStore::Fetch(PeerSession* session) {
       if (!session->Respond({.fields = view->fields, .crc_root = view->crc_root}).ok()) return;
       session->connection()->set_deadline(
           DeadlineFor(Limits(options_), view->fields.payload_bytes));
-      const auto sent =
-          SendChunks(session->connection(), arena, *view, crcs.value(), request.first_chunk);
+      const auto sent = SendRange(session->connection(), &arena, *view, crcs.value(),
+                                  request.first_chunk, request.end_chunk);
       if (!sent.ok()) {
         listener_->OnTrouble(job, fmt::format("sending step {} of rank {}: {}", view->step(),
                                               view->fields.rank, sent.error().message));
@@ -301,6 +431,7 @@ void ReplicaStore::End(const ReplicaPtr& replica) {
   std::lock_guard<std::mutex> lock(replica->state);
   replica->gone = true;
   if (replica->active_fd >= 0) shutdown(replica->active_fd, SHUT_RDWR);
+  if (replica->arrival != nullptr) replica->arrival->Break();
 }
 
 void ReplicaStore::Forget(const JobId& job) {

@@ -2,9 +2,10 @@
 // pushes into replica arenas, serves fetches from any arena here.
 //
 // A push is taken when its generation is not older than this node's and its step is newer than what
-// is held; the same bytes again are acknowledged at once. A connection that breaks leaves its
-// verified chunks, and the next one for the same slot resumes behind them. A newer push for a rank
-// ends an older one that hangs. The newest committed slot is never overwritten.
+// is held; the same bytes again are acknowledged at once. Chunks that the sender knows to be those
+// of a slot that is here are copied from it, and checked on the way. A connection that breaks
+// leaves its verified chunks, and the next one for the same slot brings the others. A newer push
+// for a rank ends an older one that hangs. The newest committed slot is never overwritten.
 #pragma once
 
 #include <chrono>
@@ -18,6 +19,7 @@
 #include <utility>
 
 #include "checkpoint/store/slot_writer.h"
+#include "checkpoint/transfer/arrival.h"
 #include "checkpoint/transfer/job_table.h"
 #include "checkpoint/transfer/peer_server.h"
 #include "checkpoint/transfer/transfer_service.h"
@@ -33,8 +35,9 @@ void MarkSlots(const Arena& arena, Generation generation, Step step);
 class ReplicaStore final : public PeerHandler {
  public:
   // All must outlive the store.
-  ReplicaStore(const TransferOptions& options, ArenaHost* host, Listener* listener, JobTable* jobs)
-      : options_(options), host_(host), listener_(listener), jobs_(jobs) {}
+  ReplicaStore(const TransferOptions& options, ArenaHost* host, Listener* listener, JobTable* jobs,
+               Traffic* traffic)
+      : options_(options), host_(host), listener_(listener), jobs_(jobs), traffic_(traffic) {}
 
   std::optional<SipKey> KeyOf(const JobId& job) override;
   void Serve(PeerSession* session) override;
@@ -48,14 +51,12 @@ class ReplicaStore final : public PeerHandler {
 
  private:
   struct Replica {
-    std::mutex busy;  // held by the connection that writes; guards all but `state`'s
+    std::mutex busy;  // held by the lead connection that writes; guards all but `state`'s
     Arena arena;
-    std::optional<SlotWriter> writer;  // torn slot of `partial`, chunks before `next` are verified
-    SlotFields partial;
-    std::uint32_t partial_root = 0;
-    std::uint64_t next = 0;
+    std::uint64_t damaged[kSlots] = {};  // sequence of a slot that is no base: a chunk failed there
 
-    std::mutex state;  // short; guards the rest
+    std::mutex state;                  // short; guards the rest
+    std::shared_ptr<Arrival> arrival;  // the torn slot, if one is on its way
     int active_fd = -1;
     Generation active_generation = 0;
     Step active_step = kNoStep;
@@ -66,7 +67,14 @@ class ReplicaStore final : public PeerHandler {
 
   ReplicaPtr Get(const JobId& job, Rank rank);
   void Push(PeerSession* session, const JobFacts& facts);
-  Outcome Take(PeerSession* session, const JobFacts& facts, Replica* replica, bool* answered);
+  Outcome Take(PeerSession* session, const JobFacts& facts, Replica* replica, bool* answered,
+               std::uint64_t* chunk);
+  Result<std::shared_ptr<Arrival>> Begin(const RequestFrame& request, const JobFacts& newest,
+                                         Replica* replica);
+  Outcome Bring(PeerSession* session, Replica* replica, Arrival* arrival, std::uint64_t* chunk);
+  void CopyUnchanged(const ChunkTable& table, const HeldFrame* held, const std::uint64_t* held_seq,
+                     Replica* replica, Arrival* arrival);
+  void Join(PeerSession* session);
   void Fetch(PeerSession* session);
   void End(const ReplicaPtr& replica);
 
@@ -74,6 +82,7 @@ class ReplicaStore final : public PeerHandler {
   ArenaHost* const host_;
   Listener* const listener_;
   JobTable* const jobs_;
+  Traffic* const traffic_;
   std::mutex mutex_;
   std::map<std::pair<JobId, Rank>, ReplicaPtr> replicas_;
 };

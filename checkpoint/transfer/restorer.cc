@@ -115,11 +115,14 @@ Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
       .committed_generation = facts.committed_generation,
       .committed_step = facts.committed_step,
       .limits = {.connect_timeout = options.connect_timeout, .io_timeout = options.io_timeout},
-      .cancel = &local.cancel};
+      .cancel = &local.cancel,
+      .streams = options.streams,
+      .traffic_class = TrafficClass::kRepair};
   SlotFields wanted;
   wanted.step = want.step;
   wanted.rank = want.shard_rank;
   wanted.generation = want.shard_generation;
+  wanted.payload_bytes = want.bytes;
   SlotSink sink(&arena, slot);
   FetchProgress progress;
   const auto deadline = std::chrono::steady_clock::now() + options.restore_timeout;

@@ -6,13 +6,23 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <memory>
 
+#include "checkpoint/store/fence.h"
 #include "proto/base/crc32c.h"
 
 namespace everstep::checkpoint {
 namespace {
 
-constexpr std::size_t kPiece = 256u << 10;  // checksummed while it is in the cache
+// Bytes rest here between the socket and the slot. It stays in the core's own cache, so that the
+// one pass that checks them can store past the cache: memory sees each byte once, not three times
+// (read for ownership, write, read to check).
+constexpr std::size_t kPiece = 512u << 10;
+unsigned char* Bounce() {
+  static thread_local std::unique_ptr<unsigned char[]> bytes;  // once for a connection's thread
+  if (bytes == nullptr) bytes.reset(new unsigned char[kPiece]);
+  return bytes.get();
+}
 
 Error Overwritten(const Arena& arena, const SlotView& view) {
   return {ErrorCode::kStale,
@@ -41,56 +51,102 @@ Result<std::vector<std::uint32_t>> ReadChunkCrcs(const Arena& arena, const SlotV
   return crcs;
 }
 
-Outcome SendChunks(Connection* connection, const Arena& arena, const SlotView& view,
-                   const std::vector<std::uint32_t>& crcs, std::uint64_t first) {
-  for (std::uint64_t i = first; i < view.chunks(); ++i) {
-    if (!arena.Current(view)) return Overwritten(arena, view);
-    if (connection->Readable()) return Done{};
-    const ChunkFrame frame{
-        .index = static_cast<std::uint32_t>(i), .bytes = view.chunk_size(i), .crc = crcs[i]};
-    if (auto ok = connection->Send(&frame, sizeof frame, true); !ok.ok()) return ok;
-    if (auto ok = connection->SendFile(arena.fd(), view.extent_offset + i * kChunkBytes,
-                                       view.chunk_size(i));
-        !ok.ok()) {
-      return ok;
-    }
-  }
-  return Done{};
+Outcome SendTable(Connection* connection, const std::vector<std::uint32_t>& crcs,
+                  std::uint32_t base, const Bitmap& same) {
+  const TableFrame frame{.chunks = static_cast<std::uint32_t>(crcs.size()),
+                         .base = same.empty() ? kNoBase : base};
+  if (auto ok = connection->Send(&frame, sizeof frame, true); !ok.ok()) return ok;
+  if (auto ok = connection->Send(crcs.data(), 4 * crcs.size(), !same.empty()); !ok.ok()) return ok;
+  return connection->Send(same.data(), same.size());
 }
 
-Outcome ReceiveChunks(Connection* connection, const SlotFields& fields, SlotWriter* writer,
-                      std::uint64_t* next) {
+Result<ChunkTable> ReceiveTable(Connection* connection, const SlotFields& fields,
+                                std::uint32_t crc_root) {
+  TableFrame frame;
+  if (auto ok = connection->Receive(&frame, sizeof frame); !ok.ok()) return ok.error();
+  const std::uint64_t chunks = ChunkCount(fields.payload_bytes);
+  if (frame.magic != kFrameMagic || frame.chunks != chunks ||
+      (frame.base != kNoBase && frame.base >= kSlots)) {
+    return Error{ErrorCode::kInvalid,
+                 fmt::format("peer {}: a table of {} chunks where one of {} was due",
+                             connection->peer(), frame.chunks, chunks)};
+  }
+  ChunkTable table{.base = frame.base};
+  table.crcs.resize(chunks);
+  if (auto ok = connection->Receive(table.crcs.data(), 4 * chunks); !ok.ok()) return ok.error();
+  if (table.base != kNoBase) {
+    table.same.resize(BitmapBytes(chunks));
+    if (auto ok = connection->Receive(table.same.data(), table.same.size()); !ok.ok()) {
+      return ok.error();
+    }
+  }
+  const std::uint32_t root = CrcRoot(fields, table.crcs.data());
+  if (root != crc_root) {
+    return Error{ErrorCode::kCorrupt,
+                 fmt::format("peer {}: the chunk checksums of step {} of rank {} give {:08x}, not "
+                             "{:08x} as announced",
+                             connection->peer(), fields.step, fields.rank, root, crc_root)};
+  }
+  return table;
+}
+
+Outcome SendChunk(Connection* connection, const Arena& arena, const SlotView& view,
+                  const unsigned char* data, std::uint64_t chunk, std::uint32_t crc) {
+  if (!arena.Current(view)) return Overwritten(arena, view);
+  const ChunkFrame frame{
+      .index = static_cast<std::uint32_t>(chunk), .bytes = view.chunk_size(chunk), .crc = crc};
+  if (auto ok = connection->Send(&frame, sizeof frame, true); !ok.ok()) return ok;
+  if (data != nullptr) return connection->Send(data + chunk * kChunkBytes, frame.bytes);
+  return connection->SendFile(arena.fd(), view.extent_offset + chunk * kChunkBytes, frame.bytes);
+}
+
+Outcome SendEndOfChunks(Connection* connection) {
+  const ChunkFrame frame{.index = kEndOfChunks};
+  return connection->Send(&frame, sizeof frame);
+}
+
+bool MappingPays(const Connection& connection) {
+  return connection.SameHost();
+}
+
+Result<ChunkFrame> ReceiveChunkFrame(Connection* connection, const SlotFields& fields,
+                                     const std::vector<std::uint32_t>& crcs) {
+  ChunkFrame frame;
+  if (auto ok = connection->Receive(&frame, sizeof frame); !ok.ok()) return ok.error();
+  if (frame.magic == kFrameMagic && frame.index == kEndOfChunks && frame.bytes == 0) return frame;
   SlotView shape;
   shape.fields = fields;
-  for (; *next < shape.chunks(); ++*next) {
-    ChunkFrame frame;
-    if (auto ok = connection->Receive(&frame, sizeof frame); !ok.ok()) return ok;
-    if (frame.magic != kFrameMagic || frame.index != *next ||
-        frame.bytes != shape.chunk_size(*next)) {
-      return Error{
-          ErrorCode::kInvalid,
-          fmt::format("peer {}: a frame for chunk {} of {} bytes where chunk {} of {} bytes "
-                      "was due",
-                      connection->peer(), frame.index, frame.bytes, *next,
-                      shape.chunk_size(*next))};
-    }
-    std::uint32_t crc = 0;
-    unsigned char* to = writer->Chunk(*next);
-    for (std::size_t at = 0; at < frame.bytes;) {
-      const std::size_t n = std::min<std::size_t>(kPiece, frame.bytes - at);
-      if (auto ok = connection->Receive(to + at, n); !ok.ok()) return ok;
-      crc = Crc32cExtend(crc, to + at, n);
-      at += n;
-    }
-    if (crc != frame.crc) {
-      return Error{
-          ErrorCode::kCorrupt,
-          fmt::format("peer {}: chunk {} of step {} of rank {} arrived with CRC {:08x}, not "
-                      "{:08x}",
-                      connection->peer(), *next, fields.step, fields.rank, crc, frame.crc)};
-    }
-    writer->SetChunkCrc(*next, crc);
+  if (frame.magic != kFrameMagic || frame.index >= crcs.size() ||
+      frame.bytes != shape.chunk_size(frame.index) || frame.crc != crcs[frame.index]) {
+    return Error{ErrorCode::kInvalid,
+                 fmt::format("peer {}: a frame for chunk {} of {} bytes with CRC {:08x}, which is "
+                             "none of the {} chunks of step {} of rank {}",
+                             connection->peer(), frame.index, frame.bytes, frame.crc, crcs.size(),
+                             fields.step, fields.rank)};
   }
+  return frame;
+}
+
+Outcome ReceiveChunk(Connection* connection, const SlotFields& fields, const ChunkFrame& frame,
+                     SlotWriter* writer) {
+  unsigned char* bounce = Bounce();
+  unsigned char* to = writer->Chunk(frame.index);
+  std::uint32_t crc = 0;
+  for (std::size_t at = 0; at < frame.bytes;) {
+    const std::size_t n = std::min<std::size_t>(kPiece, frame.bytes - at);
+    if (auto ok = connection->Receive(bounce, n); !ok.ok()) return ok;
+    crc = Crc32cCopy(crc, to + at, bounce, n);
+    at += n;
+  }
+  StoreFence();  // other threads publish what this one wrote past the cache
+  if (crc != frame.crc) {
+    return Error{
+        ErrorCode::kCorrupt,
+        fmt::format("peer {}: chunk {} of step {} of rank {} arrived with CRC {:08x}, not "
+                    "{:08x}",
+                    connection->peer(), frame.index, fields.step, fields.rank, crc, frame.crc)};
+  }
+  writer->SetChunkCrc(frame.index, crc);
   return Done{};
 }
 

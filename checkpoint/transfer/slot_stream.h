@@ -1,8 +1,11 @@
-// The middle of a connection, the same for push and fetch: a slot's chunks from a memfd to a
-// socket, and from a socket into a slot, each checked against its CRC as it arrives.
+// The middle of a connection, the same for push, join and fetch: a slot's chunk table and its
+// chunks, from a memfd to a socket and from a socket into a slot, each chunk checked against the
+// table as it arrives. No allocation for a chunk; the table is the only thing whose size follows
+// the slot's (4 bytes and 2 bits for each MiB).
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "checkpoint/store/arena.h"
@@ -12,19 +15,46 @@
 
 namespace everstep::checkpoint {
 
+// One bit a chunk, the lowest of a byte first.
+using Bitmap = std::vector<std::uint8_t>;
+inline bool BitOf(const Bitmap& bits, std::uint64_t i) {
+  return (bits[i / 8] >> (i % 8) & 1) != 0;
+}
+inline void SetBit(Bitmap* bits, std::uint64_t i) {
+  (*bits)[i / 8] = static_cast<std::uint8_t>((*bits)[i / 8] | 1u << (i % 8));
+}
+
 // A slot's chunk CRCs, read without mapping its memory. kStale: overwritten meanwhile.
 Result<std::vector<std::uint32_t>> ReadChunkCrcs(const Arena& arena, const SlotView& view);
 
-// Sends chunks [first, end). The bytes go out as they lie in memory at that moment: a slot that is
-// overwritten meanwhile arrives with a wrong CRC and is refused there.
-// kStale: noticed here. Stops early, without error, when the peer has spoken (it refuses).
-Outcome SendChunks(Connection* connection, const Arena& arena, const SlotView& view,
-                   const std::vector<std::uint32_t>& crcs, std::uint64_t first);
+// `same` empty: no base.
+Outcome SendTable(Connection* connection, const std::vector<std::uint32_t>& crcs,
+                  std::uint32_t base = kNoBase, const Bitmap& same = {});
+struct ChunkTable {
+  std::vector<std::uint32_t> crcs;
+  std::uint32_t base = kNoBase;
+  Bitmap same;
+};
+// kCorrupt: the CRCs and `fields` do not give `crc_root`.
+Result<ChunkTable> ReceiveTable(Connection* connection, const SlotFields& fields,
+                                std::uint32_t crc_root);
 
-// Receives chunks [*next, end) into the writer's slot. *next moves behind each verified chunk, so
-// that a later connection can resume there. kCorrupt: chunk *next failed its CRC.
-Outcome ReceiveChunks(Connection* connection, const SlotFields& fields, SlotWriter* writer,
-                      std::uint64_t* next);
+// One chunk, as it lies in memory at that moment: a slot that is overwritten meanwhile arrives with
+// a wrong CRC and is refused there. `data`: the slot's mapped payload, copied into the socket;
+// null: the pages go there by themselves (sendfile).
+Outcome SendChunk(Connection* connection, const Arena& arena, const SlotView& view,
+                  const unsigned char* data, std::uint64_t chunk, std::uint32_t crc);
+Outcome SendEndOfChunks(Connection* connection);
+// On the same host a byte that is copied into the socket is read from the cache by its receiver,
+// one that is lent to it from memory: mapping pays. To another host the network card reads it.
+bool MappingPays(const Connection& connection);
+
+// The next chunk's frame, checked against the table; index kEndOfChunks ends the stream.
+Result<ChunkFrame> ReceiveChunkFrame(Connection* connection, const SlotFields& fields,
+                                     const std::vector<std::uint32_t>& crcs);
+// Its bytes, into the writer's slot. kCorrupt: not those of frame.crc.
+Outcome ReceiveChunk(Connection* connection, const SlotFields& fields, const ChunkFrame& frame,
+                     SlotWriter* writer);
 
 // The part of `whole` that fits a fixed text field, NUL-terminated.
 template <std::size_t N>

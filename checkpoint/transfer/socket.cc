@@ -203,6 +203,22 @@ bool Connection::Readable() const {
   return poll(&p, 1, 0) > 0;
 }
 
+bool Connection::SameHost() const {
+  sockaddr_storage here{}, there{};
+  socklen_t here_size = sizeof here, there_size = sizeof there;
+  if (getsockname(fd_, reinterpret_cast<sockaddr*>(&here), &here_size) != 0 ||
+      getpeername(fd_, reinterpret_cast<sockaddr*>(&there), &there_size) != 0 ||
+      here.ss_family != there.ss_family) {
+    return false;
+  }
+  if (here.ss_family == AF_INET6) {
+    return std::memcmp(&reinterpret_cast<sockaddr_in6*>(&here)->sin6_addr,
+                       &reinterpret_cast<sockaddr_in6*>(&there)->sin6_addr, 16) == 0;
+  }
+  return here.ss_family == AF_INET && reinterpret_cast<sockaddr_in*>(&here)->sin_addr.s_addr ==
+                                          reinterpret_cast<sockaddr_in*>(&there)->sin_addr.s_addr;
+}
+
 Result<Listening> Listen(const std::string& address, std::uint16_t port) {
   const std::string host = address.find(':') == std::string::npos ? address : "[" + address + "]";
   auto list = Resolve(fmt::format("{}:{}", host, port), AI_PASSIVE);

@@ -37,6 +37,8 @@ class Connection {
   Outcome Receive(void* data, std::size_t size);
   // Bytes are there, or the peer is gone: does not wait.
   bool Readable() const;
+  // Both ends have the same address.
+  bool SameHost() const;
 
   void set_deadline(SteadyTime deadline) { deadline_ = deadline; }
   const std::string& peer() const { return peer_; }

@@ -1,5 +1,6 @@
 #include "checkpoint/transfer/transfer_service.h"
 
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <poll.h>
 #include <sys/eventfd.h>
@@ -43,7 +44,8 @@ class Service final : public TransferService {
       : options_(options),
         host_(host),
         listener_(listener),
-        replicas_(options, host, listener, &jobs_),
+        traffic_(options.pacing),
+        replicas_(options, host, listener, &jobs_, &traffic_),
         pool_(std::max(1, options.push_threads)) {}
   ~Service() override { Stop(); }
 
@@ -69,6 +71,7 @@ class Service final : public TransferService {
   void SetControllerAway(bool away) override;
   void Forget(const JobId& job) override;
   void KeeperGone() override;
+  Traffic* traffic() override { return &traffic_; }
   void Stop() override;
 
  private:
@@ -103,6 +106,7 @@ class Service final : public TransferService {
   ArenaHost* const host_;
   Listener* const listener_;
   JobTable jobs_;
+  Traffic traffic_;
   ReplicaStore replicas_;
   TaskPool pool_;
   std::unique_ptr<PeerServer> server_;
@@ -347,6 +351,9 @@ void Service::Look(const LocalPtr& local) {
   }
   if (!fresh) return;
   local->seen_content = view->content();
+  traffic_.OnStep(local->job, local->generation, local->rank, view->step(),
+                  static_cast<std::int64_t>(view->fields.captured_ns),
+                  header.trainer.waited_ns.load(std::memory_order_relaxed));
   listener_->OnCopied(local->job, ToShard(*view, false));
   QueuePush(local, milliseconds(0));
 }
@@ -408,6 +415,12 @@ std::optional<milliseconds> Service::Push(const LocalPtr& local) {
   const auto view = ToPush(*local);
   if (!view || local->cancel || !local->restored) return std::nullopt;
   const JobFacts facts = jobs_.Find(local->job).value_or(JobFacts{});
+  if (!local->sending.open()) {
+    auto mapped = Arena::Open(fcntl(local->arena.fd(), F_DUPFD_CLOEXEC, 0));
+    if (!mapped.ok()) return options_.retry_last;  // no descriptor is free
+    local->sending = std::move(mapped.value());
+  }
+  const bool restored = view->fields.generation != local->generation;
   const PeerTask task{.address = local->peer,
                       .job = local->job,
                       .key = facts.key,
@@ -415,10 +428,20 @@ std::optional<milliseconds> Service::Push(const LocalPtr& local) {
                       .committed_generation = facts.committed_generation,
                       .committed_step = facts.committed_step,
                       .limits = Limits(),
-                      .cancel = &local->cancel};
+                      .cancel = &local->cancel,
+                      .streams = options_.streams,
+                      .traffic_class = restored ? TrafficClass::kRepair : TrafficClass::kCommit,
+                      .traffic = &traffic_};
   SlotHeader& slot = local->arena.header()->slot[view->slot];
   slot.pushing_seq.store(view->seq, std::memory_order_release);
-  const auto pushed = PushSlot(task, local->arena, *view);
+  PushReport report;
+  const auto began = MonotonicNanos();
+  const auto pushed = PushSlot(task, &local->sending, *view, &report);
+  if (pushed.ok() || !local->cancel) {
+    traffic_.Pushed(pushed.ok() ? PeerOutcome::kDone : OutcomeOf(pushed.error()),
+                    static_cast<double>(MonotonicNanos() - began) / 1e9, report.unchanged_bytes,
+                    report.resumed_bytes);
+  }
   if (pushed.ok()) slot.replicated_seq.store(view->seq, std::memory_order_release);
   slot.pushing_seq.store(0, std::memory_order_release);
   if (pushed.ok()) {

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "checkpoint/store/result.h"
+#include "checkpoint/transfer/traffic.h"
 #include "proto/base/ids.h"
 #include "proto/base/plan.h"
 
@@ -89,7 +90,7 @@ struct TransferOptions {
   std::string bind_address = "127.0.0.1";
   std::uint16_t port = 0;  // 0: any
   int push_threads = 2;
-  int streams = 1;           // connections for one slot, 1 to 8
+  int streams = 2;           // connections for one slot at most; small ones take fewer
   int max_connections = 64;  // beyond: refused, the peer tries again
   std::uint64_t max_payload_bytes = std::uint64_t{1} << 40;
   std::chrono::milliseconds connect_timeout{2000};
@@ -98,6 +99,7 @@ struct TransferOptions {
   std::chrono::milliseconds retry_first{50};  // doubles up to retry_last
   std::chrono::milliseconds retry_last{1000};
   std::chrono::milliseconds restore_timeout{120000};  // a fetch, all attempts together
+  PacerOptions pacing;
 };
 
 class TransferService {
@@ -134,6 +136,9 @@ class TransferService {
 
   // The keeper died: every descriptor is of a dead arena. As Forget for all jobs, keys are kept.
   virtual void KeeperGone() = 0;
+
+  // Who else moves checkpoint bytes on this node asks it first; what was moved so far.
+  virtual Traffic* traffic() = 0;
 
   // Ends every connection and joins every thread; at most a second or two.
   virtual void Stop() = 0;

@@ -1,0 +1,68 @@
+// A slot on its way into a replica arena: its chunk table, what of it is there and verified, and
+// the connections that bring it. Outlives them: what broke off is resumed from here, chunk by
+// chunk.
+//
+// Thread-safe. Owned by the replica store's entry, shared with the connections' threads. Each chunk
+// has one writer at a time: who claimed it.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <mutex>
+#include <set>
+#include <vector>
+
+#include "checkpoint/store/slot_writer.h"
+#include "checkpoint/transfer/slot_stream.h"
+
+namespace everstep::checkpoint {
+
+class Arrival {
+ public:
+  // `writer`: of the slot that takes it. Its arena must outlive this.
+  Arrival(const SlotFields& fields, std::uint32_t crc_root, const SlotWriter& writer);
+
+  const SlotFields& fields() const { return fields_; }
+  std::uint32_t crc_root() const { return crc_root_; }
+  bool Is(const SlotFields& fields, std::uint32_t crc_root) const;
+  SlotWriter* writer() { return &writer_; }
+
+  // The first one counts: the same root means the same table.
+  void SetTable(std::vector<std::uint32_t> crcs);
+  const std::vector<std::uint32_t>& crcs() const { return crcs_; }
+
+  bool Claim(std::uint64_t chunk);  // false: verified, or another connection is at it
+  void Verified(std::uint64_t chunk);
+  void Unclaim(std::uint64_t chunk);
+  std::uint64_t verified() const;
+  Bitmap Lacking() const;
+
+  // The lead opens it for further streams and closes it at its end. Close breaks them when told so,
+  // and waits until the last has left; they end soon, each has its own limits of time.
+  void Open();
+  bool Join(int fd);  // false: not open
+  void Leave(int fd);
+  void Close(bool broken);
+  void Break();  // ends the further streams, without waiting for them
+
+ private:
+  enum State : std::uint8_t { kLacking, kArriving, kVerified };
+
+  const SlotFields fields_;
+  const std::uint32_t crc_root_;
+  SlotWriter writer_;
+  std::vector<std::uint32_t> crcs_;
+
+  mutable std::mutex mutex_;
+  std::condition_variable left_;
+  std::vector<std::uint8_t> states_;
+  std::uint64_t verified_ = 0;
+  bool open_ = false;
+  std::set<int> streams_;
+};
+
+// The middle of a push or join: claims, receives and verifies chunks until the end frame.
+// `chunk`: which one failed.
+Outcome ReceiveInto(Connection* connection, Arrival* arrival, std::uint64_t* chunk);
+
+}  // namespace everstep::checkpoint
