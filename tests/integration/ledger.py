@@ -19,10 +19,15 @@ class Entry:
     pid: int
 
 
-def read(folder: Path) -> list[Entry]:
-    """All whole lines of all ranks and generations, by time. A line its writer was killed in is left out."""
+def read(folder: Path, since: float = 0.0) -> list[Entry]:
+    """All whole lines of all ranks and generations, by time. A line its writer was killed in is left out.
+
+    since: leaves out files that nobody has written to since then (wall clock).
+    """
     entries = []
     for file in folder.glob("*.jsonl"):
+        if since and file.stat().st_mtime < since:
+            continue
         for line in file.read_text().splitlines():
             try:
                 entries.append(Entry(**json.loads(line)))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import ledger
 import pytest
+from network import Network, NotAllowed, sh
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = ROOT / "build/release/bin"
@@ -25,57 +26,13 @@ VENV = ROOT / ".venv/bin"
 NODES = 3
 
 
-def sh(*command: str, check: bool = True) -> str:
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
-    assert not check or done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-    return done.stdout
-
-
-class Network:
-    """One namespace a node and one for the controller, on a bridge in the controller's: 10.99.0.(1 + n)."""
-
-    def __init__(self) -> None:
-        tag = f"es{os.getpid() % 100000}"
-        self.hub = f"{tag}c"
-        self.names = [f"{tag}n{i}" for i in range(NODES)]
-
-    def make(self) -> None:
-        sh("ip", "netns", "add", self.hub)
-        inside = ("ip", "netns", "exec", self.hub, "ip")
-        sh(*inside, "link", "set", "lo", "up")
-        sh(*inside, "link", "add", "br0", "type", "bridge")
-        sh(*inside, "addr", "add", "10.99.0.1/24", "dev", "br0")
-        sh(*inside, "link", "set", "br0", "up")
-        for i, name in enumerate(self.names):
-            sh("ip", "netns", "add", name)
-            sh("ip", "link", "add", f"v{i}", "netns", self.hub, "type", "veth", "peer", "name", "eth0", "netns", name)
-            sh(*inside, "link", "set", f"v{i}", "master", "br0", "up")
-            node = ("ip", "netns", "exec", name, "ip")
-            sh(*node, "link", "set", "lo", "up")
-            sh(*node, "addr", "add", f"10.99.0.{10 + i}/24", "dev", "eth0")
-            sh(*node, "link", "set", "eth0", "up")
-
-    def cut(self, node: int, down: bool) -> None:
-        sh("ip", "netns", "exec", self.hub, "ip", "link", "set", f"v{node}", "down" if down else "up")
-
-    def remove(self) -> None:
-        for name in [self.hub, *self.names]:
-            sh("ip", "netns", "del", name, check=False)
-
-    def run(self, namespace: str, *command: str, env: dict[str, str], log: Path) -> subprocess.Popen[bytes]:
-        with log.open("ab") as out:
-            return subprocess.Popen(["ip", "netns", "exec", namespace, *command], env=env, stdout=out, stderr=out,
-                                    stdin=subprocess.DEVNULL, start_new_session=True)
-
-
 @pytest.fixture
 def network() -> Iterator[Network]:
-    net = Network()
+    net = Network(NODES)
     try:
         net.make()
-    except (AssertionError, FileNotFoundError) as e:
-        net.remove()
-        pytest.skip(f"no network namespaces here: {e}")
+    except NotAllowed as e:
+        pytest.skip(str(e))
     yield net
     net.remove()
 
@@ -96,7 +53,7 @@ class Cluster:
             time.sleep(0.02)
         for i, name in enumerate(network.names):
             self.processes.append(network.run(name, str(BIN / "everstep-agent"), "--controller", self.controller, "--node", f"n{i}",
-                                              "--state-dir", str(work / "s"), "--address", f"10.99.0.{10 + i}", env=self.env,
+                                              "--state-dir", str(work / "s"), "--address", network.address(i), env=self.env,
                                               log=work / f"n{i}.log"))
 
     def cli(self, *args: str, check: bool = True) -> str:

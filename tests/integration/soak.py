@@ -1,12 +1,14 @@
 """A soak: N random real faults on a running job, then proof that nothing was lost and nothing is left.
 
-    tests/run.sh soak [--faults 200] [--seed S] [--nodes 4] [--keep] [--spin]
+    tests/run.sh soak [--faults 200] [--seed S] [--nodes 4] [--no-partitions] [--keep] [--spin]
 
-A cluster of separate processes on loopback trains scripts/ledger.py on two nodes with spares. Faults are drawn from
-a seed: SIGKILL or SIGSTOP of a worker, an agent, a keeper, a whole node, the controller. After each the job must
-make new steps on every rank within --limit seconds; stopped processes go on after a drawn time (a stopped worker
+A cluster of separate processes trains scripts/ledger.py on two nodes with spares. Faults are drawn from a seed:
+SIGKILL or SIGSTOP of a worker, an agent, a keeper, a whole node, the controller. Where network namespaces are allowed
+(root, `ip netns`), each node lives in one of its own, and a node may also be cut off from all the others, for longer or
+shorter than its lease; else the cluster is on loopback, and that is said. After each fault the job must make new steps
+on every rank within --limit seconds; stopped processes go on, and cuts heal, after a drawn time (a stopped worker
 is left to the controller). At the end the ledger of steps has no gap, one state a step, no committed step redone,
-and no process, socket, memfd or file of the cluster is left.
+and no process, socket, memfd, file or namespace of the cluster is left.
 
 --spin instead: eight busy processes for a minute on this machine; no node may be taken for lost.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -23,14 +26,17 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import ledger
+from network import Network, NotAllowed
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERSTEP = str(ROOT / ".venv/bin/everstep")
+BIN = ROOT / "build/release/bin"
 WORLD = 2
 
 
@@ -75,12 +81,19 @@ class Cluster:
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "EVERSTEP", "TORCHELASTIC"))}
         self.env |= {"OMP_NUM_THREADS": "1", "LEDGER": str(self.ledger), "STOP_FILE": str(self.stop_file)}
         self.committed: list[tuple[float, int]] = []
+        self.up(nodes)
+
+    def up(self, nodes: int) -> None:
         self.cli("cluster", "up", "--nodes", str(nodes), "--name", self.name, "--state-dir", str(self.state))
         listing = json.loads(self.cli("cluster", "list", "-o", "json"))
         self.env["EVERSTEP_CONTROLLER"] = next(c for c in listing["items"] if c["name"] == self.name)["controller"]
 
+    def inside(self, *command: str) -> list[str]:
+        """The command line that runs `command` where the controller can be reached."""
+        return list(command)
+
     def cli(self, *args: str, check: bool = True) -> str:
-        done = subprocess.run([EVERSTEP, *args], check=False, capture_output=True, text=True, timeout=60, env=self.env)
+        done = subprocess.run(self.inside(EVERSTEP, *args), check=False, capture_output=True, text=True, timeout=60, env=self.env)
         if check and done.returncode:
             raise Failure(f"everstep {' '.join(args)} ended with {done.returncode}: {done.stderr.strip()}")
         return done.stdout
@@ -89,7 +102,7 @@ class Cluster:
         command = [EVERSTEP, "run", "--name", "soak", "--nnodes", str(nodes), "--spares", str(spares), "--nproc-per-node",
                    str(WORLD // nodes), "--max-restarts", "1000000", str(ROOT / "tests/integration/scripts/ledger.py")]
         with open(self.work / "run.log", "w") as output:
-            self.run = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=self.env, stdin=subprocess.DEVNULL)
+            self.run = subprocess.Popen(self.inside(*command), stdout=output, stderr=subprocess.STDOUT, env=self.env, stdin=subprocess.DEVNULL)
 
     def job(self) -> dict | None:
         """`job show`, or nothing while the controller is away."""
@@ -101,18 +114,28 @@ class Cluster:
         self.committed.append((time.time(), int(shown.get("committed_step", -1))))
         return shown
 
-    def wait_steps(self, after: float, count: int, limit: float) -> float:
-        """Until every rank has made `count` steps that ended after `after`; the wall clock of the last rank's first."""
+    def wait_steps(self, after: float, count: int, limit: float) -> None:
+        """Until every rank has made `count` steps that ended after `after`."""
         deadline = time.time() + limit
         while time.time() < deadline:
             if self.run.poll() is not None:
                 raise Failure(f"the run ended with {self.run.returncode}; its output is in {self.work}/run.log")
-            fresh = [e for e in ledger.read(self.ledger) if e.at > after]
+            fresh = [e for e in ledger.read(self.ledger, after) if e.at > after]
             counts = Counter(e.rank for e in fresh)
             if len(counts) == WORLD and min(counts.values()) >= count:
-                return max(min(e.at for e in fresh if e.rank == rank) for rank in range(WORLD))
+                return
             time.sleep(0.05)
         raise Failure(f"no {count} steps of every rank within {limit:.0f} s")
+
+    def longest_gap(self, since: float) -> float:
+        """Seconds from one rank's step to its next, at most, from the last ones before `since` on."""
+        entries = ledger.read(self.ledger, since - 10)
+        worst = 0.0
+        for rank in range(WORLD):
+            times = [e.at for e in entries if e.rank == rank]
+            times = times[max(0, sum(at <= since for at in times) - 1):]
+            worst = max([worst, *(b - a for a, b in itertools.pairwise(times))])
+        return worst
 
     def node_names(self) -> list[str]:
         return sorted(p.name for p in (self.state / "nodes").iterdir() if (p / "agent.pid").exists())
@@ -122,7 +145,7 @@ class Cluster:
         if kind == "controller":
             files = [self.state / "controller/pid"]
         elif kind == "worker":
-            newest = [e for e in ledger.read(self.ledger) if e.rank == int(which)]
+            newest = [e for e in ledger.read(self.ledger, time.time() - 10) if e.rank == int(which)]
             return [newest[-1].pid] if newest else []
         else:
             node = self.state / "nodes" / which
@@ -156,44 +179,135 @@ class Cluster:
             kept = self.work / "logs" / file.relative_to(self.state)
             kept.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, kept)
+        self.end()
+
+    def end(self) -> None:
         self.cli("cluster", "down", self.name, check=False)
+
+
+class PartedCluster(Cluster):
+    """Each node in a network namespace of its own. Whoever dies is started again, as `cluster up` does it."""
+
+    def __init__(self, work: Path, nodes: int, network: Network) -> None:
+        self.network = network
+        self.ending = threading.Event()
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+        super().__init__(work, nodes)
+
+    def up(self, nodes: int) -> None:
+        self.env |= {"EVERSTEP_CONTROLLER": f"{self.network.HUB_ADDRESS}:7600", "GLOO_SOCKET_IFNAME": "eth0",
+                     "VIRTUAL_ENV": str(ROOT / ".venv")}
+        (self.state / "nodes").mkdir(parents=True)
+        (self.state / "controller").mkdir()
+        for name in ["controller", *(f"n{i}" for i in range(nodes))]:
+            self.start(name)
+        self.keeping = threading.Thread(target=self.keep_up, daemon=True)
+        self.keeping.start()
+        deadline = time.time() + 30
+        while len(self.node_names()) < nodes or self.cli("node", "list", check=False).count("ALIVE") < nodes:
+            if time.time() > deadline:
+                raise Failure(f"the cluster did not come up within 30 s; its logs are in {self.state}")
+            time.sleep(0.1)
+
+    def start(self, name: str) -> None:
+        if name == "controller":
+            where, log = self.network.hub, self.state / "controller/controller.log"
+            command = [str(BIN / "everstep-controller"), "--listen", self.env["EVERSTEP_CONTROLLER"],
+                       "--state-dir", str(self.state / "controller"), "--cluster", self.name]
+        else:
+            node = int(name[1:])
+            where, log = self.network.names[node], self.state / f"{name}.log"
+            command = [str(BIN / "everstep-agent"), "--controller", self.env["EVERSTEP_CONTROLLER"], "--node", name,
+                       "--state-dir", str(self.state), "--address", self.network.address(node)]
+        self.running[name] = self.network.run(where, *command, env=self.env, log=log)
+
+    def keep_up(self) -> None:
+        while not self.ending.wait(0.05):
+            for name, process in list(self.running.items()):
+                if process.poll() is not None and not self.ending.is_set():
+                    self.start(name)
+
+    def inside(self, *command: str) -> list[str]:
+        return self.network.inside(self.network.hub, *command)
+
+    def pids(self, kind: str, which: str) -> list[int]:
+        if kind == "controller":
+            return [self.running["controller"].pid] if self.running["controller"].poll() is None else []
+        return super().pids(kind, which)
+
+    def end(self) -> None:
+        self.ending.set()
+        self.keeping.join()
+        for name in sorted(self.running, key="controller".__eq__):  # the controller last
+            if self.running[name].poll() is None:
+                self.running[name].terminate()
+        for process in self.running.values():
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()  # what it leaves behind the verdict finds
+                process.wait()
 
 
 FAULTS = [("kill", "worker", 5), ("stop", "worker", 2), ("kill", "agent", 3), ("stop", "agent", 2), ("kill", "keeper", 2),
           ("kill", "node", 4), ("stop", "node", 1), ("kill", "controller", 3), ("stop", "controller", 2)]
+CUTS = [("cut", "node", 5)]
 
 
 def one_fault(cluster: Cluster, draw: random.Random, number: int, limit: float) -> tuple[str, float]:
-    verb, kind, _ = draw.choices(FAULTS, weights=[f[2] for f in FAULTS])[0]
+    faults = FAULTS + (CUTS if isinstance(cluster, PartedCluster) else [])
+    verb, kind, _ = draw.choices(faults, weights=[f[2] for f in faults])[0]
     which = str(draw.randrange(WORLD)) if kind == "worker" else draw.choice(cluster.node_names())
     pids = cluster.pids(kind, which)
     pause = draw.uniform(0.2, 6.0)
-    label = f"{verb} {kind}" + ("" if kind == "controller" else f" {which}") + (f" for {pause:.1f} s" if verb == "stop" else "")
+    label = f"{verb} {kind}" + ("" if kind == "controller" else f" {which}") + (f" for {pause:.1f} s" if verb != "kill" else "")
     began = time.time()
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGKILL if verb == "kill" else signal.SIGSTOP)
-        except ProcessLookupError:
-            pass
+    if verb == "cut":
+        assert isinstance(cluster, PartedCluster)
+        cluster.network.cut(int(which[1:]), down=True)
+        time.sleep(pause)
+        cluster.network.cut(int(which[1:]), down=False)
+        pids = []
+    send(pids, signal.SIGKILL if verb == "kill" else signal.SIGSTOP)
     if verb == "stop" and kind != "worker":  # somebody types `fg`; a stopped worker is the controller's to notice
         time.sleep(pause)
-        for pid in pids:
-            try:
-                os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                pass
+        send(pids, signal.SIGCONT)
     try:
-        first = cluster.wait_steps(began, 3, limit)
+        cluster.wait_steps(time.time(), 3, limit)
     except Failure as e:
         raise Failure(f"fault {number} ({label}): {e}") from e
+    stood = cluster.longest_gap(began)
     cluster.job()
-    print(f"{number:4d} {label:34s} pids {pids}: next step of every rank after {first - began:.2f} s", flush=True)
-    return f"{verb} {kind}", first - began
+    print(f"{number:4d} {label:34s} pids {pids}: stood still for {stood:.2f} s", flush=True)
+    return f"{verb} {kind}", stood
+
+
+def send(pids: list[int], number: int) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def soak(args: argparse.Namespace, work: Path) -> None:
     shm_before = set(os.listdir("/dev/shm"))
-    cluster = Cluster(work, args.nodes)
+    network = Network(args.nodes)
+    parted = args.partitions
+    if parted:
+        try:
+            network.make()
+        except NotAllowed as e:
+            print(f"without partitions: {e}", flush=True)
+            parted = False
+    try:
+        cluster = PartedCluster(work, args.nodes, network) if parted else Cluster(work, args.nodes)
+        run_soak(args, work, cluster, shm_before)
+    finally:
+        network.remove()
+    if network.left():
+        raise Failure(f"namespaces are left: {' '.join(network.left())}")
+
+
+def run_soak(args: argparse.Namespace, work: Path, cluster: Cluster, shm_before: set[str]) -> None:
     draw = random.Random(args.seed)
     times: dict[str, list[float]] = {}
     try:
@@ -274,12 +388,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--limit", type=float, default=60.0, help="seconds a recovery may take")
+    parser.add_argument("--partitions", action=argparse.BooleanOptionalAction, default=True,
+                        help="nodes in network namespaces, cut off now and then (needs root; said when it cannot be)")
     parser.add_argument("--keep", action="store_true", help="keep the directory with the logs")
     parser.add_argument("--spin", action="store_true", help="eight busy processes; no node may be lost")
     parser.add_argument("--seconds", type=float, default=60.0, help="of --spin")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
-    again = f"tests/run.sh soak --faults {args.faults} --seed {args.seed} --nodes {args.nodes}" if not args.spin else "tests/run.sh soak --spin"
+    again = f"tests/run.sh soak --faults {args.faults} --seed {args.seed} --nodes {args.nodes}{'' if args.partitions else ' --no-partitions'}" if not args.spin else "tests/run.sh soak --spin"
     try:
         (spin if args.spin else soak)(args, work)
     except Failure as e:
