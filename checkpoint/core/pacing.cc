@@ -10,6 +10,7 @@ namespace {
 constexpr double kNever = std::numeric_limits<double>::infinity();
 constexpr std::int64_t kAskAgainNs = 5'000'000;  // another class must end first: nobody knows when
 constexpr double kTogetherS = 0.05;              // bytes closer than this went in one go
+constexpr double kRounding = 1e-9;
 
 std::int64_t Nanos(double seconds) {
   return static_cast<std::int64_t>(std::min(seconds, 3600.0) * 1e9);
@@ -71,14 +72,15 @@ void StepLimit::OnStep(const StepSample& sample) {
   if (quiet) {
     quiet_s_ = quiet_s_ == 0 ? sample.step_s : quiet_s_ + w * (sample.step_s - quiet_s_);
   } else {
-    step_s_ = step_s_ == 0 ? sample.step_s : step_s_ + w * (sample.step_s - step_s_);
+    step_s_ = since_ == 0 ? sample.step_s : step_s_ + w * (sample.step_s - step_s_);
+    ++since_;
     if (sample.busy_s > 0) {
       peak_rate_ = std::max(peak_rate_ * 0.99, static_cast<double>(sample.bytes) / sample.busy_s);
     }
   }
   if (seen_ < kLearn) return;
   baseline_s_ = quiet_s_ > 0 ? quiet_s_ : FastestTenth();
-  if (quiet || baseline_s_ <= 0) return;
+  if (quiet || baseline_s_ <= 0 || since_ < kSettle) return;
 
   const double now = limited_ ? rate_ : peak_rate_;
   const double floor =
@@ -87,6 +89,7 @@ void StepLimit::OnStep(const StepSample& sample) {
     if (now <= floor) return;
     rate_ = std::max(floor, now * options_.backoff);
     limited_ = true;
+    since_ = 0;  // what was slow before says nothing of the new rate
     ++backoffs_;
   } else if (limited_) {
     rate_ = now + static_cast<double>(options_.chunk_bytes);
@@ -137,7 +140,8 @@ std::int64_t Pacer::SpanOpens(std::uint64_t bytes, std::int64_t now_ns) {
     const double used_s = i == span_ ? span_used_s_ : 0;
     const double from_s = std::max(now_s, begin_s);
     // It fits the safe part of the span, and ends within it.
-    if (i >= span_ && used_s + cost_s <= options_.safety * idle_s && from_s + cost_s <= end_s) {
+    if (i >= span_ && used_s + cost_s <= options_.safety * idle_s + kRounding &&
+        from_s + cost_s <= end_s + kRounding) {
       if (i != span_) span_used_s_ = 0;
       span_ = i;
       return from_s <= now_s ? now_ns : iteration_ns_ + Nanos(from_s);

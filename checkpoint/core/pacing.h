@@ -74,7 +74,8 @@ struct StepSample {
 };
 class StepLimit {
  public:
-  static constexpr std::size_t kLearn = 8;  // steps before anything is concluded
+  static constexpr std::size_t kLearn = 8;   // steps before anything is concluded
+  static constexpr std::size_t kSettle = 3;  // steps at a rate before it is judged
 
   explicit StepLimit(const StepLimitOptions& options = {}) : options_(options) {}
 
@@ -103,6 +104,7 @@ class StepLimit {
   double baseline_s_ = 0;
   std::array<double, kWindow> recent_{};
   std::size_t seen_ = 0;
+  std::size_t since_ = 0;  // steps with traffic since the rate was cut
   std::uint64_t backoffs_ = 0;
 };
 
