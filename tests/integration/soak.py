@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EVERSTEP = str(ROOT / ".venv/bin/everstep")
 BIN = ROOT / "build/release/bin"
 WORLD = 2
+START_LIMIT = 240.0  # seconds: four nodes import torch at once, and other programs may want the processors, too
 
 
 class Failure(Exception):
@@ -312,7 +313,7 @@ def run_soak(args: argparse.Namespace, work: Path, cluster: Cluster, shm_before:
     times: dict[str, list[float]] = {}
     try:
         cluster.start_job(nodes=WORLD, spares=args.nodes - WORLD)
-        cluster.wait_steps(0, 5, 60)
+        cluster.wait_steps(0, 5, START_LIMIT)
         for number in range(1, args.faults + 1):
             what, took = one_fault(cluster, draw, number, args.limit)
             times.setdefault(what, []).append(took)
@@ -359,7 +360,7 @@ def spin(args: argparse.Namespace, work: Path) -> None:
     burners: list[subprocess.Popen[bytes]] = []
     try:
         cluster.start_job(nodes=WORLD, spares=args.nodes - WORLD)
-        cluster.wait_steps(0, 5, 60)
+        cluster.wait_steps(0, 5, START_LIMIT)
         burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
         time.sleep(args.seconds)
         cluster.wait_steps(time.time() - 5, 1, 60)
