@@ -89,11 +89,6 @@ std::string HumanBytes(std::uint64_t bytes) {
   return unit == 0 ? fmt::format("{} B", bytes) : fmt::format("{:.1f} {}", value, units[unit]);
 }
 
-std::string ErrnoText(int number) {
-  char text[128] = {};
-  return strerror_r(number, text, sizeof text);  // GNU's: answers the text
-}
-
 const char* ErrorCodeName(ErrorCode code) {
   switch (code) {
     case ErrorCode::kInvalid: return "invalid";

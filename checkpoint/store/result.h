@@ -7,6 +7,8 @@
 #include <utility>
 #include <variant>
 
+#include "proto/base/errno_text.h"
+
 namespace everstep::checkpoint {
 
 enum class ErrorCode : std::uint8_t {
@@ -21,8 +23,6 @@ enum class ErrorCode : std::uint8_t {
   kInternal,  // the operating system refused; the text has errno's name
 };
 const char* ErrorCodeName(ErrorCode code);  // "no_memory"
-
-std::string ErrnoText(int number);  // "No such file or directory"; thread-safe, as strerror is not
 
 struct Error {
   ErrorCode code = ErrorCode::kInternal;

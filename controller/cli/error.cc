@@ -40,10 +40,6 @@ std::size_t Utf8Length(std::string_view s) {
 
 }  // namespace
 
-std::string ErrnoText(int error) {
-  return std::generic_category().message(error);
-}
-
 std::string JsonQuote(std::string_view text) {
   std::string out = "\"";
   for (std::size_t i = 0; i < text.size();) {

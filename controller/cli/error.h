@@ -24,9 +24,6 @@ std::string FormatError(const CliError& error);
 // {"error":{"code":"...","message":"...","hint":"..."}} and a newline.
 std::string FormatErrorJson(const CliError& error);
 
-// What errno means, in words. Thread-safe.
-std::string ErrnoText(int error);
-
 // `text` as a JSON string, with its quotes. Invalid UTF-8 becomes U+FFFD.
 std::string JsonQuote(std::string_view text);
 

@@ -14,6 +14,7 @@
 
 #include "controller/cli/proc.h"
 #include "controller/cli/supervisor.h"
+#include "proto/base/errno_text.h"
 
 namespace everstep::cli {
 namespace fs = std::filesystem;

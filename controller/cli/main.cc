@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "controller/cli/app.h"
+#include "proto/base/errno_text.h"
 
 namespace {
 
@@ -23,7 +24,7 @@ void WriteAll(int fd, std::string_view text) {
     if (n <= 0) {
       if (fd == STDOUT_FILENO && !output_failed) {
         std::fprintf(stderr, "error: cannot write the output: %s\n",
-                     everstep::cli::ErrnoText(errno).c_str());
+                     everstep::ErrnoText(errno).c_str());
       }
       output_failed = output_failed || fd == STDOUT_FILENO;
       return;

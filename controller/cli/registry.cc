@@ -16,6 +16,8 @@
 #include <fmt/ranges.h>
 
 #include "controller/cli/suggest.h"
+#include "proto/base/errno_text.h"
+#include "proto/base/whole_file.h"
 
 namespace everstep::cli {
 namespace fs = std::filesystem;
@@ -164,7 +166,8 @@ Outcome WritePlan(const std::string& state_dir, const ClusterPlan& plan) {
                         fmt::format("name={}\ncreated={}\nprograms={}\nlisten={}\nnodes={}\n"
                                     "slots={}\n",
                                     plan.name, plan.created, plan.programs, plan.listen,
-                                    fmt::join(plan.nodes, " "), plan.slots));
+                                    fmt::join(plan.nodes, " "), plan.slots),
+                        Durable::kYes);
 }
 
 Result<ClusterPlan> ReadPlan(const std::string& state_dir) {
@@ -204,19 +207,10 @@ std::string ReadSmallFile(const std::string& path) {
   return out;
 }
 
-Outcome WriteSmallFile(const std::string& path, const std::string& content) {
-  const std::string temporary = fmt::format("{}.{}.new", path, ::getpid());
-  const int fd = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (fd < 0) return Failed("write", path, errno);
-  const ssize_t n = ::write(fd, content.data(), content.size());
-  const int error = n < 0 ? errno : ENOSPC;
-  ::close(fd);
-  if (n == static_cast<ssize_t>(content.size())) {
-    if (::rename(temporary.c_str(), path.c_str()) == 0) return Done{};
-    return Failed("write", path, errno);
-  }
-  ::unlink(temporary.c_str());
-  return Failed("write", path, error);
+Outcome WriteSmallFile(const std::string& path, const std::string& content, Durable durable) {
+  const int error = WriteWhole(path, content, durable);
+  if (error != 0) return Failed("write", path, error);
+  return Done{};
 }
 
 std::string LastLines(const std::string& path, std::size_t lines) {

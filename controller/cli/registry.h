@@ -11,6 +11,7 @@
 
 #include "controller/cli/proc.h"
 #include "controller/cli/result.h"
+#include "proto/base/whole_file.h"
 
 namespace everstep::cli {
 
@@ -70,8 +71,9 @@ Result<ClusterPlan> ReadPlan(const std::string& state_dir);
 
 // The whole file, at most 1 MiB; empty when it cannot be read.
 std::string ReadSmallFile(const std::string& path);
-// Through a temporary file and a rename. The error names the path.
-Outcome WriteSmallFile(const std::string& path, const std::string& content);
+// As WriteWhole (proto/base/whole_file.h). The error names the path.
+Outcome WriteSmallFile(const std::string& path, const std::string& content,
+                       Durable durable = Durable::kNo);
 // The last `lines` lines, at most 4 KiB, without the final line feed.
 std::string LastLines(const std::string& path, std::size_t lines);
 

@@ -22,6 +22,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/clock.h"
+#include "proto/base/errno_text.h"
 
 namespace everstep::cli {
 namespace fs = std::filesystem;

@@ -15,6 +15,7 @@
 #include "controller/cli/units.h"
 #include "controller/cli/verbs.h"
 #include "proto/base/clock.h"
+#include "proto/base/endpoint.h"
 
 namespace everstep::cli {
 namespace {
@@ -93,11 +94,6 @@ Result<ClusterPlan> PlanFromOptions(const Parsed& args) {
                     "the form is host:port, for example 127.0.0.1:7700; port 0: any free one"};
   }
   return plan;
-}
-
-bool IsLoopback(const std::string& address) {
-  return address.rfind("127.", 0) == 0 || address.rfind("localhost:", 0) == 0 ||
-         address.rfind("[::1]", 0) == 0;
 }
 
 // Names of nodes that are not there yet, as a person reads them.

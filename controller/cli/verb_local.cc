@@ -10,6 +10,7 @@
 #include "controller/cli/suggest.h"
 #include "controller/cli/tree.h"
 #include "controller/cli/verbs.h"
+#include "proto/base/errno_text.h"
 #include "proto/base/version.h"
 
 namespace everstep::cli {

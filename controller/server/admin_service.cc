@@ -14,6 +14,7 @@
 #include "controller/server/status.h"
 #include "controller/store/convert.h"
 #include "proto/base/clock.h"
+#include "proto/base/names.h"
 #include "proto/base/version.h"
 
 namespace everstep::controller {
@@ -56,14 +57,6 @@ std::string RandomHex(std::size_t bytes) {
     bytes -= static_cast<std::size_t>(n);
   }
   return out;
-}
-
-bool IsJobName(const std::string& name) {
-  return !name.empty() && name.size() <= 128 && name.front() != '.' &&
-         std::all_of(name.begin(), name.end(), [](char c) {
-           return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
-                  c == '_' || c == '.' || c == '-';
-         });
 }
 
 // Empty: fine.

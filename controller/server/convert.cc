@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "controller/store/convert.h"
+#include "proto/base/names.h"
 #include "proto/base/version.h"
 #include "proto/wire/convert.h"
 
@@ -14,12 +15,6 @@ namespace {
 constexpr std::size_t kMaxAddress = 255;
 constexpr int kMaxLabels = 64;
 constexpr std::size_t kMaxLabelBytes = 1024;
-
-bool IsNodeName(const std::string& name) {
-  return !name.empty() && name.size() <= 63 && std::all_of(name.begin(), name.end(), [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= '0' && c <= '9') || c == '.' || c == '-';
-  });
-}
 
 // What an agent writes for people is cut here: it goes into records and logs.
 std::string Cut(const std::string& text, std::size_t limit = 4096) {

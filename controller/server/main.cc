@@ -32,8 +32,10 @@
 #include "controller/server/memory.h"
 #include "controller/server/options.h"
 #include "controller/store/rocks_store.h"
+#include "proto/base/endpoint.h"
 #include "proto/base/log.h"
 #include "proto/base/version.h"
+#include "proto/base/whole_file.h"
 
 namespace everstep::controller {
 namespace {
@@ -50,21 +52,6 @@ void Say(const std::string& text) {
   std::fprintf(stderr, "%s\n", text.c_str());
 }
 
-// Written beside and renamed: a reader never sees half of it. Empty: done.
-std::string WriteAtomically(const std::string& path, const std::string& text) {
-  const std::string beside = fmt::format("{}.{}", path, getpid());
-  {
-    std::ofstream out(beside, std::ios::trunc);
-    out << text;
-    out.flush();
-    if (!out) return fmt::format("cannot write {}: {}", beside, std::strerror(errno));
-  }
-  if (std::rename(beside.c_str(), path.c_str()) != 0) {
-    return fmt::format("cannot rename {} to {}: {}", beside, path, std::strerror(errno));
-  }
-  return {};
-}
-
 // Made, writable, and with room: RocksDB ends the process when its first files do not fit. Empty:
 // fine.
 std::string CheckStateDir(const std::string& dir) {
@@ -78,9 +65,10 @@ std::string CheckStateDir(const std::string& dir) {
     if (room < kLeastRoomBytes) return fmt::format("{} bytes are free on its disk", room);
   }
   // What access() cannot know: quotas, read-only mounts under root, a disk that does not answer.
-  const std::string wrong = WriteAtomically(dir + "/probe", std::string(64 << 10, '\0'));
-  std::filesystem::remove(dir + "/probe", error);
-  return wrong;
+  const std::string probe = dir + "/probe";
+  const int wrong = WriteWhole(probe, std::string(64 << 10, '\0'));
+  std::filesystem::remove(probe, error);
+  return wrong == 0 ? std::string() : CannotWrite(probe, wrong);
 }
 
 StoreStatus CheckRoom(const std::string& dir) {
@@ -244,11 +232,14 @@ int Serve(const ServerOptions& options, Brain* brain, const Clock& clock) {
       return kExitAddress;
     }
   }
-  std::string wrong = WriteAtomically(options.state_dir + "/pid", fmt::format("{}\n", getpid()));
-  if (wrong.empty() && http)
-    wrong = WriteAtomically(options.state_dir + "/http.address", http->address() + "\n");
-  if (wrong.empty() && !options.address_file.empty())
-    wrong = WriteAtomically(options.address_file, address + "\n");
+  std::string wrong;
+  const auto write = [&wrong](const std::string& path, const std::string& text) {
+    if (!wrong.empty()) return;
+    if (const int error = WriteWhole(path, text); error != 0) wrong = CannotWrite(path, error);
+  };
+  write(options.state_dir + "/pid", fmt::format("{}\n", getpid()));
+  if (http) write(options.state_dir + "/http.address", http->address() + "\n");
+  if (!options.address_file.empty()) write(options.address_file, address + "\n");
   if (!wrong.empty()) {
     Say("error: " + wrong + "\n  hint: give another --state-dir or --address-file, or make room");
     return kExitStateDir;

@@ -107,9 +107,4 @@ bool SplitAddress(const std::string& address, std::string* host, int* port) {
   return true;
 }
 
-bool IsLoopback(const std::string& address) {
-  return address.starts_with("127.") || address.starts_with("localhost:") ||
-         address.starts_with("[::1]:");
-}
-
 }  // namespace everstep::controller

@@ -39,7 +39,4 @@ int ParseOptions(int argc, char** argv, ServerOptions* out);
 // "host:port" or "[v6]:port". False: it is neither, or the port is not 0 to 65535.
 bool SplitAddress(const std::string& address, std::string* host, int* port);
 
-// Host part of HOST:PORT is loopback, by name or address.
-bool IsLoopback(const std::string& address);
-
 }  // namespace everstep::controller

@@ -156,8 +156,6 @@ TEST(NodeDir, TheAddressIsTheOneThatReachesTheController) {
   EXPECT_EQ(LocalAddressTowards("no such host.invalid:1"), "127.0.0.1");
   EXPECT_GT(FreePort("127.0.0.1"), 0u);
   EXPECT_EQ(FreePort("192.0.2.1"), 0u) << "not an address of this machine";
-  EXPECT_TRUE(IsLoopback("127.3.2.1"));
-  EXPECT_FALSE(IsLoopback("10.0.0.1"));
 }
 
 TEST(DialBackoff, AtOnceThenDoublingUpToTheLimit) {

@@ -2,6 +2,7 @@
 
 #include <fmt/format.h>
 
+#include "proto/base/names.h"
 #include "proto/wire/convert.h"
 #include "worker/agent/log_layout.h"
 

@@ -7,6 +7,7 @@
 #include <csignal>
 #include <cstdio>
 
+#include "proto/base/endpoint.h"
 #include "proto/base/log.h"
 #include "proto/wire/convert.h"
 #include "worker/agent/convert.h"

@@ -8,6 +8,8 @@
 #include <system_error>
 
 #include "proto/base/check.h"
+#include "proto/base/names.h"
+#include "proto/base/whole_file.h"
 #include "worker/agent/log_layout.h"
 #include "worker/agent/node_dir.h"
 
@@ -32,8 +34,7 @@ void WriteLogIndex(const std::string& node_dir, const JobId& job, const LogIndex
   std::string text = fmt::format("{}\n{}\n", index.root, index.generation);
   for (const auto& [local_rank, rank] : index.workers)
     text += fmt::format("{} {}\n", local_rank, rank);
-  std::string unused;  // without it only the logs of an ended job are not found
-  WriteWhole(path, text, &unused);
+  WriteWhole(path, text);  // without it only the logs of an ended job are not found
 }
 
 LogIndex ReadLogIndex(const std::string& node_dir, const JobId& job) {

@@ -11,17 +11,10 @@
 #include <vector>
 
 #include "proto/base/check.h"
+#include "proto/base/names.h"
 
 namespace everstep::agent {
 namespace fs = std::filesystem;
-
-bool IsSafeName(const std::string& name) {
-  if (name.empty() || name.size() > 128 || name == "." || name == "..") return false;
-  return std::all_of(name.begin(), name.end(), [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
-           c == '.' || c == '-';
-  });
-}
 
 std::string JobLogRoot(const std::string& node_dir, const std::string& log_dir, const JobId& job,
                        const NodeId& node) {

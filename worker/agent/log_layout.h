@@ -18,9 +18,6 @@ struct LogPaths {
   std::string error_json;
 };
 
-// True for [A-Za-z0-9_.-]{1,128} that is no path step ("." or ".."): safe as a directory's name.
-bool IsSafeName(const std::string& name);
-
 // REQUIRES: IsSafeName(job) and IsSafeName(node).
 std::string JobLogRoot(const std::string& node_dir, const std::string& log_dir, const JobId& job,
                        const NodeId& node);

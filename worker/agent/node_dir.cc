@@ -17,6 +17,7 @@
 #include <iterator>
 #include <system_error>
 
+#include "proto/base/whole_file.h"
 #include "worker/agent/dial_backoff.h"
 
 namespace everstep::agent {
@@ -92,30 +93,13 @@ std::vector<std::string> ReadControllers(const std::string& node_dir) {
   return ParseAddresses(ReadFile(node_dir + "/controller", kMaxAddressFile), &bad);
 }
 
-bool WriteWhole(const std::string& path, const std::string& text, std::string* error) {
-  const std::string temporary = fmt::format("{}.{}.new", path, getpid());
-  {
-    std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
-    file << text;
-    file.flush();
-    if (!file) {
-      *error = fmt::format("cannot write {}: {}; free the disk or choose another --state-dir",
-                           temporary, strerror(errno));
-      unlink(temporary.c_str());
-      return false;
-    }
-  }
-  std::error_code ec;
-  std::filesystem::rename(temporary, path, ec);
-  if (ec)
-    *error = fmt::format("cannot write {}: {}; choose another --state-dir", path, ec.message());
-  return !ec;
-}
-
 bool WriteControllers(const std::string& node_dir, const std::vector<std::string>& addresses,
                       std::string* error) {
-  return WriteWhole(node_dir + "/controller", fmt::format("{}\n", fmt::join(addresses, "\n")),
-                    error);
+  const std::string path = node_dir + "/controller";
+  const int wrong = WriteWhole(path, fmt::format("{}\n", fmt::join(addresses, "\n")));
+  if (wrong == 0) return true;
+  *error = CannotWrite(path, wrong) + "; free the disk or choose another --state-dir";
+  return false;
 }
 
 void WriteKeeperPid(const std::string& node_dir, std::int32_t pid) {
@@ -124,8 +108,8 @@ void WriteKeeperPid(const std::string& node_dir, std::int32_t pid) {
     unlink(path.c_str());
     return;
   }
-  std::string unused;  // for people and drills: what cannot be written is found out by them
-  WriteWhole(path, fmt::format("{}\n", pid), &unused);
+  // For people and drills: what cannot be written is found out by them.
+  WriteWhole(path, fmt::format("{}\n", pid));
 }
 
 std::uint16_t ReadDataPort(const std::string& node_dir) {
@@ -136,8 +120,8 @@ std::uint16_t ReadDataPort(const std::string& node_dir) {
 }
 
 void WriteDataPort(const std::string& node_dir, std::uint16_t port) {
-  std::string unused;  // a successor takes any port then
-  WriteWhole(node_dir + "/data.port", fmt::format("{}\n", port), &unused);
+  // What cannot be written: a successor takes any port then.
+  WriteWhole(node_dir + "/data.port", fmt::format("{}\n", port));
 }
 
 std::string BootId() {
@@ -228,10 +212,6 @@ std::uint32_t FreePort(const std::string& address) {
   if (!done) return 0;
   // sin_port and sin6_port lie at the same place.
   return ntohs(reinterpret_cast<const sockaddr_in*>(&local)->sin_port);
-}
-
-bool IsLoopback(const std::string& address) {
-  return address == "localhost" || address == "::1" || address.starts_with("127.");
 }
 
 }  // namespace everstep::agent

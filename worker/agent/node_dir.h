@@ -25,10 +25,6 @@ class NodeDirLock {
   std::string path_;
 };
 
-// Writes beside `path` and renames: a reader, or a full disk, never leaves half of it. False:
-// *error says which file and why; what was there is still there.
-bool WriteWhole(const std::string& path, const std::string& text, std::string* error);
-
 // The controllers' addresses: one place that a launcher may rewrite while the agent runs.
 std::vector<std::string> ReadControllers(const std::string& node_dir);
 bool WriteControllers(const std::string& node_dir, const std::vector<std::string>& addresses,
@@ -56,7 +52,5 @@ std::string LocalAddressTowards(const std::string& controller);
 
 // A TCP port of `address` that nobody listened on a moment ago; 0: none, or no such address.
 std::uint32_t FreePort(const std::string& address);
-
-bool IsLoopback(const std::string& address);
 
 }  // namespace everstep::agent

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <filesystem>
 
+#include "proto/base/names.h"
 #include "proto/base/version.h"
 #include "worker/agent/dial_backoff.h"
 #include "worker/agent/log_layout.h"
@@ -14,13 +15,6 @@ namespace everstep::agent {
 namespace {
 
 constexpr std::size_t kMaxSocketPath = 107;  // sockaddr_un
-constexpr std::size_t kMaxNodeName = 63;
-
-bool IsNodeName(const NodeId& node) {
-  if (node.size() > kMaxNodeName || !IsSafeName(node)) return false;
-  return node.find_first_of("ABCDEFGHIJKLMNOPQRSTUVWXYZ_") == std::string::npos;
-}
-
 }  // namespace
 
 std::string CheckOptions(const AgentOptions& o) {

@@ -55,9 +55,9 @@ checkpoint::Result<Attached> Attach(const std::string& keeper, const JobId& job,
   const std::string who =
       fmt::format("rank {} of job {}: the node's keeper at {}", rank, job, keeper);
   const auto system = [&](const char* what) {
-    return Error{ErrorCode::kUnavailable,
-                 fmt::format("{}: {}: {}; is the agent of this node running?", who, what,
-                             checkpoint::ErrnoText(errno))};
+    return Error{
+        ErrorCode::kUnavailable,
+        fmt::format("{}: {}: {}; is the agent of this node running?", who, what, ErrnoText(errno))};
   };
   const auto late = [&] {
     return Error{ErrorCode::kTimedOut,
@@ -159,9 +159,8 @@ checkpoint::Result<Attached> Attach(const std::string& keeper, const JobId& job,
   if (reply.error != 0) {
     drop();
     reply.message[sizeof reply.message - 1] = '\0';
-    return Error{
-        reply.error == ENOMEM ? ErrorCode::kNoMemory : ErrorCode::kRefused,
-        fmt::format("{} refused: {} ({})", who, reply.message, checkpoint::ErrnoText(reply.error))};
+    return Error{reply.error == ENOMEM ? ErrorCode::kNoMemory : ErrorCode::kRefused,
+                 fmt::format("{} refused: {} ({})", who, reply.message, ErrnoText(reply.error))};
   }
   if (attached.memfd < 0 || attached.eventfd < 0) {
     drop();

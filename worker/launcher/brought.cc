@@ -16,6 +16,8 @@
 #include <fmt/format.h>
 
 #include "proto/base/check.h"
+#include "proto/base/errno_text.h"
+#include "proto/base/whole_file.h"
 
 namespace everstep::launcher {
 namespace {
@@ -148,8 +150,8 @@ std::string Brought::WaitForAddress() {
 
 std::string Brought::SetControllers(const std::string& controllers) {
   const std::string file = options_.state->node_dir() + "/controller";
-  if (WriteFileAtomically(file, controllers + "\n")) return {};
-  return fmt::format("cannot write {}: {}", file, ErrnoText(errno));
+  const int wrong = WriteWhole(file, controllers + "\n");
+  return wrong == 0 ? std::string() : CannotWrite(file, wrong);
 }
 
 std::string Brought::StartAgent(const std::string& controllers,

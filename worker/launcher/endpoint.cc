@@ -19,6 +19,8 @@
 
 #include <fmt/format.h>
 
+#include "proto/base/endpoint.h"
+
 namespace everstep::launcher {
 namespace {
 
@@ -50,10 +52,6 @@ std::string Numeric(const sockaddr* address, socklen_t length) {
     return {};
   }
   return text.data();
-}
-
-bool IsLoopback(const std::string& numeric) {
-  return numeric.rfind("127.", 0) == 0 || numeric == "::1";
 }
 
 bool IsOwnAddress(const std::string& numeric) {

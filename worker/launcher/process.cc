@@ -19,6 +19,8 @@
 
 #include <fmt/format.h>
 
+#include "proto/base/errno_text.h"
+
 namespace everstep::launcher {
 namespace {
 
@@ -64,11 +66,6 @@ struct Sockets {
 }
 
 }  // namespace
-
-std::string ErrnoText(int number) {
-  const char* text = ::strerrordesc_np(number);
-  return text == nullptr ? fmt::format("error {}", number) : text;
-}
 
 std::string StatusText(int status) {
   if (WIFSIGNALED(status)) {

@@ -24,9 +24,6 @@ struct ProcessSpec {
   bool survives_launcher = false;  // no PDEATHSIG: it ends by its lifeline
 };
 
-// strerror for threads: "Permission denied".
-std::string ErrnoText(int number);
-
 // "exited with code 3", "was ended by signal 9 (SIGKILL)"; of a waitpid status.
 std::string StatusText(int status);
 

@@ -16,6 +16,7 @@
 
 #include <fmt/format.h>
 
+#include "proto/base/whole_file.h"
 #include "worker/launcher/admin_client.h"
 #include "worker/launcher/brought.h"
 #include "worker/launcher/console.h"
@@ -133,9 +134,8 @@ class Runner {
     options.address = place_ == Place::kAlone ? "127.0.0.1" : LocalAddress(flags_, endpoint);
     if (place_ == Place::kNodes) {  // every node has a shell, an interpreter and devices of its own
       options.local_command = state_.node_dir() + "/command";
-      if (!WriteFileAtomically(options.local_command, spec_.command().SerializeAsString())) {
-        return Fail("cannot write " + options.local_command);
-      }
+      const int wrong = WriteWhole(options.local_command, spec_.command().SerializeAsString());
+      if (wrong != 0) return Fail(CannotWrite(options.local_command, wrong));
     }
     options.leave_timeout = milliseconds(place_ == Place::kAlone ? 0 : 5'000);
     options.stop_grace = milliseconds(flags_.shutdown_timeout_seconds * 1000);
@@ -350,7 +350,8 @@ class Runner {
     const std::string file = state_.controller() + "/snapshot";
     const std::string address = meeting_->ReleaseControllerAddress();
     std::string wrong;
-    if (!WriteFileAtomically(file, meeting_->snapshot())) wrong = "cannot write " + file;
+    const int unwritten = WriteWhole(file, meeting_->snapshot());
+    if (unwritten != 0) wrong = CannotWrite(file, unwritten);
     if (wrong.empty()) {
       wrong = brought_->StartController(
           {.listen = address, .snapshot = file, .known_dead = news.act->dead});

@@ -12,6 +12,8 @@
 
 #include <fmt/format.h>
 
+#include "proto/base/errno_text.h"
+#include "proto/base/whole_file.h"
 #include "worker/launcher/process.h"
 
 namespace everstep::launcher {
@@ -77,8 +79,8 @@ std::string StateDir::Open(const std::string& wanted, const std::string& node,
   // A run that was cut off left records and sockets of processes that are gone.
   fs::remove_all(controller(), error);
   fs::remove_all(node_dir(), error);
-  if (!WriteFileAtomically(path_ + "/run", fmt::format("{}\n", ::getpid()))) {
-    return refused("write", ErrnoText(errno));
+  if (const int wrong = WriteWhole(path_ + "/run", fmt::format("{}\n", ::getpid())); wrong != 0) {
+    return refused("write", ErrnoText(wrong));
   }
   for (const std::string& dir : {controller(), node_dir()}) {
     fs::create_directories(dir, error);
@@ -107,21 +109,6 @@ void StateDir::Clean() {
   }
   std::error_code error;
   fs::remove_all(path_, error);
-}
-
-bool WriteFileAtomically(const std::string& path, const std::string& content) {
-  const std::string temporary = path + ".new";
-  const int file = ::open(temporary.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-  if (file < 0) return false;
-  const bool written =
-      ::write(file, content.data(), content.size()) == static_cast<ssize_t>(content.size());
-  const int write_error = errno;
-  ::close(file);
-  if (written && ::rename(temporary.c_str(), path.c_str()) == 0) return true;
-  const int error = written ? errno : write_error;
-  ::unlink(temporary.c_str());
-  errno = error;
-  return false;
 }
 
 }  // namespace everstep::launcher

@@ -45,8 +45,4 @@ class StateDir {
   int lock_ = -1;
 };
 
-// Writes through a temporary file and a rename: a reader sees the old or the new content. False:
-// errno says why.
-bool WriteFileAtomically(const std::string& path, const std::string& content);
-
 }  // namespace everstep::launcher

@@ -19,6 +19,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/clock.h"
+#include "proto/base/errno_text.h"
 #include "worker/launcher/process.h"
 
 namespace everstep::launcher {
