@@ -9,7 +9,7 @@
 #include <fmt/format.h>
 #include <grpcpp/grpcpp.h>
 
-#include "admin.grpc.pb.h"
+#include "proto/wire/admin_dial.h"
 
 namespace everstep::cli {
 namespace {
@@ -19,7 +19,6 @@ using std::chrono::steady_clock;
 using std::chrono::system_clock;
 
 constexpr milliseconds kRetryPause{100};
-constexpr int kMaxMessageBytes = 64 << 20;
 
 const char* CodeName(grpc::StatusCode code) {
   switch (code) {
@@ -70,28 +69,17 @@ struct AdminClient::Impl {
   std::size_t current = 0;
 
   explicit Impl(const std::string& list) {
-    for (std::size_t at = 0; at <= list.size();) {
-      const std::size_t comma = std::min(list.find(',', at), list.size());
-      const std::string address = list.substr(at, comma - at);
-      at = comma + 1;
-      if (!address.empty()) endpoints.push_back({address, Dial(address)});
+    for (std::string& address : wire::SplitAddresses(list)) {
+      auto stub = wire::DialAdmin(address);
+      endpoints.push_back({std::move(address), std::move(stub)});
     }
-  }
-
-  static std::unique_ptr<v1::AdminService::Stub> Dial(const std::string& address) {
-    grpc::ChannelArguments arguments;
-    arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
-    arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // a controller is no web site
-    arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-    return v1::AdminService::NewStub(
-        grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments));
   }
 
   v1::AdminService::Stub& stub() { return *endpoints[current].stub; }
   // A new channel each time: an old one waits out its back-off before it looks again, and a
   // controller that restarts is back sooner.
   void Next() {
-    endpoints[current].stub = Dial(endpoints[current].address);
+    endpoints[current].stub = wire::DialAdmin(endpoints[current].address);
     current = (current + 1) % endpoints.size();
   }
 };
@@ -214,10 +202,6 @@ AdminClient::AdminClient(Options options)
     : options_(std::move(options)), impl_(std::make_unique<Impl>(options_.controller)) {}
 
 AdminClient::~AdminClient() = default;
-
-bool IsTerminal(const v1::JobStatus& job) {
-  return job.state() == "SUCCEEDED" || job.state() == "FAILED" || job.state() == "CANCELLED";
-}
 
 Result<v1::ClusterStatus> AdminClient::GetStatus() {
   return Call<v1::GetStatusRequest, v1::ClusterStatus>(*impl_, options_, Kind::kRead,

@@ -11,6 +11,7 @@
 
 #include "admin.pb.h"
 #include "controller/cli/result.h"
+#include "proto/wire/job_status.h"
 
 namespace everstep::cli {
 
@@ -60,8 +61,5 @@ class AdminClient {
   Options options_;
   std::unique_ptr<Impl> impl_;
 };
-
-// SUCCEEDED, FAILED, CANCELLED.
-bool IsTerminal(const v1::JobStatus& job);
 
 }  // namespace everstep::cli

@@ -10,6 +10,7 @@
 
 #include "controller/cli/table.h"
 #include "controller/cli/units.h"
+#include "proto/wire/job_status.h"
 
 namespace everstep::cli {
 namespace {
@@ -209,9 +210,7 @@ std::string RenderJob(const v1::JobStatus& job, const RenderOptions& options) {
   std::vector<std::pair<std::string, std::string>> pairs = {
       {"Job", job.job()}, {"State", job.state()}, {"Reason", Reason(job.reason())}};
   if (!job.message().empty()) pairs.push_back({"Message", job.message()});
-  const bool ended =
-      job.state() == "SUCCEEDED" || job.state() == "FAILED" || job.state() == "CANCELLED";
-  if (ended) pairs.push_back({"Exit code", std::to_string(job.exit_code())});
+  if (IsTerminal(job)) pairs.push_back({"Exit code", std::to_string(job.exit_code())});
   pairs.insert(
       pairs.end(),
       {{"Generation", std::to_string(job.generation())},

@@ -9,7 +9,7 @@
 #include <fmt/format.h>
 #include <grpcpp/grpcpp.h>
 
-#include "admin.grpc.pb.h"
+#include "proto/wire/admin_dial.h"
 
 namespace everstep::launcher {
 namespace {
@@ -18,7 +18,6 @@ using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 using std::chrono::system_clock;
 
-constexpr int kMaxMessageBytes = 64 << 20;
 constexpr milliseconds kRedialPause{50};
 constexpr milliseconds kRetryPause{20};
 
@@ -38,16 +37,6 @@ CallResult ResultOf(const grpc::Status& status) {
   return result;
 }
 
-std::vector<std::string> SplitAddresses(const std::string& list) {
-  std::vector<std::string> addresses;
-  for (std::size_t at = 0; at <= list.size();) {
-    const std::size_t comma = std::min(list.find(',', at), list.size());
-    if (comma > at) addresses.push_back(list.substr(at, comma - at));
-    at = comma + 1;
-  }
-  return addresses;
-}
-
 }  // namespace
 
 struct AdminClient::Impl {
@@ -65,16 +54,7 @@ struct AdminClient::Impl {
   std::shared_ptr<v1::AdminService::Stub> Stub() {
     std::lock_guard<std::mutex> lock(mutex);
     if (stub == nullptr && !addresses.empty()) {
-      grpc::ChannelArguments arguments;
-      arguments.SetMaxReceiveMessageSize(kMaxMessageBytes);
-      arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);  // a controller is no web site
-      arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, 50);
-      arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, 500);
-      arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, 200);
-      // Channels of equal arguments share one connection and its back-off.
-      arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
-      stub = v1::AdminService::NewStub(grpc::CreateCustomChannel(
-          addresses[current], grpc::InsecureChannelCredentials(), arguments));
+      stub = wire::DialAdmin(addresses[current]);
     }
     return stub;
   }
@@ -146,7 +126,7 @@ struct AdminClient::Impl {
 };
 
 AdminClient::AdminClient(const std::string& addresses) : impl_(std::make_unique<Impl>()) {
-  impl_->addresses = SplitAddresses(addresses);
+  impl_->addresses = wire::SplitAddresses(addresses);
 }
 
 AdminClient::~AdminClient() {
@@ -155,7 +135,7 @@ AdminClient::~AdminClient() {
 
 void AdminClient::SetAddresses(const std::string& addresses) {
   std::lock_guard<std::mutex> lock(impl_->mutex);
-  std::vector<std::string> split = SplitAddresses(addresses);
+  std::vector<std::string> split = wire::SplitAddresses(addresses);
   if (split == impl_->addresses || split.empty()) return;
   std::string in_use;
   if (!impl_->addresses.empty()) in_use = impl_->addresses[impl_->current];
@@ -284,11 +264,6 @@ bool AdminClient::TailEnded() const {
 
 void AdminClient::EndFollow() {
   impl_->End();
-}
-
-bool IsTerminal(const v1::JobStatus& status) {
-  return status.state() == "SUCCEEDED" || status.state() == "FAILED" ||
-         status.state() == "CANCELLED";
 }
 
 }  // namespace everstep::launcher

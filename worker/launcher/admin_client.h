@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "admin.pb.h"
+#include "proto/wire/job_status.h"
 
 namespace everstep::launcher {
 
@@ -67,8 +68,5 @@ class AdminClient {
   struct Impl;
   std::unique_ptr<Impl> impl_;
 };
-
-// SUCCEEDED, FAILED, CANCELLED.
-bool IsTerminal(const v1::JobStatus& status);
 
 }  // namespace everstep::launcher
