@@ -28,6 +28,12 @@ Error System(const Arena& arena, const char* what) {
   return Error{code, fmt::format("{}: {}: {}", arena.Name(), what, ErrnoText(errno))};
 }
 
+// Room beside what was asked for, so that a state that grows by a few bytes each step (a longer
+// number in its table) does not need a new extent each step.
+constexpr std::uint64_t Slack(std::uint64_t payload_bytes) {
+  return payload_bytes / 128 + kPageBytes;
+}
+
 // Bytes of [offset, offset + bytes) that have no memory yet.
 std::uint64_t Missing(int fd, std::uint64_t offset, std::uint64_t bytes) {
   std::uint64_t missing = 0;
@@ -75,7 +81,7 @@ Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payl
                     h.extent_offset <= file && h.extent_bytes <= file - h.extent_offset &&
                     h.extent_bytes % kPageBytes == 0;
   if (!sane || ExtentCapacity(h.extent_bytes) < payload_bytes) {
-    const std::uint64_t bytes = ExtentBytes(payload_bytes);
+    const std::uint64_t bytes = ExtentBytes(payload_bytes + Slack(payload_bytes));
     const std::uint64_t freed = sane ? h.extent_bytes : 0;
     if (bytes > freed) {
       if (auto ok = CheckMemory(bytes - freed, arena->Name()); !ok.ok()) return ok;

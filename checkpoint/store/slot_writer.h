@@ -14,7 +14,8 @@ namespace everstep::checkpoint {
 
 class SlotWriter {
  public:
-  // Gives the slot room for `payload_bytes` and takes that memory now, page by page. A slot with
+  // Gives the slot room for `payload_bytes` (and, when it must grow, a little more) and takes that
+  // memory now, page by page. A slot with
   // content keeps it; only one that must grow loses it. kNoMemory when the machine has not got it.
   // REQUIRES: the caller is the arena's one writer, and the slot may be overwritten when it is too
   // small.

@@ -3,6 +3,9 @@
 // wrote; the next trainer restores it and goes on.
 //
 //   EVERSTEP_KILLS=1000 capture_kill_test      (100 by default; EVERSTEP_SEED chooses the instants)
+//
+// Twice: blocking captures, and overlapped ones, whose late tensors change as soon as the library
+// says that they may.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
@@ -62,7 +65,8 @@ std::uint64_t PayloadBound() {
 }
 
 // The trainer. Ends by SIGKILL, or by _exit with a code the test reports.
-[[noreturn]] void Train(const std::string& keeper, Generation generation, Progress* progress) {
+[[noreturn]] void Train(const std::string& keeper, Generation generation, bool overlapped,
+                        Progress* progress) {
   everstep_options options{};
   options.size = sizeof options;
   options.world_size = 1;
@@ -96,9 +100,22 @@ std::uint64_t PayloadBound() {
         EVERSTEP_SKIPPED) {
       continue;
     }
-    must(everstep_capture_write(client, pieces, kTensors, nullptr));
-    const std::string table = "step " + std::to_string(step);
-    must(everstep_capture_commit(client, table.data(), table.size()));
+    std::string table = "step " + std::to_string(step);
+    if (overlapped) {
+      constexpr std::uint32_t kLate = 6;
+      must(everstep_capture_start(client, pieces, kLate, pieces + kLate, kTensors - kLate,
+                                  table.data(), table.size(), nullptr));
+      // The early ones and the table are the trainer's again.
+      for (std::size_t i = kLate; i < kTensors; ++i) FillTensor(i, step + 7, &tensors[i]);
+      table.assign(table.size(), '?');
+      while (everstep_capture_wait(client, 1) == EVERSTEP_ETIMEDOUT) {
+      }
+      for (std::size_t i = 0; i < kLate; ++i) FillTensor(i, step + 9, &tensors[i]);
+      must(everstep_capture_publish(client));
+    } else {
+      must(everstep_capture_write(client, pieces, kTensors, nullptr));
+      must(everstep_capture_commit(client, table.data(), table.size()));
+    }
     progress->published = step;
   }
 }
@@ -136,7 +153,9 @@ class Commits final : public checkpoint::Listener {
   return ::testing::AssertionSuccess();
 }
 
-TEST(CaptureKill, LeavesTheStepBeforeOrTheStepItselfEveryTime) {
+class CaptureKill : public ::testing::TestWithParam<bool> {};
+
+TEST_P(CaptureKill, LeavesTheStepBeforeOrTheStepItselfEveryTime) {
   const char* given = std::getenv("EVERSTEP_KILLS");
   const int kills = given != nullptr ? std::atoi(given) : 100;
   const char* seed = std::getenv("EVERSTEP_SEED");
@@ -185,7 +204,7 @@ TEST(CaptureKill, LeavesTheStepBeforeOrTheStepItselfEveryTime) {
     progress->failed = 0;
     const pid_t pid = fork();
     ASSERT_GE(pid, 0);
-    if (pid == 0) Train(keeper, generation, progress);
+    if (pid == 0) Train(keeper, generation, GetParam(), progress);
 
     // Some captures, then somewhere inside one: a capture takes a millisecond or two here.
     const std::int64_t target = last + 1 + static_cast<std::int64_t>(random.Below(4));
@@ -232,6 +251,9 @@ TEST(CaptureKill, LeavesTheStepBeforeOrTheStepItselfEveryTime) {
   munmap(progress, 4096);
   std::filesystem::remove_all(folder);
 }
+
+INSTANTIATE_TEST_SUITE_P(Modes, CaptureKill, ::testing::Bool(),
+                         [](const auto& mode) { return mode.param ? "overlapped" : "blocking"; });
 
 }  // namespace
 }  // namespace everstep

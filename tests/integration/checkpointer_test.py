@@ -63,6 +63,11 @@ class Node:
         assert answer["ok"], answer["error"]
         return answer
 
+    def close(self) -> None:
+        assert self.process.stdin
+        self.process.stdin.close()
+        assert self.process.wait(10) == 0
+
     def steps(self, rank: int = 0) -> list[int]:
         return sorted(s["step"] for s in self.say("survey")["shards"] if s["rank"] == rank)
 
@@ -75,9 +80,7 @@ class Node:
 def node(tmp_path: Path) -> Iterator[Node]:
     node = Node(tmp_path)
     yield node
-    assert node.process.stdin
-    node.process.stdin.close()
-    assert node.process.wait(10) == 0
+    node.close()
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +159,7 @@ def test_a_new_process_goes_on_bit_for_bit(node: Node, monkeypatch: pytest.Monke
     inside(monkeypatch, node, 1)
     first = Run()
     with everstep.Checkpointer(first.state) as ck:
-        assert ck.mode == "memory"
+        assert ck.tier == "memory"
         assert ck.restore() == 0
         for n in range(6):
             assert first.step(n) == losses[n]
@@ -321,9 +324,9 @@ def test_more_than_memory_is_told_once_and_the_script_runs_on(
     monkeypatch.setattr(_library.Client, "begin", lambda self, step, size, flags: real(self, step, 1 << 43, flags))
     with everstep.Checkpointer({"x": torch.zeros(1)}, directory=tmp_path / "files") as ck:
         ck.restore()
-        with pytest.warns(RuntimeWarning, match=r"needs 8\.0 TiB of memory.*steps go to files"):
+        with pytest.warns(RuntimeWarning, match=r"needs 8\.1 TiB of memory.*steps go to files"):
             assert ck.step(0)
-        assert ck.mode == "files"
+        assert ck.tier == "files"
         assert ck.step(1)
 
 
@@ -379,7 +382,7 @@ def test_without_an_agent_it_warns_once_and_the_script_runs_on() -> None:
         everstep.Checkpointer(run.state).close()
         ck.close()
     assert len(told) == 1
-    assert ck.mode == "off"
+    assert ck.tier == "off"
 
 
 def test_an_agent_that_is_gone_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -479,6 +482,8 @@ def same(a: Any, b: Any) -> bool:
         return a.dtype == b.dtype and a.shape == b.shape and (
             a.contiguous().flatten().view(torch.uint8).tolist() == b.contiguous().flatten().view(torch.uint8).tolist()
             if a.numel() else True)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
     if isinstance(a, dict):
         return list(a) == list(b) and all(same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):

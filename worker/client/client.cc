@@ -7,15 +7,18 @@
 #include <chrono>
 #include <cstring>
 #include <ctime>
+#include <memory>
 #include <new>
 #include <optional>
 #include <string>
+#include <utility>
 
 #include "checkpoint/core/capture_policy.h"
 #include "checkpoint/store/arena.h"
 #include "checkpoint/store/slot_writer.h"
 #include "proto/base/version.h"
 #include "worker/client/attach.h"
+#include "worker/client/copier.h"
 #include "worker/client/everstep.h"
 
 namespace cp = everstep::checkpoint;
@@ -32,6 +35,10 @@ struct everstep_client {
   std::uint32_t wait_ms = 2000;      // what is left of it after waits in vain
   std::optional<cp::SlotView> base;  // what restore() gave
   std::optional<cp::SlotWriter> writer;
+  std::unique_ptr<everstep::client::Copier> copier;  // of overlapped captures
+  bool copying =
+      false;  // from capture_start to publish or abort; the table's size is in table_bytes
+  std::uint64_t table_bytes = 0;
   cp::SlotFields fields;
   std::uint64_t begun_ns = 0;
   std::string error;
@@ -162,6 +169,19 @@ void Ring(const everstep_client& c) {
   [[maybe_unused]] const ssize_t n = write(c.eventfd, &one, sizeof one);
 }
 
+// Closes the slot whose bytes and table are written; ends the capture.
+int Publish(everstep_client* c, std::uint64_t table_bytes) {
+  if (int code = Fence(c); code != EVERSTEP_OK) return code;
+  auto view = c->writer->Finish(c->fields, table_bytes);
+  c->writer.reset();
+  if (!view.ok()) return Fail(c, view.error());
+  cp::TrainerWord& t = c->arena.header()->trainer;
+  t.captured.fetch_add(1, std::memory_order_relaxed);
+  t.copy_ns.fetch_add(Nanos(CLOCK_MONOTONIC) - c->begun_ns, std::memory_order_relaxed);
+  Ring(*c);
+  return EVERSTEP_OK;
+}
+
 }  // namespace
 
 extern "C" {
@@ -217,6 +237,8 @@ int everstep_open(const everstep_options* options, everstep_client** out) {
 
 void everstep_close(everstep_client* c) {
   if (c == nullptr) return;
+  // The thread is not in a forked child; what it would have ended is left alone there.
+  if (c->pid != getpid()) static_cast<void>(c->copier.release());
   if (c->eventfd >= 0) close(c->eventfd);
   delete c;
 }
@@ -359,7 +381,9 @@ int everstep_capture_begin(everstep_client* c, int64_t step, uint64_t payload_by
 int everstep_capture_write(everstep_client* c, const everstep_piece* pieces, uint32_t count,
                            uint64_t* offsets) {
   if (int code = Check(c); code != EVERSTEP_OK) return code;
-  if (!c->writer) return Fail(c, EVERSTEP_EINVAL, "everstep_capture_write outside a capture");
+  if (!c->writer || c->copying) {
+    return Fail(c, EVERSTEP_EINVAL, "everstep_capture_write outside a capture");
+  }
   for (std::uint32_t i = 0; i < count; ++i) {
     if (auto ok = c->writer->Align(); !ok.ok()) return Fail(c, ok.error());
     if (offsets != nullptr) offsets[i] = c->writer->offset();
@@ -372,22 +396,61 @@ int everstep_capture_write(everstep_client* c, const everstep_piece* pieces, uin
 
 int everstep_capture_commit(everstep_client* c, const void* table, uint64_t table_bytes) {
   if (int code = Check(c); code != EVERSTEP_OK) return code;
-  if (!c->writer) return Fail(c, EVERSTEP_EINVAL, "everstep_capture_commit outside a capture");
+  if (!c->writer || c->copying) {
+    return Fail(c, EVERSTEP_EINVAL, "everstep_capture_commit outside a capture");
+  }
   if (auto ok = c->writer->Align(); !ok.ok()) return Fail(c, ok.error());
   if (auto ok = c->writer->Append(table, table_bytes); !ok.ok()) return Fail(c, ok.error());
-  if (int code = Fence(c); code != EVERSTEP_OK) return code;
-  auto view = c->writer->Finish(c->fields, table_bytes);
-  c->writer.reset();
-  if (!view.ok()) return Fail(c, view.error());
-  cp::TrainerWord& t = c->arena.header()->trainer;
-  t.captured.fetch_add(1, std::memory_order_relaxed);
-  t.copy_ns.fetch_add(Nanos(CLOCK_MONOTONIC) - c->begun_ns, std::memory_order_relaxed);
-  Ring(*c);
+  return Publish(c, table_bytes);
+}
+
+int everstep_capture_start(everstep_client* c, const everstep_piece* late, uint32_t late_count,
+                           const everstep_piece* early, uint32_t early_count, const void* table,
+                           uint64_t table_bytes, uint64_t* offsets) {
+  if (int code = Check(c); code != EVERSTEP_OK) return code;
+  if (!c->writer || c->copying) {
+    return Fail(c, EVERSTEP_EINVAL, "everstep_capture_start outside a capture");
+  }
+  if (!c->copier) {
+    auto copier = everstep::client::Copier::Start();
+    if (!copier.ok()) return Fail(c, copier.error());
+    c->copier = std::move(copier.value());
+  }
+  c->table_bytes = table_bytes;
+  c->copying = true;
+  c->copier->Copy(&*c->writer, late, late_count, early, early_count, table, table_bytes, offsets);
   return EVERSTEP_OK;
 }
 
+int everstep_capture_wait(everstep_client* c, uint32_t timeout_ms) {
+  if (c == nullptr || c->pid != getpid() || !c->copier) return EVERSTEP_EINVAL;
+  return c->copier->Wait(std::chrono::milliseconds(timeout_ms)) ? EVERSTEP_OK : EVERSTEP_ETIMEDOUT;
+}
+
+int everstep_capture_publish(everstep_client* c) {
+  if (int code = Check(c); code != EVERSTEP_OK) return code;
+  if (!c->writer || !c->copying) {
+    return Fail(c, EVERSTEP_EINVAL, "everstep_capture_publish without everstep_capture_start");
+  }
+  if (!c->copier->Wait(std::chrono::milliseconds(0))) {
+    return Fail(
+        c, EVERSTEP_EINVAL,
+        "everstep_capture_publish while bytes are being copied; everstep_capture_wait tells "
+        "when they are");
+  }
+  c->copying = false;
+  if (const auto& ok = c->copier->outcome(); !ok.ok()) {
+    c->writer.reset();
+    return Fail(c, ok.error());
+  }
+  return Publish(c, c->table_bytes);
+}
+
 void everstep_capture_abort(everstep_client* c) {
-  if (c != nullptr) c->writer.reset();
+  if (c == nullptr) return;
+  if (c->copying && c->pid == getpid()) c->copier->GiveUp();
+  c->copying = false;
+  c->writer.reset();
 }
 
 int everstep_report_step(everstep_client* c, int64_t step) {

@@ -8,12 +8,16 @@
  * that.
  *  4. Buffers are the caller's. Pointers that the library gives stay valid until the next call on
  * the same handle that says otherwise.
- *  5. One thread at a time per handle. A handle does not work in a forked child (EVERSTEP_EINVAL).
- *  6. Nothing is thrown across, nothing is printed, no signal is handled, no thread is started.
+ *  5. One thread at a time per handle, except that everstep_capture_wait may be called beside
+ * everything but everstep_close. A handle does not work in a forked child (EVERSTEP_EINVAL).
+ *  6. Nothing is thrown across, nothing is printed, no signal is handled. One thread is started, by
+ * the first everstep_capture_start of a handle, all signals blocked; everstep_close ends it.
  *  7. Within one ABI version functions and trailing struct fields are only added.
  *
- * A capture: begin, write ..., commit. From begin to commit the slot is torn; whoever dies in
- * between leaves the other slot, which is whole. docs/internals/arena.md has the bytes.
+ * A capture: begin, write ..., commit. Or, overlapped with the next step's computation: begin,
+ * start, and, before the late bytes change, wait and publish. From begin to commit or publish the
+ * slot is torn; whoever dies in between leaves the other slot, which is whole. Both give the same
+ * bytes. docs/internals/arena.md has the bytes.
  */
 #ifndef EVERSTEP_EVERSTEP_H_
 #define EVERSTEP_EVERSTEP_H_
@@ -126,7 +130,21 @@ int everstep_capture_write(everstep_client* client, const everstep_piece* pieces
                            uint64_t* offsets);
 /* Appends the table, publishes the slot and rings the agent. */
 int everstep_capture_commit(everstep_client* client, const void* table, uint64_t table_bytes);
-/* Gives the capture up; the slot stays torn. */
+
+/* In place of write and commit: the handle's thread appends the late pieces, then the early ones
+ * and the table, each as everstep_capture_write would. Returns when the early pieces and the table
+ * are copied aside; the memory of the late ones must stay as it is until everstep_capture_wait has
+ * answered EVERSTEP_OK. offsets (may be NULL): of the late pieces, then of the early ones. */
+int everstep_capture_start(everstep_client* client, const everstep_piece* late, uint32_t late_count,
+                           const everstep_piece* early, uint32_t early_count, const void* table,
+                           uint64_t table_bytes, uint64_t* offsets);
+/* EVERSTEP_OK: no bytes are being copied. EVERSTEP_ETIMEDOUT: they are. Sets no error text. */
+int everstep_capture_wait(everstep_client* client, uint32_t timeout_ms);
+/* Publishes the slot that everstep_capture_start filled, and rings the agent. Only for a caller who
+ * knows that the late bytes did not change while they were copied; another calls abort. */
+int everstep_capture_publish(everstep_client* client);
+
+/* Gives the capture up, one under way too; the slot stays torn. */
 void everstep_capture_abort(everstep_client* client);
 
 /* Tells the agent about a step that was not captured. */

@@ -15,11 +15,10 @@ import statistics
 import time
 from typing import Any
 
+import everstep
 import torch
 import torch.distributed as dist
 from torch import nn
-
-import everstep
 
 TENSORS = 64
 RANK, GENERATION = int(os.environ["RANK"]), int(os.environ["EVERSTEP_GENERATION"])

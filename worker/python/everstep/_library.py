@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes as c
 import os
-from collections.abc import Iterable
+import threading
 from pathlib import Path
 
 ABI_VERSION = 1
@@ -62,6 +62,20 @@ class _Piece(c.Structure):
     _fields_ = [("data", c.c_void_p), ("bytes", c.c_uint64)]
 
 
+PieceArray = c.Array  # of _Piece
+
+
+def pieces(listed: list[tuple[int, int]], after: PieceArray[_Piece] | None = None) -> PieceArray[_Piece]:
+    """(address, bytes) pairs as the library takes them, behind those of `after`."""
+    ahead = 0 if after is None else len(after)
+    array = (_Piece * (ahead + len(listed)))()
+    if after is not None:
+        c.memmove(array, after, c.sizeof(after))
+    for i, (address, size) in enumerate(listed, ahead):
+        array[i] = _Piece(address, size)
+    return array
+
+
 class RawStats(c.Structure):
     """everstep_stats."""
 
@@ -103,6 +117,10 @@ def _declare(lib: c.CDLL) -> None:
         "everstep_capture_begin": [handle, c.c_int64, c.c_uint64, c.c_uint32],
         "everstep_capture_write": [handle, c.POINTER(_Piece), c.c_uint32, c.POINTER(c.c_uint64)],
         "everstep_capture_commit": [handle, c.c_char_p, c.c_uint64],
+        "everstep_capture_start": [handle, c.POINTER(_Piece), c.c_uint32, c.POINTER(_Piece), c.c_uint32, c.c_char_p,
+                                   c.c_uint64, c.POINTER(c.c_uint64)],
+        "everstep_capture_wait": [handle, c.c_uint32],
+        "everstep_capture_publish": [handle],
         "everstep_report_step": [handle, c.c_int64],
         "everstep_get_stats": [handle, c.POINTER(RawStats)],
     }
@@ -134,12 +152,13 @@ def load_library() -> c.CDLL:
 
 
 class Client:
-    """One attached arena. Not thread-safe; does not work in a forked child."""
+    """One attached arena. wait(), publish(), abort() and stats() are thread-safe. Not for a forked child."""
 
     def __init__(self, keeper: str, job: str, rank: int, world_size: int, generation: int,
                  commit_wait: float = 2.0, connect_timeout: float = 5.0) -> None:
         """Attaches. Times in seconds. Raises OSError (no library) or EverstepError."""
         self._lib = load_library()
+        self._lock = threading.Lock()  # a capture may be published by another thread than the trainer's
         self._handle = c.c_void_p()
         options = _Options(c.sizeof(_Options), rank, world_size, int(connect_timeout * 1000),
                            max(1, int(commit_wait * 1000)), 0, generation, job.encode(), keeper.encode())
@@ -190,13 +209,33 @@ class Client:
         code = self._lib.everstep_capture_begin(self._handle, step, payload_bytes, flags)
         return self._check(code) == OK
 
-    def write(self, pieces: Iterable[tuple[int, int]]) -> list[int]:
-        """Appends (address, bytes) pieces; answers where each came to lie."""
-        listed = list(pieces)
-        array = (_Piece * len(listed))(*[_Piece(*piece) for piece in listed])
-        offsets = (c.c_uint64 * len(listed))()
-        self._check(self._lib.everstep_capture_write(self._handle, array, len(listed), offsets))
-        return list(offsets)
+    def write(self, array: PieceArray[_Piece], expected: list[int] | None = None) -> None:
+        """Appends pieces. `expected`: where each must come to lie, when that is to be checked."""
+        offsets = None if expected is None else (c.c_uint64 * len(array))()
+        self._check(self._lib.everstep_capture_write(self._handle, array, len(array), offsets))
+        self._laid(offsets, expected)
+
+    def _laid(self, offsets: c.Array[c.c_uint64] | None, expected: list[int] | None) -> None:
+        if offsets is not None and list(offsets) != expected:
+            raise EverstepError(EINTERNAL, "libeverstep.so laid the state out in another way than its table says; "
+                                "build it and this package from the same release")
+
+    def start(self, late: PieceArray[_Piece], early: PieceArray[_Piece], table: bytes,
+              expected: list[int] | None = None) -> None:
+        """Has the library's thread write everything; `late` must not change until wait() has said True."""
+        offsets = None if expected is None else (c.c_uint64 * (len(late) + len(early)))()
+        self._check(self._lib.everstep_capture_start(self._handle, late, len(late), early, len(early), table,
+                                                     len(table), offsets))
+        self._laid(offsets, expected)
+
+    def wait(self, seconds: float) -> bool:
+        """No bytes are being copied (any more). Any thread may ask."""
+        return bool(self._lib.everstep_capture_wait(self._handle, int(seconds * 1000)) == OK)
+
+    def publish(self) -> None:
+        """Publishes what start() began. REQUIRES: wait() has said True."""
+        with self._lock:
+            self._check(self._lib.everstep_capture_publish(self._handle))
 
     def commit(self, table: bytes) -> None:
         """Publishes the slot."""
@@ -204,7 +243,8 @@ class Client:
 
     def abort(self) -> None:
         """Gives the capture up."""
-        self._lib.everstep_capture_abort(self._handle)
+        with self._lock:
+            self._lib.everstep_capture_abort(self._handle)
 
     def report_step(self, step: int) -> None:
         """Tells the agent about a step that was not captured."""
@@ -213,5 +253,6 @@ class Client:
     def stats(self) -> RawStats:
         """Counts since the process attached."""
         stats = RawStats(size=c.sizeof(RawStats))
-        self._check(self._lib.everstep_get_stats(self._handle, c.byref(stats)))
+        with self._lock:
+            self._check(self._lib.everstep_get_stats(self._handle, c.byref(stats)))
         return stats

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from array import array
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
@@ -28,7 +29,7 @@ def gather(state: Mapping[str, Any], with_rng: bool) -> dict[str, Any]:
         if not isinstance(name, str) or name == RNG:
             raise TypeError(f"state: a name must be a str other than {RNG!r}, not {name!r}")
         target = unwrap(value)
-        out[name] = target.state_dict() if _is_stateful(target) else target
+        out[name] = target.state_dict() if is_stateful(target) else target
     if with_rng:
         out[RNG] = gather_rng()
     return out
@@ -52,7 +53,8 @@ def apply(state: Mapping[str, Any], saved: dict[str, Any]) -> None:
         _apply_one(state, name, unwrap(value), saved[name])
 
 
-def _is_stateful(value: Any) -> bool:
+def is_stateful(value: Any) -> bool:
+    """It has a state_dict() to ask for and a load_state_dict() to give to."""
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
@@ -92,7 +94,7 @@ def _apply_one(state: Mapping[str, Any], name: str, target: Any, saved: Any) -> 
         _load_module(target, saved)
     elif isinstance(target, torch.optim.Optimizer):
         _load_optimizer(target, saved)
-    elif _is_stateful(target):
+    elif is_stateful(target):
         target.load_state_dict(_owned(saved))
     elif isinstance(target, torch.Tensor):
         _copy(target, saved)
@@ -192,7 +194,9 @@ def _fill(target: MutableMapping[Any, Any], saved: dict[Any, Any]) -> None:
 
 def gather_rng() -> dict[str, Any]:
     """Python's, numpy's (when imported) and torch's generators; CUDA's when it is in use."""
-    out: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    version, words, gauss = random.getstate()
+    # 625 numbers one by one would cost more than all else that a step writes down.
+    out: dict[str, Any] = {"python": [version, array("I", words).tobytes(), gauss], "torch": torch.get_rng_state()}
     if "numpy" in sys.modules:
         import numpy as np
 
@@ -204,7 +208,8 @@ def gather_rng() -> dict[str, Any]:
 
 def apply_rng(saved: dict[str, Any]) -> None:
     """Sets every generator that the process has."""
-    random.setstate(saved["python"])
+    version, words, gauss = saved["python"]
+    random.setstate((version, tuple(array("I", words)), gauss))
     torch.set_rng_state(saved["torch"].clone())
     if "numpy" in saved:
         import numpy as np

@@ -30,7 +30,7 @@ _DTYPES: dict[str, torch.dtype] = {
 
 
 class Flattened:
-    """What Encoder.finish gives: pieces in order of their offsets, and the table."""
+    """One state, ready to be written: pieces in order of their offsets, and the table."""
 
     def __init__(self, pieces: list[tuple[int, int]], offsets: list[int], payload_bytes: int, table: bytes,
                  sharded: bool, keep: list[object]) -> None:
@@ -42,49 +42,96 @@ class Flattened:
         self.keep = keep  # owns the memory of pieces
 
 
-class Encoder:
-    """Flattens one state. The memory of its tensors must not change until the pieces are copied."""
+class Zone:
+    """A run of pieces, each at the next multiple of ALIGNMENT."""
 
     def __init__(self) -> None:
-        self._pieces: list[tuple[int, int]] = []
-        self._offsets: list[int] = []
-        self._end = 0
-        self._keep: list[object] = []
-        self._seen: dict[tuple[Any, ...], int] = {}
-        self._sharded = False
+        self.pieces: list[tuple[int, int]] = []
+        self.offsets: list[int] = []
+        self.end = 0
+        self.keep: list[object] = []  # owns the memory of pieces
+        self.tensors: list[tuple[str, torch.Tensor]] = []  # (path, the tensor itself)
+        self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (what a piece points at, made from)
+        self.bodies: list[list[Any]] = []  # table entries whose [2] is an offset in this zone
+
+    def add(self, address: int, size: int) -> int:
+        """The offset at which `size` bytes will lie."""
+        offset = -(-self.end // ALIGNMENT) * ALIGNMENT
+        self.pieces.append((address, size))
+        self.offsets.append(offset)
+        self.end = offset + size
+        return offset
+
+    def move(self, base: int) -> None:
+        """Puts the zone at `base`, a multiple of ALIGNMENT. Once."""
+        self.offsets = [base + offset for offset in self.offsets]
+        for body in self.bodies:
+            body[2] += base
+        self.end = base + self.end
+
+
+class Encoder:
+    """Flattens one state. The memory of its tensors must not change until the pieces are copied.
+
+    Tensors whose memory begins at one of the addresses `late` come into a zone of their own. `known`: memory
+    that already lies somewhere, by its key. `start`: where the other zone begins.
+    """
+
+    def __init__(self, late: frozenset[int] = frozenset(), known: dict[tuple[Any, ...], int] | None = None,
+                 start: int = 0) -> None:
+        self.late, self.rest = Zone(), Zone()
+        self.rest.end = start
+        self.tensors: list[torch.Tensor] = []  # all that were met, pieces of their own or not
+        self.sharded = False
+        self._late_addresses = late
+        self._known = {} if known is None else known
+        self._seen: dict[tuple[Any, ...], tuple[Zone, int]] = {}
 
     def finish(self, root: object, meta: dict[str, object]) -> Flattened:
         """Encodes `root`; `meta` is plain JSON that travels with it."""
-        node = self._node(root, "")
+        node = self.node(root, "")
         table = json.dumps({"format": FORMAT, "meta": meta, "root": node}, separators=(",", ":"),
                            allow_nan=False).encode()
-        return Flattened(self._pieces, self._offsets, self._end, table, self._sharded, self._keep)
+        return Flattened(self.rest.pieces, self.rest.offsets, self.rest.end, table, self.sharded, self.rest.keep)
 
-    def _raw(self, address: int, size: int, owner: object, key: tuple[Any, ...] | None = None) -> int:
-        """The offset at which `size` bytes will lie; the same memory again lies there once."""
+    def placed(self) -> dict[tuple[Any, ...], int]:
+        """Where each piece of memory lies, by its key, once the zones are moved to their places; for `known`."""
+        bases = {id(zone): zone.offsets[0] if zone.offsets else 0 for zone in (self.late, self.rest)}
+        return {key: bases[id(zone)] + offset for key, (zone, offset) in self._seen.items()}
+
+    def _raw(self, body: list[Any], address: int, size: int, owner: object, late: bool,
+             key: tuple[Any, ...] | None = None) -> Zone | None:
+        """Sets body[2] to where `size` bytes will lie; the same memory again lies there once. None: nowhere new."""
         if size == 0:
-            return 0
-        self._keep.append(owner)  # also keeps a temporary's address from being used again
+            body[2] = 0
+            return None
+        if key is not None and key in self._known:
+            body[2] = self._known[key]
+            return None
         if key is not None and key in self._seen:
-            return self._seen[key]
-        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
-        self._pieces.append((address, size))
-        self._offsets.append(offset)
-        self._end = offset + size
+            zone, body[2] = self._seen[key]
+            zone.bodies.append(body)
+            return None
+        zone = self.late if late else self.rest
+        zone.keep.append(owner)  # also keeps a temporary's address from being used again
+        zone.bodies.append(body)
+        body[2] = zone.add(address, size)
         if key is not None:
-            self._seen[key] = offset
-        return offset
+            self._seen[key] = (zone, body[2])
+        return zone
 
     def _tensor(self, value: torch.Tensor, path: str) -> object:
         local: Any = value
         placements = getattr(value, "placements", None)  # of a DTensor
         if placements is not None:
             local = local.to_local()
-            self._sharded = True
+            self.sharded = True
         if type(local) not in (torch.Tensor, torch.nn.Parameter) or local.layout != torch.strided \
                 or local.is_quantized or local.is_meta:
             raise TypeError(f"{path}: cannot checkpoint a {type(value).__name__} of layout {local.layout} on "
                             f"{local.device}; keep dense tensors with data in the state")
+        self.tensors.append(local)
+        address = local.data_ptr()
         flat = local.detach()
         if flat.is_conj() or flat.is_neg():
             flat = flat.resolve_conj().resolve_neg()
@@ -92,9 +139,14 @@ class Encoder:
             flat = flat.cpu()
         flat = flat.contiguous()
         dtype = str(flat.dtype).removeprefix("torch.")
-        key = (flat.data_ptr(), dtype, tuple(flat.shape))
-        offset = self._raw(flat.data_ptr(), flat.numel() * flat.element_size(), flat, key)
-        body: list[object] = [dtype, list(flat.shape), offset]
+        here = flat.data_ptr()
+        key = (here, dtype, tuple(flat.shape))
+        body: list[Any] = [dtype, list(flat.shape), 0]
+        zone = self._raw(body, here, flat.numel() * flat.element_size(), flat, address in self._late_addresses, key)
+        if zone is not None:
+            zone.tensors.append((path, local))
+            if here != address:
+                zone.copies.append((flat, local))
         if placements is not None:
             body.append({"global": list(value.shape), "placements": [str(p) for p in placements]})
         return {"T": body}
@@ -106,22 +158,23 @@ class Encoder:
             raise TypeError(f"{path}: cannot checkpoint a numpy array of dtype {value.dtype}; numbers, bools "
                             "and fixed-size strings can be")
         flat = np.ascontiguousarray(value)
-        offset = self._raw(flat.ctypes.data, flat.nbytes, flat)
-        kind = "N" if isinstance(value, np.ndarray) else "n"
-        return {kind: [value.dtype.str, list(value.shape), offset]}
+        body: list[Any] = [value.dtype.str, list(value.shape), 0]
+        self._raw(body, flat.ctypes.data, flat.nbytes, flat, late=False)
+        return {"N" if isinstance(value, np.ndarray) else "n": body}
 
     def _key(self, key: object, path: str) -> object:
         if key is None or type(key) in (bool, int, str):
             return key
         if type(key) in (float, tuple, bytes):
-            return self._node(key, f"{path} (key)")
+            return self.node(key, f"{path} (key)")
         raise TypeError(f"{path}: cannot checkpoint a dict with a key of type {_name(key)}: {key!r:.80}")
 
     def _items(self, value: Any, path: str) -> list[object]:
-        return [[self._key(k, path), self._node(v, f"{path}[{k!r}]" if path else str(k))]
+        return [[self._key(k, path), self.node(v, f"{path}[{k!r}]" if path else str(k))]
                 for k, v in value.items()]
 
-    def _node(self, value: Any, path: str) -> Any:
+    def node(self, value: Any, path: str) -> Any:
+        """The table's entry for `value`, which lies at `path` of the state."""
         kind = type(value)
         if value is None or kind in (bool, int, str):
             return value
@@ -137,7 +190,7 @@ class Encoder:
             return {"C": self._items(value, path)}
         if kind in (list, tuple, torch.Size):
             tag = "l" if kind is list else "t" if kind is tuple else "z"
-            return {tag: [self._node(v, f"{path}[{i}]") for i, v in enumerate(value)]}
+            return {tag: [self.node(v, f"{path}[{i}]") for i, v in enumerate(value)]}
         if kind is bytes:
             return {"b": base64.b64encode(value).decode()}
         if kind is complex:

@@ -3,40 +3,75 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from everstep import _library
 from everstep._files import FileTier
+from everstep._interval import Meter, best_interval, explain
 from everstep._library import Client, EverstepError, StaleGenerationError
-from everstep._state import RNG, apply, apply_rng, derive_rng, gather, unwrap
-from everstep._table import ALIGNMENT, Decoder, Encoder, Flattened
+from everstep._overlap import Overlap
+from everstep._plan import Plan
+from everstep._state import RNG, apply, apply_rng, derive_rng, gather, is_stateful, unwrap
+from everstep._table import ALIGNMENT, Decoder, Encoder
 
+_log = logging.getLogger("everstep")
 _warned: set[str] = set()
 _TABLE_ROOM = 64 << 10  # first guess of a table's size, for the memory taken ahead
+_OVERLAP_BYTES = 1 << 20  # late bytes under which copying at once is quicker than waking a thread
+_DECIDE_STEPS = 32  # between two looks at the interval
+_AGREE_SECONDS = 60.0  # for rank 0's choice of it
 
 
 @dataclass(frozen=True)
 class Stats:
     """What a Checkpointer did since it was made."""
 
-    mode: str  # "memory", "files" or "off"
+    tier: str  # "memory", "files" or "off"
     captured: int
     skipped: int  # steps not captured, since the one before was still on its way
     replaced: int  # captured steps that were never committed and gave way to newer ones
     waited_seconds: float  # in step(), for commits
-    copy_seconds: float  # in step(), from the slot's tearing to its publication
-    block_seconds: float  # in step(), all together
+    copy_seconds: float  # from a slot's tearing to its publication
+    block_seconds: float  # in step(), and in optimizer.step() for what was not yet copied, all together
     committed_step: int  # newest that the agent reported as held by enough nodes; -1: none
     last_skip: str  # why the newest skip was one
+    mode: str = "blocking"  # or "overlapped": how the next capture will be done
+    every: int = 1  # steps from one capture to the next
+    why: str = ""  # every="auto": what the interval was chosen from
+    spoiled: int = 0  # overlapped captures given up, since parameters were changed outside of optimizer.step()
+    layouts: int = 0  # times that the state was laid out anew, the first time included
+
+
+class _Parts:
+    """What must be ended in order when a Checkpointer goes, or the interpreter."""
+
+    def __init__(self) -> None:
+        self.client: Client | None = None
+        self.overlap: Overlap | None = None
+        self.reserving: threading.Thread | None = None
+
+    def close(self) -> None:
+        if self.reserving is not None:
+            self.reserving.join()
+            self.reserving = None
+        if self.overlap is not None:
+            self.overlap.close()
+            self.overlap = None
+        if self.client is not None:
+            self.client.close()
+            self.client = None
 
 
 class Checkpointer:
@@ -48,7 +83,15 @@ class Checkpointer:
             looked through. Plain values are put back into this very mapping.
         directory: used when no agent is there (a run under torchrun, say): a file per rank and step, the two
             newest kept.
-        every: captures each `every`-th call of step().
+        mode: "blocking": step() returns when all is copied. "overlapped": step() copies what the next forward
+            may change (buffers, random streams, counters, plain values); parameters and optimizer state are
+            copied while the next forward and backward run, and optimizer.step() of any PyTorch optimizer waits
+            for what is not yet copied. Whoever changes parameters elsewhere calls wait() before; a capture
+            during which they were changed nevertheless is given up, counted and named. "auto": overlapped
+            while the state has an optimizer of PyTorch's kind and no capture was spoiled, else blocking. All
+            keep the same bytes.
+        every: captures each `every`-th call of step(); "auto": the interval that loses least time, from the
+            measured stall, step time and interruptions, looked at every 32 steps, rank 0's for all.
         replicated: every rank's state is the same but for random streams (data parallel), so any rank's copy
             serves any other, and the world may change its size. None: it is, unless some tensor is a DTensor.
             Say False when ranks hold different plain tensors (pipeline or hand-made tensor parallelism).
@@ -61,14 +104,20 @@ class Checkpointer:
     """
 
     def __init__(self, state: Mapping[str, Any], *, directory: str | os.PathLike[str] | None = None,
-                 every: int = 1, replicated: bool | None = None, rng: bool = True,
-                 restore_timeout: float = 120.0, commit_wait: float = 2.0) -> None:
+                 mode: Literal["blocking", "overlapped", "auto"] = "blocking", every: int | Literal["auto"] = 1,
+                 replicated: bool | None = None, rng: bool = True, restore_timeout: float = 120.0,
+                 commit_wait: float = 2.0) -> None:
         if not isinstance(state, Mapping) or not state:
             raise TypeError("Checkpointer: state must be a mapping of names to objects, and not empty")
-        if every < 1:
-            raise ValueError(f"Checkpointer: every must be 1 or more, not {every}")
+        if mode not in ("blocking", "overlapped", "auto"):
+            raise ValueError(f"Checkpointer: mode must be 'blocking', 'overlapped' or 'auto', not {mode!r}")
+        if every != "auto" and (not isinstance(every, int) or every < 1):
+            raise ValueError(f"Checkpointer: every must be 1 or more, or 'auto', not {every!r}")
         self._state = state
-        self._every = every
+        self._mode = mode
+        self._auto_every = every == "auto"
+        self._every = 1 if every == "auto" else every
+        self._why = ""
         self._replicated = replicated
         self._rng = rng
         self._restore_timeout = restore_timeout
@@ -78,10 +127,21 @@ class Checkpointer:
         self._captured = 0
         self._copy_seconds = 0.0
         self._block_seconds = 0.0
-        self._reserving: threading.Thread | None = None
+        self._meter = Meter()
+        self._stepped_at: float | None = None
+        self._plan: Plan | None = None
+        self._layouts = 0
+        self._spoilers: dict[int, int] = {}  # address of a late tensor -> captures that its change spoiled
+        self._spoiled = 0
         self._closed = False
         self._files = FileTier(directory, self._rank, self._world) if directory is not None else None
-        self._client = self._attach(commit_wait)
+        self._parts = _Parts()
+        self._parts.client = self._attach(commit_wait)
+        self._finalizer = weakref.finalize(self, self._parts.close)  # also when the script ends without close()
+
+    @property
+    def _client(self) -> Client | None:
+        return self._parts.client
 
     def _attach(self, commit_wait: float) -> Client | None:
         keeper, job = os.environ.get("EVERSTEP_KEEPER"), os.environ.get("EVERSTEP_JOB")
@@ -99,12 +159,11 @@ class Checkpointer:
     def _fall_back(self, why: str) -> None:
         then = (f"steps go to files in {self._files.directory}" if self._files is not None
                 else "nothing is checkpointed; give Checkpointer a directory to have files at least")
-        if self._rank == 0 and why not in _warned:  # one is enough
-            _warned.add(why)
-            warnings.warn(f"everstep: {why}: {then}", RuntimeWarning, stacklevel=4)
+        if self._rank == 0:
+            _warn(f"{why}: {then}")
 
     @property
-    def mode(self) -> str:
+    def tier(self) -> str:
         """Where steps go: "memory", "files" or "off"."""
         if self._client is not None:
             return "memory"
@@ -117,24 +176,27 @@ class Checkpointer:
         model. A torn or damaged state is never loaded.
         """
         self._open()
+        self.wait()
+        began = time.monotonic()
         if self._client is not None:
             slot = self._client.restore(self._restore_timeout)
             if slot is not None:
                 payload = self._client.payload(slot)
                 table = bytes(payload[slot.table_offset:slot.table_offset + slot.table_bytes])
-                self._load(Decoder(payload, table), slot.rank)
+                self._load(Decoder(payload, table), slot.rank, began)
                 self._last = slot.step
+                self._reserve_ahead(slot.payload_bytes)
                 return int(slot.step) + 1
         if self._files is not None:
             loaded = self._files.load(self._replicated is not False)
             if loaded is not None:
-                self._load(Decoder(loaded.payload, loaded.table), loaded.rank)
+                self._load(Decoder(loaded.payload, loaded.table), loaded.rank, began)
                 self._last = loaded.step
                 return loaded.step + 1
-        self._reserve_ahead()
+        self._reserve_ahead(self._guess_bytes())
         return 0
 
-    def _load(self, decoder: Decoder, captured_by: int) -> None:
+    def _load(self, decoder: Decoder, captured_by: int, began: float) -> None:
         saved = decoder.root()
         if not isinstance(saved, dict):
             raise ValueError("a state table whose root is no dict")
@@ -144,74 +206,138 @@ class Checkpointer:
                 apply_rng(saved[RNG])
             else:
                 derive_rng(saved[RNG], self._rank)
+        self._meter.restored(decoder.meta, time.monotonic() - began)
 
     def step(self, n: int) -> bool:
         """Captures the state after step `n` (0, 1, 2, ...; it must grow). False: not captured this time.
 
-        Raises TypeError, with its path, for a part of the state that cannot be kept.
+        In overlapped mode True means that the capture has begun. Raises TypeError, with its path, for a part of
+        the state that cannot be kept.
         """
         self._open()
         if n <= self._last:
             raise ValueError(f"Checkpointer.step({n}): the step before was {self._last}; steps must grow (use the "
                              "global step, not one that starts again each epoch)")
         self._last = n
-        if self.mode == "off":
+        if self.tier == "off":
             return False
         began = time.monotonic()
+        since = None if self._stepped_at is None else began - self._stepped_at
+        self._stepped_at = began
+        stood = self._stood()
+        captured = False
         try:
-            if n % self._every != 0:
-                if self._client is not None:
-                    self._client.report_step(n)
-                return False
-            return self._capture(n)
+            self.wait()
+            self._choose_interval(n)
+            if n % self._every == 0:
+                captured = self._capture(n)
+            elif self._client is not None:
+                self._client.report_step(n)
+            return captured
         finally:
             self._block_seconds += time.monotonic() - began
+            self._meter.stepped(since, self._stood() - stood if captured else None)
+
+    def wait(self) -> None:
+        """Returns when nothing is being copied: call it before changing parameters or optimizer state outside of
+        optimizer.step() in overlapped mode. Raises what went wrong when the capture was published."""
+        overlap = self._parts.overlap
+        if overlap is None:
+            return
+        overlap.settle()
+        for number, changed in overlap.take_spoiled():
+            self._spoiled += 1
+            names = ", ".join(name for name, _ in changed[:3]) + (", ..." if len(changed) > 3 else "")
+            _warn(f"{names} changed outside of optimizer.step() while step {number} was being copied: the step is "
+                  "not kept; call Checkpointer.wait() before such changes, or use mode='blocking'")
+            for _, address in changed:
+                self._spoilers[address] = self._spoilers.get(address, 0) + 1
+            self._plan = None
+        error = overlap.take_error()
+        if error is not None:
+            raise error
+
+    def _stood(self) -> float:
+        overlap = self._parts.overlap
+        return self._block_seconds + (overlap.waited_seconds if overlap is not None else 0.0)
+
+    def _overlaps(self, plan: Plan) -> bool:
+        if self._mode == "blocking" or plan.late_bytes < _OVERLAP_BYTES:
+            return False
+        return self._mode == "overlapped" or self._spoiled == 0
+
+    def _choose_interval(self, n: int) -> None:
+        if not self._auto_every or n % _DECIDE_STEPS != 0:
+            return
+        measured = self._meter.measured()
+        choice = 1 if measured is None else best_interval(measured)
+        if self._world > 1:
+            try:
+                choice = _from_rank_0(f"everstep/every/{_number('EVERSTEP_GENERATION', 0)}/{n}", self._rank, choice)
+            except RuntimeError as error:
+                choice, measured = self._every, None
+                self._why = f"ranks could not agree on an interval: {error}"
+        if measured is not None:
+            self._why = explain(measured, choice)
+        if choice != self._every:
+            _log.info("everstep: rank %d captures %s", self._rank, self._why)
+        self._every = choice
 
     def _capture(self, n: int) -> bool:
-        encoder = Encoder()
-        with torch.no_grad():
-            flat = encoder.finish(gather(self._state, self._rng), {"step": n, "torch": torch.__version__})
+        meta = {"step": n, "torch": torch.__version__, **self._meter.meta()}
         if self._client is not None:
             try:
-                return self._to_memory(n, flat)
+                return self._to_memory(n, meta)
             except EverstepError as error:
                 if isinstance(error, StaleGenerationError) or error.code != _library.ENOMEM:
                     raise
-                self._client.close()
-                self._client = None
+                self._plan = None
+                self._parts.close()
                 self._fall_back(str(error))
         if self._files is None:
             return False
+        with torch.no_grad():
+            flat = Encoder().finish(gather(self._state, self._rng), meta)
         began = time.monotonic()
         self._files.save(n, flat)
         self._copy_seconds += time.monotonic() - began
         self._captured += 1
         return True
 
-    def _to_memory(self, n: int, flat: Flattened) -> bool:
-        assert self._client is not None
-        if self._reserving is not None:
-            self._reserving.join()
-            self._reserving = None
-        replicated = self._replicated if self._replicated is not None else not flat.sharded
+    def _to_memory(self, n: int, meta: dict[str, object]) -> bool:
+        client = self._parts.client
+        assert client is not None
+        with torch.no_grad():
+            if self._plan is None or not self._plan.fits():
+                self._plan = None  # gives the old one's tensors back first
+                self._plan = Plan(self._state, self._rng, frozenset(a for a, n in self._spoilers.items() if n > 1))
+                self._layouts += 1
+            plan = self._plan
+            step = plan.step(meta)
+        if self._parts.reserving is not None:
+            self._parts.reserving.join()
+            self._parts.reserving = None
+        replicated = self._replicated if self._replicated is not None else not plan.sharded
         flags = _library.REPLICATED_LAYOUT if replicated else 0
-        size = flat.payload_bytes + 2 * ALIGNMENT + len(flat.table)
-        if not self._client.begin(n, size, flags):
+        if not client.begin(n, step.payload_bytes + 2 * ALIGNMENT + len(step.table), flags):
             return False
         try:
-            if self._client.write(flat.pieces) != flat.offsets:
-                raise EverstepError(_library.EINTERNAL, "libeverstep.so laid the state out in another way than its "
-                                    "table says; build it and this package from the same release")
-            self._client.commit(flat.table)
+            if self._overlaps(plan):
+                if self._parts.overlap is None:
+                    self._parts.overlap = Overlap(client)
+                self._parts.overlap.start(n, step)
+            else:
+                late = len(plan.late)
+                client.write(plan.late, step.expected[:late] if plan.first else None)
+                client.write(step.early, step.expected[late:] if plan.first else None)
+                client.commit(step.table)
         except BaseException:
-            self._client.abort()
+            client.abort()
             raise
         return True
 
-    def _reserve_ahead(self) -> None:
-        """Takes the arena's memory while the script prepares its first step."""
-        if self._client is None:
-            return
+    def _guess_bytes(self) -> int:
+        """How much a slot will hold once the optimizer has state; a guess."""
         size = _TABLE_ROOM
         for value in map(unwrap, self._state.values()):
             if isinstance(value, torch.nn.Module):
@@ -220,33 +346,46 @@ class Checkpointer:
                 for group in value.param_groups:
                     moments = 2 if "betas" in group else 1 if group.get("momentum") else 0
                     size += moments * sum(_local_bytes(p) for p in group["params"] if p.requires_grad)
+            elif not is_stateful(value):
+                size += _plain_bytes(value)
+        return size + size // 64
+
+    def _reserve_ahead(self, size: int) -> None:
+        """Takes the arena's memory while the script prepares its next step."""
         client = self._client
+        if client is None or self._parts.reserving is not None:
+            return
 
         def reserve() -> None:
             with contextlib.suppress(EverstepError):  # the first capture meets it again and tells
-                client.reserve(size + size // 64)
+                client.reserve(size)
 
-        self._reserving = threading.Thread(target=reserve, name="everstep-reserve", daemon=True)
-        self._reserving.start()
+        self._parts.reserving = threading.Thread(target=reserve, name="everstep-reserve", daemon=True)
+        self._parts.reserving.start()
 
     def stats(self) -> Stats:
         """Counts and times so far."""
+        plan = self._plan
+        mode = "overlapped" if self._client is not None and plan is not None and self._overlaps(plan) else "blocking"
+        more: dict[str, Any] = {"mode": mode, "every": self._every, "why": self._why, "spoiled": self._spoiled,
+                "layouts": self._layouts}
         if self._client is None:
-            return Stats(self.mode, self._captured, 0, 0, 0.0, self._copy_seconds, self._block_seconds, -1, "")
+            return Stats(self.tier, self._captured, 0, 0, 0.0, self._copy_seconds, self._block_seconds, -1, "",
+                         **more)
         raw = self._client.stats()
         return Stats("memory", raw.captured, raw.skipped, raw.replaced, raw.waited_ns / 1e9, raw.copy_ns / 1e9,
-                     self._block_seconds, raw.committed_step, raw.last_skip.decode())
+                     self._stood(), raw.committed_step, raw.last_skip.decode(), **more)
 
     def close(self) -> None:
-        """Detaches. What was captured stays with the node. Idempotent."""
+        """Ends the capture under way and detaches. What was captured stays with the node. Idempotent."""
         if self._closed:
             return
         self._closed = True
-        if self._reserving is not None:
-            self._reserving.join()
-            self._reserving = None
-        if self._client is not None:
-            self._client.close()
+        try:
+            self.wait()
+        finally:
+            self._plan = None
+            self._finalizer()
 
     def _open(self) -> None:
         if self._closed:
@@ -268,3 +407,33 @@ def _number(name: str, default: int) -> int:
 def _local_bytes(tensor: torch.Tensor) -> int:
     local = tensor.to_local() if hasattr(tensor, "to_local") and hasattr(tensor, "placements") else tensor
     return int(local.numel() * local.element_size())
+
+
+def _plain_bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return _local_bytes(value)
+    if isinstance(value, Mapping):
+        return sum(map(_plain_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_plain_bytes, value))
+    return int(getattr(value, "nbytes", 0))
+
+
+def _from_rank_0(key: str, rank: int, value: int) -> int:
+    """Rank 0's value for all, through the store of the process group. Raises RuntimeError."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("torch.distributed has no process group")
+    store = dist.distributed_c10d._get_default_store()
+    if rank == 0:
+        store.set(key, str(value))
+        return value
+    store.wait([key], timedelta(seconds=_AGREE_SECONDS))
+    return int(store.get(key))
+
+
+def _warn(text: str) -> None:
+    if text not in _warned:  # one is enough
+        _warned.add(text)
+        warnings.warn(f"everstep: {text}", RuntimeWarning, stacklevel=4)
