@@ -386,6 +386,8 @@ class Cluster:
         self.address = wait_for("the controller", lambda: address.read_text().strip() if address.exists() else "")
         for i in range(nodes):
             self.start("everstep-agent", "--node", f"n{i}", "--state-dir", self.work, "--controller", self.address, "--leave-timeout", "0")
+        logs = [self.work / "nodes" / f"n{i}" / "agent.log" for i in range(nodes)]
+        wait_for("the nodes", lambda: all(log.exists() and " registered " in log.read_text() for log in logs))
 
     def start(self, program: str, *arguments: object) -> None:
         self.work.mkdir(parents=True, exist_ok=True)
