@@ -147,6 +147,7 @@ std::vector<std::uint32_t> ByDomain(const PlacementInput& input,
   std::vector<std::pair<std::vector<std::uint32_t>, std::uint32_t>> keyed;
   for (const std::uint32_t v : nodes) {
     std::vector<std::uint32_t> key;
+    key.reserve(width.size() + 1);
     for (const auto& [domains, level] : width) key.push_back(input.levels[level][v]);
     for (std::uint32_t s = 0; s < input.together.size(); ++s) {
       const auto& set = input.together[s];
@@ -158,6 +159,7 @@ std::vector<std::uint32_t> ByDomain(const PlacementInput& input,
   }
   std::sort(keyed.begin(), keyed.end());
   std::vector<std::uint32_t> out;
+  out.reserve(keyed.size());
   for (const auto& [key, v] : keyed) out.push_back(v);
   return out;
 }

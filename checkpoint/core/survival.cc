@@ -101,6 +101,7 @@ std::vector<std::vector<const NodeSet*>> Components(const std::vector<NodeSet>& 
   std::map<std::uint32_t, std::vector<const NodeSet*>> by_root;
   for (std::uint32_t s = 0; s < sets.size(); ++s) by_root[find(s)].push_back(&sets[s]);
   std::vector<std::vector<const NodeSet*>> out;
+  out.reserve(by_root.size());
   for (auto& [r, members] : by_root) out.push_back(std::move(members));
   return out;
 }
