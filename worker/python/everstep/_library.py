@@ -145,7 +145,11 @@ def load_library() -> c.CDLL:
             if found != ABI_VERSION:
                 raise OSError(f"{path} has ABI version {found}, this package needs {ABI_VERSION}; "
                               "build both from the same release")
-            _declare(lib)
+            try:
+                _declare(lib)
+            except AttributeError as error:
+                raise OSError(f"{path} is older than this package: {error}; build both from the same "
+                              "release") from None
             return lib
     raise OSError("libeverstep.so is not there; looked at " + ", ".join(map(str, tried))
                   + "; run deploy/setup.sh, or set EVERSTEP_LIBRARY")

@@ -52,6 +52,8 @@ class Plan:
         self._targets: list[tuple[str, Any]] = []
         self._watches: list[tuple[Any, tuple[Any, ...], tuple[Any, ...]]] = []  # mapping, keys, values
         self._lists: list[tuple[list[Any], list[Any]]] = []  # list, what was in it
+        # Optimizers with their state and groups: load_state_dict() puts others in their place.
+        self._held: list[tuple[torch.optim.Optimizer, Any, Any]] = []
         self._names: list[tuple[set[str], set[str]]] = []  # set, what was in it
         self._empty: list[Any] = []  # containers that must stay empty
         # Name, its text (None: loose), the optimizer to ask for its groups and the numbers of their parameters.
@@ -117,6 +119,7 @@ class Plan:
         if not plain:
             self.reusable = False
             return tree, False
+        self._held.append((optimizer, optimizer.state, optimizer.param_groups))
         self._watch(optimizer.state)
         for values in optimizer.state.values():
             self._watch(values)
@@ -143,7 +146,8 @@ class Plan:
         for items, were in self._lists:
             if len(items) != len(were) or any(map(is_not, items, were)):
                 return False
-        if any(now != were_names for now, were_names in self._names):
+        if any(now != were_names for now, were_names in self._names) \
+                or any(o.state is not held or o.param_groups is not groups for o, held, groups in self._held):
             return False
         return [(t.data_ptr(), t.shape) for t in self._live] == self._marks
 
