@@ -35,8 +35,8 @@ import ledger
 from network import Network, NotAllowed
 
 ROOT = Path(__file__).resolve().parents[2]
-EVERSTEP = str(ROOT / ".venv/bin/everstep")
-BIN = ROOT / "build/release/bin"
+EVERSTEP = str(Path(os.environ.get("EVERSTEP_PROGRAMS", ROOT / ".venv/bin")) / "everstep")
+BIN = Path(os.environ.get("EVERSTEP_PROGRAMS", ROOT / "build/release/bin"))
 WORLD = 2
 START_LIMIT = 240.0  # seconds: four nodes import torch at once, and other programs may want the processors, too
 
@@ -80,7 +80,7 @@ class Cluster:
         self.ledger, self.stop_file = work / "ledger", work / "stop"
         self.ledger.mkdir()
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "EVERSTEP", "TORCHELASTIC"))}
-        self.env |= {"OMP_NUM_THREADS": "1", "LEDGER": str(self.ledger), "STOP_FILE": str(self.stop_file)}
+        self.env |= {"PYTHON_EXEC": sys.executable, "OMP_NUM_THREADS": "1", "LEDGER": str(self.ledger), "STOP_FILE": str(self.stop_file)}
         self.committed: list[tuple[float, int]] = []
         self.up(nodes)
 
