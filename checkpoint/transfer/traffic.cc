@@ -108,6 +108,11 @@ void Traffic::OnStep(const JobId& job, Generation generation, Rank rank, Step st
   }
 }
 
+void Traffic::Forget(const JobId& job) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  steps_.erase(job);
+}
+
 void Traffic::Pushed(PeerOutcome outcome, double seconds, std::uint64_t unchanged_bytes,
                      std::uint64_t resumed_bytes) {
   std::lock_guard<std::mutex> lock(mutex_);

@@ -80,6 +80,9 @@ class Traffic {
   void OnStep(const JobId& job, Generation generation, Rank rank, Step step, std::int64_t ended_ns,
               std::uint64_t waited_ns);
 
+  // The job is over: its last step is forgotten.
+  void Forget(const JobId& job);
+
   void Pushed(PeerOutcome outcome, double seconds, std::uint64_t unchanged_bytes,
               std::uint64_t resumed_bytes);
   void Arrived(PeerOutcome outcome);

@@ -543,6 +543,7 @@ void Service::Forget(const JobId& job) {
     }
   }
   replicas_.Forget(job);
+  traffic_.Forget(job);
   Wake();
 }
 
