@@ -212,7 +212,9 @@ TEST_F(ClientAbi, AnOverlappedCaptureCanBeGivenUpAtAnyMoment) {
   ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK) << Error(c);
   auto slot = Sized<everstep_slot>();
   ASSERT_EQ(everstep_restore(c, 1000, &slot), EVERSTEP_NONE);
+  std::uint64_t ended = 0;
   EXPECT_EQ(everstep_capture_wait(c, 0), EVERSTEP_EINVAL) << "there is no thread yet";
+  EXPECT_EQ(everstep_capture_watch(c, &ended, 0), EVERSTEP_EINVAL);
   EXPECT_EQ(everstep_capture_publish(c), EVERSTEP_EINVAL);
   ASSERT_EQ(Capture(c, 0, "whole"), EVERSTEP_OK);
   ASSERT_TRUE(UntilCopied(1));
@@ -226,8 +228,12 @@ TEST_F(ClientAbi, AnOverlappedCaptureCanBeGivenUpAtAnyMoment) {
     if (step % 2 == 0) {
       while (everstep_capture_wait(c, 100) == EVERSTEP_ETIMEDOUT) {
       }
+      EXPECT_EQ(everstep_capture_watch(c, &ended, 1000), EVERSTEP_OK);
+      EXPECT_EQ(everstep_capture_watch(c, &ended, 0), EVERSTEP_ETIMEDOUT)
+          << "and no more than that";
     }
     everstep_capture_abort(c);
+    EXPECT_EQ(everstep_capture_watch(c, &ended, 0), EVERSTEP_OK) << "an end as any other";
     EXPECT_EQ(everstep_capture_publish(c), EVERSTEP_EINVAL);
     ASSERT_EQ(everstep_find(c, INT64_MAX, &slot), EVERSTEP_OK);
     EXPECT_EQ(slot.step, 0);

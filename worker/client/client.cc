@@ -427,6 +427,12 @@ int everstep_capture_wait(everstep_client* c, uint32_t timeout_ms) {
   return c->copier->Wait(std::chrono::milliseconds(timeout_ms)) ? EVERSTEP_OK : EVERSTEP_ETIMEDOUT;
 }
 
+int everstep_capture_watch(everstep_client* c, uint64_t* count, uint32_t timeout_ms) {
+  if (c == nullptr || count == nullptr || c->pid != getpid() || !c->copier) return EVERSTEP_EINVAL;
+  return c->copier->Watch(count, std::chrono::milliseconds(timeout_ms)) ? EVERSTEP_OK
+                                                                        : EVERSTEP_ETIMEDOUT;
+}
+
 int everstep_capture_publish(everstep_client* c) {
   if (int code = Check(c); code != EVERSTEP_OK) return code;
   if (!c->writer || !c->copying) {
@@ -448,7 +454,7 @@ int everstep_capture_publish(everstep_client* c) {
 
 void everstep_capture_abort(everstep_client* c) {
   if (c == nullptr) return;
-  if (c->copying && c->pid == getpid()) c->copier->GiveUp();
+  if (c->copier && c->pid == getpid()) c->copier->GiveUp();
   c->copying = false;
   c->writer.reset();
 }

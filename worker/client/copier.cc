@@ -98,10 +98,19 @@ bool Copier::Wait(std::chrono::milliseconds timeout) {
   return end_.wait_for(lock, timeout, [this] { return !busy_; });
 }
 
+bool Copier::Watch(std::uint64_t* count, std::chrono::milliseconds timeout) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const bool changed = end_.wait_for(lock, timeout, [&] { return ended_ != *count; });
+  *count = ended_;
+  return changed;
+}
+
 void Copier::GiveUp() {
   give_up_ = true;
   std::unique_lock<std::mutex> lock(mutex_);
   end_.wait(lock, [this] { return !busy_; });
+  ++ended_;
+  end_.notify_all();
 }
 
 void Copier::Run() {
@@ -113,6 +122,7 @@ void Copier::Run() {
     outcome_ = Work();
     lock.lock();
     busy_ = false;
+    ++ended_;
     end_.notify_all();
   }
 }

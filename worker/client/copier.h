@@ -38,9 +38,12 @@ class Copier {
 
   // True: nothing is under way any more; outcome() tells how it ended. Any thread.
   bool Wait(std::chrono::milliseconds timeout);
+  // True: the number of copies that have ended, given up ones too, is not `*count` any more; it is
+  // put there. Any thread.
+  bool Watch(std::uint64_t* count, std::chrono::milliseconds timeout);
   // Valid after Wait has answered true. kStale: it was given up.
   const checkpoint::Outcome& outcome() const { return outcome_; }
-  // Returns when nothing is under way, in a few milliseconds.
+  // Returns when nothing is under way, in a few milliseconds; counts as an end for Watch even then.
   void GiveUp();
 
  private:
@@ -52,8 +55,9 @@ class Copier {
   bool started_ = false;
   std::mutex mutex_;
   std::condition_variable begin_, end_;
-  bool busy_ = false;  // guarded by mutex_, as is ending_
+  bool busy_ = false;  // guarded by mutex_, as are the next two
   bool ending_ = false;
+  std::uint64_t ended_ = 0;
   std::atomic<bool> give_up_{false};
 
   // Of the copy under way: the caller's until busy_ is set, the thread's until it is cleared.

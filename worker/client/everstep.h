@@ -8,8 +8,8 @@
  * that.
  *  4. Buffers are the caller's. Pointers that the library gives stay valid until the next call on
  * the same handle that says otherwise.
- *  5. One thread at a time per handle, except that everstep_capture_wait may be called beside
- * everything but everstep_close. A handle does not work in a forked child (EVERSTEP_EINVAL).
+ *  5. One thread at a time per handle, except that everstep_capture_wait and _watch may be called
+ * beside everything but everstep_close. A handle does not work in a forked child (EVERSTEP_EINVAL).
  *  6. Nothing is thrown across, nothing is printed, no signal is handled. One thread is started, by
  * the first everstep_capture_start of a handle, all signals blocked; everstep_close ends it.
  *  7. Within one ABI version functions and trailing struct fields are only added.
@@ -140,6 +140,11 @@ int everstep_capture_start(everstep_client* client, const everstep_piece* late, 
                            uint64_t table_bytes, uint64_t* offsets);
 /* EVERSTEP_OK: no bytes are being copied. EVERSTEP_ETIMEDOUT: they are. Sets no error text. */
 int everstep_capture_wait(everstep_client* client, uint32_t timeout_ms);
+/* For a thread that publishes what others started. EVERSTEP_OK: the number of copies that have
+ * ended since the handle was opened is not *count any more, and now is; everstep_capture_abort
+ * counts as an end, too. EVERSTEP_ETIMEDOUT: it still is. EVERSTEP_EINVAL: nothing was ever
+ * started. */
+int everstep_capture_watch(everstep_client* client, uint64_t* count, uint32_t timeout_ms);
 /* Publishes the slot that everstep_capture_start filled, and rings the agent. Only for a caller who
  * knows that the late bytes did not change while they were copied; another calls abort. */
 int everstep_capture_publish(everstep_client* client);

@@ -120,6 +120,7 @@ def _declare(lib: c.CDLL) -> None:
         "everstep_capture_start": [handle, c.POINTER(_Piece), c.c_uint32, c.POINTER(_Piece), c.c_uint32, c.c_char_p,
                                    c.c_uint64, c.POINTER(c.c_uint64)],
         "everstep_capture_wait": [handle, c.c_uint32],
+        "everstep_capture_watch": [handle, c.POINTER(c.c_uint64), c.c_uint32],
         "everstep_capture_publish": [handle],
         "everstep_report_step": [handle, c.c_int64],
         "everstep_get_stats": [handle, c.POINTER(RawStats)],
@@ -156,7 +157,7 @@ def load_library() -> c.CDLL:
 
 
 class Client:
-    """One attached arena. wait(), publish(), abort() and stats() are thread-safe. Not for a forked child."""
+    """One attached arena. wait(), watch(), publish(), abort() and stats() are thread-safe. Not for a forked child."""
 
     def __init__(self, keeper: str, job: str, rank: int, world_size: int, generation: int,
                  commit_wait: float = 2.0, connect_timeout: float = 5.0) -> None:
@@ -235,6 +236,12 @@ class Client:
     def wait(self, seconds: float) -> bool:
         """No bytes are being copied (any more). Any thread may ask."""
         return bool(self._lib.everstep_capture_wait(self._handle, int(seconds * 1000)) == OK)
+
+    def watch(self, count: int, seconds: float) -> int:
+        """Waits until the number of copies that have ended is not `count`; answers the number. Any thread may ask."""
+        now = c.c_uint64(count)
+        self._lib.everstep_capture_watch(self._handle, c.byref(now), int(seconds * 1000))
+        return now.value
 
     def publish(self) -> None:
         """Publishes what start() began. REQUIRES: wait() has said True."""

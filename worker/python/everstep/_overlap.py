@@ -34,14 +34,12 @@ class Overlap:
         self._client = client
         self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._begun = threading.Semaphore(0)
         self._pending: _Pending | None = None
         self._ending = False
         self._error: EverstepError | None = None
         self._spoiled: list[tuple[int, list[tuple[str, int]]]] = []
         self.waited_seconds = 0.0  # by optimizer.step(), for copies that were not done
-        self._thread = threading.Thread(target=self._run, name="everstep-publish", daemon=True)
-        self._thread.start()
+        self._thread: threading.Thread | None = None
         me = weakref.ref(self)
 
         def before_step(*_: Any) -> None:
@@ -59,7 +57,9 @@ class Overlap:
         versions = plan.versions()
         self._client.start(plan.late, step.early, step.table, step.expected if plan.first else None)
         self._pending = _Pending(number, plan, versions)
-        self._begun.release()
+        if self._thread is None:  # the library has something to watch now
+            self._thread = threading.Thread(target=self._run, name="everstep-publish", daemon=True)
+            self._thread.start()
 
     def settle(self) -> None:
         """Waits until nothing is under way: from then on the late tensors may change."""
@@ -84,10 +84,11 @@ class Overlap:
         """Ends what is under way, then the thread. Idempotent."""
         self.settle()
         self._hook.remove()
-        if not self._ending and os.getpid() == self._pid:
+        if self._thread is not None and os.getpid() == self._pid:
             self._ending = True
-            self._begun.release()
+            self._client.abort()  # nothing is under way: it wakes the thread
             self._thread.join()
+            self._thread = None
 
     def _finish(self, pending: _Pending) -> None:
         with self._lock:
@@ -108,14 +109,11 @@ class Overlap:
                 self._pending = None
 
     def _run(self) -> None:
-        while True:
-            self._begun.acquire()
-            if self._ending:
-                return
+        ended = 0
+        while not self._ending:
+            # Asleep in the library until a copy has ended: beginning one wakes nobody in the interpreter.
+            ended = self._client.watch(ended, 60.0)
             pending = self._pending
-            if pending is None:  # the trainer was quicker
-                continue
-            while not self._client.wait(60.0):
-                pass
-            with contextlib.suppress(Exception):  # never in the trainer's way; what matters is kept in _error
-                self._finish(pending)
+            if pending is not None and self._client.wait(0.0):
+                with contextlib.suppress(Exception):  # never in the trainer's way; what matters is kept in _error
+                    self._finish(pending)
