@@ -52,6 +52,16 @@ std::string TimeOfDay(const std::string& time) {
   return rfc ? time.substr(11, time.size() - 12) : time;
 }
 
+// Steps are known where the script tells of them (everstep.Checkpointer).
+std::string LostIn(const v1::JobStatus& job) {
+  const bool known = std::any_of(job.faults().begin(), job.faults().end(),
+                                 [](const v1::FaultStatus& f) { return f.steps_lost() >= 0; });
+  const std::string steps = known                  ? Plural(job.steps_lost(), "step")
+                            : job.faults().empty() ? "0 steps"
+                                                   : "steps unknown";
+  return fmt::format("{}, {}", HumanSeconds(job.seconds_lost()), steps);
+}
+
 // One line without control characters, never cut.
 std::string Plain(const std::string& text) {
   Table one({{""}});
@@ -138,7 +148,7 @@ Table JobsTable(const Jobs& jobs) {
                {"COMMITTED", Align::kRight},
                {"RESTARTS"},
                {"LOST CAPACITY", Align::kRight},
-               {"AGE", Align::kRight},
+               {"TIME", Align::kRight},
                {"REASON"}});
   for (const v1::JobStatus& j : jobs) {
     table.Add({j.job(), j.state(), NodesOf(j), std::to_string(j.spares()),
@@ -191,41 +201,62 @@ std::string RenderNode(const v1::NodeStatus& node, const RenderOptions&) {
     labels.push_back(fmt::format("{}={}", key, value));
   }
   std::sort(labels.begin(), labels.end());
-  return FormatPairs({{"Node", node.node()},
-                      {"State", node.state()},
-                      {"Reason", Reason(node.reason())},
-                      {"Evidence", node.evidence()},
-                      {"Address", node.address()},
-                      {"Incarnation", std::to_string(node.incarnation())},
-                      {"Last heartbeat", HumanSeconds(node.heartbeat_age_seconds()) + " ago"},
-                      {"Lease", HumanSeconds(node.lease_ms() / 1000.0)},
-                      {"Slots", node.slots() == 0 ? "no limit" : std::to_string(node.slots())},
-                      {"Warm", node.warm() ? "yes" : "no"},
-                      {"Agent restarts", std::to_string(node.agent_restarts())},
-                      {"Jobs", JoinWords(node.jobs(), " ")},
-                      {"Labels", JoinWords(labels, " ")}});
+  // A node that is lost while it drains has both stories.
+  const bool both = !node.drain_reason().empty() && node.state().rfind("DRAIN", 0) != 0;
+  std::vector<std::pair<std::string, std::string>> pairs = {{"Node", node.node()},
+                                                            {"State", node.state()},
+                                                            {"Reason", Reason(node.reason())},
+                                                            {"Evidence", node.evidence()},
+                                                            {"Since", OrDash(node.since())}};
+  if (both) {
+    pairs.push_back({"Draining", fmt::format("{} (since {})", node.drain_reason(),
+                                             OrDash(node.drain_since()))});
+  }
+  const std::vector<std::pair<std::string, std::string>> rest = {
+      {"Address", node.address()},
+      {"Incarnation", std::to_string(node.incarnation())},
+      {"Last heartbeat", HumanSeconds(node.heartbeat_age_seconds()) + " ago"},
+      {"Lease", HumanSeconds(node.lease_ms() / 1000.0)},
+      {"Slots", node.slots() == 0 ? "no limit" : std::to_string(node.slots())},
+      {"Warm", node.warm() ? "yes" : "no"},
+      {"Agent restarts", std::to_string(node.agent_restarts())},
+      {"Jobs", JoinWords(node.jobs(), " ")},
+      {"Labels", JoinWords(labels, " ")}};
+  pairs.insert(pairs.end(), rest.begin(), rest.end());
+  return FormatPairs(pairs);
 }
 
 std::string RenderJob(const v1::JobStatus& job, const RenderOptions& options) {
   std::vector<std::pair<std::string, std::string>> pairs = {
       {"Job", job.job()}, {"State", job.state()}, {"Reason", Reason(job.reason())}};
   if (!job.message().empty()) pairs.push_back({"Message", job.message()});
-  if (IsTerminal(job)) pairs.push_back({"Exit code", std::to_string(job.exit_code())});
+  const bool ended = IsTerminal(job);
+  if (ended) pairs.push_back({"Exit code", std::to_string(job.exit_code())});
   pairs.insert(
       pairs.end(),
       {{"Generation", std::to_string(job.generation())},
        {"Nodes", fmt::format("{} ({})", NodesOf(job), Plural(job.spares(), "warm spare"))},
-       {"Members", JoinWords(job.members(), " ")},
+       {ended ? "Ran last on" : "Members", JoinWords(job.members(), " ")},
        {"World size", std::to_string(job.world_size())},
        {"Step", fmt::format("{} (committed {})", Count(job.step()), Count(job.committed_step()))},
        {"Restarts", fmt::format("{}, lost capacity {}, start failures {}", RestartsOf(job),
                                 job.lost_capacity(), job.start_failures())},
-       {"Lost in faults",
-        fmt::format("{}, {}", HumanSeconds(job.seconds_lost()), Plural(job.steps_lost(), "step"))},
-       {"Submitted",
-        fmt::format("{} ({} ago)", OrDash(job.submitted()), HumanSeconds(job.age_seconds()))},
-       {"Command", job.command()},
-       {"Logs", job.log_dir()}});
+       {"Lost in faults", LostIn(job)},
+       {"Submitted", ended ? OrDash(job.submitted())
+                           : fmt::format("{} ({} ago)", OrDash(job.submitted()),
+                                         HumanSeconds(job.age_seconds()))}});
+  if (ended) {
+    pairs.push_back({"Ended", fmt::format("{} (after {})", OrDash(job.ended()),
+                                          HumanSeconds(job.age_seconds()))});
+  }
+  if (!job.memory_kept_until().empty()) {
+    pairs.push_back({"Memory kept", fmt::format("until {}; run --name {} goes on from it, job "
+                                                "cancel --forget {} frees it",
+                                                job.memory_kept_until(), job.job(), job.job())});
+  }
+  pairs.push_back({"Command", job.command()});
+  pairs.push_back({"Logs", job.log_dir().empty() ? fmt::format("everstep logs {}", job.job())
+                                                 : fmt::format("{} on its nodes", job.log_dir())});
   std::string out = FormatPairs(pairs);
   if (job.has_root_cause()) out += "\n" + RenderRootCause(job.root_cause());
   if (!job.ranks().empty()) {

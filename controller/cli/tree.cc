@@ -60,11 +60,16 @@ CommandSpec JobCommands() {
           {.name = "cancel",
            .verb = Verb::kJobCancel,
            .summary = "End a job",
-           .description = "Its workers get SIGTERM, after the job's grace SIGKILL.",
+           .description =
+               "Its workers get SIGTERM, after the job's grace SIGKILL. With --forget the job is "
+               "then taken from the list, and what is left of it in the memory of its nodes is "
+               "given up; of a job that has ended, at once. Its events and its logs stay.",
            .words = {Job()},
            .options = {{"reason", 0, "TEXT", "why; stands in its events", "cancelled by operator"},
-                       {"wait", 0, "", "return when no process of it is left"}},
-           .examples = {{"everstep job cancel gpt --reason \"wrong data set\"", ""}}}}};
+                       {"wait", 0, "", "return when no process of it is left"},
+                       {"forget", 0, "", "give up its record and what it has in memory, too"}},
+           .examples = {{"everstep job cancel gpt --reason \"wrong data set\"", ""},
+                        {"everstep job cancel gpt --forget", "a failed one: frees its memory"}}}}};
 }
 
 CommandSpec NodeCommands() {

@@ -171,18 +171,24 @@ VerbResult RunJobCancel(Context& context) {
   Result<v1::JobStatus> job = FindJob(client.value().get(), context.args.words[0]);
   if (!job.ok()) return job.error();
   const std::string name = job.value().job();
-  if (IsTerminal(job.value())) {
-    return CliError{ExitCode::kConflict, "FAILED_PRECONDITION",
-                    fmt::format("job {} has ended already: {}", name, job.value().state()),
-                    fmt::format("see: everstep job show {}", name)};
+  const bool forget = context.args.Has("forget");
+  if (IsTerminal(job.value()) && !forget) {
+    return CliError{
+        ExitCode::kConflict, "FAILED_PRECONDITION",
+        fmt::format("job {} has ended already: {}", name, job.value().state()),
+        fmt::format("see: everstep job show {}; --forget gives up what is left of it", name)};
   }
   v1::CancelJobRequest request;
   request.set_job(name);
   request.set_reason(context.args.Get("reason", "cancelled by operator"));
-  if (Outcome cancelled = client.value()->CancelJob(request); !cancelled.ok()) {
-    return cancelled.error();
+  if (!IsTerminal(job.value())) {
+    if (Outcome cancelled = client.value()->CancelJob(request); !cancelled.ok()) {
+      return cancelled.error();
+    }
   }
-  if (context.args.Has("wait")) {
+  if (IsTerminal(job.value())) {
+    // Nothing to wait for.
+  } else if (context.args.Has("wait") || forget) {
     const Outcome ended =
         client.value()->FollowJob(name, context.timeout, [&](const v1::JobStatus& now) {
           job = now;
@@ -191,6 +197,15 @@ VerbResult RunJobCancel(Context& context) {
     if (!ended.ok()) return ended.error();
   } else if (Result<v1::JobStatus> now = client.value()->GetJob(name); now.ok()) {
     job = now;
+  }
+  if (forget) {
+    request.set_forget(true);
+    if (Outcome forgotten = client.value()->CancelJob(request); !forgotten.ok()) {
+      return forgotten.error();
+    }
+    context.Out(context.output == Output::kTable ? fmt::format("job {} is forgotten\n", name)
+                                                 : JobText(context, job.value()));
+    return ExitCode::kOk;
   }
   context.Out(
       context.output == Output::kTable

@@ -38,7 +38,9 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
   for (const Record& record : records) {
     if (const auto* node = std::get_if<NodeRecord>(&record)) {
       state_.nodes[node->node].record = *node;
-    } else if (const auto* job = std::get_if<JobRecord>(&record)) {
+    } else if (const auto* job = std::get_if<JobRecord>(&record); job && job->forgotten) {
+      state_.forgotten[job->spec.job] = *job;
+    } else if (job != nullptr) {
       state_.jobs[job->spec.job].record = *job;
     } else if (const auto* plan = std::get_if<GenerationRecord>(&record)) {
       // Older generations' records may still be there: the newest counts, whatever the order.
@@ -64,9 +66,11 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
     if (node.record.health == NodeHealth::kAlive) {
       node.record.health = NodeHealth::kSuspect;
       node.reason = Reason::kControllerRestarted;
+      node.since = now;
     }
     Watch(node);
   }
+  RecallNodes();
   for (auto& [id, job] : state_.jobs) {
     Runtime& run = runtime_[id];
     run.waiting_since = now;
@@ -78,6 +82,7 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
     if (IsTerminal(s) || s == JobState::kStopping) {
       job.reason = job.record.end_reason;
       job.message = job.record.end_message;
+      job.memory_until = MemoryEnd(job);
     } else if (s == JobState::kWaiting) {
       job.reason = job.record.generation == 0 ? Reason::kSubmitted : Reason::kWaitingForNodes;
       job.message = fmt::format("at least {} nodes", job.record.spec.min_nodes);
@@ -109,6 +114,21 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
   out_ = nullptr;
 }
 
+// Why and since when a node is lost or drained: the journal has it.
+void Controller::Impl::RecallNodes() {
+  for (const JournalRecord& line : state_.journal) {
+    const auto it = line.node.empty() ? state_.nodes.end() : state_.nodes.find(line.node);
+    if (it == state_.nodes.end()) continue;
+    NodeState& node = it->second;
+    if (line.type == "node_draining") node.drain_since = line.time;
+    if (line.type == "node_lost" && node.record.health == NodeHealth::kLost) {
+      node.reason = line.reason;
+      node.evidence = line.evidence;
+      node.since = line.time;
+    }
+  }
+}
+
 std::optional<Timestamp> Controller::Impl::NextWakeup() const {
   std::optional<Timestamp> next;
   const auto at = [&next](Timestamp t) {
@@ -116,6 +136,7 @@ std::optional<Timestamp> Controller::Impl::NextWakeup() const {
   };
   at(node_wakeup_);
   for (const auto& [id, job] : state_.jobs) {
+    at(job.memory_until);
     if (IsTerminal(job.record.state)) continue;
     if (!Bug(kBugLostWakeup)) at(job.deadline);
     const Runtime& run = runtime_.at(id);

@@ -41,6 +41,8 @@ struct Options {
   std::size_t journal_limit = 10000;    // records kept
   std::size_t fault_limit = 256;        // per job
   Duration notice_margin = Seconds(5);  // a node with a notice is left this long before its end
+  // What a failed job captured stays on its nodes this long; 0: until it is forgotten.
+  Duration failed_retention = Seconds(3600);
   // Seeded bugs for the simulator's own test (tests/sim/seeded_bugs_test.cc); never set elsewhere.
   std::uint32_t bugs = 0;
 };

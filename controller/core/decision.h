@@ -44,6 +44,8 @@ struct JobRecord {
   Timestamp ended;
   std::string data_key;
   Generation earlier_runs = 0;  // captures of generations up to this one are of runs that are over
+  bool memory_freed = false;    // ended, and its nodes were told to give up what it captured
+  bool forgotten = false;       // only the id and its newest generation are still known
   std::vector<Fault> faults;    // newest 256
   std::vector<WorkerOnNode> failures;  // of the generation that ended the job, by error time
 };

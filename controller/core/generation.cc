@@ -137,6 +137,7 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
   run.released = kNoStep;
   run.base_copies.clear();
   run.base_released = false;
+  run.misreported.clear();
   run.store_ports.clear();
   run.surveyed.clear();
   run.last_call = {};
@@ -306,8 +307,11 @@ void Controller::Impl::Activate(JobStateView* job) {
            .reason = plan.reason,
            .job = spec.job,
            .generation = plan.generation,
-           .message = fmt::format("job {}: generation {} starts after step {}", spec.job,
-                                  plan.generation, plan.restore_step),
+           .message = plan.restore_step == kNoStep
+                          ? fmt::format("job {}: generation {} starts from nothing saved", spec.job,
+                                        plan.generation)
+                          : fmt::format("job {}: generation {} starts after step {}", spec.job,
+                                        plan.generation, plan.restore_step),
            .evidence = fmt::format("master={}:{}", plan.master_addr, plan.master_port)});
   JournalRestore(*job);
   const auto shared = std::make_shared<const GenerationPlan>(plan);
@@ -352,6 +356,7 @@ void Controller::Impl::On(const Activated& e) {
     return;
   }
   for (const WorkerOnNode& worker : e.workers) {
+    if (!Hosts(*job, e.node, worker.rank)) continue;
     job->workers.try_emplace(worker.rank,
                              WorkerState{e.node, worker});  // an exit may be known already
   }
@@ -413,6 +418,15 @@ void Controller::Impl::On(const Tick&) {
   }
   LeaveNodes();
   for (auto& [id, job] : state_.jobs) {
+    if (job.memory_until.ns != 0 && now_ >= job.memory_until) {
+      FreeMemory(&job, Reason::kRetentionOver);
+      Journal({.type = "memory_freed",
+               .reason = Reason::kRetentionOver,
+               .job = id,
+               .generation = job.record.generation,
+               .message = fmt::format("what failed job {} had in memory is given up", id),
+               .evidence = fmt::format("kept_s={:.0f}", ToSeconds(options_.failed_retention))});
+    }
     if (IsTerminal(job.record.state)) continue;
     Runtime& run = runtime_[id];
     const JobSpec& spec = job.record.spec;

@@ -54,6 +54,7 @@ class Controller::Impl {
     std::map<Rank, std::map<NodeId, HeldShard>> base_copies;  // of the step it started from
     std::set<NodeId> emptied;  // members whose keeper died: no state, no fork server yet
     bool base_released = false;
+    std::set<NodeId> misreported;       // told of ranks of this generation that are not theirs
     everstep::Step released = kNoStep;  // of the newest generation; see CommittedCommand
   };
 
@@ -97,6 +98,17 @@ class Controller::Impl {
               std::int32_t exit_code);
   void FinishStop(JobStateView* job);
   void AddFault(JobStateView* job, Reason reason, std::string subject, std::string evidence);
+  // A fault that is not the script's: charged to the job's account of lost capacity.
+  void LoseCapacity(JobStateView* job, Reason reason, std::string subject, std::string evidence);
+  // The rank is the node's own in the job's plan; else what it reports is dropped as stale.
+  bool Hosts(const JobStateView& job, const NodeId& node, Rank rank);
+  // Of a job that ends or has ended: its nodes keep what it captured.
+  static bool KeepsMemory(const JobRecord& record);
+  Timestamp MemoryEnd(const JobStateView& job) const;  // ns == 0: nothing is kept, or no limit
+  void DropCopies(JobStateView* job);
+  void FreeMemory(JobStateView* job, Reason reason);
+  void ForgetJob(JobStateView* job, const std::string& why);
+  void SendStop(const JobStateView& job, const NodeId& node);
   JobOnNode ReportedOrEmpty(const NodeRegistered& e, const JobId& job) const;
   void Reattach(NodeState* node, const NodeRegistered& e);
   void Overtaken(JobStateView* job, const NodeId& node, const JobOnNode& holds);
@@ -156,6 +168,7 @@ class Controller::Impl {
   // Not in Recover itself, so that recovering the same records again yields the same state: with
   // the first registration or tick after it.
   void JournalRecovery();
+  void RecallNodes();
   void Flush();
   bool Bug(SeededBug bug) const { return (options_.bugs & bug) != 0; }
   JobStateView* FindJob(const JobId& id);

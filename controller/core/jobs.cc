@@ -50,10 +50,14 @@ void Controller::Impl::On(const SubmitJob& e) {
   if (old == nullptr && state_.jobs.size() >= options_.max_jobs) {
     Answer(e.request, ReplyCode::kFailedPrecondition,
            fmt::format("this controller remembers {} jobs, its limit", options_.max_jobs),
-           "start it with a larger limit or a new state directory");
+           "everstep job cancel --forget JOB makes room where JOB has ended");
     return;
   }
   JobStateView& job = state_.jobs[spec.job];
+  if (const auto before = state_.forgotten.find(spec.job); before != state_.forgotten.end()) {
+    job.record = std::move(before->second);
+    state_.forgotten.erase(before);
+  }
   JobRecord record;
   record.spec = spec;
   record.generation =
@@ -61,9 +65,8 @@ void Controller::Impl::On(const SubmitJob& e) {
   record.started = now_;
   record.data_key = e.data_key;
   // A run that succeeded or was cancelled leaves nothing, also where a node was away when it ended;
-  // one that failed may be handed in again to go on.
-  const bool left_nothing =
-      job.record.state == JobState::kSucceeded || job.record.state == JobState::kCancelled;
+  // one that failed may be handed in again to go on, for a while.
+  const bool left_nothing = IsTerminal(job.record.state) && !KeepsMemory(job.record);
   record.earlier_runs = left_nothing ? job.record.generation : job.record.earlier_runs;
   job.record = std::move(record);
   if (job.plan.generation != 0) Forget(job.plan);  // of the job that had the id before
@@ -72,6 +75,7 @@ void Controller::Impl::On(const SubmitJob& e) {
   job.reason = Reason::kSubmitted;
   job.message.clear();
   job.deadline = {};
+  job.memory_until = {};
   Runtime& run = runtime_[spec.job];
   run = Runtime{};
   run.waiting_since = now_;
@@ -129,14 +133,100 @@ void Controller::Impl::On(const CancelJob& e) {
            "everstep job list");
     return;
   }
+  if (e.forget) {
+    if (!IsTerminal(job->record.state)) {
+      Answer(e.request, ReplyCode::kFailedPrecondition,
+             fmt::format("job '{}' is {}: only what has ended can be forgotten", e.job,
+                         JobStateName(job->record.state)),
+             fmt::format("everstep job cancel --wait {} first", e.job));
+      return;
+    }
+    Answer(e.request, ReplyCode::kOk, fmt::format("job '{}' is forgotten", e.job));
+    ForgetJob(job, e.reason);
+    return;
+  }
   if (IsTerminal(job->record.state) || job->record.state == JobState::kStopping) {
     Answer(e.request, ReplyCode::kFailedPrecondition,
-           fmt::format("job '{}' is {} already", e.job, JobStateName(job->record.state)));
+           fmt::format("job '{}' is {} already", e.job, JobStateName(job->record.state)),
+           IsTerminal(job->record.state)
+               ? fmt::format("everstep job cancel --forget {} gives up what is left of it", e.job)
+               : "");
     return;
   }
   Answer(e.request, ReplyCode::kOk, fmt::format("job '{}' is being cancelled", e.job));
   Finish(job, JobState::kCancelled, Reason::kCancelled,
          e.reason.empty() ? "cancelled by request" : e.reason, 1);
+}
+
+bool Controller::Impl::KeepsMemory(const JobRecord& record) {
+  return Outcome(record.end_reason) == JobState::kFailed && !record.memory_freed;
+}
+
+void Controller::Impl::DropCopies(JobStateView* job) {
+  const JobId& id = job->record.spec.job;
+  job->holdings.clear();
+  if (!job->commits.commits.empty()) out_->deletions.push_back({Deletion::Table::kCommit, id});
+  job->commits = {};
+  dirty_commits_.erase(id);
+}
+
+void Controller::Impl::SendStop(const JobStateView& job, const NodeId& node) {
+  const JobRecord& r = job.record;
+  const bool failed = Outcome(r.end_reason) == JobState::kFailed;  // one is dead: the short grace
+  Send(node, StopJobCommand{r.spec.job, r.generation, !KeepsMemory(r), failed, r.end_reason});
+}
+
+// Who is away is told when it registers: the job is none of those that it may keep.
+void Controller::Impl::FreeMemory(JobStateView* job, Reason reason) {
+  job->record.memory_freed = true;
+  job->memory_until = {};
+  dirty_jobs_.insert(job->record.spec.job);
+  for (const auto& [id, node] : state_.nodes) {
+    Send(id, StopJobCommand{job->record.spec.job, job->record.generation, true, true, reason});
+  }
+  DropCopies(job);
+}
+
+void Controller::Impl::ForgetJob(JobStateView* job, const std::string& why) {
+  const JobId id = job->record.spec.job;
+  FreeMemory(job, Reason::kCancelled);
+  Journal({.type = "job_forgotten",
+           .reason = Reason::kCancelled,
+           .job = id,
+           .generation = job->record.generation,
+           .message = fmt::format("job {} is forgotten: its record and what it had in memory", id),
+           .evidence = fmt::format("was={} {}", JobStateName(job->record.state),
+                                   why.empty() ? "by request" : why)});
+  // Its number stays: whoever was away may come back with bytes of this run when the id is used
+  // again.
+  JobRecord stub;
+  stub.spec.job = id;
+  stub.state = job->record.state;
+  stub.generation = job->record.generation;
+  stub.memory_freed = true;
+  stub.ended = now_;
+  stub.forgotten = true;
+  out_->records.emplace_back(stub);
+  state_.forgotten.insert_or_assign(id, std::move(stub));
+  if (job->plan.generation != 0) Forget(job->plan);
+  dirty_jobs_.erase(id);
+  dirty_plans_.erase(id);
+  dirty_commits_.erase(id);
+  runtime_.erase(id);
+  state_.jobs.erase(id);
+  if (state_.forgotten.size() <= options_.max_jobs) return;
+  const auto oldest = std::min_element(
+      state_.forgotten.begin(), state_.forgotten.end(),
+      [](const auto& a, const auto& b) { return a.second.ended < b.second.ended; });
+  out_->deletions.push_back({Deletion::Table::kJob, oldest->first});
+  state_.forgotten.erase(oldest);
+}
+
+Timestamp Controller::Impl::MemoryEnd(const JobStateView& job) const {
+  const bool kept = job.record.state == JobState::kFailed && KeepsMemory(job.record);
+  return kept && options_.failed_retention.count() > 0
+             ? job.record.ended + options_.failed_retention
+             : Timestamp{};
 }
 
 void Controller::Impl::AddFault(JobStateView* job, Reason reason, std::string subject,
@@ -160,6 +250,36 @@ void Controller::Impl::AddFault(JobStateView* job, Reason reason, std::string su
   faults.push_back(std::move(fault));
   if (faults.size() > options_.fault_limit) faults.erase(faults.begin());
   dirty_jobs_.insert(job->record.spec.job);
+}
+
+void Controller::Impl::LoseCapacity(JobStateView* job, Reason reason, std::string subject,
+                                    std::string evidence) {
+  AddFault(job, reason, std::move(subject), std::move(evidence));
+  ++job->record.lost_capacity;
+}
+
+bool Controller::Impl::Hosts(const JobStateView& job, const NodeId& node, Rank rank) {
+  if (Bug(kBugMissingFence)) return true;
+  const JobId& id = job.record.spec.job;
+  const std::size_t place = rank < 0
+                                ? job.plan.nodes.size()
+                                : static_cast<std::size_t>(rank) / job.record.spec.nproc_per_node;
+  const bool known = place < job.plan.nodes.size();
+  if (known && job.plan.nodes[place].node == node) return true;
+  ++state_.stale_dropped;
+  // Once a node and generation: an agent in error must not fill the journal.
+  if (!runtime_[id].misreported.insert(node).second) return false;
+  Journal({.type = "report_refused",
+           .severity = Severity::kWarning,
+           .reason = Reason::kStale,
+           .job = id,
+           .node = node,
+           .rank = rank,
+           .generation = job.record.generation,
+           .message = fmt::format("node {} reports on rank {} of job {}, which is not its own",
+                                  node, rank, id),
+           .evidence = fmt::format("rank_is_on={}", known ? job.plan.nodes[place].node : "-")});
+  return false;
 }
 
 bool Controller::Impl::EndOfGeneration(JobStateView* job, bool lost_capacity) {
@@ -193,6 +313,7 @@ void Controller::Impl::On(const WorkerExited& e) {
     ++state_.stale_dropped;
     return;
   }
+  if (!Hosts(*job, e.node, e.rank)) return;
   const WorkerOnNode worker{e.rank, e.local_rank, e.pid, false, e.exit};
   if (job->record.state == JobState::kStopping) {
     // Other ranks of the generation that failed: the report shows who was first.
@@ -308,10 +429,10 @@ void Controller::Impl::On(const WorkerStalled& e) {
     return;
   }
   if (job->record.state != JobState::kRunning && job->record.state != JobState::kActivating) return;
+  if (!Hosts(*job, e.node, e.rank)) return;
   const std::string subject = fmt::format("rank {} on {}", e.rank, e.node);
   if (e.kind == StallKind::kStopped) {
-    AddFault(job, Reason::kWorkerStopped, subject, e.evidence);
-    ++job->record.lost_capacity;
+    LoseCapacity(job, Reason::kWorkerStopped, subject, e.evidence);
     if (EndOfGeneration(job, true)) Prepare(job, Reason::kWorkerStopped, e.evidence, true, true);
     return;
   }
@@ -348,7 +469,16 @@ void Controller::Impl::Finish(JobStateView* job, JobState outcome, Reason reason
     if (fault.recovered.ns == 0 && fault.generation_after == 0) fault.action = "the job ends";
   }
   dirty_jobs_.insert(id);
-  const bool forget = outcome != JobState::kFailed;
+  // What a failed job captured stays for a while: it may be handed in again. Where nothing was, or
+  // can have been unheard, there is nothing to go on from.
+  const bool captured =
+      record.best_step != kNoStep || !job->commits.commits.empty() ||
+      std::any_of(job->holdings.begin(), job->holdings.end(),
+                  [](const auto& h) { return !h.second.shards.empty(); }) ||
+      std::any_of(job->plan.nodes.begin(), job->plan.nodes.end(),
+                  [this](const NodePlan& n) { return !state_.nodes.at(n.node).connected; });
+  record.memory_freed = outcome != JobState::kFailed || !captured;
+  const bool forget = record.memory_freed;
   Journal({.type = "job_stopping",
            .severity = outcome == JobState::kFailed ? Severity::kError : Severity::kInfo,
            .reason = reason,
@@ -361,19 +491,12 @@ void Controller::Impl::Finish(JobStateView* job, JobState outcome, Reason reason
   for (const NodePlan& member : job->plan.nodes) {
     if (state_.nodes.at(member.node).record.health == NodeHealth::kLost) continue;
     job->waiting_for.insert(member.node);
-    Send(member.node, StopJobCommand{id, record.generation, forget, !forget, reason});
+    SendStop(*job, member.node);
   }
   for (const auto& [node_id, node] : state_.nodes) {  // spares: fork servers and stores
-    if (!IsMember(*job, node_id)) {
-      Send(node_id, StopJobCommand{id, record.generation, forget, !forget, reason});
-    }
+    if (!IsMember(*job, node_id)) SendStop(*job, node_id);
   }
-  if (forget) {
-    job->holdings.clear();
-    if (!job->commits.commits.empty()) out_->deletions.push_back({Deletion::Table::kCommit, id});
-    job->commits = {};
-    dirty_commits_.erase(id);
-  }
+  if (forget) DropCopies(job);
   if (job->waiting_for.empty()) FinishStop(job);
 }
 
@@ -400,6 +523,7 @@ void Controller::Impl::FinishStop(JobStateView* job) {
               return std::pair(at(a), a.rank) < std::pair(at(b), b.rank);
             });
   job->deadline = {};
+  job->memory_until = MemoryEnd(*job);
   job->workers.clear();
   if (job->plan.generation != 0) {
     job->plan.phase = Phase::kEnded;
@@ -447,11 +571,7 @@ void Controller::Impl::Overtaken(JobStateView* job, const NodeId& node, const Jo
     AddFault(job, Reason::kControllerRestarted, fmt::format("node {}", node), evidence);
     Prepare(job, Reason::kControllerRestarted, evidence, false);
   } else if (job->record.state == JobState::kStopping) {
-    const bool forget = Outcome(job->record.end_reason) != JobState::kFailed;
-    for (const NodeId& member : job->waiting_for) {
-      Send(member,
-           StopJobCommand{id, job->record.generation, forget, !forget, job->record.end_reason});
-    }
+    for (const NodeId& member : job->waiting_for) SendStop(*job, member);
   }
 }
 
@@ -468,8 +588,7 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
       // Prepare told the node already.
     } else if (s == JobState::kStopping && IsMember(job, e.node)) {
       job.waiting_for.insert(e.node);
-      const bool forget = Outcome(job.record.end_reason) != JobState::kFailed;
-      Send(e.node, StopJobCommand{id, generation, forget, !forget, job.record.end_reason});
+      SendStop(job, e.node);
     } else if (s == JobState::kPreparing &&
                (IsMember(job, e.node) || job.waiting_for.count(e.node) > 0)) {
       // Also when it had answered: a restarted agent knows nothing of that.
@@ -494,11 +613,11 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
     } else if (s == JobState::kRunning && IsMember(job, e.node)) {
       const std::string why =
           fmt::format("reports generation {} of {}", holds.generation, generation);
-      AddFault(&job, Reason::kNodeReturned, fmt::format("node {}", e.node), why);
+      LoseCapacity(&job, Reason::kNodeReturned, fmt::format("node {}", e.node), why);
       if (EndOfGeneration(&job, true)) Prepare(&job, Reason::kNodeReturned, why, true);
     } else if (holds.generation != 0) {
       // Not in this generation: what it still runs is over; what it holds may serve a restore.
-      const bool forget = IsTerminal(s) && s != JobState::kFailed;  // a failed one may go on
+      const bool forget = IsTerminal(s) && !KeepsMemory(job.record);  // a failed one may go on
       Send(e.node, StopJobCommand{id, holds.generation, forget, true, Reason::kStale});
     }
     if (job.record.generation == generation && IsMember(job, e.node)) {

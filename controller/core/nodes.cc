@@ -85,6 +85,7 @@ void Controller::Impl::On(const NodeRegistered& e) {
   node.warm.clear();
   Watch(node);
   node.reason = reattached ? Reason::kReattached : Reason::kRegistered;
+  node.since = now_;
   node.evidence.clear();
   if (reattached) ++node.reattached;
   dirty_nodes_.insert(e.node);
@@ -101,8 +102,7 @@ void Controller::Impl::On(const NodeRegistered& e) {
                            .known_jobs = {}};
   for (const auto& [id, job] : state_.jobs) {
     // What a failed job left in memory stays: it may be handed in again to go on.
-    const JobState s = job.record.state;
-    if (!IsTerminal(s) || s == JobState::kFailed) answer.known_jobs.push_back(id);
+    if (!IsTerminal(job.record.state) || KeepsMemory(job.record)) answer.known_jobs.push_back(id);
   }
   Send(e.node, std::move(answer));
   Reattach(&node, e);
@@ -121,6 +121,7 @@ void Controller::Impl::Suspect(const NodeId& id, Reason reason, const std::strin
   node.record.health = NodeHealth::kSuspect;
   node.reason = reason;
   node.evidence = evidence;
+  node.since = now_;
   Watch(node);
   Journal({.type = "node_suspect",
            .severity = Severity::kWarning,
@@ -140,6 +141,9 @@ void Controller::Impl::On(const KeeperLost& e) {
   NodeState* node = Fresh(e.node, e.incarnation);
   if (node == nullptr) return;
   node->record.keeper_id = e.new_keeper_id;
+  node->reason = Reason::kKeeperDied;
+  node->evidence = e.message;
+  node->since = now_;
   node->warm.clear();
   dirty_nodes_.insert(e.node);
   Journal({.type = "keeper_died",
@@ -160,7 +164,7 @@ void Controller::Impl::On(const KeeperLost& e) {
       job.waiting_for.erase(e.node);
       if (job.waiting_for.empty()) FinishStop(&job);
     } else if (s == JobState::kRunning || s == JobState::kActivating || s == JobState::kPreparing) {
-      AddFault(&job, Reason::kKeeperDied, fmt::format("node {}", e.node), e.message);
+      LoseCapacity(&job, Reason::kKeeperDied, fmt::format("node {}", e.node), e.message);
       if (EndOfGeneration(&job, true)) Prepare(&job, Reason::kKeeperDied, e.message, true);
     }
   }
@@ -174,6 +178,7 @@ void Controller::Impl::On(const Heartbeat& e) {
   if (node->connected && node->record.health == NodeHealth::kSuspect) {
     node->record.health = NodeHealth::kAlive;
     node->reason = Reason::kHeartbeatResumed;
+    node->since = now_;
     node->evidence = fmt::format("silent_ms={}", ToMilliseconds(silent));
     Journal(
         {.type = "node_alive",
@@ -254,6 +259,7 @@ void Controller::Impl::StartDrain(const NodeId& id, Reason reason, const std::st
   const bool first = !node.record.draining;
   if (first) {
     node.record.draining = true;
+    node.drain_since = now_;
     node.record.drain_reason = fmt::format("{}: {}", ReasonName(reason), why);
     dirty_nodes_.insert(id);
     Journal({.type = "node_draining",
@@ -320,6 +326,10 @@ void Controller::Impl::On(const UndrainNode& e) {
            "everstep node list");
     return;
   }
+  if (!it->second.record.draining) {
+    Answer(e.request, ReplyCode::kOk, fmt::format("node '{}' was not draining", e.node));
+    return;
+  }
   it->second.record.draining = false;
   const std::string was = std::exchange(it->second.record.drain_reason, "");
   it->second.record.leave_by = {};
@@ -328,7 +338,7 @@ void Controller::Impl::On(const UndrainNode& e) {
            .reason = Reason::kUndrained,
            .node = e.node,
            .message = fmt::format("node {} takes part again", e.node),
-           .evidence = was.empty() ? "" : fmt::format("was={}", was)});
+           .evidence = fmt::format("was={}", was)});
   Answer(e.request, ReplyCode::kOk, fmt::format("node '{}' takes part again", e.node));
   for (auto& [id, job] : state_.jobs) Consider(&job);
 }
@@ -342,6 +352,7 @@ void Controller::Impl::LoseNode(const NodeId& id, Reason reason, const std::stri
   node.record.leave_by = {};
   node.reason = reason;
   node.evidence = evidence;
+  node.since = now_;
   node.warm.clear();
   dirty_nodes_.insert(id);
   Journal({.type = "node_lost",
@@ -366,7 +377,7 @@ void Controller::Impl::LoseNode(const NodeId& id, Reason reason, const std::stri
       case JobState::kActivating:
       case JobState::kRunning:
         if (!IsMember(job, id)) break;
-        AddFault(&job, reason, fmt::format("node {}", id), evidence);
+        LoseCapacity(&job, reason, fmt::format("node {}", id), evidence);
         if (EndOfGeneration(&job, true)) Prepare(&job, reason, evidence, true);
         break;
       default: break;

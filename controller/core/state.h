@@ -14,6 +14,8 @@ struct NodeState {
   bool connected = false;
   Reason reason = Reason::kNone;  // of the present health
   std::string evidence;
+  Timestamp since;        // of the present health; ns == 0: unknown (older than the journal)
+  Timestamp drain_since;  // meaningful when draining; ns == 0: unknown
   Timestamp last_heard;
   Duration lease = {};              // adaptive, of this node
   std::uint32_t reattached = 0;     // registrations that kept the keeper's workers
@@ -38,6 +40,8 @@ struct JobStateView {
   Reason reason = Reason::kNone;  // why it is in its state
   std::string message;
   Timestamp deadline;  // of the present phase; ns == 0: none
+  // FAILED: what it captured is kept until then; ns == 0: nothing is, or for ever.
+  Timestamp memory_until;
   // Of the newest commit: the most bytes that one node sent, and how long after the first report of
   // the step every copy was there. 0: nothing was committed yet.
   std::uint64_t copied_bytes = 0;
@@ -47,7 +51,8 @@ struct JobStateView {
 struct ClusterState {
   std::map<NodeId, NodeState> nodes;
   std::map<JobId, JobStateView> jobs;
-  std::deque<JournalRecord> journal;  // newest journal_limit
+  std::map<JobId, JobRecord> forgotten;  // as written: their generations are never given out again
+  std::deque<JournalRecord> journal;     // newest journal_limit
   std::uint64_t next_journal_sequence = 1;
   std::uint64_t stale_dropped = 0;  // messages that died at the door
 };

@@ -154,7 +154,7 @@ struct EventText {
     return fmt::format("submit {} nodes={}:{}", e.spec.job, e.spec.min_nodes, e.spec.max_nodes);
   }
   std::string operator()(const CancelJob& e) const {
-    return Line("cancel " + e.job).Add("{}", Braced(e.reason));
+    return Line("cancel " + e.job).If(e.forget, "forget").Add("{}", Braced(e.reason));
   }
   std::string operator()(const DrainNode& e) const {
     return Line("drain " + e.node).If(e.allow_pause, "allow_pause").Add("{}", Braced(e.reason));
@@ -184,7 +184,9 @@ struct RecordText {
         .If(!r.faults.empty(), "({}: {})", r.faults.empty() ? "" : r.faults.back().subject,
             r.faults.empty() ? "" : r.faults.back().action)
         .If(r.end_reason != Reason::kNone, "end={} exit_code={}", ReasonName(r.end_reason),
-            r.exit_code);
+            r.exit_code)
+        .If(r.end_reason != Reason::kNone && !r.memory_freed, "memory_kept")
+        .If(r.forgotten, "forgotten");
   }
   std::string operator()(const GenerationRecord& r) const {
     const GenerationPlan& p = r.plan;

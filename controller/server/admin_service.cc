@@ -215,8 +215,8 @@ grpc::ServerUnaryReactor* AdminService::CancelJob(Context* context,
     }
     const JobId id = job->record.spec.job;
     brain_->Request(
-        [id, reason = request->reason()](RequestId r) {
-          return controller::CancelJob{r, id, reason};
+        [id, q = *request](RequestId r) {
+          return controller::CancelJob{r, id, q.reason(), q.forget()};
         },
         [reactor](const Reply* answer) { reactor->Finish(StatusOf(answer)); });
   });

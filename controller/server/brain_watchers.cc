@@ -143,7 +143,9 @@ void Brain::TailsOf(const NodeId& node, const JobId& activated) {
   for (auto& [id, tail] : tails_) {
     if (!tail.request.follow() || tail.end_at.ns != 0 || tail.asked.contains(node)) continue;
     if (activated.empty()) {
-      const auto& plan = state().jobs.at(tail.request.job()).plan.nodes;
+      const auto job = state().jobs.find(tail.request.job());
+      if (job == state().jobs.end()) continue;  // forgotten
+      const auto& plan = job->second.plan.nodes;
       if (std::any_of(plan.begin(), plan.end(),
                       [&](const NodePlan& p) { return p.node == node; })) {
         AskForLogs(node, id, &tail, 0);

@@ -81,7 +81,6 @@ struct Writer {
     to->set_generation(c.plan->generation);
     if (numbers->plan != c.plan) *numbers = NumbersOf(c.plan);
     for (const NodePlan& node : c.plan->nodes) {
-      to->add_members(node.node);
       if (node.node == c.node) wire::ToProto(node, to->mutable_plan());
     }
     to->set_world_size(numbers->world_size);

@@ -321,6 +321,7 @@ int Start(const ServerOptions& options) {
   config.core.lease = Milliseconds(options.lease_ms);
   config.core.heartbeat_interval = Milliseconds(options.heartbeat_ms);
   config.core.max_nodes = options.max_nodes;
+  config.core.failed_retention = Seconds(options.keep_failed_s);
   config.room = [dir = options.state_dir] { return CheckRoom(dir); };
   Brain brain(config, std::move(store), &clock);
   status = brain.Recover(options.snapshot.empty() ? nullptr : &snapshot, options.known_dead);

@@ -60,6 +60,11 @@ int ParseOptions(int argc, char** argv, ServerOptions* out) {
   app.add_option("--max-nodes", out->max_nodes, "Agents taken at most")
       ->capture_default_str()
       ->check(CLI::Range(1, 1000000));
+  app.add_option("--keep-failed-s", out->keep_failed_s,
+                 "Seconds for which what a failed job captured stays in its nodes' memory, so that "
+                 "it may be handed in again; 0: until everstep job cancel --forget")
+      ->capture_default_str()
+      ->check(CLI::Range(0, 31536000));
   app.add_flag("--metrics-reference", metrics_reference,
                "Print the tables of docs/reference/metrics.md and end");
   try {

@@ -21,6 +21,7 @@ struct ServerOptions {
   std::uint32_t lease_ms = 1500;
   std::uint32_t heartbeat_ms = 250;
   std::uint32_t max_nodes = 20000;
+  std::uint32_t keep_failed_s = 3600;
 };
 
 // Exit codes, documented in docs/reference/exit-codes.md.

@@ -164,7 +164,8 @@ v1::NodeStatus NodeStatusOf(const ClusterState& state, const NodeState& node, Ti
       } else {
         to.add_jobs(fmt::format("{}:ranks {}-{}", id, ranks.front(), ranks.back()));
       }
-    } else if (const auto warm = node.warm.find(id); warm != node.warm.end() && warm->second) {
+    } else if (const auto warm = node.warm.find(id);
+               !r.draining && warm != node.warm.end() && warm->second) {
       to.add_jobs(id + ":spare");
     }
   }
@@ -173,9 +174,18 @@ v1::NodeStatus NodeStatusOf(const ClusterState& state, const NodeState& node, Ti
   to.set_state(health);
   to.set_address(r.facts.address);
   to.set_incarnation(r.incarnation);
-  to.set_reason(r.draining && r.health == NodeHealth::kAlive ? ReasonName(Reason::kNodeDrained)
-                                                             : ReasonName(node.reason));
-  to.set_evidence(r.draining && !r.drain_reason.empty() ? r.drain_reason : node.evidence);
+  // A node that is leaving and lost is lost in the first place; drain_reason tells the rest.
+  const bool leaving = r.draining && r.health == NodeHealth::kAlive;
+  const std::size_t colon = r.drain_reason.find(": ");  // "node_drained: memory errors"
+  to.set_reason(leaving ? r.drain_reason.substr(0, colon) : ReasonName(node.reason));
+  to.set_evidence(!leaving                     ? node.evidence
+                  : colon == std::string::npos ? std::string()
+                                               : r.drain_reason.substr(colon + 2));
+  to.set_since(TimeText(leaving ? node.drain_since : node.since));
+  if (r.draining) {
+    to.set_drain_reason(r.drain_reason);
+    to.set_drain_since(TimeText(node.drain_since));
+  }
   to.set_heartbeat_age_seconds(std::max(0.0, ToSeconds(now - node.last_heard)));
   to.set_lease_ms(static_cast<std::uint32_t>(ToMilliseconds(node.lease)));
   to.set_slots(r.facts.slots);
@@ -242,9 +252,13 @@ v1::JobStatus JobStatusOf(const ClusterState& state, const JobStateView& job, Ti
   to.set_steps_lost(steps);
   to.set_exit_code(r.exit_code);
   to.set_submitted(TimeText(r.started));
+  to.set_ended(TimeText(r.ended));
   to.set_age_seconds(std::max(0.0, ToSeconds((r.ended.ns != 0 ? r.ended : now) - r.started)));
   to.set_command(CommandText(r.spec.command));
   to.set_log_dir(LogDirOf(r.spec.command));
+  if (r.state == JobState::kFailed && !r.memory_freed) {
+    to.set_memory_kept_until(job.memory_until.ns == 0 ? "forever" : TimeText(job.memory_until));
+  }
   if (!r.failures.empty()) {
     FillCause(r.failures.front(), job, to.mutable_root_cause());
     for (std::size_t i = 1; i < r.failures.size(); ++i) {
@@ -275,6 +289,7 @@ v1::Event EventOf(const JournalRecord& r) {
 v1::StoreSnapshot SnapshotOf(const ClusterState& state, const std::string& cluster) {
   std::vector<Record> records;
   for (const auto& [id, node] : state.nodes) records.emplace_back(node.record);
+  for (const auto& [id, record] : state.forgotten) records.emplace_back(record);
   for (const auto& [id, job] : state.jobs) {
     records.emplace_back(job.record);
     if (job.plan.generation > 0) records.emplace_back(GenerationRecord{job.plan});

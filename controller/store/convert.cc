@@ -172,6 +172,8 @@ void ToProto(const JobRecord& from, v1::JobRecord* to) {
   to->set_ended_ns(from.ended.ns);
   to->set_data_key(from.data_key);
   to->set_earlier_runs(from.earlier_runs);
+  to->set_memory_freed(from.memory_freed);
+  to->set_forgotten(from.forgotten);
   for (const Fault& fault : from.faults) ToProto(fault, to->add_faults());
   for (const WorkerOnNode& worker : from.failures) wire::ToProto(worker, to->add_failures());
 }
@@ -190,6 +192,8 @@ bool FromProto(const v1::JobRecord& from, JobRecord* to) {
   to->ended = {from.ended_ns()};
   to->data_key = from.data_key();
   to->earlier_runs = from.earlier_runs();
+  to->memory_freed = from.memory_freed();
+  to->forgotten = from.forgotten();
   for (const v1::FaultSummary& fault : from.faults()) {
     if (!FromProto(fault, &to->faults.emplace_back())) return false;
   }

@@ -116,7 +116,7 @@ std::vector<std::string> Cluster::Run(const Words& c) {
        }},
       {"cancel",
        [this, node](const Words& words) {
-         Do(CancelJob{1, node, words.Get("reason")});
+         Do(CancelJob{1, node, words.Get("reason"), words.Has("forget")});
        }},
       {"beat",
        [this](const Words& words) {
@@ -220,6 +220,7 @@ void Cluster::SetOptions(const Words& c) {
     if (key == "progress_age") options_.progress_age = ParseDuration(value);
     if (key == "prepare_timeout") options_.prepare_timeout = ParseDuration(value);
     if (key == "activate_timeout") options_.activate_timeout = ParseDuration(value);
+    if (key == "failed_retention") options_.failed_retention = ParseDuration(value);
     if (key == "stop_timeout") options_.stop_timeout = ParseDuration(value);
   }
   controller_ = std::make_unique<Controller>(options_);

@@ -242,7 +242,7 @@ void Cluster::Exit(const Words& c) {
 void Cluster::Stall(const Words& c) {
   const JobId job = First(c);
   const Rank rank = std::atoi(c.Get("rank", "0").c_str());
-  const NodeId node = NodeOfRank(job, rank);
+  const NodeId node = c.Get("node", NodeOfRank(job, rank));
   const bool stopped = c.Get("kind", "stopped") == "stopped";
   Do(WorkerStalled{.node = node,
                    .incarnation = IncarnationOf(c, node),

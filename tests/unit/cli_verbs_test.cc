@@ -44,6 +44,7 @@ v1::NodeStatus Node(const std::string& name, const std::string& state, const std
   node.set_heartbeat_age_seconds(state == "LOST" ? 192 : 0.21);
   node.set_lease_ms(1500);
   node.set_warm(state == "ALIVE");
+  node.set_since("2026-01-31T13:59:00.000Z");
   return node;
 }
 
@@ -57,6 +58,8 @@ v1::NodeList Nodes() {
   nodes.mutable_items(0)->set_slots(8);
   (*nodes.mutable_items(0)->mutable_labels())["zone"] = "b";
   nodes.mutable_items(1)->set_evidence("silent_ms=1510 lease_ms=1500");
+  nodes.mutable_items(1)->set_drain_reason("node_drained: memory errors");
+  nodes.mutable_items(1)->set_drain_since("2026-01-31T13:58:00.000Z");
   nodes.mutable_items(2)->add_jobs("gpt:ranks 2-3");
   return nodes;
 }
@@ -143,6 +146,21 @@ v1::JobStatus Bert() {
   job.set_exit_code(1);
   job.set_submitted("2026-01-31T13:00:00.000Z");
   job.set_age_seconds(59);
+  job.set_ended("2026-01-31T13:00:59.000Z");
+  job.set_memory_kept_until("2026-01-31T14:00:59.000Z");
+  job.set_lost_capacity(1);
+  v1::FaultStatus* fault = job.add_faults();  // of a script that tells of no steps
+  fault->set_id(1);
+  fault->set_reason("worker_killed");
+  fault->set_subject("rank 0 on n0");
+  fault->set_action("restart in place");
+  fault->set_detected("2026-01-31T13:00:30.000Z");
+  fault->set_recovery_seconds(0.03);
+  fault->set_generation_before(1);
+  fault->set_generation_after(2);
+  fault->set_step_before(-1);
+  fault->set_step_after(-1);
+  fault->set_steps_lost(-1);
   job.set_command("python bert.py");
   job.set_steps_lost(-1);
   v1::RootCause* cause = job.mutable_root_cause();
@@ -225,7 +243,7 @@ class FixedController final : public v1::AdminService::Service {
   }
   grpc::Status CancelJob(Context*, const v1::CancelJobRequest* request,
                          v1::CancelJobReply*) override {
-    cancelled = request->job() + ": " + request->reason();
+    cancelled = request->job() + ": " + request->reason() + (request->forget() ? " (forget)" : "");
     return grpc::Status::OK;
   }
   grpc::Status ListNodes(Context*, const v1::ListNodesRequest*, v1::NodeList* reply) override {

@@ -730,6 +730,7 @@ TEST_F(ControllerCopies, WhatAFailedJobLeftSurvivesARegistration) {
   RunAll();
   JobOnNode memory{.job = "j", .generation = G(), .shards = {Shard(0, 5, false)}};
   memory.shards[0].world_size = 1;
+  Do(ShardCopied{"n1", Inc("n1"), "j", memory.shards[0]});
   Exit("n1", 0, 1, G());
   Do(Stopped{"n1", Inc("n1"), "j", G()});
   ASSERT_EQ(Job().record.state, JobState::kFailed);

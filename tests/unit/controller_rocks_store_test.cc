@@ -194,6 +194,8 @@ std::vector<Record> OneOfEach() {
       .started = {10},
       .ended = {20},
       .data_key = std::string("k\0y", 3),
+      .memory_freed = true,
+      .forgotten = true,
       .faults = {{1, Reason::kNodeLost, "node n1", "silent", "shrink", {1}, {2}, {3}, 4, 5, 6, 7}},
       .failures = {{.rank = 1, .local_rank = 2, .pid = 3, .running = false, .exit = exit}}};
   const HeldShard shard{1, 6, 3, 40, 0xABCD, 1 << 20, true, true};

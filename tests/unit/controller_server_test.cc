@@ -244,7 +244,6 @@ TEST(Convert, ActivateGivesANodeItsPartOfThePlan) {
   EXPECT_EQ(a.plan().workers(1).restore().step(), 40);
   EXPECT_EQ(a.plan().workers(1).restore().source_address(), "10.0.0.2:4000");
   EXPECT_EQ(a.plan().replica_node(), "n1");
-  EXPECT_EQ(a.members(0), "n1");
   EXPECT_EQ(a.command().target(), "train.py");
   EXPECT_EQ(a.restart_count(), 2u);
   EXPECT_EQ(a.committed_step(), 39);
@@ -348,17 +347,33 @@ TEST(Status, ANodesStateIsOneOfFive) {
   node.record.health = NodeHealth::kAlive;
   EXPECT_EQ(NodeStatusOf(state, node, {}).state(), "ALIVE");
   node.record.draining = true;
-  EXPECT_EQ(NodeStatusOf(state, node, {}).state(), "DRAINED");
+  node.record.drain_reason = "notice: source=spot deadline_ms=30000";
+  node.drain_since = {1'000'000'000};
+  node.warm["train"] = true;
+  const v1::NodeStatus drained = NodeStatusOf(state, node, {});
+  EXPECT_EQ(drained.state(), "DRAINED");
+  EXPECT_EQ(drained.reason(), "notice");
+  EXPECT_EQ(drained.evidence(), "source=spot deadline_ms=30000");
+  EXPECT_EQ(drained.since(), "1970-01-01T00:00:01.000Z");
   JobStateView& job = state.jobs["train"];
   job.record.spec.job = "train";
   job.record.state = JobState::kRunning;
+  EXPECT_EQ(NodeStatusOf(state, node, {}).jobs_size(), 0) << "a drained node is no spare";
   job.plan = TwoNodes();
   EXPECT_EQ(NodeStatusOf(state, node, {}).state(), "DRAINING");
   EXPECT_EQ(NodeStatusOf(state, node, {}).jobs(0), "train:ranks 0-1");
   node.record.health = NodeHealth::kSuspect;
   EXPECT_EQ(NodeStatusOf(state, node, {}).state(), "SUSPECT");
   node.record.health = NodeHealth::kLost;
-  EXPECT_EQ(NodeStatusOf(state, node, {}).state(), "LOST");
+  node.reason = Reason::kNodeDied;
+  node.evidence = "keeper pid 4711 is gone";
+  node.since = {2'000'000'000};
+  const v1::NodeStatus lost = NodeStatusOf(state, node, {});
+  EXPECT_EQ(lost.state(), "LOST");
+  EXPECT_EQ(lost.reason(), "node_died");
+  EXPECT_EQ(lost.evidence(), "keeper pid 4711 is gone");
+  EXPECT_EQ(lost.since(), "1970-01-01T00:00:02.000Z");
+  EXPECT_EQ(lost.drain_since(), "1970-01-01T00:00:01.000Z");
 }
 
 TEST(Status, ASnapshotIsWhatASuccessorStartsFrom) {
@@ -369,11 +384,13 @@ TEST(Status, ASnapshotIsWhatASuccessorStartsFrom) {
   job.record.spec.job = "train";
   job.record.generation = 3;
   job.plan = TwoNodes();
+  state.forgotten["old"].spec.job = "old";
+  state.forgotten["old"].forgotten = true;
   const v1::StoreSnapshot snapshot = SnapshotOf(state, "c1");
   EXPECT_EQ(snapshot.header().cluster(), "c1");
   EXPECT_EQ(snapshot.nodes_size(), 1);
   EXPECT_EQ(snapshot.nodes(0).incarnation(), 4u);
-  EXPECT_EQ(snapshot.jobs_size(), 1);
+  EXPECT_EQ(snapshot.jobs_size(), 2) << "the number of a forgotten job, too";
   ASSERT_EQ(snapshot.generations_size(), 1);
   EXPECT_EQ(snapshot.generations(0).nodes(1).workers(1).rank(), 3);
 }

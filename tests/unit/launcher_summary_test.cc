@@ -32,7 +32,7 @@ TEST(LauncherSummary, TheRootCauseIsInTorchrunsLayout) {
                .restarts = 2,
                .max_restarts = 2,
                .best_step = 41,
-               .log_dir = "/logs/j"};
+               .logs = "/logs/j"};
   o.failures = {Killed()};
   EXPECT_EQ(FormatSummary(o),
             "=====================================================\n"
@@ -51,7 +51,7 @@ TEST(LauncherSummary, TheRootCauseIsInTorchrunsLayout) {
             "  traceback : Signal 9 (SIGKILL) received by PID 4711\n"
             "=====================================================\n"
             "everstep: job j FAILED (restarts_exhausted): rank 3 on n2 was killed\n"
-            "everstep: 2 of 2 restarts used, best step 41, logs in /logs/j\n"
+            "everstep: 2 of 2 restarts used, best step 41, logs: /logs/j\n"
             "everstep: exit code 1: a worker failed and its restarts are spent, or the run was "
             "cancelled; see the root cause, correct the script, run again\n");
 }

@@ -251,10 +251,7 @@ class Runner {
     if (place_ == Place::kCluster) {
       client_->Tail(job_, [this](const v1::JobLogLines& lines) { inbox_.PutLines(lines); });
     } else {
-      const v1::Command& command = spec_.command();
-      follow.dir = command.log_dir().empty()
-                       ? fmt::format("{}/jobs/{}", state_.node_dir(), job_)
-                       : fmt::format("{}/{}_{}", command.log_dir(), job_, state_.node());
+      follow.dir = LogsOf();
       logs_ = std::make_unique<LogFollower>(
           follow, [this](bool err, std::string_view bytes) { console_.Worker(err, bytes); });
     }
@@ -455,7 +452,7 @@ class Runner {
     int code = cut_off_ ? kExitCapacity : kExitFailed;
     std::string log_dir;
     if (known) {
-      const RunOutcome outcome = OutcomeOf(newest_, flags_.script, state_.node_dir());
+      const RunOutcome outcome = OutcomeOf(newest_, flags_.script, LogsOf());
       code = outcome.exit_code;
       console_.Text(FormatSummary(outcome));
     } else {
@@ -472,6 +469,16 @@ class Runner {
       state_.CleanButLogs();
     }
     return code;
+  }
+
+  // Where a person finds what the workers wrote.
+  std::string LogsOf() const {
+    if (place_ == Place::kCluster) {
+      return fmt::format("everstep logs --controller {} {}", flags_.controller, job_);
+    }
+    const std::string& wanted = spec_.command().log_dir();
+    return wanted.empty() ? fmt::format("{}/jobs/{}", state_.node_dir(), job_)
+                          : fmt::format("{}/{}_{}", wanted, job_, state_.node());
   }
 
   const RunRequest& request_;

@@ -89,7 +89,7 @@ std::string LiveLine(const v1::JobStatus& status) {
 }
 
 RunOutcome OutcomeOf(const v1::JobStatus& status, const std::string& script,
-                     const std::string& log_dir) {
+                     const std::string& logs) {
   RunOutcome outcome;
   outcome.job = status.job();
   outcome.script = script;
@@ -102,7 +102,7 @@ RunOutcome OutcomeOf(const v1::JobStatus& status, const std::string& script,
   outcome.lost_capacity = status.lost_capacity();
   outcome.best_step = status.step();
   outcome.seconds_lost = status.seconds_lost();
-  outcome.log_dir = status.log_dir().empty() ? log_dir : status.log_dir();
+  outcome.logs = logs;
   if (status.has_root_cause()) {
     outcome.failures.push_back(FailureOf(status.root_cause()));
     for (const v1::RootCause& other : status.root_cause().others()) {

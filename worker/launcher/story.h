@@ -30,9 +30,9 @@ class Story {
 // "RUNNING  2 workers on 1 node  generation 3  step 120 (119 safe)  2 faults, 0.41 s lost"
 std::string LiveLine(const v1::JobStatus& status);
 
-// `script` as the user wrote it; the log directory is the status's own, else `log_dir`.
+// `script` as the user wrote it; `logs`: their directory, or the command that shows them.
 RunOutcome OutcomeOf(const v1::JobStatus& status, const std::string& script,
-                     const std::string& log_dir);
+                     const std::string& logs);
 
 // Lines that came from a worker through the controller, as --tee, --redirects and
 // --local-ranks-filter want them shown; empty: not at all.

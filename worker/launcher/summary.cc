@@ -186,7 +186,10 @@ std::string FormatSummary(const RunOutcome& o) {
   if (!o.message.empty()) text += fmt::format(": {}", o.message);
   text += fmt::format("\neverstep: {} of {} restarts used", o.restarts, o.max_restarts);
   if (o.best_step != kNoStep) text += fmt::format(", best step {}", o.best_step);
-  if (!o.log_dir.empty()) text += fmt::format(", logs in {}", o.log_dir);
+  if (!o.logs.empty()) text += fmt::format(", logs: {}", o.logs);
+  if (o.state == "CANCELLED") {  // the code is torchrun's, and says less than what is known here
+    return text + fmt::format("\neverstep: exit code {}: the run was cancelled\n", o.exit_code);
+  }
   text += fmt::format("\neverstep: exit code {}: {}", o.exit_code, ExitMeaning(o.exit_code));
   if (!ExitAdvice(o.exit_code).empty()) text += fmt::format("; {}", ExitAdvice(o.exit_code));
   text += '\n';

@@ -44,8 +44,8 @@ struct RunOutcome {
   std::int32_t max_restarts = 0;
   std::uint32_t lost_capacity = 0;  // restarts not charged to it
   Step best_step = kNoStep;
-  double seconds_lost = 0;  // in recoveries, all faults together
-  std::string log_dir;
+  double seconds_lost = 0;              // in recoveries, all faults together
+  std::string logs;                     // their directory, or the command that shows them
   std::vector<WorkerFailure> failures;  // the first is the root cause
   std::vector<FaultLine> faults;        // oldest first
 };
