@@ -112,6 +112,7 @@ void PeerServer::Impl::Run(int fd, std::string peer, Worker* self) {
   {
     Connection connection(fd, std::move(peer), options.limits.io_timeout,
                           DeadlineFor(options.limits, 0));
+    connection.FitBuffers();
     Handle(&connection);
     std::lock_guard<std::mutex> lock(mutex);
     self->fd = -1;  // from here on nobody shuts it down

@@ -17,7 +17,7 @@ namespace {
 // Bytes rest here between the socket and the slot. It stays in the core's own cache, so that the
 // one pass that checks them can store past the cache: memory sees each byte once, not three times
 // (read for ownership, write, read to check).
-constexpr std::size_t kPiece = 512u << 10;
+constexpr std::size_t kPiece = 128u << 10;
 unsigned char* Bounce() {
   static thread_local std::unique_ptr<unsigned char[]> bytes;  // once for a connection's thread
   if (bytes == nullptr) bytes.reset(new unsigned char[kPiece]);

@@ -137,6 +137,7 @@ Result<Connection> Connection::Dial(const std::string& address, milliseconds con
       continue;
     }
     c.idle_ = idle;
+    c.FitBuffers();
     return c;
   }
   return error;
@@ -217,6 +218,13 @@ bool Connection::SameHost() const {
   }
   return here.ss_family == AF_INET && reinterpret_cast<sockaddr_in*>(&here)->sin_addr.s_addr ==
                                           reinterpret_cast<sockaddr_in*>(&there)->sin_addr.s_addr;
+}
+
+void Connection::FitBuffers() {
+  constexpr int kInCache = 1 << 20;
+  if (!SameHost()) return;
+  setsockopt(fd_, SOL_SOCKET, SO_RCVBUF, &kInCache, sizeof kInCache);
+  setsockopt(fd_, SOL_SOCKET, SO_SNDBUF, &kInCache, sizeof kInCache);
 }
 
 Result<Listening> Listen(const std::string& address, std::uint16_t port) {

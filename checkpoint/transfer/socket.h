@@ -39,6 +39,9 @@ class Connection {
   bool Readable() const;
   // Both ends have the same address.
   bool SameHost() const;
+  // Before the first bulk byte: between two ends of one host what is under way should stay in the
+  // cache; elsewhere the kernel fits its buffers to the link by itself.
+  void FitBuffers();
 
   void set_deadline(SteadyTime deadline) { deadline_ = deadline; }
   const std::string& peer() const { return peer_; }

@@ -1,6 +1,10 @@
 // Agent to agent: a captured slot to a peer's verified replica, beside iperf3.
 //
-//   transfer_bench [--runs 7] [--mib 1024] [--streams 1,2] [--address 127.0.0.1] [--json FILE]
+//   transfer_bench [--runs 7] [--mib 1024] [--streams 1,2] [--address 127.0.0.1] [--realtime]
+//                  [--json FILE]
+//
+// --realtime: both systems run before all other processes (SCHED_RR, needs root), for a machine on
+// which others work; a figure is then of the code, not of the queue for a processor.
 //
 // Two processes, each with the agent's TransferService over real memfds: this one captures and
 // pushes, a child of it receives. Both slots of both are warm before the first run counts, as after
@@ -15,6 +19,7 @@
 //   unchanged   the same when 1 chunk in 10 changed since the slot before
 #include <fmt/format.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <spawn.h>
 #include <sys/resource.h>
@@ -22,7 +27,7 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
+#include <cerrno>
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -290,6 +295,12 @@ int Main(int argc, char** argv) {
   std::string streams = "1,2", address = "127.0.0.1", json;
   for (int i = 1; i < argc; ++i) {
     const std::string flag = argv[i];
+    if (flag == "--realtime") {
+      const sched_param first{.sched_priority = 5};
+      if (sched_setscheduler(0, SCHED_RR, &first) == 0) continue;
+      fmt::print(stderr, "error: --realtime needs root: {}\n", std::strerror(errno));
+      return 1;
+    }
     const char* value = i + 1 < argc ? argv[i + 1] : nullptr;
     if (flag == "--receive" && value) return Receive(value);
     if (flag == "--runs" && value) {
@@ -305,7 +316,7 @@ int Main(int argc, char** argv) {
     } else {
       fmt::print(stderr,
                  "usage: transfer_bench [--runs 7] [--mib 1024] [--streams 1,2] [--address "
-                 "127.0.0.1] [--json FILE]\n");
+                 "127.0.0.1] [--realtime] [--json FILE]\n");
       return 2;
     }
     ++i;
