@@ -9,6 +9,11 @@
 #include "proto/base/log.h"
 
 namespace everstep::controller {
+namespace {
+
+constexpr std::uint64_t kBeatsPerAnswer = 2;  // two answers in the shortest lease, and more
+
+}  // namespace
 
 // Two living nodes of one name would take the place from each other for ever; the second is told.
 bool Brain::NameTaken(const v1::Register& message, std::string* who) const {
@@ -157,6 +162,12 @@ void Brain::Take(Report& item) {
   Bound& bound = bound_.at(it->second);
   bound.stream->Handled();
   if (const auto event = FromWire(it->second, item.message, bound.facts)) Step(*event);
+  if (item.message.has_heartbeat() && item.message.incarnation() == bound.incarnation &&
+      item.message.heartbeat().sequence() % kBeatsPerAnswer == 0) {
+    v1::ControllerMessage answer;
+    answer.mutable_heard()->set_heartbeat(item.message.heartbeat().sequence());
+    SendTo(it->second, std::move(answer));
+  }
   if (item.message.has_keeper_lost() && item.message.incarnation() == bound.incarnation) {
     watch_->Forget(item.session);
     bound.keeper_dead = false;

@@ -107,6 +107,58 @@ TEST(AgentCore, BeatsAtThePaceTheControllerNamed) {
   EXPECT_FALSE(n.core.NextWakeup());
 }
 
+TEST(AgentCore, AControllerThatStopsAnsweringIsAwayThoughItsStreamIsOpen) {
+  Node n;
+  n.Boot();
+  n.now_ms = 500;
+  n.Do(Heard{n.Next()});
+  EXPECT_TRUE(n.last.empty());
+  n.now_ms = 1000;
+  n.Do(Committed{n.Next(), "j", 1, 3, kNoStep});  // any word is an answer
+  for (n.now_ms = 1250; n.now_ms < 2500; n.now_ms += 250) {
+    n.Do(Tick{});
+    EXPECT_EQ(n.Find<ControllerAway>(), nullptr) << n.now_ms;
+  }
+  n.now_ms = 2500;
+  n.Do(Tick{});
+  ASSERT_NE(n.Find<ControllerAway>(), nullptr);
+  EXPECT_TRUE(n.Find<ControllerAway>()->away);
+  EXPECT_NE(n.Find<SendHeartbeat>(), nullptr) << "the session stands";
+  n.now_ms = 2750;
+  n.Do(Tick{});
+  EXPECT_EQ(n.Find<ControllerAway>(), nullptr) << "told once";
+  n.now_ms = 5000;
+  n.Do(Heard{n.Next()});
+  ASSERT_NE(n.Find<ControllerAway>(), nullptr);
+  EXPECT_FALSE(n.Find<ControllerAway>()->away);
+  n.now_ms = 6500;
+  n.Do(Tick{});
+  ASSERT_NE(n.Find<ControllerAway>(), nullptr);
+  EXPECT_TRUE(n.Find<ControllerAway>()->away);
+}
+
+TEST(AgentCore, AnAgentThatStoodStillReadsItsMailBeforeItJudges) {
+  Node n;
+  n.Boot();
+  n.now_ms = 500;
+  n.Do(Heard{n.Next()});
+  n.now_ms = 9000;  // SIGSTOP, SIGCONT
+  n.Do(Tick{});
+  EXPECT_EQ(n.Find<ControllerAway>(), nullptr);
+  n.now_ms = 9250;
+  n.Do(Tick{});
+  ASSERT_NE(n.Find<ControllerAway>(), nullptr) << "and nothing had come";
+}
+
+TEST(AgentCore, AControllerThatNeverAnswersBeatsIsNotJudgedByIt) {
+  Node n;
+  n.Boot();
+  for (n.now_ms = 250; n.now_ms < 10000; n.now_ms += 250) {
+    n.Do(Tick{});
+    EXPECT_EQ(n.Find<ControllerAway>(), nullptr) << n.now_ms;
+  }
+}
+
 TEST(AgentCore, PreparesActivatesAndReportsAnExit) {
   Node n;
   n.Boot();

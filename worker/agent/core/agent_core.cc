@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -77,11 +78,13 @@ const char* PhaseName(JobView::Phase phase) {
 }
 
 void AgentCore::Step(Timestamp now, const Event& event, Effects* out) {
+  now_ = now;
   std::visit([&](const auto& e) { On(now, e, out); }, event);
 }
 
 std::optional<Timestamp> AgentCore::NextWakeup() const {
   std::optional<Timestamp> next = registered_ ? next_beat_ : std::nullopt;
+  if (registered_ && away_at_ && !away_ && (!next || *away_at_ < *next)) next = away_at_;
   for (const auto& [id, job] : jobs_) {
     if (job.deadline && (!next || *job.deadline < *next)) next = job.deadline;
   }
@@ -109,6 +112,8 @@ bool AgentCore::Current(const Header& header, const char* what, Effects* out) {
     why = fmt::format("number {} was seen, newest is {}", header.sequence, last_sequence_);
   } else {
     last_sequence_ = header.sequence;
+    if (away_at_) away_at_ = now_ + lease_;
+    if (std::exchange(away_, false)) out->push_back(ControllerAway{false});
     return true;
   }
   out->push_back(Dropped{what, std::move(why)});
@@ -145,6 +150,8 @@ void AgentCore::On(Timestamp, const SessionLost&, Effects* out) {
   register_sent_ = false;
   registered_ = false;
   next_beat_.reset();
+  away_at_.reset();
+  away_ = false;
   out->push_back(ControllerAway{true});
 }
 
@@ -169,6 +176,9 @@ void AgentCore::On(Timestamp now, const Registered& e, Effects* out) {
   interval_ =
       e.heartbeat_interval > Duration{} ? e.heartbeat_interval : options_.heartbeat_interval;
   beat_ = 0;
+  lease_ = e.lease;
+  away_at_.reset();
+  away_ = false;
   out->push_back(RememberIncarnation{incarnation_});
   out->push_back(ControllerAway{false});
   Beat(now, out);
@@ -222,6 +232,22 @@ void AgentCore::Beat(Timestamp now, Effects* out) {
   }
   next_beat_ = now + interval_;
   Say(std::move(beat), out);
+}
+
+void AgentCore::On(Timestamp now, const Heard& e, Effects* out) {
+  if (Current(e.header, "heard", out) && lease_ > Duration{}) away_at_ = now + lease_;
+}
+
+// A controller that is stopped, or whose host went away without a word, leaves the stream open. Its
+// commits will not come: trainers need not wait for them.
+void AgentCore::CheckController(Timestamp now, Effects* out) {
+  if (!registered_ || !away_at_ || away_ || now < *away_at_) return;
+  if (now - *away_at_ > interval_) {  // this agent itself stood still: the answers lie unread
+    away_at_ = now + interval_;
+    return;
+  }
+  away_ = true;
+  out->push_back(ControllerAway{true});
 }
 
 // --- commands ---
@@ -627,6 +653,7 @@ void AgentCore::On(Timestamp now, const Notice& e, Effects* out) {
 }
 
 void AgentCore::On(Timestamp now, const Tick&, Effects* out) {
+  CheckController(now, out);
   if (registered_ && next_beat_ && now >= *next_beat_) Beat(now, out);
   for (auto& [id, job] : jobs_) {
     if (!job.deadline || now < *job.deadline) continue;

@@ -84,6 +84,7 @@ class AgentCore {
   void On(Timestamp now, const SessionOpened& e, Effects* out);
   void On(Timestamp now, const SessionLost& e, Effects* out);
   void On(Timestamp now, const Registered& e, Effects* out);
+  void On(Timestamp now, const Heard& e, Effects* out);
   void On(Timestamp now, const Warm& e, Effects* out);
   void On(Timestamp now, const Prepare& e, Effects* out);
   void On(Timestamp now, const Activate& e, Effects* out);
@@ -114,6 +115,7 @@ class AgentCore {
   void SendRegistration(Effects* out);
   void ResumeAnswers(Effects* out);
   void Beat(Timestamp now, Effects* out);
+  void CheckController(Timestamp now, Effects* out);  // silent for a lease: away
   void AdvancePrepare(const JobId& id, JobView* job, Effects* out);
   void AnswerPrepare(const JobId& id, const JobView& job, Effects* out);
   void RefusePrepare(const JobId& id, JobView* job, std::string message, Effects* out);
@@ -138,6 +140,10 @@ class AgentCore {
   Duration interval_ = {};
   std::uint64_t beat_ = 0;
   std::optional<Timestamp> next_beat_;
+  Timestamp now_;
+  Duration lease_ = {};               // of this node, as of the registration
+  std::optional<Timestamp> away_at_;  // its answers stay out until then; none: it never answered
+  bool away_ = false;                 // they did, the stream is open
   std::optional<Notice> notice_;
   std::optional<Timestamp> notice_deadline_;
   std::map<JobId, JobView> jobs_;

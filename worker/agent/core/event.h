@@ -35,6 +35,10 @@ struct Registered {
   Duration lease = {};
   std::vector<JobId> known_jobs;  // whatever else is held here is cleaned up
 };
+// A heartbeat was taken in. Nothing follows from it but that the controller is there.
+struct Heard {
+  Header header;
+};
 struct Warm {
   Header header;
   JobId job;
@@ -191,7 +195,7 @@ struct Notice {
 struct Tick {};  // NextWakeup() has come
 
 using Event =
-    std::variant<SessionOpened, SessionLost, Registered, Warm, Prepare, Activate, StopJob,
+    std::variant<SessionOpened, SessionLost, Registered, Heard, Warm, Prepare, Activate, StopJob,
                  Committed, TailLogs, KillForDrill, KeeperAttached, KeeperGone, WorkerStarted,
                  WorkerStartFailed, WorkerExited, WorkerStalled, ForkServerState, StoreReady,
                  StoreFailed, Surveyed, ShardCopied, StepCaptured, Notice, Tick>;
