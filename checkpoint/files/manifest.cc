@@ -161,6 +161,8 @@ Result<Manifest> ParseManifest(std::string_view text) {
                           version, kFormat, kManifestVersion));
     } else if (seen != 11) {
       in.Fail("a field is missing");
+    } else if (m.generation > kMaxGeneration) {
+      in.Fail(fmt::format("generation {}", m.generation));
     } else if (m.step < 0 || world < 1 || world > static_cast<std::int64_t>(kMaxWorldSize)) {
       in.Fail(fmt::format("step {}, world size {}", m.step, world));
     } else if (m.ranks.size() != static_cast<std::size_t>(world)) {

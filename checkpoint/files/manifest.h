@@ -16,6 +16,7 @@ namespace everstep::checkpoint {
 inline constexpr std::uint32_t kManifestVersion = 1;
 inline constexpr std::uint64_t kMaxManifestBytes = 64u << 20;
 inline constexpr std::uint64_t kMaxWorldSize = 1u << 20;
+inline constexpr std::uint64_t kMaxGeneration = std::uint64_t{1} << 48;
 
 struct ManifestFile {
   Rank rank = 0;

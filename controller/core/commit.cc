@@ -98,6 +98,7 @@ void Controller::Impl::AddCommit(JobStateView* job, Commit commit) {
   if (commits.size() > 2) commits.resize(2);
   dirty_commits_.insert(id);
   for (const NodePlan& member : job->plan.nodes) TellCommits(job, member.node);
+  PersistIfDue(job);
 }
 
 bool Controller::Impl::IsBase(const JobStateView& job, const HeldShard& shard) const {
@@ -192,57 +193,78 @@ void Controller::Impl::TellCommits(JobStateView* job, const NodeId& node) {
   }
 }
 
+// Gives every rank its source among the holders of one cut; false: some rank has none.
+bool Controller::Impl::ServeFrom(JobStateView* job, const std::vector<Holder>& holders,
+                                 bool replicated) {
+  for (NodePlan& member : job->plan.nodes) {
+    for (WorkerPlan& worker : member.workers) {
+      const Holder* best = nullptr;
+      int best_score = -1;
+      for (const Holder& h : holders) {
+        if (!replicated && h.shard.rank != worker.rank) continue;
+        if (h.shard.file && h.node != member.node) continue;  // a node reads its own directory
+        const int score = (h.shard.file            ? 0
+                           : h.node == member.node ? 6
+                                                   : 4) +
+                          (h.shard.rank == worker.rank ? 1 : 0);
+        if (score > best_score) {
+          best = &h;
+          best_score = score;
+        }
+      }
+      if (best == nullptr) return false;
+      const NodeFacts& facts = state_.nodes.at(best->node).record.facts;
+      worker.restore = {
+          .step = best->shard.step,
+          .shard_rank = best->shard.rank,
+          .shard_generation = best->shard.generation,
+          .crc_root = best->shard.crc_root,
+          .bytes = best->shard.bytes,
+          .source_node = best->node,
+          .source_address = best->shard.file ? std::string()
+                                             : fmt::format("{}:{}", facts.address, facts.data_port),
+          .file = best->shard.file};
+    }
+  }
+  return true;
+}
+
 void Controller::Impl::PlanRestore(JobStateView* job) {
-  struct Holder {
-    NodeId node;
-    HeldShard shard;
-  };
-  // One candidate is one consistent cut: shards of the same step, generation and world size.
-  std::map<std::tuple<everstep::Step, Generation, std::int32_t>, std::vector<Holder>> candidates;
+  // One candidate is one consistent cut: shards of the same step, generation and world size, and of
+  // memory or of files: what a directory holds may be of an earlier run. Memory is tried first.
+  std::map<std::tuple<everstep::Step, Generation, std::int32_t, bool>, std::vector<Holder>>
+      candidates;
   for (const auto& [id, holds] : job->holdings) {
     const auto node = state_.nodes.find(id);
     if (node == state_.nodes.end() || node->second.record.health == NodeHealth::kLost) continue;
     for (const HeldShard& shard : holds.shards) {
-      if (shard.generation <= job->record.earlier_runs) continue;
-      candidates[{shard.step, shard.generation, shard.world_size}].push_back({id, shard});
+      if (!shard.file && shard.generation <= job->record.earlier_runs) continue;
+      candidates[{shard.step, shard.generation, shard.world_size, !shard.file}].push_back(
+          {id, shard});
     }
   }
   const auto world =
       static_cast<std::int32_t>(job->plan.nodes.size() * job->record.spec.nproc_per_node);
   for (auto it = candidates.rbegin(); it != candidates.rend(); ++it) {
-    const auto& [step, generation, captured_world] = it->first;
-    const std::vector<Holder>& holders = it->second;
+    const auto& [step, generation, captured_world, memory] = it->first;
+    std::vector<Holder> holders = it->second;
+    if (!memory) {
+      // A rank whose memory has the very bytes of the files need not read them.
+      const auto same = candidates.find({step, generation, captured_world, true});
+      const std::size_t files = holders.size();
+      for (std::size_t i = 0; same != candidates.end() && i < same->second.size(); ++i) {
+        const HeldShard& shard = same->second[i].shard;
+        const bool equal = std::any_of(
+            holders.begin(), holders.begin() + static_cast<long>(files), [&shard](const Holder& h) {
+              return h.shard.rank == shard.rank && h.shard.crc_root == shard.crc_root;
+            });
+        if (equal) holders.push_back(same->second[i]);
+      }
+    }
     const bool replicated = std::all_of(holders.begin(), holders.end(),
                                         [](const Holder& h) { return h.shard.replicated_layout; });
     if (!replicated && captured_world != world) continue;
-    bool complete = true;
-    for (NodePlan& member : job->plan.nodes) {
-      for (WorkerPlan& worker : member.workers) {
-        const Holder* best = nullptr;
-        int best_score = -1;
-        for (const Holder& h : holders) {
-          if (!replicated && h.shard.rank != worker.rank) continue;
-          const int score = (h.node == member.node ? 2 : 0) + (h.shard.rank == worker.rank ? 1 : 0);
-          if (score > best_score) {
-            best = &h;
-            best_score = score;
-          }
-        }
-        if (best == nullptr) {
-          complete = false;
-          break;
-        }
-        const NodeFacts& facts = state_.nodes.at(best->node).record.facts;
-        worker.restore = {.step = step,
-                          .shard_rank = best->shard.rank,
-                          .shard_generation = generation,
-                          .crc_root = best->shard.crc_root,
-                          .bytes = best->shard.bytes,
-                          .source_node = best->node,
-                          .source_address = fmt::format("{}:{}", facts.address, facts.data_port)};
-      }
-    }
-    if (complete) {
+    if (ServeFrom(job, holders, replicated)) {
       job->plan.restore_step = step;
       return;
     }
@@ -257,32 +279,39 @@ void Controller::Impl::JournalRestore(const JobStateView& job) {
   const GenerationPlan& plan = job.plan;
   const everstep::Step committed =
       job.commits.commits.empty() ? kNoStep : job.commits.commits.front().step;
-  std::size_t local = 0, peer = 0;
+  std::size_t local = 0, peer = 0, files = 0;
   std::uint64_t bytes = 0;
   for (const NodePlan& member : plan.nodes) {
     for (const WorkerPlan& worker : member.workers) {
       if (worker.restore.step == kNoStep) continue;
+      if (worker.restore.file) {
+        ++files;
+        bytes += worker.restore.bytes;
+        continue;
+      }
       const bool here = worker.restore.source_node == member.node;
       ++(here ? local : peer);
       bytes += here ? 0 : worker.restore.bytes;
     }
   }
-  if (local + peer == 0 && committed == kNoStep) return;  // there was nothing to restore
+  if (local + peer + files == 0 && committed == kNoStep) return;  // there was nothing to restore
   const bool lost = plan.restore_step < committed;
   const JobId& id = job.record.spec.job;
-  Journal(
-      {.type = "restore",
-       .severity = lost ? Severity::kError : Severity::kInfo,
-       .reason = plan.restore_step == kNoStep ? Reason::kNoCommonStep
-                 : peer > 0                   ? Reason::kRestoredFromPeer
-                                              : Reason::kRestoredFromLocal,
-       .job = id,
-       .generation = plan.generation,
-       .message = plan.restore_step == kNoStep
-                      ? fmt::format("job {} starts from nothing: no step is complete", id)
-                      : fmt::format("job {} goes back to step {}", id, plan.restore_step),
-       .evidence = fmt::format("step={} committed={} ranks_local={} ranks_from_peers={} bytes={}",
-                               plan.restore_step, committed, local, peer, bytes)});
+  Journal({.type = "restore",
+           .severity = lost ? Severity::kError : Severity::kInfo,
+           .reason = plan.restore_step == kNoStep ? Reason::kNoCommonStep
+                     : files > 0                  ? Reason::kRestoredFromFiles
+                     : peer > 0                   ? Reason::kRestoredFromPeer
+                                                  : Reason::kRestoredFromLocal,
+           .job = id,
+           .generation = plan.generation,
+           .message = plan.restore_step == kNoStep
+                          ? fmt::format("job {} starts from nothing: no step is complete", id)
+                          : fmt::format("job {} goes back to step {}", id, plan.restore_step),
+           .evidence =
+               fmt::format("step={} committed={} ranks_local={} ranks_from_peers={}{} bytes={}",
+                           plan.restore_step, committed, local, peer,
+                           files == 0 ? "" : fmt::format(" ranks_from_files={}", files), bytes)});
 }
 
 void Controller::Impl::Progress(JobStateView* job, everstep::Step step) {

@@ -141,6 +141,7 @@ std::optional<Timestamp> Controller::Impl::NextWakeup() const {
     if (!Bug(kBugLostWakeup)) at(job.deadline);
     const Runtime& run = runtime_.at(id);
     at(run.grow_at);
+    if (run.persist) at(run.persist->began + options_.persist_timeout);
     if (job.record.state == JobState::kRunning) at(run.linger_at);
     for (const auto& [node, refused] : run.excluded) {
       if (!refused.over) at(refused.until);

@@ -43,6 +43,8 @@ struct Options {
   Duration notice_margin = Seconds(5);  // a node with a notice is left this long before its end
   // What a failed job captured stays on its nodes this long; 0: until it is forgotten.
   Duration failed_retention = Seconds(3600);
+  Duration persist_timeout = Seconds(600);  // a step must be in the checkpoint directory within
+  Duration persist_retry = Seconds(10);     // after a failure; doubled up to persist_timeout
   // Seeded bugs for the simulator's own test (tests/sim/seeded_bugs_test.cc); never set elsewhere.
   std::uint32_t bugs = 0;
 };

@@ -54,7 +54,10 @@ struct GenerationRecord {
 };
 struct CommitRecord {
   JobId job;
-  std::vector<Commit> commits;  // newest first, at most two
+  std::vector<Commit> commits;          // newest first, at most two
+  Generation persisted_generation = 0;  // newest step that stands in the checkpoint directory
+  Step persisted_step = kNoStep;
+  Timestamp persisted;  // when it was known to
 };
 enum class Severity : std::uint8_t { kInfo, kWarning, kError };
 // A line of history: what a person reads in `everstep events`. `type` is a stable event name.
@@ -125,12 +128,18 @@ struct CommittedCommand {
   // Before it is said a captured slot stays, since it may be committed at any moment.
   Step released = kNoStep;
 };
+struct PersistCommand {
+  JobId job;
+  Generation generation = 0;  // that captured the step
+  Step step = kNoStep;
+  std::vector<Rank> ranks;  // whose shards this node writes
+};
 struct Command {
   NodeId node;
   Incarnation incarnation = 0;
   std::uint64_t sequence = 0;
   std::variant<RegisteredCommand, WarmCommand, PrepareCommand, ActivateCommand, StopJobCommand,
-               CommittedCommand>
+               CommittedCommand, PersistCommand>
       body;
 };
 

@@ -90,6 +90,19 @@ struct ShardCopied {
   JobId job;
   HeldShard shard;
 };
+// This node's part of a Persist command is on the disk, or cannot be.
+struct Persisted {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobId job;
+  Generation generation = 0;
+  Step step = kNoStep;
+  bool sealed = false;  // every rank's file is there: the manifest stands
+  std::uint64_t bytes = 0;
+  Duration took = {};
+  std::string error;
+  std::string missing;
+};
 struct Notice {
   NodeId node;
   Incarnation incarnation = 0;
@@ -139,11 +152,17 @@ struct UndrainNode {
   RequestId request = 0;
   NodeId node;
 };
+// Answered when the newest committed step stands in the job's checkpoint directory.
+struct SaveCheckpoint {
+  RequestId request = 0;
+  JobId job;
+};
 
 struct Tick {};  // NextWakeup() has come
 
-using Event = std::variant<NodeRegistered, SessionClosed, NodeProcessDead, Heartbeat, Prepared,
-                           Activated, WorkerExited, WorkerStalled, ShardCopied, Notice, NodeWarm,
-                           KeeperLost, Stopped, SubmitJob, CancelJob, DrainNode, UndrainNode, Tick>;
+using Event =
+    std::variant<NodeRegistered, SessionClosed, NodeProcessDead, Heartbeat, Prepared, Activated,
+                 WorkerExited, WorkerStalled, ShardCopied, Persisted, Notice, NodeWarm, KeeperLost,
+                 Stopped, SubmitJob, CancelJob, DrainNode, UndrainNode, SaveCheckpoint, Tick>;
 
 }  // namespace everstep::controller

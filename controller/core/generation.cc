@@ -156,6 +156,7 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
     for (Fault& fault : job->record.faults) {
       if (fault.recovered.ns == 0) fault.action = "wait for nodes";
     }
+    StartPersist(job, Reason::kLastBreath);
     for (const NodePlan& member : old) {
       Send(member.node, StopJobCommand{id, job->record.generation, false, failed, reason});
     }
@@ -274,6 +275,7 @@ bool Controller::Impl::AskSources(JobStateView* job) {
 }
 
 void Controller::Impl::Activate(JobStateView* job) {
+  if (FilesAreAhead(job)) return;
   const JobSpec& spec = job->record.spec;
   GenerationPlan& plan = job->plan;
   const GenerationPlan prepared = plan;
@@ -299,7 +301,11 @@ void Controller::Impl::Activate(JobStateView* job) {
     return;
   }
   job->record.state = JobState::kActivating;
-  job->deadline = now_ + options_.activate_timeout;
+  std::uint64_t from_files = 0;  // of the node that reads most
+  for (const NodePlan& member : plan.nodes) {
+    from_files = std::max(from_files, FileRestoreBytes(member));
+  }
+  job->deadline = now_ + options_.activate_timeout + FileRestoreTime(from_files);
   job->waiting_for.clear();
   dirty_jobs_.insert(spec.job);
   dirty_plans_.insert(spec.job);
@@ -321,7 +327,9 @@ void Controller::Impl::Activate(JobStateView* job) {
   }
   for (const NodePlan& member : plan.nodes) TellCommits(job, member.node);
   for (const auto& [node, holds] : job->holdings) {
-    for (const HeldShard& shard : holds.shards) CountBase(job, node, shard);
+    for (const HeldShard& shard : holds.shards) {
+      if (!shard.file) CountBase(job, node, shard);
+    }
   }
 }
 
@@ -427,6 +435,7 @@ void Controller::Impl::On(const Tick&) {
                .message = fmt::format("what failed job {} had in memory is given up", id),
                .evidence = fmt::format("kept_s={:.0f}", ToSeconds(options_.failed_retention))});
     }
+    GiveUpPersist(&job);
     if (IsTerminal(job.record.state)) continue;
     Runtime& run = runtime_[id];
     const JobSpec& spec = job.record.spec;

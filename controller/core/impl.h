@@ -56,6 +56,21 @@ class Controller::Impl {
     bool base_released = false;
     std::set<NodeId> misreported;       // told of ranks of this generation that are not theirs
     everstep::Step released = kNoStep;  // of the newest generation; see CommittedCommand
+    struct Persist {                    // a step on its way to the checkpoint directory
+      Generation generation = 0;
+      everstep::Step step = kNoStep;
+      Reason reason = Reason::kNone;
+      Timestamp began;
+      std::set<NodeId> waiting_for;
+      bool sealed = false;
+      std::uint64_t bytes = 0;
+      std::string trouble;
+      std::vector<RequestId> requests;
+    };
+    std::optional<Persist> persist;
+    Timestamp persist_again;  // not before, after a failure
+    Duration persist_retry = {};
+    Timestamp persist_since;  // when the interval began to run
   };
 
   // nodes.cc
@@ -158,7 +173,25 @@ class Controller::Impl {
   void TellCommits(JobStateView* job, const NodeId& node);
   void PlanRestore(JobStateView* job);
   void JournalRestore(const JobStateView& job);
+  // Rounds of the choice of a restore: one cut, its holders.
+  struct Holder {
+    NodeId node;
+    HeldShard shard;
+  };
+  bool ServeFrom(JobStateView* job, const std::vector<Holder>& holders, bool replicated);
   void Progress(JobStateView* job, everstep::Step step);
+
+  // persist.cc
+  void On(const Persisted& e);
+  void On(const SaveCheckpoint& e);
+  void PersistIfDue(JobStateView* job);  // a step was committed
+  // Orders the newest committed step into the checkpoint directory. False: there is nothing to
+  // write, or nobody that holds all of it.
+  bool StartPersist(JobStateView* job, Reason reason, RequestId request = 0);
+  void PersistBreaks(const NodeId& node, const std::string& why);  // the node's part is lost
+  void EndPersist(JobStateView* job);
+  void GiveUpPersist(JobStateView* job);  // when its time is over
+  bool FilesAreAhead(JobStateView* job);  // of the job's generations: it moves beyond them
 
   // controller.cc
   void Send(const NodeId& node, decltype(Command::body) body);

@@ -71,6 +71,9 @@ void Controller::Impl::On(const SubmitJob& e) {
   job.record = std::move(record);
   if (job.plan.generation != 0) Forget(job.plan);  // of the job that had the id before
   job.plan = {};
+  job.commits.persisted_generation = 0;
+  job.commits.persisted_step = kNoStep;
+  job.commits.persisted = {};
   job.step = kNoStep;
   job.reason = Reason::kSubmitted;
   job.message.clear();
@@ -488,6 +491,10 @@ void Controller::Impl::Finish(JobStateView* job, JobState outcome, Reason reason
            .evidence = fmt::format("restarts={} lost_capacity={} no_progress={} best_step={}",
                                    record.restarts, record.lost_capacity, record.no_progress,
                                    record.best_step)});
+  // Before the stops: a node answers a stop when what it was to write is on the disk.
+  if (StartPersist(job, Reason::kLastBreath) && runtime_[id].persist) {
+    job->deadline = job->deadline + options_.persist_timeout;
+  }
   for (const NodePlan& member : job->plan.nodes) {
     if (state_.nodes.at(member.node).record.health == NodeHealth::kLost) continue;
     job->waiting_for.insert(member.node);
@@ -513,6 +520,10 @@ void Controller::Impl::On(const Stopped& e) {
 void Controller::Impl::FinishStop(JobStateView* job) {
   JobRecord& record = job->record;
   const JobId& id = record.spec.job;
+  if (runtime_[id].persist) {
+    runtime_[id].persist->trouble = "the job ended first";
+    EndPersist(job);
+  }
   record.state = Outcome(record.end_reason);
   record.ended = now_;
   std::sort(record.failures.begin(), record.failures.end(),

@@ -72,6 +72,7 @@ void Controller::Impl::On(const NodeRegistered& e) {
     node.record.drain_reason.clear();
     node.record.leave_by = {};
   }
+  if (known) PersistBreaks(e.node, "its agent registered again");
   if (node.connected) out_->close_sessions.push_back(e.node);
   node.record.node = e.node;
   node.record.incarnation = std::max(node.record.incarnation, e.previous_incarnation) + 1;
@@ -274,6 +275,7 @@ void Controller::Impl::StartDrain(const NodeId& id, Reason reason, const std::st
     if (s != JobState::kRunning && s != JobState::kActivating && s != JobState::kPreparing)
       continue;
     if (!IsMember(job, id)) continue;
+    if (first) StartPersist(&job, Reason::kLastBreath);
     const std::vector<NodeId> chosen = ChooseNodes(job);
     const bool lingers = std::find(chosen.begin(), chosen.end(), id) != chosen.end();
     if (!lingers && chosen.size() >= job.record.spec.min_nodes) {
@@ -361,6 +363,7 @@ void Controller::Impl::LoseNode(const NodeId& id, Reason reason, const std::stri
            .node = id,
            .message = fmt::format("node {} is lost", id),
            .evidence = evidence});
+  PersistBreaks(id, "lost");
   for (auto& [job_id, job] : state_.jobs) {
     job.holdings.erase(id);
     const bool owed = job.waiting_for.erase(id) > 0;

@@ -44,7 +44,8 @@ std::string ShardText(const HeldShard& s) {
   return Line(fmt::format("rank={}/{}", s.rank, s.world_size))
       .Add("g={} step={} crc={}", s.generation, s.step, s.crc_root)
       .If(s.replica, "replica")
-      .If(s.replicated_layout, "replicated_layout");
+      .If(s.replicated_layout, "replicated_layout")
+      .If(s.file, "file");
 }
 
 std::string HoldingText(const JobOnNode& holds) {
@@ -75,7 +76,9 @@ std::string RestoreText(const NodePlan& node) {
   for (const WorkerPlan& w : node.workers) {
     if (w.restore.step == kNoStep) continue;
     text += fmt::format("{}rank {} from {}", text.empty() ? "" : ", ", w.rank,
-                        w.restore.source_node == node.node ? "here" : w.restore.source_node);
+                        w.restore.file                       ? "files"
+                        : w.restore.source_node == node.node ? "here"
+                                                             : w.restore.source_node);
     if (w.restore.shard_rank != w.rank) text += fmt::format("'s rank {}", w.restore.shard_rank);
   }
   return text.empty() ? "" : fmt::format("({})", text);
@@ -136,6 +139,12 @@ struct EventText {
     return Line(From("shard_copied", e.node, e.incarnation))
         .Add("{} {}", e.job, ShardText(e.shard));
   }
+  std::string operator()(const Persisted& e) const {
+    return Line(From("persisted", e.node, e.incarnation))
+        .Add("{} g={} step={} bytes={}", e.job, e.generation, e.step, e.bytes)
+        .If(e.sealed, "sealed")
+        .If(!e.error.empty(), "error \"{}\"", e.error);
+  }
   std::string operator()(const Notice& e) const {
     return Line(From("notice", e.node, e.incarnation))
         .Add("source={} deadline={}", e.source, DurationText(e.deadline));
@@ -160,6 +169,7 @@ struct EventText {
     return Line("drain " + e.node).If(e.allow_pause, "allow_pause").Add("{}", Braced(e.reason));
   }
   std::string operator()(const UndrainNode& e) const { return "undrain " + e.node; }
+  std::string operator()(const SaveCheckpoint& e) const { return "save_checkpoint " + e.job; }
   std::string operator()(const Tick&) const { return "tick"; }
 };
 
@@ -203,6 +213,8 @@ struct RecordText {
     for (const Commit& c : r.commits) {
       line.Add("[g={} step={} world={} copies={}]", c.generation, c.step, c.world_size, c.copies);
     }
+    line.If(r.persisted.ns != 0, "persisted g={} step={}", r.persisted_generation,
+            r.persisted_step);
     return line;
   }
   std::string operator()(const JournalRecord& r) const {
@@ -246,6 +258,10 @@ struct CommandText {
   }
   std::string operator()(const CommittedCommand& c) const {
     return fmt::format("committed {} g={} step={}", c.job, c.generation, c.step);
+  }
+  std::string operator()(const PersistCommand& c) const {
+    return fmt::format("persist {} g={} step={} ranks={}", c.job, c.generation, c.step,
+                       fmt::join(c.ranks, ","));
   }
 };
 

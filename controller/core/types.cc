@@ -48,7 +48,12 @@ constexpr std::array<const char*, static_cast<std::size_t>(Reason::kCount)> kRea
     "too_many_nodes",
     "heartbeat_resumed",
     "retention_over",
-    "workers_linger"};
+    "workers_linger",
+    "persist_due",
+    "last_breath",
+    "operator_save",
+    "persist_failed",
+    "restored_from_files"};
 static_assert(kReasons.back() != nullptr, "every reason has a name");
 
 }  // namespace

@@ -63,10 +63,15 @@ enum class Reason : std::uint8_t {
   kRestoredFromPeer,
   kNoCommonStep,  // no step is complete: starts from nothing (or the script's own file)
   // added later: numbers are stored
-  kTooManyNodes,      // the controller's limit
-  kHeartbeatResumed,  // a suspect node is heard again
-  kRetentionOver,     // what a failed job captured was kept long enough
-  kWorkersLinger,     // workers go on long after their peers' good end
+  kTooManyNodes,       // the controller's limit
+  kHeartbeatResumed,   // a suspect node is heard again
+  kRetentionOver,      // what a failed job captured was kept long enough
+  kWorkersLinger,      // workers go on long after their peers' good end
+  kPersistDue,         // the job's interval for its checkpoint directory is over
+  kLastBreath,         // what the memory holds is written before it may go
+  kOperatorSave,       // an operator asked for a checkpoint
+  kPersistFailed,      // a step could not be written to the checkpoint directory
+  kRestoredFromFiles,  // ranks start from files in the checkpoint directory
   kCount
 };
 const char* ReasonName(Reason reason);  // "worker_killed"
@@ -106,8 +111,11 @@ struct JobSpec {
   Duration last_call = Seconds(1);  // the first generation waits this long for more than min_nodes
   std::uint32_t max_no_progress = 5;  // consecutive generations without progress
   std::uint32_t max_start_failures = 5;
-  std::uint32_t master_port = 0;   // 0: the store host's port of the generation
-  std::vector<NodeId> only_nodes;  // empty: any
+  std::uint32_t master_port = 0;       // 0: the store host's port of the generation
+  std::vector<NodeId> only_nodes;      // empty: any
+  std::string ckpt_dir;                // file tier; empty: none
+  std::uint64_t ckpt_every_steps = 0;  // each such step goes there; 0: by time
+  Duration ckpt_every = {};            // the newest step goes there this often; 0: not by time
   Timestamp submitted;
   CommandSpec command;
   friend bool operator==(const JobSpec&, const JobSpec&) = default;

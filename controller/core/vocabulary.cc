@@ -46,6 +46,11 @@ constexpr std::array kEvents = {
               "The generation's plan is on disk; its workers are being "
               "started."},
     EventName{"restore", "Which step the generation starts from, and where its bytes come from."},
+    EventName{"checkpoint_persisted",
+              "A committed step stands in the job's checkpoint directory, whole."},
+    EventName{"checkpoint_not_persisted",
+              "A step could not be written there; the one before it stays, and the next due one is "
+              "tried."},
     EventName{"generation_running", "Every worker of the generation runs."},
     EventName{"workers_linger",
               "Workers still run, without a step, 30 s after others of their generation exited 0: "
@@ -104,6 +109,11 @@ constexpr std::array kMeanings = {
     "a suspect node is heard again",
     "what a failed job captured was kept long enough",
     "some workers of the generation exited 0 long ago, others run on and make no step",
+    "the job's interval for its checkpoint directory is over",
+    "what the memory holds is written before it may go",
+    "an operator asked for a checkpoint",
+    "a step could not be written to the checkpoint directory",
+    "ranks start from files of the checkpoint directory",
 };
 static_assert(kMeanings.size() == static_cast<std::size_t>(Reason::kCount),
               "every reason has a meaning");

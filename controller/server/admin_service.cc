@@ -226,7 +226,9 @@ grpc::ServerUnaryReactor* AdminService::ListNodes(Context* context, const v1::Li
                                                   v1::NodeList* reply) {
   return OnBrain(context, [this, reply](Unary* reactor) {
     for (const auto& [id, node] : brain_->state().nodes) {
-      *reply->add_items() = NodeStatusOf(brain_->state(), node, brain_->now());
+      v1::NodeStatus* item = reply->add_items();
+      *item = NodeStatusOf(brain_->state(), node, brain_->now());
+      if (const auto* traffic = brain_->traffic(id)) *item->mutable_traffic() = *traffic;
     }
     reactor->Finish(grpc::Status::OK);
   });
@@ -270,6 +272,31 @@ grpc::ServerUnaryReactor* AdminService::UndrainNode(Context* context,
           return controller::UndrainNode{id, node};
         },
         reply);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::SaveCheckpoint(Context* context,
+                                                       const v1::SaveCheckpointRequest* request,
+                                                       v1::JobStatus* reply) {
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    std::string error;
+    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
+    if (job == nullptr) {
+      reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
+      return;
+    }
+    const JobId id = job->record.spec.job;
+    brain_->Request(
+        [id](RequestId r) {
+          return controller::SaveCheckpoint{r, id};
+        },
+        [this, reactor, id, reply](const Reply* answer) {
+          const auto it = brain_->state().jobs.find(id);
+          if (it != brain_->state().jobs.end()) {
+            *reply = JobStatusOf(brain_->state(), it->second, brain_->now());
+          }
+          reactor->Finish(StatusOf(answer));
+        });
   });
 }
 

@@ -33,6 +33,7 @@ class AdminService final : public v1::AdminService::CallbackService {
   Unary* ListNodes(Context*, const v1::ListNodesRequest*, v1::NodeList*) override;
   Unary* DrainNode(Context*, const v1::DrainNodeRequest*, v1::NodeStatus*) override;
   Unary* UndrainNode(Context*, const v1::UndrainNodeRequest*, v1::NodeStatus*) override;
+  Unary* SaveCheckpoint(Context*, const v1::SaveCheckpointRequest*, v1::JobStatus*) override;
   Unary* Drill(Context*, const v1::DrillRequest*, v1::DrillReply*) override;
   Unary* Shutdown(Context*, const v1::ShutdownRequest*, v1::ShutdownReply*) override;
   grpc::ServerWriteReactor<v1::Event>* WatchEvents(Context*,

@@ -109,6 +109,13 @@ struct Writer {
     to->set_step(c.step);
     if (c.released != kNoStep) to->set_released_step(c.released);
   }
+  void operator()(const PersistCommand& c) const {
+    v1::Persist* to = m->mutable_persist();
+    to->set_job(c.job);
+    to->set_generation(c.generation);
+    to->set_step(c.step);
+    for (const Rank rank : c.ranks) to->add_ranks(rank);
+  }
 };
 
 }  // namespace
@@ -224,6 +231,12 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
     case v1::AgentMessage::kShardCopied:
       return ShardCopied{node, incarnation, m.shard_copied().job(),
                          wire::FromProto(m.shard_copied().shard())};
+    case v1::AgentMessage::kPersisted: {
+      const v1::Persisted& p = m.persisted();
+      return Persisted{node,           incarnation,     p.job(),   p.generation(),
+                       p.step(),       p.sealed(),      p.bytes(), Milliseconds(p.ms()),
+                       Cut(p.error()), Cut(p.missing())};
+    }
     case v1::AgentMessage::kNotice:
       return Notice{node, incarnation, Cut(m.notice().source(), 256),
                     Milliseconds(m.notice().deadline_ms())};

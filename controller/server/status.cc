@@ -236,6 +236,9 @@ v1::JobStatus JobStatusOf(const ClusterState& state, const JobStateView& job, Ti
   }
   to.set_step(job.step);
   to.set_committed_step(job.commits.commits.empty() ? kNoStep : job.commits.commits.front().step);
+  to.set_ckpt_dir(r.spec.ckpt_dir);
+  to.set_persisted_step(job.commits.persisted.ns == 0 ? kNoStep : job.commits.persisted_step);
+  to.set_persisted(TimeText(job.commits.persisted));
   to.set_restarts(r.restarts);
   to.set_max_restarts(r.spec.max_restarts);
   to.set_lost_capacity(r.lost_capacity);

@@ -127,6 +127,9 @@ void ToProto(const JobSpec& from, v1::JobSpec* to) {
   to->set_master_port(from.master_port);
   to->set_only_nodes(fmt::format("{}", fmt::join(from.only_nodes, ",")));
   to->set_submitted_ns(from.submitted.ns);
+  to->set_ckpt_dir(from.ckpt_dir);
+  to->set_ckpt_every_steps(from.ckpt_every_steps);
+  to->set_ckpt_every_ms(Milliseconds32(from.ckpt_every));
   // An unreadable command was refused at submission.
   wire::ToProto(from.command, to->mutable_command());
 }
@@ -153,6 +156,9 @@ void FromProto(const v1::JobSpec& from, JobSpec* to) {
     begin = end + 1;
   }
   to->submitted = {from.submitted_ns()};
+  to->ckpt_dir = from.ckpt_dir();
+  to->ckpt_every_steps = from.ckpt_every_steps();
+  to->ckpt_every = Milliseconds(from.ckpt_every_ms());
   to->command = wire::FromProto(from.command());
 }
 
@@ -241,6 +247,9 @@ void ToProto(const CommitRecord& from, v1::CommitRecord* to) {
     c->set_replicated_layout(commit.replicated_layout);
     for (const HeldShard& shard : commit.shards) wire::ToProto(shard, c->add_shards());
   }
+  to->set_persisted_generation(from.persisted_generation);
+  to->set_persisted_step(from.persisted_step);
+  to->set_persisted_ns(from.persisted.ns);
 }
 
 bool FromProto(const v1::CommitRecord& from, CommitRecord* to) {
@@ -254,6 +263,9 @@ bool FromProto(const v1::CommitRecord& from, CommitRecord* to) {
     commit.replicated_layout = c.replicated_layout();
     for (const v1::HeldShard& shard : c.shards()) commit.shards.push_back(wire::FromProto(shard));
   }
+  to->persisted_generation = from.persisted_generation();
+  to->persisted_step = from.persisted_ns() == 0 ? kNoStep : from.persisted_step();
+  to->persisted = {from.persisted_ns()};
   return true;
 }
 

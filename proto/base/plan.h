@@ -41,7 +41,7 @@ struct WorkerOnNode {
   friend bool operator==(const WorkerOnNode&, const WorkerOnNode&) = default;
 };
 
-// A verified slot in some node's memory.
+// A verified slot in some node's memory, or a file in the job's checkpoint directory.
 struct HeldShard {
   Rank rank = 0;
   std::int32_t world_size = 0;
@@ -51,6 +51,7 @@ struct HeldShard {
   std::uint64_t bytes = 0;
   bool replica = false;            // a peer's slot kept here
   bool replicated_layout = false;  // every rank's state is the same: any shard serves any rank
+  bool file = false;               // this node sees it in the checkpoint directory; unverified
   friend bool operator==(const HeldShard&, const HeldShard&) = default;
 };
 
@@ -76,6 +77,7 @@ struct RestorePlan {
   std::uint64_t bytes = 0;
   NodeId source_node;
   std::string source_address;  // host:port
+  bool file = false;           // from the job's checkpoint directory
   friend bool operator==(const RestorePlan&, const RestorePlan&) = default;
 };
 
@@ -96,5 +98,17 @@ struct NodePlan {
   std::string replica_address;  // host:port
   friend bool operator==(const NodePlan&, const NodePlan&) = default;
 };
+
+// What the node reads from its checkpoint directory before its workers start, and how long that may
+// take on a slow disk: 20 MB/s.
+inline std::uint64_t FileRestoreBytes(const NodePlan& plan) {
+  std::uint64_t bytes = 0;
+  for (const WorkerPlan& w : plan.workers) bytes += w.restore.file ? w.restore.bytes : 0;
+  return bytes;
+}
+inline Duration FileRestoreTime(std::uint64_t bytes) {
+  return bytes == 0 ? Duration{}
+                    : Seconds(30) + Milliseconds(static_cast<std::int64_t>(bytes / 20'000));
+}
 
 }  // namespace everstep

@@ -11,6 +11,7 @@ void ToProto(const RestorePlan& from, v1::Restore* to) {
   to->set_bytes(from.bytes);
   to->set_source_node(from.source_node);
   to->set_source_address(from.source_address);
+  to->set_file(from.file);
 }
 
 RestorePlan FromProto(const v1::Restore& from) {
@@ -20,7 +21,8 @@ RestorePlan FromProto(const v1::Restore& from) {
           .crc_root = from.crc_root(),
           .bytes = from.bytes(),
           .source_node = from.source_node(),
-          .source_address = from.source_address()};
+          .source_address = from.source_address(),
+          .file = from.file()};
 }
 
 void ToProto(const WorkerPlan& from, v1::WorkerPlan* to) {
@@ -93,6 +95,7 @@ void ToProto(const HeldShard& from, v1::HeldShard* to) {
   to->set_bytes(from.bytes);
   to->set_replica(from.replica);
   to->set_replicated_layout(from.replicated_layout);
+  to->set_file(from.file);
 }
 
 HeldShard FromProto(const v1::HeldShard& from) {
@@ -103,7 +106,8 @@ HeldShard FromProto(const v1::HeldShard& from) {
           .crc_root = from.crc_root(),
           .bytes = from.bytes(),
           .replica = from.replica(),
-          .replicated_layout = from.replicated_layout()};
+          .replicated_layout = from.replicated_layout(),
+          .file = from.file()};
 }
 
 void ToProto(const JobOnNode& from, v1::JobOnNode* to) {

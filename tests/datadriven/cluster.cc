@@ -62,6 +62,12 @@ std::vector<std::string> Cluster::Run(const Words& c) {
       {"step", bound(&Cluster::StepReached)},
       {"captured", bound(&Cluster::Captured)},
       {"copied", bound(&Cluster::Copied)},
+      {"files", bound(&Cluster::Files)},
+      {"persisted", bound(&Cluster::Written)},
+      {"save",
+       [this, node](const Words&) {
+         Do(SaveCheckpoint{1, node});
+       }},
       {"advance", bound(&Cluster::Advance)},
       {"restart", bound(&Cluster::Restart)},
       {"snapshot", bound(&Cluster::Snapshot)},
@@ -244,6 +250,9 @@ void Cluster::Submit(const Words& c) {
   spec.max_no_progress = ParseNumber(c.Get("max_no_progress", "5"));
   spec.max_start_failures = ParseNumber(c.Get("max_start_failures", "5"));
   spec.only_nodes = Split(c.Get("only"));
+  spec.ckpt_dir = c.Get("ckpt");
+  spec.ckpt_every_steps = ParseNumber(c.Get("every_steps", "0"));
+  spec.ckpt_every = ParseDuration(c.Get("every", "0"));
   spec.submitted = now_;
   Do(e);
 }

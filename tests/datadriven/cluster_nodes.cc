@@ -303,4 +303,40 @@ void Cluster::Copied(const Words& c) {
   Do(ShardCopied{node, IncarnationOf(c, node), c.words[1], shard});
 }
 
+// What these nodes see in the job's checkpoint directory, besides what they saw before.
+void Cluster::Files(const Words& c) {
+  if (c.words.size() < 2) return Print("error: files JOB NODE...");
+  const std::int32_t world = std::atoi(c.Get("world", "2").c_str());
+  for (std::size_t i = 1; i < c.words.size(); ++i) {
+    if (FindNode(c.words[i]) == nullptr) continue;
+    for (Rank rank = 0; rank < world; ++rank) {
+      nodes_[c.words[i]].jobs[First(c)].shards.push_back(
+          {.rank = rank,
+           .world_size = world,
+           .generation = std::strtoull(c.Get("g", "1").c_str(), nullptr, 10),
+           .step = std::atoll(c.Get("step", "0").c_str()),
+           .crc_root = 1000u + static_cast<std::uint32_t>(rank),
+           .bytes = 64,
+           .replicated_layout = c.Has("replicated"),
+           .file = true});
+    }
+  }
+  Print("ok");
+}
+
+void Cluster::Written(const Words& c) {
+  const NodeId node = First(c);
+  if (c.words.size() < 2) return Print("error: persisted NODE JOB");
+  Do(controller::Persisted{.node = node,
+                           .incarnation = IncarnationOf(c, node),
+                           .job = c.words[1],
+                           .generation = GenerationOf(c, c.words[1]),
+                           .step = std::atoll(c.Get("step", "0").c_str()),
+                           .sealed = c.Has("sealed"),
+                           .bytes = 64,
+                           .took = Milliseconds(3),
+                           .error = c.Get("error"),
+                           .missing = c.Has("sealed") ? "" : "1 of 2 ranks' files are there"});
+}
+
 }  // namespace everstep::datadriven

@@ -23,6 +23,7 @@ const std::string* JobOf(const v1::ControllerMessage& m) {
     case v1::ControllerMessage::kStopJob: return &m.stop_job().job();
     case v1::ControllerMessage::kCommitted: return &m.committed().job();
     case v1::ControllerMessage::kTailLogs: return &m.tail_logs().job();
+    case v1::ControllerMessage::kPersist: return &m.persist().job();
     case v1::ControllerMessage::kKillForDrill: return &m.kill_for_drill().job();
     default: return nullptr;
   }
@@ -102,6 +103,11 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
       const v1::Committed& c = m.committed();
       return Committed{header, c.job(), c.generation(), c.step(),
                        c.has_released_step() ? c.released_step() : kNoStep};
+    }
+    case v1::ControllerMessage::kPersist: {
+      const v1::Persist& p = m.persist();
+      return Persist{
+          header, p.job(), p.generation(), p.step(), {p.ranks().begin(), p.ranks().end()}};
     }
     case v1::ControllerMessage::kTailLogs: {
       const v1::TailLogs& t = m.tail_logs();
@@ -185,6 +191,21 @@ v1::AgentMessage ToWire(const SendShardCopied& e) {
   v1::AgentMessage m;
   m.mutable_shard_copied()->set_job(e.job);
   wire::ToProto(e.shard, m.mutable_shard_copied()->mutable_shard());
+  return m;
+}
+
+v1::AgentMessage ToWire(const SendPersisted& e) {
+  const Persisted& from = e.persisted;
+  v1::AgentMessage m;
+  v1::Persisted* p = m.mutable_persisted();
+  p->set_job(from.job);
+  p->set_generation(from.generation);
+  p->set_step(from.step);
+  p->set_sealed(from.sealed);
+  p->set_bytes(from.bytes);
+  p->set_ms(static_cast<std::uint32_t>(ToMilliseconds(from.took)));
+  p->set_error(from.error);
+  p->set_missing(from.missing);
   return m;
 }
 

@@ -49,6 +49,9 @@ Engine::~Engine() {
   if (transfer_ != nullptr) transfer_->Stop();
   files_.Stop();
   memory_.Stop();
+  disk_load_.Stop();
+  disk_look_.Stop();
+  disk_.Stop();
   transfer_.reset();
   keeper_.reset();
 }
@@ -160,6 +163,7 @@ int Engine::Run() {
       KeeperDoorOptions{options_.keeper_socket, options_.keeper_program, options_.node,
                         options_.node_dir + "/keeper.log", options_.lifeline},
       std::move(keeper));
+  file_plane_ = std::make_unique<FilePlane>(checkpoint::PosixDisk(), keeper_.get());
   StartTransfer();
   Attach();
 
@@ -369,7 +373,7 @@ void Engine::CheckLeave(Timestamp now) {
   for (const auto& [id, job] : core_.jobs()) {
     runs |= std::any_of(job.workers.begin(), job.workers.end(),
                         [](const WorkerOnNode& w) { return w.running; });
-    runs |= !job.old_workers.empty();
+    runs |= !job.old_workers.empty() || job.persisting > 0;
   }
   if (runs && core_.registered() && leave_by_ && now < *leave_by_) return;
   BeginShutdown();

@@ -28,6 +28,7 @@
 #include "proto/base/mailbox.h"
 #include "worker/agent/core/agent_core.h"
 #include "worker/agent/dial_backoff.h"
+#include "worker/agent/file_plane.h"
 #include "worker/agent/held_shards.h"
 #include "worker/agent/keeper_convert.h"
 #include "worker/agent/keeper_door.h"
@@ -72,6 +73,7 @@ class Engine final : private checkpoint::Listener {
   static constexpr std::size_t kKeepAttempts = 20;  // log directories of one job on this node
   static constexpr std::size_t kKeepJobs = 100;     // ... and of jobs that are over
   static constexpr std::size_t kMaxNewestLogs = 256;
+  static constexpr Duration kFileSurvey = Seconds(5);
 
  private:
   // --- engine.cc: the loop, the session, the node's end ---
@@ -114,6 +116,7 @@ class Engine final : private checkpoint::Listener {
   void On(const SendWorkerExited& e);
   void On(const SendWorkerStalled& e);
   void On(const SendShardCopied& e);
+  void On(const SendPersisted& e);
   void On(const SendNotice& e);
   void On(const SendNodeWarm& e);
   void On(const SendKeeperLost& e);
@@ -130,6 +133,7 @@ class Engine final : private checkpoint::Listener {
   void On(const RememberActivated& e);
   void On(const Survey& e);
   void On(const MarkCommitted& e);
+  void On(const PersistStep& e);
   void On(const ControllerAway& e);
   void On(const Tail& e);
   void On(const Dropped& e);
@@ -137,6 +141,9 @@ class Engine final : private checkpoint::Listener {
              const std::string& error);
   void FailStart(const JobId& job, Generation generation, const std::vector<WorkerSpawn>& spawns,
                  const std::string& error);
+  static CheckpointDir DirOf(const CommandSpec& command);
+  // Files in the job's directory; empty when it does not answer within kFileSurvey.
+  std::vector<HeldShard> SurveyFiles(const CheckpointDir& dir, const JobId& job);
   std::string LogRoot(const JobId& job, const CommandSpec& command) const;
   std::vector<TailFile> TailFiles(const TailLogs& request, Generation generation,
                                   const std::vector<WorkerOnNode>& workers) const;
@@ -201,6 +208,14 @@ class Engine final : private checkpoint::Listener {
 
   HeldShards held_;
 
+  // Word of newer commits waits while a step is copied out of its slot: a trainer overwrites what
+  // it does not know to be the newest. Steps being copied, and what came meanwhile.
+  struct Copying {
+    std::uint32_t steps = 0;
+    std::vector<MarkCommitted> later;
+  };
+  std::map<JobId, Copying> copying_;
+
   // the end
   bool leaving_ = false;
   std::optional<Timestamp> leave_by_;
@@ -210,9 +225,13 @@ class Engine final : private checkpoint::Listener {
   Mailbox<std::function<void()>> mailbox_;
 
   // What has threads, in the order of construction; destroyed in reverse, callbacks first.
-  SerialWorker files_;   // log directories, error files, arenas of a start
-  SerialWorker memory_;  // surveys
+  SerialWorker files_;      // log directories, error files, arenas of a start
+  SerialWorker memory_;     // surveys
+  SerialWorker disk_;       // writes to checkpoint directories
+  SerialWorker disk_load_;  // reads from them, before workers start
+  SerialWorker disk_look_;  // lists them: a disk that hangs holds up nothing else
   std::unique_ptr<KeeperDoor> keeper_;
+  std::unique_ptr<FilePlane> file_plane_;
   std::unique_ptr<checkpoint::TransferService> transfer_;
   std::unique_ptr<SessionClient> session_;
   std::unique_ptr<LogTailer> tailer_;

@@ -5,6 +5,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <future>
+#include <memory>
 #include <system_error>
 
 #include "proto/base/log.h"
@@ -14,6 +16,7 @@
 #include "worker/agent/engine.h"
 #include "worker/agent/node_dir.h"
 #include "worker/agent/part.h"
+#include "worker/agent/traffic_report.h"
 
 namespace everstep::agent {
 namespace {
@@ -49,7 +52,11 @@ void Engine::On(const SendRegister& e) {
 }
 
 void Engine::On(const SendHeartbeat& e) {
-  Send(ToWire(e));
+  v1::AgentMessage m = ToWire(e);
+  if (transfer_ != nullptr) {
+    ToWire(transfer_->traffic()->Report(), m.mutable_heartbeat()->mutable_traffic());
+  }
+  Send(std::move(m));
 }
 void Engine::On(const SendPrepared& e) {
   LogInfo("prepared", {{"job", e.holds.job},
@@ -73,6 +80,9 @@ void Engine::On(const SendWorkerStalled& e) {
   Send(ToWire(e));
 }
 void Engine::On(const SendShardCopied& e) {
+  Send(ToWire(e));
+}
+void Engine::On(const SendPersisted& e) {
   Send(ToWire(e));
 }
 void Engine::On(const SendNotice& e) {
@@ -190,20 +200,26 @@ void Engine::On(const StartWorkers& e) {
   }
   newest_logs_[a.job] = index;
   auto shared = std::make_shared<std::vector<WorkerSpawn>>(std::move(spawns));
-  const bool posted = files_.Post([this, root, shared, index, here, part = PartOf(a)] {
-    std::string why;
-    for (const WorkerSpawn& s : *shared) {
-      if (why.empty()) MakeLogDirectory(s.paths, &why);
-    }
-    if (why.empty() && transfer_ != nullptr) transfer_->Activate(part, &why);
-    Post([this, shared, why, job = part.job, generation = part.generation] {
-      Spawn(job, generation, std::move(*shared), why);
-    });
-    // While the workers start.
-    WriteLogIndex(options_.node_dir, part.job, index);
-    PruneAttempts(root, kKeepAttempts);
-    PruneJobs(options_.node_dir, here, kKeepJobs);
-  });
+  // What lies in files is read before the workers start, so that a damaged one is told as a start
+  // that failed: an older checkpoint is taken then.
+  const bool from_files = FileRestoreBytes(a.plan) > 0;
+  SerialWorker& worker = from_files ? disk_load_ : files_;
+  const bool posted =
+      worker.Post([this, root, shared, index, here, from_files, a, part = PartOf(a)] {
+        std::string why;
+        for (const WorkerSpawn& s : *shared) {
+          if (why.empty()) MakeLogDirectory(s.paths, &why);
+        }
+        if (why.empty() && from_files) file_plane_->Load(DirOf(a.command), a, &why);
+        if (why.empty() && transfer_ != nullptr) transfer_->Activate(part, &why);
+        Post([this, shared, why, job = part.job, generation = part.generation] {
+          Spawn(job, generation, std::move(*shared), why);
+        });
+        // While the workers start.
+        WriteLogIndex(options_.node_dir, part.job, index);
+        PruneAttempts(root, kKeepAttempts);
+        PruneJobs(options_.node_dir, here, kKeepJobs);
+      });
   if (!posted) FailStart(a.job, a.generation, *shared, "the agent's queue for files is full");
 }
 
@@ -307,16 +323,91 @@ void Engine::On(const RememberActivated& e) {
 void Engine::On(const Survey& e) {
   if (transfer_ == nullptr) return Feed(Surveyed{e.job, e.generation, {}});
   const bool posted = memory_.Post([this, e] {
-    Post([this, e, shards = transfer_->Survey(e.job)] {
+    const std::vector<HeldShard> files = SurveyFiles(DirOf(e.command), e.job);
+    Post([this, e, files, shards = transfer_->Survey(e.job)]() mutable {
       held_.Set(e.job, shards);
-      Feed(Surveyed{e.job, e.generation, shards});
+      shards.insert(shards.end(), files.begin(), files.end());
+      Feed(Surveyed{e.job, e.generation, std::move(shards)});
     });
   });
   if (!posted) LogWarning("survey_dropped", {{"job", e.job}, {"generation", e.generation}});
 }
 
+CheckpointDir Engine::DirOf(const CommandSpec& spec) {
+  v1::Command command;
+  if (!wire::ToProto(spec, &command)) return {};
+  return {command.checkpoint_dir(), command.checkpoint_keep()};
+}
+
+std::vector<HeldShard> Engine::SurveyFiles(const CheckpointDir& dir, const JobId& job) {
+  if (dir.path.empty()) return {};
+  auto answer = std::make_shared<std::promise<std::vector<HeldShard>>>();
+  std::future<std::vector<HeldShard>> found = answer->get_future();
+  const bool posted = disk_look_.Post(
+      [this, dir, job, answer] { answer->set_value(file_plane_->Survey(dir, job)); });
+  if (posted && found.wait_for(kFileSurvey) == std::future_status::ready) return found.get();
+  LogWarning("checkpoint_dir_silent",
+             {{"job", job},
+              {"directory", dir.path},
+              {"why", fmt::format("it does not answer within {} ms; the restore does without it",
+                                  ToMilliseconds(kFileSurvey))}});
+  return {};
+}
+
+void Engine::On(const PersistStep& e) {
+  const Timestamp began = clock_->Now();
+  const auto failed = [&](const std::string& why) {
+    Feed(Persisted{.job = e.job, .generation = e.generation, .step = e.step, .error = why});
+  };
+  const CheckpointDir dir = DirOf(e.command);
+  if (dir.path.empty()) return failed("the job's command names no checkpoint directory");
+  ++copying_[e.job].steps;
+  const bool posted = memory_.Post([this, e, dir, began] {
+    auto slots = std::make_shared<std::vector<SlotCopy>>();
+    std::string why;
+    const bool copied = file_plane_->Copy(e.job, e.generation, e.step, e.ranks, slots.get(), &why);
+    const auto tell = [this, began, job = e.job](Persisted done) {
+      Post([this, began, done = std::move(done)]() mutable {
+        done.took = clock_->Now() - began;
+        LogInfo(done.error.empty() ? "persisted" : "persist_failed",
+                {{"job", done.job},
+                 {"step", done.step},
+                 {"generation", done.generation},
+                 {"sealed", done.sealed},
+                 {"bytes", done.bytes},
+                 {"ms", static_cast<std::uint64_t>(ToMilliseconds(done.took))},
+                 {"why", done.error}});
+        Feed(std::move(done));
+      });
+    };
+    Post([this, job = e.job] {
+      const auto copying = copying_.find(job);
+      if (copying == copying_.end() || --copying->second.steps > 0) return;
+      const std::vector<MarkCommitted> later = std::move(copying->second.later);
+      copying_.erase(copying);
+      for (const MarkCommitted& mark : later) On(mark);
+    });
+    Persisted done{.job = e.job, .generation = e.generation, .step = e.step, .error = why};
+    if (!copied) return tell(std::move(done));
+    const bool queued = disk_.Post([this, e, dir, slots, tell] {
+      tell(file_plane_->Write(dir, e.job, e.generation, e.step, std::move(*slots)));
+    });
+    if (queued) return;
+    done.error = "the agent's queue for its disk is full";
+    tell(std::move(done));
+  });
+  if (!posted) {
+    if (--copying_[e.job].steps == 0) copying_.erase(e.job);
+    failed("the agent's queue for its memory is full");
+  }
+}
+
 void Engine::On(const MarkCommitted& e) {
   if (transfer_ == nullptr) return;
+  if (const auto copying = copying_.find(e.job); copying != copying_.end()) {
+    copying->second.later.push_back(e);
+    return;
+  }
   if (e.step != kNoStep) transfer_->MarkCommitted(e.job, e.generation, e.step);
   if (e.released != kNoStep) transfer_->MarkReleased(e.job, e.generation, e.released);
 }

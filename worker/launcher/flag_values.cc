@@ -60,6 +60,28 @@ std::string ReadSeconds(std::string_view text, double* out) {
   return {};
 }
 
+std::string ReadInterval(std::string_view text, double* seconds, std::uint64_t* steps) {
+  constexpr std::string_view kSteps = "steps";
+  std::string_view number = Strip(text);
+  if (number.ends_with(kSteps)) {
+    number.remove_suffix(kSteps.size());
+    std::int64_t count = 0;
+    if (!ReadInteger(number, 1, 1'000'000'000'000, &count).empty()) {
+      return "must be seconds, as in 600, or steps, as in 100steps";
+    }
+    *steps = static_cast<std::uint64_t>(count);
+    *seconds = 0;
+    return {};
+  }
+  double value = 0;
+  if (!ReadSeconds(number, &value).empty() || value <= 0) {
+    return "must be seconds up to 86400, as in 600, or steps, as in 100steps";
+  }
+  *seconds = value;
+  *steps = 0;
+  return {};
+}
+
 std::string ReadNodes(std::string_view text, std::uint32_t* min_nodes, std::uint32_t* max_nodes) {
   const std::vector<std::string_view> parts = Split(text, ':');
   std::int64_t low = 0;

@@ -16,6 +16,8 @@ namespace everstep::launcher {
 std::string ReadInteger(std::string_view text, std::int64_t low, std::int64_t high,
                         std::int64_t* out);
 std::string ReadSeconds(std::string_view text, double* out);
+// "600": seconds; "100steps": steps. The other one is 0.
+std::string ReadInterval(std::string_view text, double* seconds, std::uint64_t* steps);
 std::string ReadNodes(std::string_view text, std::uint32_t* min_nodes, std::uint32_t* max_nodes);
 std::string ReadWorkerCount(std::string_view text, WorkerCount* out);
 std::string ReadStreams(std::string_view text, StreamSpec* out);

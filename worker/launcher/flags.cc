@@ -284,6 +284,15 @@ class Parser {
         f.spares = static_cast<std::uint32_t>(number);
         return wrong;
       case FlagId::kNoPreload: f.preload = false; return {};
+      case FlagId::kCkptDir:
+        f.ckpt_dir = value;
+        return value.empty() ? "must name a directory" : "";
+      case FlagId::kCkptEvery:
+        return ReadInterval(value, &f.ckpt_every_seconds, &f.ckpt_every_steps);
+      case FlagId::kCkptKeep:
+        wrong = ReadInteger(value, 0, 1'000'000, &number);
+        f.ckpt_keep = static_cast<std::uint32_t>(number);
+        return wrong;
       case FlagId::kDryRun: f.dry_run = true; return {};
       case FlagId::kHelp: result_.kind = ParseKind::kHelp; return {};
       case FlagId::kVersion: result_.kind = ParseKind::kVersion; return {};

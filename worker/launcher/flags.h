@@ -93,7 +93,11 @@ struct LaunchFlags {
   std::string state_dir;   // --state-dir; empty: a directory of this run, see state.h
   std::string name;        // --name; empty: made from rdzv_id or the script
   std::uint32_t spares = 0;
-  bool preload = true;  // --no-preload: workers start cold
+  bool preload = true;                 // --no-preload: workers start cold
+  std::string ckpt_dir;                // --ckpt-dir; empty: no file tier
+  double ckpt_every_seconds = 600;     // --ckpt-every; 0: by steps
+  std::uint64_t ckpt_every_steps = 0;  // --ckpt-every Nsteps
+  std::uint32_t ckpt_keep = 3;
   bool dry_run = false;
 };
 

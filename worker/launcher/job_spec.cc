@@ -101,6 +101,14 @@ std::string MakeJobSpec(const LaunchFlags& flags, const SubmitterFacts& facts, v
   if (!flags.log_dir.empty()) {
     command->set_log_dir((std::filesystem::path(facts.cwd) / flags.log_dir).lexically_normal());
   }
+  if (!flags.ckpt_dir.empty()) {
+    spec->set_ckpt_dir((std::filesystem::path(facts.cwd) / flags.ckpt_dir).lexically_normal());
+    spec->set_ckpt_every_steps(flags.ckpt_every_steps);
+    spec->set_ckpt_every_ms(
+        static_cast<std::uint32_t>(std::min(flags.ckpt_every_seconds * 1000, 4.0e9)));
+    command->set_checkpoint_dir(spec->ckpt_dir());
+    command->set_checkpoint_keep(flags.ckpt_keep);
+  }
   command->set_redirects(StreamText(flags.redirects));
   command->set_tee(StreamText(flags.tee));
   command->set_numa_binding(flags.numa_binding);

@@ -213,7 +213,7 @@ void AgentCore::ResumeAnswers(Effects* out) {
     if (job.phase == JobView::Phase::kPrepared) {
       job.phase = JobView::Phase::kSurveying;  // replicas may have come since
       job.survey_done = false;
-      out->push_back(Survey{id, job.generation});
+      out->push_back(Survey{id, job.generation, job.command});
     } else if (!job.trouble.empty() && job.trouble_in_activate) {
       AnswerActivate(id, job, out);
     } else if (!job.trouble.empty()) {
@@ -314,7 +314,7 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
 void AgentCore::AdvancePrepare(const JobId& id, JobView* job, Effects* out) {
   if (job->phase == JobView::Phase::kDraining && job->old_workers.empty()) {
     job->phase = JobView::Phase::kSurveying;
-    out->push_back(Survey{id, job->generation});
+    out->push_back(Survey{id, job->generation, job->command});
   }
   if (job->phase == JobView::Phase::kSurveying && job->survey_done &&
       (!job->host_store || job->store_port != 0)) {
@@ -370,7 +370,7 @@ void AgentCore::On(Timestamp now, const Activate& e, Effects* out) {
   job->phase = JobView::Phase::kStarting;
   job->command = e.command;
   job->group_rank = e.plan.group_rank;
-  job->deadline = now + options_.start_timeout;
+  job->deadline = now + options_.start_timeout + FileRestoreTime(FileRestoreBytes(e.plan));
   job->workers.clear();
   for (const WorkerPlan& w : e.plan.workers) {
     WorkerOnNode worker;
@@ -437,6 +437,7 @@ void AgentCore::Advance(const JobId& id, Effects* out) {
   for (const auto& [generation, w] : job->old_workers) {
     if (generation <= *job->stop_answer) return;
   }
+  if (job->persisting > 0) return;  // its last breath
   SendStopped answer{id, *job->stop_answer};
   job->stop_answer.reset();
   if (job->phase == JobView::Phase::kStopping) {
@@ -458,6 +459,21 @@ void AgentCore::On(Timestamp, const Committed& e, Effects* out) {
     return;
   }
   out->push_back(MarkCommitted{e.job, e.generation, e.step, e.released});
+}
+
+void AgentCore::On(Timestamp, const Persist& e, Effects* out) {
+  if (!Current(e.header, "persist", out)) return;
+  JobView* job = Find(e.job);
+  if (job == nullptr) {
+    Say(SendPersisted{{.job = e.job,
+                       .generation = e.generation,
+                       .step = e.step,
+                       .error = "this node does not have the job"}},
+        out);
+    return;
+  }
+  ++job->persisting;
+  out->push_back(PersistStep{e.job, job->command, e.generation, e.step, e.ranks});
 }
 
 void AgentCore::On(Timestamp, const TailLogs& e, Effects* out) {
@@ -638,6 +654,14 @@ void AgentCore::On(Timestamp, const ShardCopied& e, Effects* out) {
   if (Find(e.job) != nullptr) Say(SendShardCopied{e.job, e.shard}, out);
 }
 
+void AgentCore::On(Timestamp, const Persisted& e, Effects* out) {
+  Say(SendPersisted{e}, out);
+  JobView* job = Find(e.job);
+  if (job == nullptr || job->persisting == 0) return;
+  --job->persisting;
+  Advance(e.job, out);
+}
+
 void AgentCore::On(Timestamp, const StepCaptured& e, Effects*) {
   JobView* job = Find(e.job);
   if (job != nullptr && job->generation == e.generation) job->step = std::max(job->step, e.step);
@@ -680,9 +704,10 @@ void AgentCore::On(Timestamp now, const Tick&, Effects* out) {
         break;
       }
       case JobView::Phase::kStopping:
+        job.deadline = now + options_.reap_slack;
+        if (job.old_workers.empty()) break;  // what it writes takes its time
         out->push_back(Dropped{"stop_job", fmt::format("still there: {}", Lingering(job))});
         out->push_back(KillWorkers{id, job.generation, Duration{}, true});
-        job.deadline = now + options_.reap_slack;
         break;
       case JobView::Phase::kIdle:
       case JobView::Phase::kPrepared:

@@ -62,6 +62,7 @@ struct JobView {
   std::optional<Timestamp> deadline;      // of draining, surveying, starting, stopping
   std::optional<Generation> stop_answer;  // Stopped is owed for this generation
   bool forget = false;                    // ... and then nothing of the job stays
+  std::uint32_t persisting = 0;           // steps on their way to the disk; a stop waits for them
 };
 const char* PhaseName(JobView::Phase phase);
 
@@ -90,6 +91,7 @@ class AgentCore {
   void On(Timestamp now, const Activate& e, Effects* out);
   void On(Timestamp now, const StopJob& e, Effects* out);
   void On(Timestamp now, const Committed& e, Effects* out);
+  void On(Timestamp now, const Persist& e, Effects* out);
   void On(Timestamp now, const TailLogs& e, Effects* out);
   void On(Timestamp now, const KillForDrill& e, Effects* out);
   void On(Timestamp now, const KeeperAttached& e, Effects* out);
@@ -103,6 +105,7 @@ class AgentCore {
   void On(Timestamp now, const StoreFailed& e, Effects* out);
   void On(Timestamp now, const Surveyed& e, Effects* out);
   void On(Timestamp now, const ShardCopied& e, Effects* out);
+  void On(Timestamp now, const Persisted& e, Effects* out);
   void On(Timestamp now, const StepCaptured& e, Effects* out);
   void On(Timestamp now, const Notice& e, Effects* out);
   void On(Timestamp now, const Tick& e, Effects* out);

@@ -55,6 +55,9 @@ struct SendShardCopied {
   JobId job;
   HeldShard shard;
 };
+struct SendPersisted {
+  Persisted persisted;
+};
 struct SendNotice {
   Notice notice;
 };
@@ -131,12 +134,22 @@ struct RememberActivated {
 struct Survey {
   JobId job;
   Generation generation = 0;
+  CommandSpec command;
 };
 struct MarkCommitted {
   JobId job;
   Generation generation = 0;
   Step step = kNoStep;      // kNoStep: none yet
   Step released = kNoStep;  // slots of other steps up to this one may be overwritten
+};
+// Writes these ranks' shards into the job's checkpoint directory. -> Persisted, whatever becomes of
+// the job meanwhile.
+struct PersistStep {
+  JobId job;
+  CommandSpec command;
+  Generation generation = 0;
+  Step step = kNoStep;
+  std::vector<Rank> ranks;
 };
 // Whether commits can be had: set in the arenas' headers, so that trainers need not wait for one.
 struct ControllerAway {
@@ -153,12 +166,12 @@ struct Dropped {
   std::string why;
 };
 
-using Effect =
-    std::variant<SendRegister, SendHeartbeat, SendPrepared, SendActivated, SendWorkerExited,
-                 SendWorkerStalled, SendShardCopied, SendNotice, SendNodeWarm, SendKeeperLost,
-                 SendStopped, CloseSession, StartForkServer, StartStore, StartWorkers, KillWorkers,
-                 KillRank, ForgetJob, RememberIncarnation, RememberPrepared, RememberActivated,
-                 Survey, MarkCommitted, ControllerAway, Tail, Dropped>;
+using Effect = std::variant<SendRegister, SendHeartbeat, SendPrepared, SendActivated,
+                            SendWorkerExited, SendWorkerStalled, SendShardCopied, SendPersisted,
+                            SendNotice, SendNodeWarm, SendKeeperLost, SendStopped, CloseSession,
+                            StartForkServer, StartStore, StartWorkers, KillWorkers, KillRank,
+                            ForgetJob, RememberIncarnation, RememberPrepared, RememberActivated,
+                            Survey, MarkCommitted, PersistStep, ControllerAway, Tail, Dropped>;
 using Effects = std::vector<Effect>;
 
 }  // namespace everstep::agent

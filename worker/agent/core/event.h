@@ -82,6 +82,13 @@ struct Committed {
   Step step = kNoStep;      // newest of the generation; kNoStep: none yet
   Step released = kNoStep;  // uncommitted steps up to this one never will be
 };
+struct Persist {
+  Header header;
+  JobId job;
+  Generation generation = 0;  // that captured the step
+  Step step = kNoStep;
+  std::vector<Rank> ranks;  // whose shards this node writes
+};
 struct TailLogs {
   Header header;
   std::uint64_t request = 0;
@@ -179,6 +186,17 @@ struct ShardCopied {
   JobId job;
   HeldShard shard;
 };
+// Answer to effect PersistStep: what Persist asked for is on the disk, or cannot be.
+struct Persisted {
+  JobId job;
+  Generation generation = 0;
+  Step step = kNoStep;
+  bool sealed = false;
+  std::uint64_t bytes = 0;
+  Duration took = {};
+  std::string error;
+  std::string missing;
+};
 // A local rank captured a step.
 struct StepCaptured {
   JobId job;
@@ -194,10 +212,10 @@ struct Notice {
 };
 struct Tick {};  // NextWakeup() has come
 
-using Event =
-    std::variant<SessionOpened, SessionLost, Registered, Heard, Warm, Prepare, Activate, StopJob,
-                 Committed, TailLogs, KillForDrill, KeeperAttached, KeeperGone, WorkerStarted,
-                 WorkerStartFailed, WorkerExited, WorkerStalled, ForkServerState, StoreReady,
-                 StoreFailed, Surveyed, ShardCopied, StepCaptured, Notice, Tick>;
+using Event = std::variant<SessionOpened, SessionLost, Registered, Heard, Warm, Prepare, Activate, StopJob,
+                           Committed, Persist, TailLogs, KillForDrill, KeeperAttached, KeeperGone,
+                           WorkerStarted, WorkerStartFailed, WorkerExited, WorkerStalled,
+                           ForkServerState, StoreReady, StoreFailed, Surveyed, ShardCopied,
+                           Persisted, StepCaptured, Notice, Tick>;
 
 }  // namespace everstep::agent

@@ -1,0 +1,266 @@
+#include "worker/agent/file_plane.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <new>
+#include <optional>
+#include <thread>
+#include <utility>
+
+#include "checkpoint/store/memory_limit.h"
+#include "checkpoint/store/slot_writer.h"
+#include "proto/base/log.h"
+#include "proto/base/version.h"
+
+namespace everstep::agent {
+namespace {
+
+namespace cp = everstep::checkpoint;
+
+constexpr std::chrono::milliseconds kRetryPause{250};  // doubled
+// A network file system may show another node's file a little late.
+constexpr std::chrono::milliseconds kSealPause{100};
+constexpr int kSealLooks = 5;
+
+std::uint64_t WallNanos() {
+  return static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                                        std::chrono::system_clock::now().time_since_epoch())
+                                        .count());
+}
+
+cp::Result<cp::Arena> OpenArena(cp::ArenaHost* host, const JobId& job, const cp::ArenaName& name,
+                                std::uint64_t room) {
+  auto fds = host->Open(job, name, room);
+  if (!fds.ok()) return fds.error();
+  if (fds.value().eventfd >= 0) close(fds.value().eventfd);
+  const cp::ArenaSpec blank{.job = job, .rank = name.rank};
+  return cp::Arena::Open(fds.value().memfd, room == 0 ? nullptr : &blank);
+}
+
+bool IsOf(const cp::SlotView& view, Generation generation, Step step, Rank rank) {
+  return view.fields.generation == generation && view.fields.step == step &&
+         view.fields.rank == rank;
+}
+
+}  // namespace
+
+bool FilePlane::CopyOne(const JobId& job, Generation generation, Step step, Rank rank,
+                        SlotCopy* out, std::string* error) {
+  *error = fmt::format("step {} of rank {} is not in this node's memory any more", step, rank);
+  for (const bool replica : {false, true}) {
+    auto opened = OpenArena(host_, job, {.rank = rank, .replica = replica}, 0);
+    if (!opened.ok()) continue;
+    cp::Arena& arena = opened.value();
+    for (std::uint32_t i = 0; i < cp::kSlots; ++i) {
+      const auto view = arena.Look(i);
+      if (!view || !IsOf(*view, generation, step, rank)) continue;
+      const std::uint64_t bytes = view->fields.payload_bytes;
+      if (auto room = cp::CheckMemory(
+              bytes, fmt::format("writing step {} of rank {} of job {}", step, rank, job));
+          !room.ok()) {
+        *error = room.error().message;
+        return false;
+      }
+      const unsigned char* data = arena.Payload(*view);
+      const std::uint32_t* crcs = arena.ChunkCrcs(*view);
+      std::unique_ptr<unsigned char[]> payload(new (std::nothrow) unsigned char[bytes]);
+      if (data == nullptr || crcs == nullptr || payload == nullptr) {
+        *error = fmt::format("{}: no memory for a copy of {} bytes", arena.Name(), bytes);
+        return false;
+      }
+      std::memcpy(payload.get(), data, bytes);
+      out->chunk_crcs.assign(crcs, crcs + view->chunks());
+      if (!arena.Current(*view)) {
+        *error = fmt::format("{}: step {} was overwritten while it was copied", arena.Name(), step);
+        continue;
+      }
+      out->payload = std::move(payload);
+      out->content = {.job = job,
+                      .fields = view->fields,
+                      .crc_root = view->crc_root,
+                      .payload = out->payload.get(),
+                      .chunk_crcs = out->chunk_crcs.data()};
+      return true;
+    }
+  }
+  return false;
+}
+
+bool FilePlane::Copy(const JobId& job, Generation generation, Step step,
+                     const std::vector<Rank>& ranks, std::vector<SlotCopy>* out,
+                     std::string* error) {
+  for (const Rank rank : ranks) {
+    if (!CopyOne(job, generation, step, rank, &out->emplace_back(), error)) return false;
+  }
+  return true;
+}
+
+Persisted FilePlane::Write(const CheckpointDir& dir, const JobId& job, Generation generation,
+                           Step step, std::vector<SlotCopy> slots) {
+  Persisted done{.job = job, .generation = generation, .step = step};
+  cp::FileTier tier(disk_, dir.path);
+  for (SlotCopy& slot : slots) {
+    auto pause = kRetryPause;
+    for (int attempt = 1;; ++attempt) {
+      std::uint64_t written = 0;
+      slot.content.payload = slot.payload.get();
+      slot.content.chunk_crcs = slot.chunk_crcs.data();
+      const auto ok = tier.WriteShard(slot.content, &written);
+      done.bytes += written;
+      if (ok.ok()) break;
+      if (ok.error().code != cp::ErrorCode::kInternal || attempt == kAttempts) {
+        done.error = fmt::format("{} (attempt {})", ok.error().message, attempt);
+        return done;
+      }
+      std::this_thread::sleep_for(pause);
+      pause *= 2;
+    }
+    slot.payload.reset();
+  }
+  for (int look = 1; look <= kSealLooks; ++look) {
+    auto sealed = tier.Seal(step, generation, WallNanos(), fmt::format("everstep {}", kVersion),
+                            &done.missing);
+    if (!sealed.ok() && look == kSealLooks) done.error = sealed.error().message;
+    done.sealed = sealed.ok() && sealed.value();
+    if (done.sealed || look == kSealLooks) break;
+    std::this_thread::sleep_for(kSealPause);
+  }
+  if (done.sealed && dir.keep > 0) {
+    std::vector<std::string> removed;
+    if (auto ok = tier.Prune(dir.keep, &removed); !ok.ok()) {
+      LogWarning("checkpoint_not_pruned", {{"job", job}, {"why", ok.error().message}});
+    }
+  }
+  return done;
+}
+
+std::vector<HeldShard> FilePlane::Survey(const CheckpointDir& dir, const JobId& job) {
+  std::vector<HeldShard> out;
+  cp::FileTier tier(disk_, dir.path);
+  auto list = tier.List();
+  if (!list.ok()) {
+    if (list.error().code != cp::ErrorCode::kNotFound) {
+      LogWarning("checkpoint_dir_unreadable", {{"job", job}, {"why", list.error().message}});
+    }
+    return out;
+  }
+  std::size_t told = 0;
+  for (const cp::FileCheckpoint& c : list.value()) {
+    if (c.state == cp::FileCheckpoint::State::kDamaged) {
+      LogWarning("checkpoint_damaged", {{"job", job}, {"checkpoint", c.name}, {"why", c.why}});
+    }
+    if (c.state != cp::FileCheckpoint::State::kComplete) continue;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      const auto bad = bad_.find(dir.path + "/" + c.name);
+      if (bad != bad_.end() && bad->second >= kBadReads) continue;
+    }
+    std::vector<HeldShard> shards;
+    for (const cp::ManifestFile& f : c.manifest.ranks) {
+      HeldShard shard{.rank = f.rank,
+                      .world_size = c.manifest.world_size,
+                      .generation = c.generation,
+                      .step = c.step,
+                      .crc_root = f.crc_root,
+                      .bytes = f.payload_bytes,
+                      .replicated_layout = c.manifest.replicated_layout,
+                      .file = true};
+      if (c.manifest.job != job) {  // its root as this job's slots have it
+        auto head = tier.ReadHead(c, f.rank);
+        if (!head.ok()) break;
+        cp::Restamp(job, &head.value());
+        shard.crc_root = head.value().crc_root;
+      }
+      shards.push_back(shard);
+    }
+    if (shards.size() != c.manifest.ranks.size()) continue;
+    out.insert(out.end(), shards.begin(), shards.end());
+    if (++told == kNewest) break;
+  }
+  return out;
+}
+
+cp::Outcome FilePlane::LoadOne(cp::FileTier* tier, const JobId& job, const WorkerPlan& worker) {
+  const RestorePlan& want = worker.restore;
+  auto arena = OpenArena(host_, job, {.rank = worker.rank, .replica = false}, want.bytes);
+  if (!arena.ok()) return arena.error();
+  std::uint32_t slot = 0;
+  std::optional<Step> oldest;
+  for (std::uint32_t i = 0; i < cp::kSlots; ++i) {
+    const auto view = arena.value().Look(i);
+    const Step step = view ? view->step() : kNoStep;
+    if (view && IsOf(*view, want.shard_generation, want.step, want.shard_rank) &&
+        view->crc_root == want.crc_root && arena.value().Verify(*view).ok()) {
+      return cp::Done{};
+    }
+    if (oldest && *oldest <= step) continue;
+    oldest = step;
+    slot = i;
+  }
+  auto checkpoint = tier->Look(cp::CheckpointName(want.step, want.shard_generation));
+  if (!checkpoint.ok()) return checkpoint.error();
+  const cp::FileCheckpoint& c = checkpoint.value();
+  if (c.state != cp::FileCheckpoint::State::kComplete) {
+    return cp::Error{cp::ErrorCode::kCorrupt,
+                     fmt::format("{}/{}: {}", tier->directory(), c.name, c.why)};
+  }
+  auto head = tier->ReadHead(c, want.shard_rank);
+  if (!head.ok()) return head.error();
+  cp::Restamp(job, &head.value());
+  const cp::SlotFields& fields = head.value().fields;
+  if (head.value().crc_root != want.crc_root) {
+    return cp::Error{cp::ErrorCode::kInvalid,
+                     fmt::format("{}/{}: rank {} is not what the plan names any more",
+                                 tier->directory(), c.name, want.shard_rank)};
+  }
+  auto writer = cp::SlotWriter::Begin(&arena.value(), slot, fields.payload_bytes);
+  if (!writer.ok()) return writer.error();
+  auto read = tier->ReadPayload(c, want.shard_rank, head.value(), writer.value().Chunk(0));
+  if (!read.ok()) return read;
+  for (std::size_t i = 0; i < head.value().chunk_crcs.size(); ++i) {
+    writer.value().SetChunkCrc(i, head.value().chunk_crcs[i]);
+  }
+  auto published = writer.value().Publish(fields, want.crc_root);
+  if (!published.ok()) return published.error();
+  return cp::Done{};
+}
+
+bool FilePlane::Load(const CheckpointDir& dir, const Activate& a, std::string* error) {
+  cp::FileTier tier(disk_, dir.path);
+  for (const WorkerPlan& worker : a.plan.workers) {
+    if (!worker.restore.file) continue;
+    const std::string name =
+        cp::CheckpointName(worker.restore.step, worker.restore.shard_generation);
+    const auto began = std::chrono::steady_clock::now();
+    const auto ok = LoadOne(&tier, a.job, worker);
+    if (ok.ok()) {
+      const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
+      LogInfo("restored_from_files", {{"job", a.job},
+                                      {"rank", worker.rank},
+                                      {"checkpoint", name},
+                                      {"bytes", worker.restore.bytes},
+                                      {"ms", static_cast<std::uint64_t>(took.count() * 1000)}});
+      continue;
+    }
+    *error = fmt::format("restoring rank {} from files: {}", worker.rank, ok.error().message);
+    LogError("restore_from_files_failed",
+             {{"job", a.job}, {"checkpoint", name}, {"why", ok.error().message}});
+    if (ok.error().code == cp::ErrorCode::kCorrupt) {
+      if (auto marked = tier.MarkDamaged(name, ok.error().message); !marked.ok()) {
+        std::lock_guard<std::mutex> lock(mutex_);
+        bad_[dir.path + "/" + name] = kBadReads;  // a directory that can be read only
+      }
+    } else if (ok.error().code == cp::ErrorCode::kInternal) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ++bad_[dir.path + "/" + name];
+    }
+    return false;
+  }
+  return true;
+}
+
+}  // namespace everstep::agent

@@ -1,0 +1,12 @@
+// What the heartbeat says of the node's checkpoint traffic: TrafficReport as a message.
+#pragma once
+
+#include "checkpoint/transfer/traffic.h"
+#include "agent.pb.h"
+
+namespace everstep::agent {
+
+// Leaves *to empty while nothing was sent or received.
+void ToWire(const checkpoint::TrafficReport& report, v1::CheckpointTraffic* to);
+
+}  // namespace everstep::agent
