@@ -327,6 +327,19 @@ def test_a_dead_fork_server_comes_back(keeper, job):
     keeper.wait_event(back)
     assert run(keeper, job, "job", preload=True, env=BASE, target="train.py") == (0, "done\n", "")
 
+
+def test_imports_that_take_long_but_advance_are_waited_for(keeper, job):
+    """On a starved machine a fresh process would do the same imports from the beginning, beside the fork server's."""
+    (job / "site").mkdir()
+    (job / "site" / "heavy.py").write_text("import time\nuntil = time.time() + 22\nwhile time.time() < until: pass\n")
+    (job / "train.py").write_text("import torch, heavy\nprint('done')\n")
+    env = {**BASE, "PYTHONPATH": str(job / "site")}
+    keeper.call(3, {1: "job", 2: PYTHON, 3: env, 4: str(job), 7: SCRIPT, 8: "train.py", 9: []})  # and is not waited for
+    reply = keeper.spawn("job", 0, python=PYTHON, target="train.py", env=env, cwd=str(job), preload=True, out=str(job / "w"))
+    assert number(decode(reply[5][0]), 2), text(reply, 3)
+    assert keeper.wait_exit("job", 0) == 0, (job / "w.err").read_text()
+
+
 def test_what_the_first_generation_imports_late_is_imported_ahead_next_time(keeper, job):
     # A name that is in no import statement: only the running worker shows it.
     (job / "train.py").write_text(

@@ -216,6 +216,7 @@ void ForkServers::Start(Server* server) {
   server->pid = pid;
   server->phase = Phase::kStarting;
   server->store_ready = server->learnt = false;
+  server->cpu_seen = 0;
   server->started_ns = MonotonicNanos();
   server->message = "importing";
   std::vector<std::string> argv =
@@ -321,6 +322,14 @@ void ForkServers::Learn(const std::string& job, pid_t pid) {
   if (server == nullptr || server->phase != Phase::kReady || server->learnt) return;
   server->learnt = true;
   Send(server, {"learn", std::to_string(pid)}, {});
+}
+
+bool ForkServers::Advances(const std::string& job) {
+  Server* server = Find(job);
+  if (server == nullptr || server->phase != Phase::kStarting) return false;
+  const auto stat = ReadProcStat(server->pid);
+  if (!stat) return false;
+  return std::exchange(server->cpu_seen, stat->cpu_ticks) < stat->cpu_ticks;
 }
 
 void ForkServers::OnLine(const std::string& job, const std::string& line, bool last) {

@@ -56,6 +56,9 @@ class ForkServers {
   // on.
   void Learn(const std::string& job, pid_t pid);
 
+  // The job's server still imports, and had processor time since this was last asked.
+  bool Advances(const std::string& job);
+
   // Called when a server can fork store hosts, and when it will not come.
   std::function<void(const std::string& job)> on_change;
 
@@ -79,6 +82,7 @@ class ForkServers {
     int starts = 0;
     std::int64_t started_ns = 0;  // monotonic
     std::int64_t preload_ms = 0;
+    std::int64_t cpu_seen = 0;  // by Advances, ticks
     bool learnt = false;
     std::unique_ptr<Connection> control;  // requests queue here; its token watches for writability
     StatusPipe status;

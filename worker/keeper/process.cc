@@ -208,6 +208,7 @@ std::optional<ProcStat> ReadProcStat(pid_t pid) {
   out.parent = static_cast<pid_t>(fields[0]);
   out.group = static_cast<pid_t>(fields[1]);
   out.session = static_cast<pid_t>(fields[2]);
+  out.cpu_ticks = fields[10] + fields[11];
   out.threads = fields[16];
   out.start_time = static_cast<std::uint64_t>(fields[18]);
   return out;

@@ -36,6 +36,7 @@ struct ProcStat {
   pid_t group = 0;
   pid_t session = 0;
   std::uint64_t start_time = 0;  // clock ticks since boot
+  std::int64_t cpu_ticks = 0;    // processor time it had so far
   std::int64_t threads = 0;
   std::string name;
 };

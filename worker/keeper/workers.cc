@@ -81,7 +81,8 @@ void Workers::Spawn(const v1::KeeperSpawn& request, Done done) {
   worker->store_port = static_cast<std::uint16_t>(Number(request, "MASTER_PORT"));
   const auto error_file = request.env().find("TORCHELASTIC_ERROR_FILE");
   if (error_file != request.env().end()) worker->error_file = error_file->second;
-  worker->start_limit_ns = MonotonicNanos() + (request.preload() ? kForkLimitNs : kStartLimitNs);
+  worker->asked_ns = MonotonicNanos();
+  worker->start_limit_ns = worker->asked_ns + (request.preload() ? kForkLimitNs : kStartLimitNs);
   workers_.emplace(key, std::move(made));
   if (memory_kills_ < 0) memory_kills_ = MemoryKills();
 

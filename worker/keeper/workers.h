@@ -93,6 +93,7 @@ class Workers {
     std::int64_t started_ns = 0;      // monotonic
     std::int64_t kill_at_ns = 0;      // 0: no SIGKILL is due
     std::int64_t start_limit_ns = 0;  // 0: started
+    std::int64_t asked_ns = 0;        // monotonic, by Spawn
     std::int64_t stopped_ns = 0;      // 0: not stopped
     bool stop_told = false;
     bool learnt_from = false;

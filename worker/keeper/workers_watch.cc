@@ -21,6 +21,9 @@ constexpr std::int64_t kMs = 1'000'000;
 constexpr std::int64_t kStopToldNs = 300 * kMs;       // stopped for this long: told
 constexpr std::int64_t kLearnAfterNs = 10'000 * kMs;  // by then a script trains
 constexpr std::int64_t kScanNs = 500 * kMs;           // process states are read this often
+// On a starved machine imports take long, and those of a fresh process, from the beginning, longer.
+constexpr std::int64_t kWaitOnNs = 5'000 * kMs;     // for a fork server that advances, at a time
+constexpr std::int64_t kWaitMostNs = 45'000 * kMs;  // the agent gives the start up after 60 s
 
 }  // namespace
 
@@ -162,7 +165,10 @@ void Workers::Tick(std::int64_t now) {
   for (const WorkerKey& key : late) {
     const auto it = workers_.find(key);
     if (it == workers_.end()) continue;
-    if (it->second->forked || it->second->waiting) {
+    if (it->second->waiting && now < it->second->asked_ns + kWaitMostNs &&
+        fork_servers_->Advances(key.job)) {
+      it->second->start_limit_ns = now + kWaitOnNs;
+    } else if (it->second->forked || it->second->waiting) {
       it->second->fresh_reason = it->second->waiting ? "the fork server's imports take too long"
                                                      : "the fork server did not answer in time";
       StartFresh(it->second.get());
