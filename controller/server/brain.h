@@ -91,6 +91,8 @@ class Brain {
   const StoreInfo& store_info() const { return store_->info(); }
   std::string store_text() const { return store_->Describe(); }
   std::size_t sessions() const { return sessions_.size(); }
+  // What the node's newest heartbeat said of its checkpoint traffic; null: nothing yet.
+  const v1::CheckpointTraffic* traffic(const NodeId& node) const;
   std::size_t watchers() const { return watchers_.size() + followers_.size() + tails_.size(); }
   // The answer comes after the batch is durable; null: the controller ends first.
   void Request(std::function<Event(RequestId)> make, std::function<void(const Reply*)> answer);
@@ -121,6 +123,7 @@ class Brain {
     std::uint64_t sequence = 0;
     v1::Register facts;
     bool keeper_dead = false;
+    v1::CheckpointTraffic traffic;  // of its newest heartbeat
   };
   struct Registering {
     std::shared_ptr<AgentStream> stream;

@@ -143,6 +143,12 @@ void Brain::Take(Closed& item) {
   }
 }
 
+const v1::CheckpointTraffic* Brain::traffic(const NodeId& node) const {
+  const auto it = bound_.find(node);
+  if (it == bound_.end() || it->second.traffic.sent_bytes().empty()) return nullptr;
+  return &it->second.traffic;
+}
+
 void Brain::Take(KeeperDead& item) {
   const auto it = std::find_if(bound_.begin(), bound_.end(), [&](const auto& entry) {
     return entry.second.session == item.session;
@@ -161,6 +167,9 @@ void Brain::Take(Report& item) {
   if (it == sessions_.end()) return;  // of a registration that is over
   Bound& bound = bound_.at(it->second);
   bound.stream->Handled();
+  if (item.message.has_heartbeat() && item.message.heartbeat().has_traffic()) {
+    bound.traffic.Swap(item.message.mutable_heartbeat()->mutable_traffic());
+  }
   if (const auto event = FromWire(it->second, item.message, bound.facts)) Step(*event);
   if (item.message.has_heartbeat() && item.message.incarnation() == bound.incarnation &&
       item.message.heartbeat().sequence() % kBeatsPerAnswer == 0) {
