@@ -125,7 +125,7 @@ Table NodesTable(const Nodes& nodes) {
                {"BEAT", Align::kRight},
                {"LEASE", Align::kRight},
                {"WARM"},
-               {"AGENT RESTARTS", Align::kRight},
+               {"REATTACHED", Align::kRight},
                {"JOBS"},
                {"REASON"}});
   for (const v1::NodeStatus& n : nodes) {
@@ -219,7 +219,7 @@ std::string RenderNode(const v1::NodeStatus& node, const RenderOptions&) {
       {"Lease", HumanSeconds(node.lease_ms() / 1000.0)},
       {"Slots", node.slots() == 0 ? "no limit" : std::to_string(node.slots())},
       {"Warm", node.warm() ? "yes" : "no"},
-      {"Agent restarts", std::to_string(node.agent_restarts())},
+      {"Reattached", Plural(node.agent_restarts(), "time")},
       {"Jobs", JoinWords(node.jobs(), " ")},
       {"Labels", JoinWords(labels, " ")}};
   pairs.insert(pairs.end(), rest.begin(), rest.end());

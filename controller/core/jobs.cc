@@ -500,8 +500,11 @@ void Controller::Impl::Finish(JobStateView* job, JobState outcome, Reason reason
     job->waiting_for.insert(member.node);
     SendStop(*job, member.node);
   }
+  std::vector<std::string_view> members;
+  for (const NodePlan& member : job->plan.nodes) members.emplace_back(member.node);
+  std::sort(members.begin(), members.end());
   for (const auto& [node_id, node] : state_.nodes) {  // spares: fork servers and stores
-    if (!IsMember(*job, node_id)) SendStop(*job, node_id);
+    if (!std::binary_search(members.begin(), members.end(), node_id)) SendStop(*job, node_id);
   }
   if (forget) DropCopies(job);
   if (job->waiting_for.empty()) FinishStop(job);

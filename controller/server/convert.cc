@@ -41,7 +41,7 @@ JobOnNode FromProto(const v1::JobOnNode& from) {
 }
 
 PlanNumbers NumbersOf(const std::shared_ptr<const GenerationPlan>& plan) {
-  PlanNumbers numbers{plan, PlanCrc(*plan), 0};
+  PlanNumbers numbers{plan, PlanCrc(*plan), 0, 0};
   for (const NodePlan& node : plan->nodes) {
     numbers.world_size += static_cast<std::uint32_t>(node.workers.size());
   }
@@ -80,8 +80,13 @@ struct Writer {
     to->set_job(c.plan->job);
     to->set_generation(c.plan->generation);
     if (numbers->plan != c.plan) *numbers = NumbersOf(c.plan);
-    for (const NodePlan& node : c.plan->nodes) {
-      if (node.node == c.node) wire::ToProto(node, to->mutable_plan());
+    const std::vector<NodePlan>& nodes = c.plan->nodes;
+    for (std::size_t i = 0; i < nodes.size(); ++i) {
+      const std::size_t at = (numbers->next + i) % nodes.size();
+      if (nodes[at].node != c.node) continue;
+      wire::ToProto(nodes[at], to->mutable_plan());
+      numbers->next = at + 1;
+      break;
     }
     to->set_world_size(numbers->world_size);
     to->set_group_world_size(static_cast<std::uint32_t>(c.plan->nodes.size()));

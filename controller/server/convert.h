@@ -33,6 +33,8 @@ struct PlanNumbers {
   std::shared_ptr<const GenerationPlan> plan;  // of which the rest is
   std::uint32_t crc = 0;
   std::uint32_t world_size = 0;
+  std::size_t next =
+      0;  // whose part is asked for next, likely: commands go out in the plan's order
 };
 
 // Everything but incarnation and sequence.

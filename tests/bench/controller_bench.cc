@@ -1,6 +1,7 @@
 // What a controller carries: beats a second on one core, the time of a decision, resident memory.
 //
-//   controller_bench [--agents 1000,10000] [--seconds 10] [--runs 3] [--json FILE]
+//   controller_bench [--agents 1000,10000] [--job-nodes 1000] [--seconds 10] [--runs 3] [--json
+//   FILE]
 //
 // The program everstep-controller runs as a process of its own on a fresh state directory; this
 // process plays the agents, one TCP connection and stream each, and offers 10,000 beats a second in
@@ -66,7 +67,7 @@ double ResidentMiB(pid_t pid) {
 }
 
 // Real streams: throughput and memory. False: it could not be measured.
-bool Streams(int agents, int seconds, Samples* samples) {
+bool Streams(int agents, int job_nodes, int seconds, Samples* samples) {
   const std::string name = fmt::format("{}_agents", agents);
   test::TempDir dir;
   test::ControllerProcess process(dir.path() + "/state");
@@ -87,9 +88,9 @@ bool Streams(int agents, int seconds, Samples* samples) {
   samples->Add(name, "heartbeats_per_second", "1/s of one core",
                static_cast<double>(sent) / std::max(cpu, 0.01));
   samples->Add(name, "resident_memory", "MiB", ResidentMiB(process.pid()));
-  // One job over 1,000 of them: from its submission until every node said that its workers run.
+  // One job over many of them: from its submission until every node said that its workers run.
   const auto began = std::chrono::steady_clock::now();
-  const auto nodes = static_cast<std::uint32_t>(std::min(agents, 1000));
+  const auto nodes = static_cast<std::uint32_t>(std::min(agents, job_nodes));
   if (!process.Submit("job", nodes, nodes, 1, 8 << 10).ok() || !process.JobIs("job", "RUNNING")) {
     fmt::print(stderr, "controller_bench: a job over {} nodes did not start\n", nodes);
     return false;
@@ -221,11 +222,11 @@ bool WriteJson(const Samples& samples, const std::string& path) {
 }
 
 int Usage(const std::string& wrong) {
-  fmt::print(
-      stderr,
-      "controller_bench: {}\nusage: controller_bench [--agents N,N...] [--seconds N] [--runs N] "
-      "[--json FILE]\n",
-      wrong);
+  fmt::print(stderr,
+             "controller_bench: {}\nusage: controller_bench [--agents N,N...] [--job-nodes N] "
+             "[--seconds N] [--runs N] "
+             "[--json FILE]\n",
+             wrong);
   return 2;
 }
 
@@ -233,7 +234,7 @@ int Usage(const std::string& wrong) {
 
 int Main(int argc, char** argv) {
   std::vector<int> agents = {1000, 10'000};
-  int seconds = 10, runs = 3;
+  int seconds = 10, runs = 3, job_nodes = 1000;
   std::string json;
   for (int i = 1; i < argc; i += 2) {
     const std::string flag = argv[i];
@@ -245,6 +246,8 @@ int Main(int argc, char** argv) {
       for (std::string one; std::getline(list, one, ',');) agents.push_back(std::atoi(one.c_str()));
     } else if (flag == "--seconds") {
       seconds = std::atoi(argv[i + 1]);
+    } else if (flag == "--job-nodes") {
+      job_nodes = std::atoi(argv[i + 1]);
     } else if (flag == "--runs") {
       runs = std::atoi(argv[i + 1]);
     } else if (flag == "--json") {
@@ -253,7 +256,7 @@ int Main(int argc, char** argv) {
       return Usage("unknown flag " + flag);
     }
   }
-  if (seconds < 1 || runs < 1 || agents.empty() ||
+  if (seconds < 1 || runs < 1 || job_nodes < 1 || agents.empty() ||
       *std::min_element(agents.begin(), agents.end()) < 1) {
     return Usage("numbers start at 1");
   }
@@ -273,7 +276,7 @@ int Main(int argc, char** argv) {
         all = false;
         continue;
       }
-      all = Streams(count, seconds, &samples) && all;
+      all = Streams(count, job_nodes, seconds, &samples) && all;
     }
     DecideAll(1000, &samples);
   }

@@ -227,8 +227,30 @@ def test_the_same_reason_everywhere(cluster: Shell) -> None:
     assert cluster.ok("job", "wait", "train", "--timeout", "30s").startswith("job train is SUCCEEDED")
 
 
+@pytest.mark.parametrize(("kill", "reason"), [(("worker", "train", "1"), "worker_killed"), (("keeper", "MEMBER"), "keeper_died")])
+def test_the_same_reason_everywhere_without_a_lost_node(cluster: Shell, kill: tuple[str, ...], reason: str) -> None:
+    """A worker, then a keeper: one code in job show, status, events, the run's lines and its summary; one account that pays."""
+    run = cluster.submit("train", "--nnodes", 2, "--nproc-per-node", 1)
+    member = cluster.json("job", "show", "train")["members"][1]
+    cluster.ok("cluster", "kill", *(member if word == "MEMBER" else word for word in kill))
+    wait_for("the recovery", lambda: any(f["recovery_seconds"] >= 0 for f in cluster.json("job", "show", "train")["faults"]))
+    cluster.ok("job", "wait", "train", "--for", "RUNNING", "--timeout", "60s")
+    job = cluster.json("job", "show", "train")
+    assert [f["reason"] for f in job["faults"]] == [reason] and member in job["faults"][0]["subject"]
+    assert (job["reason"], job["lost_capacity"], job["restarts"]) == (reason, 1, 0)
+    assert next(j for j in cluster.json("status")["jobs"] if j["job"] == "train")["reason"] == reason
+    events = [json.loads(line) for line in cluster.ok("events", "--job", "train", "--reason", reason, "-o", "jsonl").splitlines()]
+    assert {"fault", "generation_running"} <= {e["type"] for e in events}
+    assert next(e for e in events if e["type"] == "fault")["evidence"] == job["faults"][0]["evidence"]
+    Path(cluster.env["PROGRESS"] + ".end").touch()
+    assert run.wait(60) == 0
+    said = (cluster.work / "train.out").read_text()
+    assert f"{job['faults'][0]['subject']}: {reason} (" in said, "as it happened"
+    assert "1 fault in this run (0 restarts charged to the script, 1 not)" in said and f"  {job['faults'][0]['subject']}: {reason}; restart in place" in said
+
+
 def test_agents_and_controllers_come_back_under_a_running_job(cluster: Shell) -> None:
-    cluster.submit("train", "--nnodes", 2, "--nproc-per-node", 1)
+    run = cluster.submit("train", "--nnodes", 2, "--nproc-per-node", 1)
     before = cluster.json("job", "show", "train")
     controller = cluster.controller()
     assert "it is started again at once" in cluster.ok("cluster", "kill", "agent", before["members"][0])
@@ -243,6 +265,16 @@ def test_agents_and_controllers_come_back_under_a_running_job(cluster: Shell) ->
     assert after["generation"] == before["generation"] and after["faults"] == []
     assert [r["pid"] for r in after["ranks"]] == [r["pid"] for r in before["ranks"]], "the workers never noticed"
     assert cluster.json("status")["starts"] == "2"
+    # Nobody calls it a fault, everybody names it.
+    assert (after["lost_capacity"], after["restarts"], after["reason"]) == (0, 0, before["reason"])
+    assert {n["reason"] for n in cluster.json("node", "list")["items"]} == {"reattached"}
+    events = [json.loads(line) for line in cluster.ok("events", "-o", "jsonl").splitlines()]
+    assert {"node_suspect", "node_reattached"} <= {e["type"] for e in events if e["node"] == before["members"][0]}
+    assert [e["reason"] for e in events if e["type"] == "controller_recovered"] == ["controller_restarted"]
+    assert not [e for e in events if e["type"] == "fault"]
+    Path(cluster.env["PROGRESS"] + ".end").touch()
+    assert run.wait(60) == 0
+    assert " fault" not in (cluster.work / "train.out").read_text()
 
 
 def test_worker_drills_logs_drain_and_cancel(cluster: Shell) -> None:
@@ -262,7 +294,9 @@ def test_worker_drills_logs_drain_and_cancel(cluster: Shell) -> None:
     member = cluster.json("job", "show", "train")["members"][0]
     cluster.ok("node", "drain", member, "--reason", "memory errors")
     wait_for("the move", lambda: member not in cluster.json("job", "show", "train")["members"])
-    assert cluster.node(member)["state"] in ("DRAINING", "DRAINED")
+    drained = cluster.node(member)
+    assert drained["state"] in ("DRAINING", "DRAINED") and not any(j.endswith(":spare") for j in drained["jobs"])
+    assert (drained["reason"], drained["evidence"]) == ("node_drained", "memory errors") and drained["since"]
     cluster.ok("node", "undrain", member)
     assert cluster.node(member)["state"] == "ALIVE"
 
@@ -270,10 +304,18 @@ def test_worker_drills_logs_drain_and_cancel(cluster: Shell) -> None:
     cancelled = cluster.json("job", "cancel", "train", "--reason", "enough", "--wait")
     assert cancelled["state"] == "CANCELLED"
     assert run.wait(60) == 1
+    said = (cluster.work / "train.out").read_text()
+    assert f"logs: everstep logs --controller {cluster.controller()} train" in said and "exit code 1: the run was cancelled" in said
     waited = cluster.run("job", "wait", "train")
     assert waited.returncode == 1 and "CANCELLED" in waited.stderr
     again = cluster.run("job", "cancel", "train")
     assert again.returncode == 6
+    assert cluster.ok("job", "cancel", "train", "--forget") == "job train is forgotten\n"
+    assert cluster.run("job", "show", "train").returncode == 3
+    cluster.submit("train", "--nnodes", 2, "--nproc-per-node", 1)
+    assert int(cluster.json("job", "show", "train")["generation"]) > int(cancelled["generation"]), "numbers only grow"
+    assert cluster.ok("job", "cancel", "train", "--forget") == "job train is forgotten\n", "of one that runs, too"
+    assert cluster.json("job", "list")["items"] == []
 
 
 def test_logs_of_ranks(cluster: Shell) -> None:

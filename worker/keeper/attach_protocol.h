@@ -19,14 +19,16 @@ struct AttachRequest {
   char job[132] = {};  // NUL-terminated
   std::int32_t rank = 0;
   std::uint64_t generation = 0;  // EVERSTEP_GENERATION
-  std::uint64_t slot_bytes = 0;  // capacity wanted for one slot; 0: attach to what is there
+  std::uint64_t slot_bytes = 0;  // room wanted for one slot at first; 0: attach to what is there
 };
 static_assert(sizeof(AttachRequest) == 160);
 
 struct AttachReply {
   std::uint32_t magic = kAttachMagic;
   std::int32_t error = 0;         // errno-like; 0 ok
-  std::uint64_t slot_bytes = 0;   // what the arena has, >= the wish
+  // What the arena was made with: the wish of whoever attached first. It may be less than this wish;
+  // the writer grows the file when a state does not fit (checkpoint/store/arena.h).
+  std::uint64_t slot_bytes = 0;
   std::uint64_t total_bytes = 0;  // of the memfd
   char message[232] = {};         // who, what, limit, what to do next
 };
