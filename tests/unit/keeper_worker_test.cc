@@ -4,6 +4,7 @@
 #include <sys/un.h>
 
 #include "tests/unit/keeper_harness.h"
+#include "worker/keeper/telling.h"
 
 namespace everstep::keeper {
 namespace {
@@ -117,6 +118,36 @@ TEST_F(KeeperWorkers, TellsAStoppedWorkerAndStillEndsIt) {
   EXPECT_NE(stalled.evidence().find("state T"), std::string::npos) << stalled.evidence();
   Kill(1, 5000);
   EXPECT_EQ(events_->WaitExit(0).code(), -SIGTERM);
+}
+
+// The first word may be lost: no agent is there, or it has no controller.
+TEST_F(KeeperWorkers, TellsAStoppedWorkerAgainUntilItGoesOn) {
+  const pid_t pid = Spawn(ShellSpawn(0, "exec sleep 1000"));
+  client_.reset();
+  ::kill(pid, SIGSTOP);
+  ASSERT_TRUE(Eventually([&] {
+    return Slurp(folder_ + "/keeper.log").find("worker_stopped") != std::string::npos;
+  })) << Slurp(folder_ + "/keeper.log");
+  client_ = Connect();
+  ASSERT_NE(client_, nullptr) << error_.message;
+  const v1::KeeperStalled stalled =
+      events_->Wait([](const v1::KeeperReply& r) { return r.has_stalled(); }).stalled();
+  EXPECT_EQ(stalled.rank(), 0);
+  EXPECT_GE(stalled.stalled_ms(), 2000);
+}
+
+TEST(KeeperTelling, ComesAgainEverMoreSeldom) {
+  Telling telling;
+  EXPECT_TRUE(telling.Due(0));
+  std::int64_t now = 0;
+  for (const std::int64_t pause : {2, 4, 8, 16, 32, 60, 60}) {
+    telling.Told(now);
+    now += pause * 1'000'000'000;
+    EXPECT_FALSE(telling.Due(now - 1));
+    EXPECT_TRUE(telling.Due(now));
+  }
+  telling.Reset();
+  EXPECT_TRUE(telling.Due(0));
 }
 
 TEST_F(KeeperWorkers, ANewAgentAdoptsWhatTheDeadOneLeft) {

@@ -359,8 +359,7 @@ std::optional<std::int64_t> StoreHosts::NextDeadline() const {
   std::optional<std::int64_t> next;
   for (const auto& [id, host] : hosts_) {
     if (host->limit_ns != 0 && (!next || host->limit_ns < *next)) next = host->limit_ns;
-    if (host->reached_ns != 0 && !host->formed && !host->forming_told &&
-        (!next || host->next_look_ns < *next)) {
+    if (host->reached_ns != 0 && !host->formed && (!next || host->next_look_ns < *next)) {
       next = host->next_look_ns;
     }
   }
@@ -383,8 +382,7 @@ void StoreHosts::Tick(std::int64_t now) {
   std::vector<Id> late;
   for (auto& [id, host] : hosts_) {
     if (host->limit_ns != 0 && now >= host->limit_ns) late.push_back(id);
-    if (host->reached_ns != 0 && !host->formed && !host->forming_told &&
-        now >= host->next_look_ns) {
+    if (host->reached_ns != 0 && !host->formed && now >= host->next_look_ns) {
       LookAtGroup(host.get(), now);
     }
   }
@@ -413,9 +411,10 @@ void StoreHosts::LookAtGroup(Host* host, std::int64_t now) {
     // Who waits for its group holds on to the store; who has let go is done with both.
     if (seen->to_port == 0) continue;
     const std::int64_t waited_ms = (now - host->reached_ns) / 1'000'000;
-    if (waited_ms < static_cast<std::int64_t>(peer.start_timeout_ms))
+    if (waited_ms < static_cast<std::int64_t>(peer.start_timeout_ms) || !host->forming.Due(now))
       return;  // not formed, not late
-    host->forming_told = true;
+    const bool news = !host->forming.told();
+    host->forming.Told(now);
     v1::KeeperReply event;
     v1::KeeperStalled* stalled = event.mutable_stalled();
     stalled->set_job(host->spec.job());
@@ -427,10 +426,12 @@ void StoreHosts::LookAtGroup(Host* host, std::int64_t now) {
         "every one of {} ranks gave the store its address {} ms ago; rank {} "
         "(pid {}) has {} connections to its {} peers",
         peer.world_size, waited_ms, peer.rank, peer.pid, seen->others, peer.world_size - 1));
-    LogWarning("group_not_formed", {{"job", host->spec.job()},
-                                    {"generation", host->spec.generation()},
-                                    {"rank", peer.rank},
-                                    {"evidence", stalled->evidence()}});
+    if (news) {
+      LogWarning("group_not_formed", {{"job", host->spec.job()},
+                                      {"generation", host->spec.generation()},
+                                      {"rank", peer.rank},
+                                      {"evidence", stalled->evidence()}});
+    }
     context_->tell_owner(event);
     return;
   }

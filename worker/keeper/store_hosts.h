@@ -15,6 +15,7 @@
 #include "keeper.pb.h"
 #include "worker/keeper/context.h"
 #include "worker/keeper/fork_servers.h"
+#include "worker/keeper/telling.h"
 #include "worker/keeper/workers.h"
 
 namespace everstep::keeper {
@@ -58,7 +59,7 @@ class StoreHosts {
     // The process group's forming, as the store sees it (gloo's keys).
     std::uint32_t reached = 0;    // ranks
     std::int64_t reached_ns = 0;  // when the newest did; 0: nothing to look at
-    bool forming_told = false;
+    Telling forming;              // that it does not
     bool formed = false;
     std::int64_t next_look_ns = 0;
   };

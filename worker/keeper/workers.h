@@ -15,6 +15,7 @@
 #include "keeper.pb.h"
 #include "worker/keeper/context.h"
 #include "worker/keeper/fork_servers.h"
+#include "worker/keeper/telling.h"
 
 namespace everstep::keeper {
 
@@ -95,7 +96,7 @@ class Workers {
     std::int64_t start_limit_ns = 0;  // 0: started
     std::int64_t asked_ns = 0;        // monotonic, by Spawn
     std::int64_t stopped_ns = 0;      // 0: not stopped
-    bool stop_told = false;
+    Telling stop;                     // of stopped_ns
     bool learnt_from = false;
     int signal_on_start = 0;  // killed before its pid was known
     everstep::v1::KeeperExited exit;

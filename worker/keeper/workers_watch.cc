@@ -74,7 +74,7 @@ void Workers::OnStopped(pid_t pid, bool stopped) {
   if (worker == nullptr) return;
   if (!stopped) {
     worker->stopped_ns = 0;
-    worker->stop_told = false;
+    worker->stop.Reset();
   } else if (worker->stopped_ns == 0) {
     worker->stopped_ns = MonotonicNanos();
   }
@@ -113,7 +113,9 @@ std::optional<std::int64_t> Workers::NextDeadline() const {
     if (worker->phase == Phase::kExited) continue;
     consider(worker->kill_at_ns);
     consider(worker->start_limit_ns);
-    if (worker->stopped_ns != 0 && !worker->stop_told) consider(worker->stopped_ns + kStopToldNs);
+    if (worker->stopped_ns != 0 && !worker->by_request) {
+      consider(worker->stop.told() ? worker->stop.again_ns() : worker->stopped_ns + kStopToldNs);
+    }
     if (worker->phase == Phase::kRunning) consider(next_scan_ns_ == 0 ? 1 : next_scan_ns_);
   }
   return next;
@@ -145,10 +147,10 @@ void Workers::Tick(std::int64_t now) {
       // 't' (traced) is a debugger's own business, told all the same: the job stands still.
       if (stat) OnStopped(worker->pid, stat->state == 'T' || stat->state == 't');
     }
-    if (worker->stopped_ns == 0 || worker->stop_told || now < worker->stopped_ns + kStopToldNs)
-      continue;
-    if (worker->by_request) continue;
-    worker->stop_told = true;
+    if (worker->stopped_ns == 0 || now < worker->stopped_ns + kStopToldNs) continue;
+    if (worker->by_request || !worker->stop.Due(now)) continue;
+    const bool news = !worker->stop.told();
+    worker->stop.Told(now);
     v1::KeeperReply event;
     v1::KeeperStalled* stalled = event.mutable_stalled();
     stalled->set_job(key.job);
@@ -159,7 +161,9 @@ void Workers::Tick(std::int64_t now) {
     stalled->set_evidence(
         fmt::format("pid {} is in process state T (stopped by a signal) for {} ms", worker->pid,
                     stalled->stalled_ms()));
-    LogWarning("worker_stopped", {{"job", key.job}, {"rank", key.rank}, {"pid", worker->pid}});
+    if (news) {
+      LogWarning("worker_stopped", {{"job", key.job}, {"rank", key.rank}, {"pid", worker->pid}});
+    }
     context_->tell_owner(event);
   }
   for (const WorkerKey& key : late) {
