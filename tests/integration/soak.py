@@ -251,15 +251,16 @@ class PartedCluster(Cluster):
 
 
 FAULTS = [("kill", "worker", 5), ("stop", "worker", 2), ("kill", "agent", 3), ("stop", "agent", 2), ("kill", "keeper", 2),
-          ("kill", "node", 4), ("stop", "node", 1), ("kill", "controller", 3), ("stop", "controller", 2)]
+          ("kill", "node", 4), ("stop", "node", 1), ("kill", "controller", 3), ("stop", "controller", 2),
+          ("stop", "worker unheard", 1)]  # with the controller killed: nobody is there to hear of it
 CUTS = [("cut", "node", 5)]
 
 
 def one_fault(cluster: Cluster, draw: random.Random, number: int, limit: float) -> tuple[str, float]:
     faults = FAULTS + (CUTS if isinstance(cluster, PartedCluster) else [])
     verb, kind, _ = draw.choices(faults, weights=[f[2] for f in faults])[0]
-    which = str(draw.randrange(WORLD)) if kind == "worker" else draw.choice(cluster.node_names())
-    pids = cluster.pids(kind, which)
+    which = str(draw.randrange(WORLD)) if kind.startswith("worker") else draw.choice(cluster.node_names())
+    pids = cluster.pids(kind.partition(" ")[0], which)
     pause = draw.uniform(0.2, 6.0)
     label = f"{verb} {kind}" + ("" if kind == "controller" else f" {which}") + (f" for {pause:.1f} s" if verb != "kill" else "")
     began = time.time()
@@ -269,8 +270,10 @@ def one_fault(cluster: Cluster, draw: random.Random, number: int, limit: float) 
         time.sleep(pause)
         cluster.network.cut(int(which[1:]), down=False)
         pids = []
+    if kind == "worker unheard":
+        send(cluster.pids("controller", ""), signal.SIGKILL)
     send(pids, signal.SIGKILL if verb == "kill" else signal.SIGSTOP)
-    if verb == "stop" and kind != "worker":  # somebody types `fg`; a stopped worker is the controller's to notice
+    if verb == "stop" and not kind.startswith("worker"):  # somebody types `fg`; a stopped worker is the controller's to notice
         time.sleep(pause)
         send(pids, signal.SIGCONT)
     try:
