@@ -6,13 +6,22 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <system_error>
+#include <thread>
 #include <utility>
+#include <vector>
 
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
 #include "proto/base/crc32c.h"
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22
+#endif
 
 namespace everstep::checkpoint {
 namespace {
@@ -294,7 +303,7 @@ const std::uint32_t* Arena::ChunkCrcs(const SlotView& view) {
   return reinterpret_cast<const std::uint32_t*>(data + ExtentCapacity(view.extent_bytes));
 }
 
-Outcome Arena::Verify(const SlotView& view) {
+Outcome Arena::Verify(const SlotView& view, unsigned threads) {
   const unsigned char* data = Payload(view);
   const std::uint32_t* crcs = ChunkCrcs(view);
   if (data == nullptr) return System(Name(), "mapping a slot");
@@ -307,12 +316,39 @@ Outcome Arena::Verify(const SlotView& view) {
                  fmt::format("{}: slot {}, step {}: {}", Name(), view.slot, view.step(), what)};
   };
   if (CrcRoot(view.fields, crcs) != view.crc_root) return corrupt("its header fails its checksum");
-  for (std::uint64_t i = 0; i < view.chunks(); ++i) {
-    const std::uint32_t crc = Crc32c(data + i * kChunkBytes, view.chunk_size(i));
-    if (crc != crcs[i]) {
-      return corrupt(
-          fmt::format("chunk {} of {} has CRC {:08x}, not {:08x}", i, view.chunks(), crc, crcs[i]));
+  constexpr std::uint64_t kRound = 16;  // chunks that a thread takes at a time
+  std::atomic<std::uint64_t> next{0}, bad{view.chunks()};
+  const auto check = [&] {
+    for (;;) {
+      const std::uint64_t from = next.fetch_add(kRound, std::memory_order_relaxed);
+      const std::uint64_t to = std::min(from + kRound, view.chunks());
+      if (from >= to || from >= bad.load(std::memory_order_relaxed)) return;
+      // The pages are there; entering them into this process at once is quicker than one by one.
+      madvise(const_cast<unsigned char*>(data) + from * kChunkBytes, (to - from) * kChunkBytes,
+              MADV_POPULATE_READ);
+      for (std::uint64_t i = from; i < to; ++i) {
+        if (Crc32c(data + i * kChunkBytes, view.chunk_size(i)) == crcs[i]) continue;
+        std::uint64_t first = bad.load(std::memory_order_relaxed);
+        while (i < first && !bad.compare_exchange_weak(first, i, std::memory_order_relaxed)) {
+        }
+        return;
+      }
     }
+  };
+  std::vector<std::thread> helpers;
+  const std::uint64_t rounds = (view.chunks() + kRound - 1) / kRound;
+  for (std::uint64_t i = 1; i < std::min<std::uint64_t>(threads, rounds); ++i) {
+    try {
+      helpers.emplace_back(check);
+    } catch (const std::system_error&) {  // the limit of threads is reached: it takes longer
+      break;
+    }
+  }
+  check();
+  for (std::thread& t : helpers) t.join();
+  if (const std::uint64_t i = bad; i < view.chunks()) {
+    return corrupt(fmt::format("chunk {} of {} has CRC {:08x}, not {:08x}", i, view.chunks(),
+                               Crc32c(data + i * kChunkBytes, view.chunk_size(i)), crcs[i]));
   }
   if (!Current(view)) return corrupt("");
   return Done{};

@@ -94,8 +94,9 @@ class Arena {
   std::optional<SlotView> Newest(Step max_step = INT64_MAX) const;
   // The slot was not touched since the view was taken.
   bool Current(const SlotView& view) const;
-  // Every chunk and the root. kCorrupt names the first bad chunk; kStale: overwritten meanwhile.
-  Outcome Verify(const SlotView& view);
+  // Every chunk and the root, by `threads` threads at most (a caller that has nothing better to do
+  // takes several). kCorrupt names the first bad chunk; kStale: overwritten meanwhile.
+  Outcome Verify(const SlotView& view, unsigned threads = 1);
 
   // Mapped bytes of a view; null when they cannot be mapped. Valid until the slot's extent moves.
   const unsigned char* Payload(const SlotView& view);

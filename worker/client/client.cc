@@ -11,11 +11,14 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "checkpoint/core/capture_policy.h"
 #include "checkpoint/store/arena.h"
+#include "checkpoint/store/fence.h"
 #include "checkpoint/store/slot_writer.h"
+#include "proto/base/crc32c.h"
 #include "proto/base/version.h"
 #include "worker/client/attach.h"
 #include "worker/client/copier.h"
@@ -48,6 +51,7 @@ struct everstep_client {
 namespace {
 
 constexpr std::int64_t kAgentSilenceNs = 3'000'000'000;  // its beat is older: take it for dead
+constexpr unsigned kVerifyThreads = 4;                   // more do not read memory any faster
 constexpr std::uint64_t kFirstRoom =
     4096;  // the keeper makes the arena small, reserve makes it grow
 
@@ -158,7 +162,9 @@ cp::CaptureFacts Facts(const everstep_client& c, everstep::Step step, std::uint3
 }
 
 int Verified(everstep_client* c, const cp::SlotView& view, everstep_slot* out) {
-  if (auto ok = c->arena.Verify(view); !ok.ok()) return Fail(c, ok.error());
+  // The trainer waits for it: its cores have nothing else to do.
+  const unsigned threads = std::clamp(std::thread::hardware_concurrency(), 1u, kVerifyThreads);
+  if (auto ok = c->arena.Verify(view, threads); !ok.ok()) return Fail(c, ok.error());
   Fill(view, out);
   return EVERSTEP_OK;
 }
@@ -333,6 +339,11 @@ int everstep_payload(everstep_client* c, const everstep_slot* slot, const void**
   *data = c->arena.Payload(*view);
   if (*data == nullptr) return Fail(c, EVERSTEP_ENOMEM, c->arena.Name() + ": cannot map the slot");
   return EVERSTEP_OK;
+}
+
+void everstep_copy(void* to, const void* from, uint64_t bytes) {
+  everstep::Crc32cCopy(0, to, from, bytes);  // its checksum costs nothing beside the memory
+  cp::StoreFence();
 }
 
 int everstep_capture_begin(everstep_client* c, int64_t step, uint64_t payload_bytes,

@@ -11,7 +11,8 @@
  *  5. One thread at a time per handle, except that everstep_capture_wait and _watch may be called
  * beside everything but everstep_close. A handle does not work in a forked child (EVERSTEP_EINVAL).
  *  6. Nothing is thrown across, nothing is printed, no signal is handled. One thread is started, by
- * the first everstep_capture_start of a handle, all signals blocked; everstep_close ends it.
+ * the first everstep_capture_start of a handle, all signals blocked; everstep_close ends it. Checks
+ * of a large slot use some more, which end before the call does.
  *  7. Within one ABI version functions and trailing struct fields are only added.
  *
  * A capture: begin, write ..., commit. Or, overlapped with the next step's computation: begin,
@@ -120,6 +121,10 @@ int everstep_find(everstep_client* client, int64_t max_step, everstep_slot* slot
 /* Address of a slot's payload, payload_bytes long, read-only by contract. Valid until the next
  * capture_begin or reserve. EVERSTEP_ESTALE: overwritten since. */
 int everstep_payload(everstep_client* client, const everstep_slot* slot, const void** data);
+
+/* As memcpy, with stores that bypass the cache: for bytes that are loaded once and used later. Any
+ * thread, no handle. */
+void everstep_copy(void* to, const void* from, uint64_t bytes);
 
 /* Chooses the slot to overwrite and tears it. payload_bytes: at most what will be written, table
  * and padding included. May wait, bounded, for the commit of the step before. */

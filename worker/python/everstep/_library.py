@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes as c
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 ABI_VERSION = 1
@@ -131,6 +132,7 @@ def _declare(lib: c.CDLL) -> None:
     for name in ("everstep_close", "everstep_capture_abort"):
         function = getattr(lib, name)
         function.argtypes, function.restype = [handle], None
+    lib.everstep_copy.argtypes, lib.everstep_copy.restype = [c.c_void_p, c.c_void_p, c.c_uint64], None
     lib.everstep_last_error.argtypes, lib.everstep_last_error.restype = [handle], c.c_char_p
     lib.everstep_version.restype = c.c_char_p
 
@@ -154,6 +156,14 @@ def load_library() -> c.CDLL:
             return lib
     raise OSError("libeverstep.so is not there; looked at " + ", ".join(map(str, tried))
                   + "; run deploy/setup.sh, or set EVERSTEP_LIBRARY")
+
+
+def copier() -> Callable[[int, int, int], object]:
+    """memcpy(to, from, bytes) for what is loaded once: past the cache where the library is there."""
+    try:
+        return load_library().everstep_copy  # type: ignore[no-any-return]
+    except OSError:
+        return c.memmove
 
 
 class Client:

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import random
 import sys
 from array import array
 from collections.abc import Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
+from everstep._library import copier
 from everstep._table import ShardedLeaf
 
 RNG = "__rng__"  # reserved name in a state
+_PART = 16 << 20  # bytes that one thread copies at a time
+_COPY_THREADS = 4  # more do not copy any faster
 
 
 def unwrap(value: Any) -> Any:
@@ -112,14 +117,34 @@ def _copy(target: torch.Tensor, saved: Any) -> None:
         _local(target).copy_(saved.local if isinstance(saved, ShardedLeaf) else saved)
 
 
+def _copy_all(pairs: list[tuple[torch.Tensor, Any]]) -> None:
+    """_copy of each pair; large plain ones as bytes, by several threads."""
+    plain: list[tuple[int, int, int]] = []
+    for target, saved in pairs:
+        local, source = _local(target), saved.local if isinstance(saved, ShardedLeaf) else saved
+        if local.device.type == "cpu" and local.dtype == source.dtype and local.shape == source.shape \
+                and local.is_contiguous() and source.is_contiguous() and not local.is_conj() and not local.is_neg():
+            size = local.numel() * local.element_size()
+            plain += [(local.data_ptr() + at, source.data_ptr() + at, min(_PART, size - at))
+                      for at in range(0, size, _PART)]
+        else:
+            _copy(target, saved)
+    copy = copier()
+    threads = min(_COPY_THREADS, os.cpu_count() or 1, len(plain))
+    if threads > 1 and sum(size for _, _, size in plain) >= _PART:
+        with ThreadPoolExecutor(threads) as pool:  # it runs without the interpreter's lock
+            list(pool.map(lambda part: copy(*part), plain))
+    else:
+        for part in plain:
+            copy(*part)
+
+
 def _load_module(module: torch.nn.Module, saved: dict[str, Any]) -> None:
     own = module.state_dict()
     extra = {k: v for k, v in saved.items() if not isinstance(own[k], torch.Tensor)}
     if extra:  # get_extra_state() of some submodule
         module.load_state_dict({**own, **_owned(extra)})
-    for key, value in own.items():
-        if key not in extra:
-            _copy(value, saved[key])
+    _copy_all([(value, saved[key]) for key, value in own.items() if key not in extra])
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
