@@ -83,6 +83,11 @@ std::optional<Polynomial> Sweep(const std::vector<const NodeSet*>& sets, std::si
   return out;
 }
 
+// State that no node holds is lost already. The smallest set is the first.
+bool HasEmpty(const std::vector<NodeSet>& minimal) {
+  return !minimal.empty() && minimal.front().empty();
+}
+
 // Sets that hang together by shared nodes.
 std::vector<std::vector<const NodeSet*>> Components(const std::vector<NodeSet>& sets) {
   std::vector<std::uint32_t> root(sets.size());
@@ -182,6 +187,7 @@ std::optional<std::vector<double>> SurvivalByLosses(std::uint32_t nodes,
   EVERSTEP_CHECK(nodes <= kMaxNodes);
   const std::size_t size = std::min(max_k, nodes) + std::size_t{1};
   const std::vector<NodeSet> sets = MinimalHostSets(hosts);
+  if (HasEmpty(sets)) return std::vector<double>(size, 0);
   Polynomial safe = {1};
   std::uint32_t free = nodes;  // in no host set
   for (const std::vector<const NodeSet*>& component : Components(sets)) {
@@ -236,7 +242,9 @@ Estimate SurvivalByDomain(const std::vector<NodeSet>& hosts, const std::vector<N
   // A host set falls when each of its nodes has a lost domain: alike are those whose nodes lie in
   // the same domains, and one with a node in no domain never falls.
   std::vector<std::vector<NodeSet>> patterns;
-  for (const NodeSet& set : MinimalHostSets(hosts)) {
+  const std::vector<NodeSet> sets = MinimalHostSets(hosts);
+  if (HasEmpty(sets)) return {0, 0, 0, true, 0};
+  for (const NodeSet& set : sets) {
     std::vector<NodeSet> pattern;
     for (const std::uint32_t v : set) {
       const auto found = of.find(v);

@@ -225,6 +225,16 @@ Outcome AdminClient::CancelJob(const v1::CancelJobRequest& request) {
   return Done{};
 }
 
+Result<v1::CheckpointPlacement> AdminClient::GetPlacement(const v1::GetPlacementRequest& request) {
+  return Call<v1::GetPlacementRequest, v1::CheckpointPlacement>(
+      *impl_, options_, Kind::kRead, &v1::AdminService::Stub::GetPlacement, request);
+}
+
+Result<v1::LossForecast> AdminClient::ForetellLoss(const v1::ForetellLossRequest& request) {
+  return Call<v1::ForetellLossRequest, v1::LossForecast>(
+      *impl_, options_, Kind::kRead, &v1::AdminService::Stub::ForetellLoss, request);
+}
+
 Result<v1::NodeList> AdminClient::ListNodes() {
   return Call<v1::ListNodesRequest, v1::NodeList>(*impl_, options_, Kind::kRead,
                                                   &v1::AdminService::Stub::ListNodes, {});

@@ -42,6 +42,8 @@ class AdminClient {
   Result<v1::NodeStatus> DrainNode(const v1::DrainNodeRequest& request);
   Result<v1::NodeStatus> UndrainNode(const std::string& node);
   Result<v1::DrillReply> Drill(const v1::DrillRequest& request);
+  Result<v1::CheckpointPlacement> GetPlacement(const v1::GetPlacementRequest& request);
+  Result<v1::LossForecast> ForetellLoss(const v1::ForetellLossRequest& request);
 
   // Streams. `take` returns false to end the stream, which is a success.
   // Follows across a restart of the controller: after each break from the last sequence on.

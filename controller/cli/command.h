@@ -25,6 +25,8 @@ enum class Verb : std::uint8_t {
   kNodeShow,
   kNodeDrain,
   kNodeUndrain,
+  kCkptPlacement,
+  kCkptSurvive,
   kEvents,
   kLogs,
   kRun,

@@ -109,6 +109,41 @@ CommandSpec NodeCommands() {
            .examples = {{"everstep node undrain n2", ""}}}}};
 }
 
+CommandSpec CkptCommands() {
+  return {
+      .name = "ckpt",
+      .summary = "Checkpoints in memory: where copies lie, what they survive",
+      .children = {
+          {.name = "placement",
+           .verb = Verb::kCkptPlacement,
+           .summary = "On which nodes each rank's state lies, and what that survives",
+           .description =
+               "The probability that a complete step is left when nodes, or whole failure domains "
+               "(labels of the agents: --label rack=r7), are lost at random. It is exact unless a "
+               "range is shown: then losses were sampled, and it is the range of 95 % confidence.",
+           .words = {Job()},
+           .options = {{"nodes", 0, "K", "show losses of up to K nodes", "8"},
+                       Watch("show it again every second until Ctrl-C")},
+           .examples = {{"everstep ckpt placement gpt", ""},
+                        {"everstep ckpt placement gpt -o json | jq .fatal",
+                         "domains whose loss alone loses state"}}},
+          {.name = "survive",
+           .verb = Verb::kCkptSurvive,
+           .summary = "What would become of a job if nodes were lost now",
+           .description =
+               "Nothing is touched: the controller runs its own recovery on a copy of what it "
+               "knows. Says whether a complete step is left, which one, from where each rank would "
+               "get it, what has to be moved and how long that takes. Exit 1: nothing is left.",
+           .words = {Job()},
+           .options = {{"lose", 0, "NODE[,NODE...]", "these nodes", "", {}, Names::kNodes},
+                       {"domain", 0, "LEVEL=NAME[,...]",
+                        "all nodes of these failure domains: zone=a, evict=night"},
+                       {"nodes", 0, "K", "any K nodes: the probability, and the worst K"}},
+           .examples = {{"everstep ckpt survive gpt --lose n3,n7", ""},
+                        {"everstep ckpt survive gpt --domain zone=a", ""},
+                        {"everstep ckpt survive gpt --nodes 2", ""}}}}};
+}
+
 CommandSpec DrillCommands(const std::string& name, const std::string& summary,
                           const std::string& description, const std::vector<Verb>& verbs,
                           const OptionSpec* option, const OptionSpec* worker_option) {
@@ -247,6 +282,7 @@ std::vector<CommandSpec> Commands() {
        .examples = {{"everstep status", ""}, {"everstep status -w", ""}}},
       JobCommands(),
       NodeCommands(),
+      CkptCommands(),
       {.name = "events",
        .verb = Verb::kEvents,
        .summary = "What happened and why: one line an event, with its reason code",

@@ -29,6 +29,20 @@ std::string HumanCount(std::int64_t count) {
   return digits;
 }
 
+std::string HumanBytes(std::uint64_t bytes) {
+  if (bytes < 1024) return fmt::format("{} B", bytes);
+  auto value = static_cast<double>(bytes);
+  const char* unit = "B";
+  for (const char* next : {"KiB", "MiB", "GiB", "TiB", "PiB"}) {
+    if (value < 1023.5) break;
+    value /= 1024;
+    unit = next;
+  }
+  return value < 9.995   ? fmt::format("{:.2f} {}", value, unit)
+         : value < 99.95 ? fmt::format("{:.1f} {}", value, unit)
+                         : fmt::format("{:.0f} {}", value, unit);
+}
+
 std::string Plural(std::int64_t count, const std::string& noun) {
   return HumanCount(count) + " " + noun + (count == 1 ? "" : "s");
 }

@@ -20,6 +20,9 @@ VerbResult RunNodeShow(Context& context);
 VerbResult RunNodeDrain(Context& context);
 VerbResult RunNodeUndrain(Context& context);
 
+VerbResult RunCkptPlacement(Context& context);
+VerbResult RunCkptSurvive(Context& context);
+
 VerbResult RunEvents(Context& context);
 VerbResult RunLogs(Context& context);
 

@@ -37,7 +37,10 @@ Forecast Controller::Impl::IfLost(Timestamp now, const JobId& id,
       asked = true;
     }
   }
-  if (job->record.state == JobState::kWaiting) copy.PlanRestore(job);
+  if (job->record.state == JobState::kWaiting) {
+    job->plan = state_.jobs.at(id).plan;
+    copy.PlanRestore(job);
+  }
   Forecast forecast{job->record.state, job->message, std::move(job->plan)};
   if (IsTerminal(job->record.state) || job->record.state == JobState::kStopping) {
     forecast.message = job->record.end_message;

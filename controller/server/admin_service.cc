@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "controller/server/checkpoint_status.h"
 #include "controller/server/queued_writes.h"
 #include "controller/server/status.h"
 #include "controller/store/convert.h"
@@ -330,6 +331,40 @@ grpc::ServerUnaryReactor* AdminService::Drill(Context* context, const v1::DrillR
     }
     reply->set_node(worker->second.node);
     reply->set_pid(worker->second.worker.pid);
+    reactor->Finish(grpc::Status::OK);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::GetPlacement(Context* context,
+                                                     const v1::GetPlacementRequest* request,
+                                                     v1::CheckpointPlacement* reply) {
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    std::string error;
+    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
+    if (job == nullptr) {
+      reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
+      return;
+    }
+    *reply = PlacementOf(brain_->state(), *job, request->max_lost());
+    reactor->Finish(grpc::Status::OK);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::ForetellLoss(Context* context,
+                                                     const v1::ForetellLossRequest* request,
+                                                     v1::LossForecast* reply) {
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    std::string error;
+    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
+    bool found = false;
+    std::vector<NodeId> lost;
+    if (job == nullptr || !NodesMeant(brain_->state(), *job, *request, &lost, &error, &found)) {
+      reactor->Finish(
+          {found ? grpc::StatusCode::INVALID_ARGUMENT : grpc::StatusCode::NOT_FOUND, error});
+      return;
+    }
+    *reply = LossForecastOf(brain_->state(), *job, lost, brain_->IfLost(job->record.spec.job, lost),
+                            request->count());
     reactor->Finish(grpc::Status::OK);
   });
 }

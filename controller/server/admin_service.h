@@ -35,6 +35,8 @@ class AdminService final : public v1::AdminService::CallbackService {
   Unary* UndrainNode(Context*, const v1::UndrainNodeRequest*, v1::NodeStatus*) override;
   Unary* SaveCheckpoint(Context*, const v1::SaveCheckpointRequest*, v1::JobStatus*) override;
   Unary* Drill(Context*, const v1::DrillRequest*, v1::DrillReply*) override;
+  Unary* GetPlacement(Context*, const v1::GetPlacementRequest*, v1::CheckpointPlacement*) override;
+  Unary* ForetellLoss(Context*, const v1::ForetellLossRequest*, v1::LossForecast*) override;
   Unary* Shutdown(Context*, const v1::ShutdownRequest*, v1::ShutdownReply*) override;
   grpc::ServerWriteReactor<v1::Event>* WatchEvents(Context*,
                                                    const v1::WatchEventsRequest*) override;

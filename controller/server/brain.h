@@ -87,6 +87,9 @@ class Brain {
 
   // --- on the brain's thread, inside a task ---
   const ClusterState& state() const { return controller_.state(); }
+  Forecast IfLost(const JobId& job, const std::vector<NodeId>& lost) const {
+    return controller_.IfLost(clock_->Now(), job, lost);
+  }
   Timestamp now() const { return clock_->Now(); }
   const StoreInfo& store_info() const { return store_->info(); }
   std::string store_text() const { return store_->Describe(); }

@@ -75,6 +75,7 @@ std::vector<std::string> Cluster::Run(const Words& c) {
       {"records", bound(&Cluster::PrintRecords)},
       {"faults", bound(&Cluster::PrintFaults)},
       {"journal", bound(&Cluster::PrintJournal)},
+      {"if-lost", bound(&Cluster::IfLost)},
       {"state",
        [this](const Words&) {
          for (const std::string& line : ToLines(controller_->state())) Print(line);

@@ -67,6 +67,7 @@ class Cluster {
   void PrintRecords(const Command& c);
   void PrintFaults(const Command& c);
   void PrintJournal(const Command& c);
+  void IfLost(const Command& c);
 
   void Do(const controller::Event& event, bool announce = false);
   void Apply(const controller::Decisions& decisions);

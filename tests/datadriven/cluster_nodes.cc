@@ -288,6 +288,22 @@ void Cluster::Captured(const Words& c) {
   }
 }
 
+// What the controller foretells of `if-lost JOB NODE...`; nothing happens.
+void Cluster::IfLost(const Words& c) {
+  if (FindJob(First(c)) == nullptr) return Print("error: no such job");
+  const std::vector<NodeId> lost(c.words.begin() + 1, c.words.end());
+  const Forecast f = controller_->IfLost(now_, First(c), lost);
+  Print(fmt::format("{} restore_step={}{}", JobStateName(f.state), f.plan.restore_step,
+                    f.message.empty() ? "" : fmt::format(" \"{}\"", f.message)));
+  for (const NodePlan& member : f.plan.nodes) {
+    for (const WorkerPlan& w : member.workers) {
+      Print(fmt::format("rank {} on {} copy_on={} from {}", w.rank, member.node,
+                        member.replica_node.empty() ? "-" : member.replica_node,
+                        w.restore.step == kNoStep ? "-" : w.restore.source_node));
+    }
+  }
+}
+
 void Cluster::Copied(const Words& c) {
   const NodeId node = First(c);
   if (c.words.size() < 2) return Print("error: copied NODE JOB");

@@ -148,6 +148,13 @@ TEST(Survival, IsStableForAThousandNodes) {
   EXPECT_NEAR(Exact(1024, 3, 3, Strategy::kBalanced), 1 - 344 / (1024. * 1023 * 1022 / 6), 1e-15);
 }
 
+TEST(Survival, WhatNobodyHoldsIsLostAlready) {
+  const std::vector<NodeSet> hosts = {{0, 1}, {}};
+  EXPECT_EQ(*SurvivalByLosses(4, hosts, 2), (std::vector<double>{0, 0, 0}));
+  EXPECT_EQ(SurvivalByDomain(hosts, {{0}, {1}}, 1).probability, 0);
+  EXPECT_EQ(LostWith(hosts, {}), NodeSet{1});
+}
+
 TEST(Survival, SaysWhoseStateIsGone) {
   const std::vector<NodeSet> hosts = {{0, 1}, {1, 0}, {2, 3}, {3, 2}};
   EXPECT_EQ(LostWith(hosts, {2, 0}), NodeSet{});

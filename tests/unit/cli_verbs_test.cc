@@ -64,6 +64,82 @@ v1::NodeList Nodes() {
   return nodes;
 }
 
+v1::CheckpointPlacement Placement() {
+  v1::CheckpointPlacement p;
+  p.set_job("gpt-large");
+  p.set_generation(3);
+  p.set_copies(2);
+  p.set_shape("group");
+  p.set_host_sets(2);
+  p.set_layout("sharded");
+  p.set_committed_step(182441);
+  p.set_why("2 host sets for 4 nodes, the fewest with equal load; copies cross every zone");
+  p.add_fatal("rack=r1 (2 of 4 nodes)");
+  for (int i = 0; i < 4; ++i) {
+    v1::NodeCopies* n = p.add_nodes();
+    n->set_node("n" + std::to_string(i));
+    n->set_domain(i < 2 ? "zone=a rack=r1" : "");
+    n->set_peer("n" + std::to_string((i + 2) % 4));
+    for (int r = 0; r < 2; ++r) {
+      n->add_ranks(2 * i + r);
+      n->add_keeps(2 * ((i + 2) % 4) + 3 * r);
+    }
+    n->set_bytes(i == 3 ? 0 : 268435456ULL * 5 / 3);
+  }
+  const auto add = [](v1::Survival* s, const std::string& level, unsigned domains, unsigned lost,
+                      double probability, double half) {
+    s->set_level(level);
+    s->set_domains(domains);
+    s->set_lost(lost);
+    s->set_probability(probability);
+    s->set_low(probability - half);
+    s->set_high(probability + half);
+    s->set_exact(half == 0);
+  };
+  add(p.add_by_nodes(), "", 4, 1, 1, 0);
+  add(p.add_by_nodes(), "", 4, 2, 2. / 3, 0);
+  add(p.add_by_nodes(), "", 4, 3, 1 - 2.5e-9, 0);
+  add(p.add_by_domain(), "zone", 2, 1, 1, 0);
+  add(p.add_by_domain(), "rack", 900, 2, 0.97525, 0.002);
+  return p;
+}
+
+v1::LossForecast Loss(bool all) {
+  v1::LossForecast f;
+  f.set_job("gpt-large");
+  f.add_lost("n1");
+  f.set_committed_step(182441);
+  f.set_newest_step(182442);
+  f.set_detect_seconds(1.5);
+  if (all) {
+    f.add_lost("n3");
+    f.set_step(-1);
+    f.set_state("WAITING");
+    f.add_ranks_lost(2);
+    f.set_why("every copy of rank 2 goes with these nodes, and no older step is complete");
+    return f;
+  }
+  f.set_recoverable(true);
+  f.set_step(182441);
+  f.set_state("ACTIVATING");
+  for (const char* member : {"n0", "n4", "n2", "n3"}) f.add_members(member);
+  for (int rank = 0; rank < 4; ++rank) {
+    v1::ShardSource* s = f.add_sources();
+    s->set_rank(rank);
+    s->set_node(f.members(rank));
+    s->set_tier(rank == 1 ? "peer" : "local");
+    s->set_source_node(rank == 1 ? "n3" : f.members(rank));
+    s->set_source_rank(rank == 1 ? 3 : rank);
+    s->set_bytes(1536);
+  }
+  f.set_bytes_to_move(1536);
+  f.set_bytes_to_copy(3072);
+  f.set_estimated_seconds(0.31);
+  f.set_basis("1 GiB/s assumed, 0.31 s for the switch: the median of 2 recoveries of this job");
+  f.set_why("every rank's state of step 182441 is left");
+  return f;
+}
+
 v1::JobStatus Gpt() {
   v1::JobStatus job;
   job.set_job("gpt-large");
@@ -303,6 +379,32 @@ class FixedController final : public v1::AdminService::Service {
     }
     return grpc::Status::OK;
   }
+  grpc::Status GetPlacement(Context*, const v1::GetPlacementRequest* request,
+                            v1::CheckpointPlacement* reply) override {
+    *reply = Placement();
+    while (reply->by_nodes_size() > static_cast<int>(request->max_lost())) {
+      reply->mutable_by_nodes()->RemoveLast();
+    }
+    return grpc::Status::OK;
+  }
+  grpc::Status ForetellLoss(Context*, const v1::ForetellLossRequest* request,
+                            v1::LossForecast* reply) override {
+    for (const std::string& node : request->nodes()) {
+      if (node == "n9") {
+        return {grpc::StatusCode::NOT_FOUND,
+                "no node is named \"n9\"\nhint: everstep node list shows the nodes"};
+      }
+    }
+    *reply = Loss(request->nodes_size() > 1 || request->count() > 1);
+    if (request->count() > 0) {
+      v1::Survival* any = reply->mutable_survival();
+      any->set_domains(4);
+      any->set_lost(request->count());
+      any->set_probability(2. / 3);
+      any->set_exact(true);
+    }
+    return grpc::Status::OK;
+  }
   grpc::Status Drill(Context*, const v1::DrillRequest* request, v1::DrillReply* reply) override {
     if (request->rank() > 3) {
       return {grpc::StatusCode::NOT_FOUND, "job gpt-large has no rank 9: its ranks are 0 to 3"};
@@ -446,6 +548,9 @@ TEST_F(CliTranscripts, Jobs) {
 }
 TEST_F(CliTranscripts, Nodes) {
   Check("node");
+}
+TEST_F(CliTranscripts, Checkpoints) {
+  Check("ckpt");
 }
 TEST_F(CliTranscripts, Events) {
   Check("events");

@@ -1,0 +1,116 @@
+#include "controller/cli/render_ckpt.h"
+
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include "controller/cli/table.h"
+#include "controller/cli/units.h"
+
+namespace everstep::cli {
+namespace {
+
+// "0-3" for ranks in a row, else "0,4,7".
+std::string Ranks(const google::protobuf::RepeatedField<std::int32_t>& ranks) {
+  if (ranks.empty()) return "-";
+  const std::int32_t first = *ranks.begin(), last = *(ranks.end() - 1);
+  if (ranks.size() > 1 && last - first + 1 == ranks.size()) {
+    return fmt::format("{}-{}", first, last);
+  }
+  return fmt::format("{}", fmt::join(ranks, ","));
+}
+
+// Six digits, and never a 1 that is not one.
+std::string Probability(double p) {
+  if (p > 0.999999 && p < 1) return fmt::format("1 - {:.1e}", 1 - p);
+  return fmt::format("{:.6g}", p);
+}
+
+std::string Chance(const v1::Survival& s) {
+  if (s.exact()) return Probability(s.probability());
+  return fmt::format("{} ({} to {})", Probability(s.probability()), Probability(s.low()),
+                     Probability(s.high()));
+}
+
+std::string Step(std::int64_t step) {
+  return step < 0 ? "-" : HumanCount(step);
+}
+
+}  // namespace
+
+std::string RenderPlacement(const v1::CheckpointPlacement& p, const RenderOptions& options) {
+  std::string out = FormatPairs(
+      {{"Job", fmt::format("{}, generation {}", p.job(), p.generation())},
+       {"Copies", fmt::format("{} of each rank's state, own memory included", p.copies())},
+       {"Strategy", fmt::format("{}: {}", p.shape(), p.why())},
+       {"Layout", p.layout()},
+       {"Committed step", Step(p.committed_step())},
+       {"Lost alone, fatal",
+        p.fatal().empty() ? "no domain" : fmt::format("{}", fmt::join(p.fatal(), ", "))}});
+  Table nodes({{"NODE"},
+               {"DOMAIN"},
+               {"RANKS"},
+               {"COPY ON"},
+               {"KEEPS COPIES OF"},
+               {"BYTES", Align::kRight}});
+  for (const v1::NodeCopies& n : p.nodes()) {
+    nodes.Add({n.node(), OrDash(n.domain()), Ranks(n.ranks()), OrDash(n.peer()), Ranks(n.keeps()),
+               HumanBytes(n.bytes())});
+  }
+  out += "\n" + nodes.Format(options.headers, options.max_width);
+  Table survival({{"LOST", Align::kRight}, {"OF", Align::kRight}, {"WHAT"}, {"STATE SURVIVES"}});
+  const auto add = [&](const v1::Survival& s) {
+    survival.Add({fmt::format("{}", s.lost()), fmt::format("{}", s.domains()),
+                  s.level().empty() ? "node" : s.level(), Chance(s)});
+  };
+  for (const v1::Survival& s : p.by_nodes()) add(s);
+  for (const v1::Survival& s : p.by_domain()) add(s);
+  if (survival.rows() > 0) out += "\n" + survival.Format(options.headers, options.max_width);
+  return out;
+}
+
+std::string RenderForecast(const v1::LossForecast& f, const RenderOptions& options) {
+  const bool goes_on = f.state() == "ACTIVATING";
+  std::string verdict = !f.recoverable() ? "no" : "yes, from memory";
+  if (f.recoverable() && f.state() == "WAITING") verdict += ", once there are nodes";
+  std::vector<std::pair<std::string, std::string>> pairs = {
+      {"Job", f.job()},
+      {"Lost", fmt::format("{}", fmt::join(f.lost(), ", "))},
+      {"Recoverable", verdict},
+      {"Why", f.why()},
+      {"Back to step", Step(f.step())},
+      {"Committed step", Step(f.committed_step())},
+      {"Newest step", Step(f.newest_step())}};
+  if (f.has_survival()) {
+    pairs.insert(pairs.begin() + 2,
+                 {fmt::format("Any {} of {}", f.survival().lost(), f.survival().domains()),
+                  "state survives with probability " + Chance(f.survival())});
+    pairs[1].first = "Worst case";
+  }
+  if (goes_on) pairs.emplace_back("Goes on with", fmt::format("{}", fmt::join(f.members(), ", ")));
+  if (f.sources_size() > 0) {
+    pairs.emplace_back("To move",
+                       fmt::format("{} to restore, {} for new copies afterwards",
+                                   HumanBytes(f.bytes_to_move()), HumanBytes(f.bytes_to_copy())));
+    if (goes_on) {
+      pairs.emplace_back("Takes", fmt::format("{} once the loss is seen, which takes at most {}",
+                                              HumanSeconds(f.estimated_seconds()),
+                                              HumanSeconds(f.detect_seconds())));
+      pairs.emplace_back("Estimated by", f.basis());
+    }
+  }
+  std::string out = FormatPairs(pairs);
+  if (f.sources_size() == 0) return out;
+  Table sources({{"RANK", Align::kRight}, {"ON"}, {"TIER"}, {"FROM"}, {"BYTES", Align::kRight}});
+  for (const v1::ShardSource& s : f.sources()) {
+    std::string from = s.source_node();
+    if (s.source_rank() != s.rank()) from += fmt::format(" (rank {}'s)", s.source_rank());
+    sources.Add({fmt::format("{}", s.rank()), s.node(), s.tier(), from, HumanBytes(s.bytes())});
+  }
+  return out + "\n" + sources.Format(options.headers, options.max_width);
+}
+
+}  // namespace everstep::cli

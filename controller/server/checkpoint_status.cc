@@ -1,0 +1,451 @@
+#include "controller/server/checkpoint_status.h"
+
+#include <fmt/format.h>
+#include <fmt/ranges.h>
+
+#include <algorithm>
+#include <map>
+#include <numeric>
+#include <set>
+#include <utility>
+
+#include "checkpoint/core/survival.h"
+#include "controller/core/copies.h"
+
+namespace everstep::controller {
+namespace {
+
+using checkpoint::Estimate;
+using checkpoint::NodeSet;
+
+constexpr std::uint32_t kDefaultMaxLost = 8;
+constexpr double kAssumedRate = 1 << 30;           // bytes a second, where nothing was measured
+constexpr double kAssumedSwitch = 1;               // seconds, before the job's first recovery
+constexpr std::uint64_t kLeastMeasured = 1 << 20;  // below, a commit's time is not its bytes'
+
+void FillSurvival(const Estimate& e, v1::Survival* to) {
+  to->set_probability(e.probability);
+  to->set_low(e.low);
+  to->set_high(e.high);
+  to->set_exact(e.exact);
+}
+
+std::vector<NodeSet> NodesByDomain(const FailureDomains::Level& level, std::size_t members) {
+  std::vector<NodeSet> out(level.values.size());
+  for (std::uint32_t i = 0; i < members; ++i) {
+    if (level.of[i] != checkpoint::kNoDomain) out[level.of[i]].push_back(i);
+  }
+  std::erase_if(out, [](const NodeSet& nodes) { return nodes.empty(); });
+  return out;
+}
+
+std::uint64_t BytesHeld(const JobStateView& job, const NodeId& node) {
+  const auto holds = job.holdings.find(node);
+  std::uint64_t bytes = 0;
+  if (holds == job.holdings.end()) return 0;
+  for (const HeldShard& s : holds->second.shards) bytes += s.bytes;
+  return bytes;
+}
+
+std::size_t Distinct(std::vector<NodeSet> sets) {
+  std::sort(sets.begin(), sets.end());
+  return static_cast<std::size_t>(std::unique(sets.begin(), sets.end()) - sets.begin());
+}
+
+std::vector<NodeSet> PlannedHosts(const JobStateView& job) {
+  std::map<NodeId, std::uint32_t> index;
+  for (const NodePlan& member : job.plan.nodes) {
+    index.emplace(member.node, static_cast<std::uint32_t>(index.size()));
+  }
+  std::vector<NodeSet> hosts;
+  for (const NodePlan& member : job.plan.nodes) {
+    NodeSet set = {index.at(member.node)};
+    if (const auto peer = index.find(member.replica_node); peer != index.end()) {
+      set.push_back(peer->second);
+    }
+    std::sort(set.begin(), set.end());
+    hosts.push_back(std::move(set));
+  }
+  return hosts;
+}
+
+const char* Shape(const std::vector<NodeSet>& hosts, std::size_t sets) {
+  const std::size_t n = hosts.size();
+  if (n < 2) return "alone";
+  if (sets * hosts.front().size() == n) return "group";
+  return sets == n ? "ring" : "mixed";
+}
+
+const Commit* NewestCommit(const JobStateView& job) {
+  return job.commits.commits.empty() ? nullptr : &job.commits.commits.front();
+}
+
+// "zone=a": nodes of the cluster that lie in it and are not lost.
+std::vector<NodeId> NodesIn(const ClusterState& state, const std::string& domain) {
+  const std::size_t equals = domain.find('=');
+  if (equals == std::string::npos) return {};
+  const std::string key = domain.substr(0, equals), value = domain.substr(equals + 1);
+  std::vector<NodeId> nodes;
+  for (const auto& [id, node] : state.nodes) {
+    if (node.record.health != NodeHealth::kLost) nodes.push_back(id);
+  }
+  const FailureDomains domains = DomainsOf(state, nodes);
+  std::vector<NodeId> out;
+  for (const FailureDomains::Level& level : domains.levels) {
+    if (level.name != key) continue;
+    for (std::size_t i = 0; i < nodes.size(); ++i) {
+      if (level.of[i] != checkpoint::kNoDomain && level.values[level.of[i]] == value) {
+        out.push_back(nodes[i]);
+      }
+    }
+  }
+  for (const auto& [name, members] : domains.evicted) {
+    if (key != kEvictLabel || name != value) continue;
+    for (const std::uint32_t i : members) out.push_back(nodes[i]);
+  }
+  return out;
+}
+
+std::string DomainsThereAre(const ClusterState& state) {
+  std::set<std::string> names;
+  std::vector<NodeId> nodes;
+  for (const auto& [id, node] : state.nodes) {
+    if (node.record.health != NodeHealth::kLost) nodes.push_back(id);
+  }
+  const FailureDomains domains = DomainsOf(state, nodes);
+  for (const FailureDomains::Level& level : domains.levels) {
+    for (const std::string& value : level.values) names.insert(level.name + "=" + value);
+  }
+  for (const auto& [name, members] : domains.evicted) names.insert(fmt::format("evict={}", name));
+  std::vector<std::string> some(names.begin(), names.end());
+  if (some.size() > 8) some.resize(8);
+  return fmt::format("{}{}", fmt::join(some, ", "), names.size() > some.size() ? ", ..." : "");
+}
+
+// The members whose loss does most harm: a whole host set where `count` reaches, then others.
+std::vector<NodeId> Worst(const ClusterState& state, const JobStateView& job, std::uint32_t count) {
+  const CopySets copies = CopiesNow(state, job);
+  const NodeSet* smallest = nullptr;
+  for (const NodeSet& set : copies.hosts) {
+    const bool members =
+        std::all_of(set.begin(), set.end(), [&](std::uint32_t v) { return v < copies.members; });
+    if (members && set.size() <= count && (smallest == nullptr || set.size() < smallest->size())) {
+      smallest = &set;
+    }
+  }
+  NodeSet chosen = smallest == nullptr ? NodeSet() : *smallest;
+  for (std::uint32_t v = static_cast<std::uint32_t>(copies.members); v-- > 0;) {
+    const bool in = std::find(chosen.begin(), chosen.end(), v) != chosen.end();
+    if (!in && chosen.size() < count) chosen.push_back(v);
+  }
+  std::sort(chosen.begin(), chosen.end());
+  std::vector<NodeId> out;
+  for (const std::uint32_t v : chosen) out.push_back(copies.nodes[v]);
+  return out;
+}
+
+struct Pace {
+  double bytes_a_second = kAssumedRate;
+  double switch_seconds = kAssumedSwitch;
+  std::string basis;
+};
+
+Pace PaceOf(const JobStateView& job) {
+  Pace pace;
+  if (job.copied_bytes >= kLeastMeasured && job.copy_took.count() > 0) {
+    pace.bytes_a_second = static_cast<double>(job.copied_bytes) / ToSeconds(job.copy_took);
+    pace.basis =
+        fmt::format("{:.0f} MiB/s measured at the newest commit", pace.bytes_a_second / (1 << 20));
+  } else {
+    pace.basis = "1 GiB/s assumed";
+  }
+  std::vector<double> past;
+  for (const Fault& fault : job.record.faults) {
+    if (fault.recovered.ns != 0) past.push_back(ToSeconds(fault.recovered - fault.detected));
+  }
+  if (past.empty()) {
+    pace.basis += fmt::format(", {:.0f} s assumed for the switch", kAssumedSwitch);
+    return pace;
+  }
+  std::sort(past.begin(), past.end());
+  pace.switch_seconds = past[past.size() / 2];
+  pace.basis += fmt::format(", {:.2f} s for the switch: the median of {} recover{} of this job",
+                            pace.switch_seconds, past.size(), past.size() == 1 ? "y" : "ies");
+  return pace;
+}
+
+void FillSources(const ClusterState& state, const JobStateView& job, const Forecast& forecast,
+                 v1::LossForecast* to) {
+  std::map<NodeId, std::uint64_t> in, out;
+  std::uint64_t copy = 0;
+  for (const NodePlan& member : forecast.plan.nodes) {
+    if (forecast.state == JobState::kActivating) to->add_members(member.node);
+    const auto peer = job.holdings.find(member.replica_node);
+    for (const WorkerPlan& worker : member.workers) {
+      const RestorePlan& r = worker.restore;
+      if (r.step == kNoStep) continue;
+      v1::ShardSource* source = to->add_sources();
+      source->set_rank(worker.rank);
+      source->set_node(member.node);
+      source->set_tier(r.source_node == member.node ? "local" : "peer");
+      source->set_source_node(r.source_node);
+      source->set_source_rank(r.shard_rank);
+      source->set_bytes(r.bytes);
+      if (r.source_node != member.node) {
+        in[member.node] += r.bytes;
+        out[r.source_node] += r.bytes;
+      }
+      if (member.replica_node.empty() || forecast.state != JobState::kActivating) continue;
+      const auto alive = state.nodes.find(member.replica_node);
+      const bool there = peer != job.holdings.end() && alive != state.nodes.end() &&
+                         std::any_of(peer->second.shards.begin(), peer->second.shards.end(),
+                                     [&r](const HeldShard& s) {
+                                       return s.step == r.step &&
+                                              s.generation == r.shard_generation &&
+                                              s.crc_root == r.crc_root;
+                                     });
+      copy += there ? 0 : r.bytes;
+    }
+  }
+  std::sort(to->mutable_sources()->begin(), to->mutable_sources()->end(),
+            [](const auto& a, const auto& b) { return a.rank() < b.rank(); });
+  std::uint64_t total = 0, busiest = 0;
+  for (const auto& [node, bytes] : in) total += bytes, busiest = std::max(busiest, bytes);
+  for (const auto& [node, bytes] : out) busiest = std::max(busiest, bytes);
+  to->set_bytes_to_move(total);
+  to->set_bytes_to_copy(copy);
+  const Pace pace = PaceOf(job);
+  to->set_estimated_seconds(pace.switch_seconds +
+                            static_cast<double>(busiest) / pace.bytes_a_second);
+  to->set_basis(pace.basis);
+}
+
+std::string RanksText(const google::protobuf::RepeatedField<std::int32_t>& ranks) {
+  constexpr int kShown = 8;
+  std::vector<std::int32_t> shown(ranks.begin(),
+                                  ranks.begin() + std::min<int>(ranks.size(), kShown));
+  return fmt::format("rank{} {}{}", ranks.size() == 1 ? "" : "s", fmt::join(shown, ", "),
+                     ranks.size() > kShown ? ", ..." : "");
+}
+
+}  // namespace
+
+v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateView& job,
+                                    std::uint32_t max_lost) {
+  v1::CheckpointPlacement to;
+  to.set_job(job.record.spec.job);
+  to.set_generation(job.record.generation);
+  const CopySets copies = CopiesNow(state, job);
+  const Commit* commit = NewestCommit(job);
+  to.set_committed_step(copies.step);
+  to.set_layout(commit == nullptr ? "unknown" : copies.replicated ? "replicated" : "sharded");
+  to.set_copies(CopiesOf(job.plan.nodes.size()));
+  const std::vector<NodeSet> planned = PlannedHosts(job);
+  const std::size_t sets = Distinct(planned);
+  to.set_shape(Shape(planned, sets));
+  to.set_host_sets(static_cast<std::uint32_t>(sets));
+  std::map<NodeId, std::vector<Rank>> keeps;
+  for (const NodePlan& member : job.plan.nodes) {
+    for (const WorkerPlan& w : member.workers) keeps[member.replica_node].push_back(w.rank);
+  }
+  std::vector<NodeId> members;
+  for (const NodePlan& member : job.plan.nodes) {
+    members.push_back(member.node);
+    v1::NodeCopies* node = to.add_nodes();
+    node->set_node(member.node);
+    node->set_domain(DomainText(state.nodes.at(member.node)));
+    for (const WorkerPlan& w : member.workers) node->add_ranks(w.rank);
+    node->set_peer(member.replica_node);
+    for (const Rank rank : keeps[member.node]) node->add_keeps(rank);
+    node->set_bytes(BytesHeld(job, member.node));
+  }
+  if (members.empty()) {
+    to.set_why("the job runs on no node now");
+    return to;
+  }
+  // Losses of members; a copy on another node outlives them all.
+  std::vector<NodeSet> hosts = copies.hosts;
+  const auto count = static_cast<std::uint32_t>(members.size());
+  std::erase_if(hosts, [&](const NodeSet& set) {
+    return std::any_of(set.begin(), set.end(), [&](std::uint32_t v) { return v >= count; });
+  });
+  const std::uint32_t most = std::min(max_lost == 0 ? kDefaultMaxLost : max_lost, count);
+  for (std::uint32_t k = 1; k <= most; ++k) {
+    v1::Survival* s = to.add_by_nodes();
+    s->set_domains(count);
+    s->set_lost(k);
+    FillSurvival(checkpoint::Survival(count, hosts, k), s);
+  }
+  const FailureDomains domains = DomainsOf(state, members);
+  std::vector<std::string> spread, within;
+  for (const FailureDomains::Level& level : domains.levels) {
+    const std::vector<NodeSet> by_domain = NodesByDomain(level, count);
+    if (by_domain.size() == count && level.name == "host") continue;  // each its own: as nodes
+    for (std::uint32_t k = 1; k <= std::min<std::size_t>(2, by_domain.size()); ++k) {
+      v1::Survival* s = to.add_by_domain();
+      s->set_level(level.name);
+      s->set_domains(static_cast<std::uint32_t>(by_domain.size()));
+      s->set_lost(k);
+      FillSurvival(checkpoint::SurvivalByDomain(hosts, by_domain, k), s);
+    }
+    bool fatal = false;
+    for (std::uint32_t d = 0; d < level.values.size(); ++d) {
+      NodeSet nodes;
+      for (std::uint32_t i = 0; i < count; ++i) {
+        if (level.of[i] == d) nodes.push_back(i);
+      }
+      if (checkpoint::LostWith(hosts, nodes).empty()) continue;
+      fatal = true;
+      to.add_fatal(
+          fmt::format("{}={} ({} of {} nodes)", level.name, level.values[d], nodes.size(), count));
+    }
+    (fatal ? within : spread).push_back(level.name);
+  }
+  for (const auto& [name, nodes] : domains.evicted) {
+    const bool fatal = !checkpoint::LostWith(hosts, nodes).empty();
+    (fatal ? within : spread).push_back(fmt::format("{}={}", kEvictLabel, name));
+    if (fatal) {
+      to.add_fatal(fmt::format("{}={} ({} of {} nodes)", kEvictLabel, name, nodes.size(), count));
+    }
+  }
+  std::string why;
+  if (count == 1) {
+    why = "one node: its state lies in its own memory alone";
+  } else {
+    why = fmt::format("{} host sets for {} nodes, the fewest with equal load", sets, count);
+    if (!spread.empty()) why += fmt::format("; copies cross every {}", fmt::join(spread, ", "));
+    if (!within.empty()) {
+      why += fmt::format("; not every {}: too few nodes outside, or copies that have not moved yet",
+                         fmt::join(within, ", "));
+    }
+  }
+  if (copies.replicated) why += "; every rank's state is the same: any node that holds one will do";
+  if (commit == nullptr) why += "; nothing is committed yet: this is the plan";
+  to.set_why(why);
+  return to;
+}
+
+bool NodesMeant(const ClusterState& state, const JobStateView& job,
+                const v1::ForetellLossRequest& request, std::vector<NodeId>* lost,
+                std::string* error, bool* found) {
+  *found = true;
+  const bool named = request.nodes_size() > 0 || request.domains_size() > 0;
+  if (named == (request.count() > 0)) {
+    *error = "which nodes are lost: names, domains, or a number\nhint: give one of them";
+    return false;
+  }
+  if (request.count() > 0) {
+    if (request.count() > job.plan.nodes.size()) {
+      *error = fmt::format("the job runs on {} nodes, {} of them cannot be lost\nhint: at most {}",
+                           job.plan.nodes.size(), request.count(), job.plan.nodes.size());
+      return false;
+    }
+    *lost = Worst(state, job, request.count());
+    return true;
+  }
+  std::set<NodeId> all;
+  for (const std::string& id : request.nodes()) {
+    if (state.nodes.count(id) == 0) {
+      *error = fmt::format("no node is named \"{}\"\nhint: everstep node list shows the nodes", id);
+      *found = false;
+      return false;
+    }
+    all.insert(id);
+  }
+  for (const std::string& domain : request.domains()) {
+    const std::vector<NodeId> nodes = NodesIn(state, domain);
+    if (nodes.empty()) {
+      *error =
+          fmt::format("no node is in \"{}\"\nhint: there are: {}", domain, DomainsThereAre(state));
+      *found = false;
+      return false;
+    }
+    all.insert(nodes.begin(), nodes.end());
+  }
+  lost->assign(all.begin(), all.end());
+  return true;
+}
+
+v1::LossForecast LossForecastOf(const ClusterState& state, const JobStateView& job,
+                                const std::vector<NodeId>& lost, const Forecast& forecast,
+                                std::uint32_t count) {
+  v1::LossForecast to;
+  to.set_job(job.record.spec.job);
+  for (const NodeId& id : lost) to.add_lost(id);
+  to.set_committed_step(NewestCommit(job) == nullptr ? kNoStep : NewestCommit(job)->step);
+  to.set_newest_step(job.step);
+  to.set_state(JobStateName(forecast.state));
+  to.set_step(kNoStep);
+  const CopySets copies = CopiesNow(state, job);
+  const bool touched = std::any_of(
+      job.plan.nodes.begin(), job.plan.nodes.end(),
+      [&](const auto& m) { return std::find(lost.begin(), lost.end(), m.node) != lost.end(); });
+  NodeSet gone;
+  for (std::uint32_t i = 0; i < copies.nodes.size(); ++i) {
+    if (std::find(lost.begin(), lost.end(), copies.nodes[i]) != lost.end()) gone.push_back(i);
+  }
+  const NodeSet losers = checkpoint::LostWith(copies.hosts, gone);
+  for (const std::uint32_t r : losers) {
+    if (copies.step != kNoStep && !copies.replicated) to.add_ranks_lost(static_cast<Rank>(r));
+  }
+  for (const NodeId& id : lost) {
+    to.set_detect_seconds(std::max(to.detect_seconds(), ToSeconds(state.nodes.at(id).lease)));
+  }
+  if (count > 0) {
+    std::vector<NodeSet> hosts = copies.hosts;
+    const auto members = static_cast<std::uint32_t>(copies.members);
+    std::erase_if(hosts, [&](const NodeSet& set) {
+      return std::any_of(set.begin(), set.end(), [&](std::uint32_t v) { return v >= members; });
+    });
+    v1::Survival* s = to.mutable_survival();
+    s->set_domains(members);
+    s->set_lost(count);
+    FillSurvival(checkpoint::Survival(members, hosts, count), s);
+  }
+  if (!touched && Switches(forecast.state)) {
+    to.set_recoverable(true);
+    to.set_step(job.step);
+    to.set_why("the job runs on none of these nodes: it goes on");
+    return to;
+  }
+  const bool goes_on = forecast.state == JobState::kActivating;
+  if (!goes_on && forecast.state != JobState::kWaiting) {
+    to.set_why(fmt::format("the job ends: {}", forecast.message));
+    return to;
+  }
+  to.set_recoverable(forecast.plan.restore_step != kNoStep);
+  to.set_step(forecast.plan.restore_step);
+  FillSources(state, job, forecast, &to);
+  if (!to.recoverable()) to.set_estimated_seconds(0);
+  std::string why;
+  if (to.recoverable()) {
+    std::size_t local = 0;
+    for (const v1::ShardSource& s : to.sources()) local += s.tier() == "local";
+    why = fmt::format(
+        "every rank's state of step {} is left: {} in the memory of the rank's own "
+        "node, {} on a peer",
+        to.step(), local, static_cast<std::size_t>(to.sources_size()) - local);
+    if (to.step() < to.committed_step()) {
+      why +=
+          fmt::format("; of step {}, which was committed, every copy of {} goes with these nodes",
+                      to.committed_step(), RanksText(to.ranks_lost()));
+    }
+  } else if (to.ranks_lost_size() > 0) {
+    why = fmt::format("every copy of {} goes with these nodes, and no older step is complete",
+                      RanksText(to.ranks_lost()));
+  } else if (copies.step == kNoStep) {
+    why = "nothing was committed yet";
+  } else if (const auto world = forecast.plan.nodes.size() * job.record.spec.nproc_per_node;
+             !copies.replicated && world != copies.hosts.size()) {
+    why = fmt::format(
+        "what is left is the state of {} ranks, each its own; the job would go on with {}",
+        copies.hosts.size(), world);
+  } else {
+    why = "no node that is left holds a complete step";
+  }
+  if (!goes_on) why += fmt::format("; the job waits for nodes ({})", forecast.message);
+  to.set_why(why);
+  return to;
+}
+
+}  // namespace everstep::controller

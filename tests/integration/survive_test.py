@@ -1,0 +1,220 @@
+"""What `everstep ckpt survive` foretells is what happens: the same nodes are then killed.
+
+Real processes on loopback: four members in two zones and a spare, ranks with states of their own. Each drill asks,
+kills exactly those nodes (agent, keeper, workers), and compares the step, the sources and the bytes with what the
+controller did and with what the ranks found in their state.
+Environment: EVERSTEP_BUILD, the build folder (default build/release).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BIN = Path(os.environ.get("EVERSTEP_BUILD", ROOT / "build/release")) / "bin"
+ZONES = {"n0": "a", "n1": "a", "n2": "b", "n3": "b", "n4": "a"}
+SHARD = 8 << 20  # of state; a slot has a table beside it
+
+
+class Cluster:
+    def __init__(self, work: Path) -> None:
+        self.work, self.ledger, self.hold = work, work / "ledger", work / "hold"
+        self.ledger.mkdir()
+        self.tell(step=4, generation=1000)
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "EVERSTEP", "TORCHELASTIC"))}
+        self.env = clean | {"LEDGER": str(self.ledger), "HOLD": str(self.hold), "OMP_NUM_THREADS": "1",
+                            "VIRTUAL_ENV": str(ROOT / ".venv"), "PYTHONPATH": str(ROOT / "worker/python"),
+                            "EVERSTEP_LIBRARY": str(BIN.parent / "lib/libeverstep.so")}
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.start("controller", "everstep-controller", "--listen", "127.0.0.1:0", "--state-dir", str(work / "c"),
+                   "--address-file", str(work / "address"))
+        self.wait("the controller", (work / "address").exists, 30)
+        self.controller = (work / "address").read_text().split()[0]
+        for node in ZONES:
+            self.join(node)
+
+    def start(self, name: str, program: str, *args: str) -> subprocess.Popen[bytes]:
+        with (self.work / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen([str(BIN / program), *args], env=self.env, stdout=log, stderr=log,
+                                       stdin=subprocess.DEVNULL, start_new_session=True)
+        self.processes.append(process)
+        return process
+
+    def join(self, node: str) -> None:
+        self.start(node, "everstep-agent", "--controller", self.controller, "--node", node, "--state-dir", str(self.work / "s"),
+                   "--label", f"zone={ZONES[node]}", "--label", f"host={node}")
+
+    def kill(self, *nodes: str) -> None:
+        """Each node's agent and keeper; its workers go with the keeper."""
+        for node in nodes:
+            for part in ("agent.pid", "keeper.pid"):
+                pid = int((self.work / "s/nodes" / node / part).read_text().split()[0])
+                os.kill(pid, signal.SIGKILL)
+
+    def tell(self, step: int, generation: int) -> None:
+        new = self.hold.with_suffix(".new")
+        new.write_text(json.dumps({"step": step, "generation": generation}))
+        new.rename(self.hold)
+
+    def run(self, *args: str, code: int = 0) -> str:
+        done = subprocess.run([str(BIN / "everstep"), *args, "--controller", self.controller], check=False,
+                              capture_output=True, text=True, timeout=60, env=self.env)
+        assert done.returncode == code, f"{args}: exit {done.returncode}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def cli(self, *args: str, code: int = 0) -> dict[str, Any]:
+        return json.loads(self.run(*args, "-o", "json", code=code))
+
+    def job(self) -> dict[str, Any]:
+        return self.cli("job", "show", "drill")
+
+    def nodes(self) -> dict[str, str]:
+        return {n["node"]: n["state"] for n in self.cli("node", "list")["items"]}
+
+    def restores(self) -> list[dict[str, str]]:
+        """What the controller did, by its own account: the evidence of each restore event."""
+        lines = self.run("events", "--type", "restore", "--job", "drill", "-o", "jsonl").splitlines()
+        return [dict(word.split("=") for word in json.loads(line)["evidence"].split()) for line in lines]
+
+    def wait(self, what: str, condition: Callable[[], bool], seconds: float = 90) -> None:
+        deadline = time.time() + seconds
+        while not condition():
+            if time.time() > deadline:
+                logs = "\n".join(f"--- {p.name}\n{p.read_text()[-1500:]}" for p in sorted(self.work.glob("*.log")))
+                raise AssertionError(f"not within {seconds:.0f} s: {what}\n{logs}")
+            time.sleep(0.05)
+
+    def settled(self, step: int) -> None:
+        """Everything up to `step` is committed, the job runs, and a spare is warm where there is one."""
+        self.wait(f"step {step} committed", lambda: int(self.job()["committed_step"]) == step and self.job()["state"] == "RUNNING")
+
+    def began(self, generation: int) -> list[dict[str, int]]:
+        files = [self.ledger / f"{generation}-{rank}.json" for rank in range(4)]
+        self.wait(f"the ranks of generation {generation}", lambda: all(f.exists() for f in files))
+        return [json.loads(f.read_text()) for f in files]
+
+    def down(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+        for process in self.processes:
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(10)
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    cluster = Cluster(tmp_path)
+    try:
+        yield cluster
+    finally:
+        cluster.down()
+
+
+def compare(cluster: Cluster, told: dict[str, Any], restores_before: int) -> None:
+    """The forecast beside the controller's own account and what the ranks found."""
+    cluster.wait("a restore", lambda: len(cluster.restores()) > restores_before)
+    did = cluster.restores()[-1]
+    tiers = [s["tier"] for s in told["sources"]]
+    assert int(did["step"]) == int(told["step"])
+    assert int(did["ranks_local"]) == tiers.count("local")
+    assert int(did["ranks_from_peers"]) == tiers.count("peer")
+    assert int(did["bytes"]) == int(told["bytes_to_move"])
+    cluster.wait("the job running", lambda: cluster.job()["state"] == "RUNNING")
+    for found in cluster.began(int(cluster.job()["generation"])):
+        assert found == {"step": int(told["step"]) + 1, "made": int(told["step"]) + 1, "wrong": 0}
+
+
+def lose(cluster: Cluster, step: int, *nodes: str, asked: tuple[str, ...], code: int = 0) -> tuple[dict[str, Any], int]:
+    """Asks, kills; the next generation may go on five steps. The forecast, and how many restores there were."""
+    told = cluster.cli("ckpt", "survive", "drill", *asked, code=code)
+    assert set(told["lost"]) == set(nodes)
+    restores = len(cluster.restores())
+    generation = int(cluster.job()["generation"])
+    cluster.tell(step=step, generation=generation)
+    cluster.kill(*nodes)
+    return told, restores
+
+
+def test_what_is_foretold_happens(cluster: Cluster) -> None:
+    cluster.wait("five nodes", lambda: list(cluster.nodes().values()).count("ALIVE") == 5)
+    cluster.start("run", "everstep", "run", "--controller", cluster.controller, "--name", "drill", "--nnodes", "4", "--spares", "1",
+                  "--nproc-per-node", "1", str(ROOT / "tests/integration/scripts/sharded.py"))
+    cluster.wait("the job", lambda: any(j["job"] == "drill" for j in cluster.cli("job", "list")["items"]))
+    cluster.settled(4)
+    cluster.wait("a warm spare", lambda: cluster.job()["spares"] == 1)
+
+    placement = cluster.cli("ckpt", "placement", "drill")
+    assert placement["layout"] == "sharded"
+    assert placement["fatal"] == [], "every copy is in the other zone"
+    members = [n["node"] for n in placement["nodes"]]
+    peers = {n["node"]: n["peer"] for n in placement["nodes"]}
+    assert {ZONES[n] for n in members} == {"a", "b"}
+    by_lost = {s["lost"]: s["probability"] for s in placement["by_nodes"]}
+    assert by_lost[1] == 1
+    assert by_lost[2] == pytest.approx(2 / 3)
+
+    # 1. One member, with a spare: its rank's bytes come from the peer.
+    victim = next(n for n in members if ZONES[n] == "a")
+    told, restores = lose(cluster, 4, victim, asked=("--lose", victim))
+    assert told["recoverable"]
+    assert told["state"] == "ACTIVATING"
+    assert [s["source_node"] for s in told["sources"] if s["tier"] == "peer"] == [peers[victim]]
+    assert int(told["bytes_to_move"]) > SHARD
+    compare(cluster, told, restores)
+    assert cluster.job()["members"] == told["members"]
+    cluster.settled(9)
+
+    # 2. The same again, the estimate now from what this job measured.
+    cluster.join(victim)
+    cluster.wait("a warm spare again", lambda: cluster.job()["spares"] == 1)
+    victim = next(n for n in cluster.job()["members"] if ZONES[n] == "a")
+    told, restores = lose(cluster, 9, victim, asked=("--lose", victim))
+    assert "measured" in told["basis"]
+    assert "1 recovery" in told["basis"]
+    compare(cluster, told, restores)
+    cluster.settled(14)
+    took = float(cluster.job()["faults"][-1]["recovery_seconds"])
+    estimate = float(told["estimated_seconds"])
+    assert estimate / 2 - 0.5 < took < 2 * estimate + 0.5, f"estimated {estimate:.2f} s, took {took:.2f} s"
+
+    # 3. A zone: too few nodes are left, but a copy of everything; it goes on when there are nodes.
+    cluster.join(victim)
+    cluster.wait("a warm spare again", lambda: cluster.job()["spares"] == 1)
+    nodes = [n for n, zone in ZONES.items() if zone == "b"]
+    told, restores = lose(cluster, 14, *nodes, asked=("--domain", "zone=b"))
+    assert told["recoverable"]
+    assert told["state"] == "WAITING"
+    cluster.wait("it waits", lambda: cluster.job()["state"] == "WAITING")
+    assert len(cluster.restores()) == restores
+    for node in nodes:
+        cluster.join(node)
+    compare(cluster, told, restores)
+    cluster.settled(19)
+
+    # 4. A pair: nothing is left of two ranks, and that is said before.
+    told = cluster.cli("ckpt", "survive", "drill", "--nodes", "2", code=1)
+    assert told["survival"]["probability"] == pytest.approx(2 / 3)
+    pair, members = told["lost"], cluster.job()["members"]
+    told, restores = lose(cluster, -1, *pair, asked=("--lose", ",".join(pair)), code=1)
+    assert not told["recoverable"]
+    assert int(told["step"]) == -1
+    assert told["ranks_lost"] == sorted(members.index(n) for n in pair)
+    for node in pair:
+        cluster.join(node)
+    cluster.wait("a restore", lambda: len(cluster.restores()) > restores)
+    assert cluster.restores()[-1]["step"] == "-1"
+    cluster.wait("the job running", lambda: cluster.job()["state"] == "RUNNING")
+    assert [f["made"] for f in cluster.began(int(cluster.job()["generation"]))] == [0] * 4
