@@ -5,6 +5,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 
@@ -170,7 +171,9 @@ Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica*
   const SlotFields& fields = request.fields;
   const JobId job = session->job();
   if (!replica->arena.open()) {
-    auto fds = host_->Open(job, {.rank = fields.rank, .replica = true}, fields.payload_bytes);
+    // 0 would mean "only when it is there".
+    const std::uint64_t room = std::max<std::uint64_t>(fields.payload_bytes, 1);
+    auto fds = host_->Open(job, {.rank = fields.rank, .replica = true}, room);
     if (!fds.ok()) return fds.error();
     if (fds.value().eventfd >= 0) close(fds.value().eventfd);
     const ArenaSpec blank{.job = job, .rank = fields.rank, .replica = true};

@@ -87,7 +87,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     std::memcpy(&request, data, head);
     data += head;
     size -= head;
-    request.op = (mode & 1) != 0 ? Op::kFetch : Op::kPush;
+    request.op = (mode & 1) != 0 ? Op::kFetch : (mode & 16) != 0 ? Op::kJoin : Op::kPush;
     std::memset(request.job, 0, sizeof request.job);
     std::memcpy(request.job, "job", 3);
     if ((mode & 2) == 0) {  // plausible, so that more than the first check is reached
