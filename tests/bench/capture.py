@@ -4,6 +4,7 @@ Cases first-SIZE (a fresh arena's first save), blocking-SIZE and overlapped-SIZE
 each a multiple (x) of one warm memcpy of the same bytes in the same process, measured around it:
   blocked     how long the training waits: step(), and in overlapped mode optimizer.step()'s wait for the copy
   replicated  from step() until the step is committed: checked on the peer's node and recorded by the controller
+  step_time   overlapped: of a step of 20 memcpys' computation with a capture beside it, a multiple of one without
   restored    restore() of a new process after SIGKILL, from the node's memory, every byte checked
 """
 
