@@ -1,8 +1,8 @@
 // What the heartbeat says of the node's checkpoint traffic: TrafficReport as a message.
 #pragma once
 
-#include "checkpoint/transfer/traffic.h"
 #include "agent.pb.h"
+#include "checkpoint/transfer/traffic.h"
 
 namespace everstep::agent {
 

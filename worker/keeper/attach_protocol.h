@@ -25,9 +25,9 @@ static_assert(sizeof(AttachRequest) == 160);
 
 struct AttachReply {
   std::uint32_t magic = kAttachMagic;
-  std::int32_t error = 0;         // errno-like; 0 ok
-  // What the arena was made with: the wish of whoever attached first. It may be less than this wish;
-  // the writer grows the file when a state does not fit (checkpoint/store/arena.h).
+  std::int32_t error = 0;  // errno-like; 0 ok
+  // What the arena was made with: the wish of whoever attached first. It may be less than this
+  // wish; the writer grows the file when a state does not fit (checkpoint/store/arena.h).
   std::uint64_t slot_bytes = 0;
   std::uint64_t total_bytes = 0;  // of the memfd
   char message[232] = {};         // who, what, limit, what to do next

@@ -212,10 +212,10 @@ struct Notice {
 };
 struct Tick {};  // NextWakeup() has come
 
-using Event = std::variant<SessionOpened, SessionLost, Registered, Heard, Warm, Prepare, Activate, StopJob,
-                           Committed, Persist, TailLogs, KillForDrill, KeeperAttached, KeeperGone,
-                           WorkerStarted, WorkerStartFailed, WorkerExited, WorkerStalled,
-                           ForkServerState, StoreReady, StoreFailed, Surveyed, ShardCopied,
-                           Persisted, StepCaptured, Notice, Tick>;
+using Event = std::variant<SessionOpened, SessionLost, Registered, Heard, Warm, Prepare, Activate,
+                           StopJob, Committed, Persist, TailLogs, KillForDrill, KeeperAttached,
+                           KeeperGone, WorkerStarted, WorkerStartFailed, WorkerExited,
+                           WorkerStalled, ForkServerState, StoreReady, StoreFailed, Surveyed,
+                           ShardCopied, Persisted, StepCaptured, Notice, Tick>;
 
 }  // namespace everstep::agent
