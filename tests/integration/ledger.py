@@ -63,11 +63,13 @@ def check(entries: list[Entry], committed: list[tuple[float, int]]) -> list[str]
             wrong.append(f"step {step} at world size {world} has {len(seen)} different states: {told}")
     for (generation, rank), e in sorted(starts.items()):
         # What was committed a second before the generation's first step ended was surely known to its plan only if
-        # no newer generation was made; so compare with what was committed before the *previous* generation's last entry.
+        # no newer generation was made; so compare with what was committed before the *previous* generation's last entry,
+        # and before this one's first: a worker behind a cut may write down the end of its last step long after.
         before = [x.at for x in entries if x.generation < generation]
         if not before:
             continue
-        known = [c for at, c in committed if at <= max(before)]
+        until = min(max(before), *(x.at for x in entries if x.generation == generation))
+        known = [c for at, c in committed if at <= until]
         if known and e.step <= known[-1]:
             wrong.append(f"generation {generation} rank {rank} began with step {e.step}, although step {known[-1]} was committed")
         previous = [x.step for x in entries if x.generation < generation]
