@@ -113,6 +113,7 @@ struct PacerOptions {
   std::vector<double> busy_then_idle_s;  // a gap trace: busy, idle, busy, idle ... of one iteration
   double safety = 0.9;
   LinkModel link;
+  std::uint64_t in_flight_bytes = kUsualInFlight;  // of one connection
   StepLimitOptions limit;
 };
 struct PaceDecision {

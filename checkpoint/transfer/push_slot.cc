@@ -144,6 +144,9 @@ Result<std::vector<std::uint32_t>> Pusher::Agree(PeerConversation* lead) {
 // refuses: its ack says why).
 Outcome Pusher::SendFrom(ChunkQueue* queue, PeerConversation* talk) {
   Connection& connection = talk->connection;
+  if (task_.traffic != nullptr && task_.traffic->in_flight_bytes() < kUsualInFlight) {
+    connection.LimitInFlight(task_.traffic->in_flight_bytes());
+  }
   const unsigned char* data = nullptr;
   if (MappingPays(connection)) {
     std::lock_guard<std::mutex> lock(mutex_);

@@ -227,6 +227,11 @@ void Connection::FitBuffers() {
   setsockopt(fd_, SOL_SOCKET, SO_SNDBUF, &kInCache, sizeof kInCache);
 }
 
+void Connection::LimitInFlight(std::uint64_t bytes) {
+  const int half = static_cast<int>(std::min<std::uint64_t>(bytes, 1u << 30) / 2);  // it is doubled
+  setsockopt(fd_, SOL_SOCKET, SO_SNDBUF, &half, sizeof half);
+}
+
 Result<Listening> Listen(const std::string& address, std::uint16_t port) {
   const std::string host = address.find(':') == std::string::npos ? address : "[" + address + "]";
   auto list = Resolve(fmt::format("{}:{}", host, port), AI_PASSIVE);

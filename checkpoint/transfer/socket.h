@@ -42,6 +42,8 @@ class Connection {
   // Before the first bulk byte: between two ends of one host what is under way should stay in the
   // cache; elsewhere the kernel fits its buffers to the link by itself.
   void FitBuffers();
+  // At most so many bytes wait in this end's buffer and on the way.
+  void LimitInFlight(std::uint64_t bytes);
 
   void set_deadline(SteadyTime deadline) { deadline_ = deadline; }
   const std::string& peer() const { return peer_; }

@@ -56,7 +56,11 @@ struct TrafficReport {
 
 class Traffic {
  public:
-  explicit Traffic(const PacerOptions& options) : pacer_(options) {}
+  explicit Traffic(const PacerOptions& options)
+      : pacer_(options), in_flight_bytes_(options.in_flight_bytes) {}
+
+  // The most that one connection may have under way (head-of-line bound).
+  std::uint64_t in_flight_bytes() const { return in_flight_bytes_; }
 
   // Something of the class is to be sent, as long as this lives: lower classes wait.
   class Turn {
@@ -101,6 +105,7 @@ class Traffic {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   Pacer pacer_;
+  const std::uint64_t in_flight_bytes_;
   TrafficReport counts_;
   std::map<JobId, LastStep> steps_;
 };

@@ -1,5 +1,6 @@
 // When checkpoint bytes may go: Algorithm 2, the head-of-line bound, the limit on the step's time,
 // the classes. Time is simulated.
+#include "checkpoint/core/gap_trace.h"
 #include "checkpoint/core/pacing.h"
 
 #include <gtest/gtest.h>
@@ -234,6 +235,25 @@ TEST(Pacer, FillsTheIdleSpansOfAGapTraceAndNeverTheBusyOnes) {
   EXPECT_EQ(behind, 68);
   pacer.OnStep(0.1, now);
   EXPECT_FALSE(pacer.Ask(TrafficClass::kCommit, kMiB, now + 1).go) << "the next iteration is busy";
+}
+
+TEST(GapTrace, IsReadAndRefusedByLine) {
+  PacerOptions options;
+  EXPECT_EQ(ParseGapTrace("# of step 20\nlink 25 12.5\nlayer 40 20\n12.5 3.2  # forward\n8 0.4\n",
+                          &options),
+            "");
+  ASSERT_EQ(options.busy_then_idle_s.size(), 4u);
+  EXPECT_DOUBLE_EQ(options.busy_then_idle_s[1], 0.0032);
+  EXPECT_DOUBLE_EQ(options.link.alpha_s, 25e-6);
+  EXPECT_DOUBLE_EQ(options.link.bytes_per_s, 12.5e9);
+  EXPECT_EQ(options.in_flight_bytes, 12'500'000u);  // 5 % of 20 ms at 12.5 GB/s
+  for (const char* bad : {"1", "1 2 3", "-1 2", "1 x", "link 1 0", "nan 1", "1e9 1", "layer 1"}) {
+    PacerOptions kept = options;
+    EXPECT_EQ(ParseGapTrace(std::string("1 1\n") + bad, &kept).substr(0, 7), "line 2:") << bad;
+    EXPECT_EQ(kept.busy_then_idle_s, options.busy_then_idle_s) << bad;
+  }
+  EXPECT_EQ(ParseGapTrace("", &options), "");
+  EXPECT_EQ(options.in_flight_bytes, kUsualInFlight);
 }
 
 }  // namespace
