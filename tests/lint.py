@@ -123,7 +123,7 @@ def main() -> int:
     parser.add_argument("folders", nargs="*", type=Path, metavar="FOLDER")
     parser.add_argument("--since", metavar="REF")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, metavar="N")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     build = arguments.build.resolve()
     began = time.monotonic()
     try:
