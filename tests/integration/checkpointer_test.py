@@ -330,7 +330,9 @@ def test_more_than_memory_is_told_once_and_the_script_runs_on(
         assert ck.step(1)
 
 
-def test_fsdp2_shards_go_and_come_as_they_lie(node: Node, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["blocking", "overlapped"])
+def test_fsdp2_shards_go_and_come_as_they_lie(node: Node, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                              mode: Any) -> None:
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
@@ -353,11 +355,14 @@ def test_fsdp2_shards_go_and_come_as_they_lie(node: Node, monkeypatch: pytest.Mo
 
         node.say("activate 1 1 -1 0")
         model, optimizer = build(1)
-        with everstep.Checkpointer({"model": model, "optimizer": optimizer}) as ck:
+        monkeypatch.setattr(checkpointer, "_OVERLAP_BYTES", 0)
+        with everstep.Checkpointer({"model": model, "optimizer": optimizer}, mode=mode) as ck:
             ck.restore()
             for n in range(3):
                 train(model, optimizer, n)
                 assert ck.step(n)
+            assert ck.stats().mode == mode
+            assert mode == "blocking" or ck._plan is not None and ck._plan.late_bytes >= 3 * (8 * 16 + 16 * 4) * 4
         expected = [train(model, optimizer, n) for n in range(3, 6)]
         assert not node.say("survey")["shards"][0]["replicated"]
         node.say("activate 2 1 2 0")

@@ -129,14 +129,27 @@ def _copy_all(pairs: list[tuple[torch.Tensor, Any]]) -> None:
                       for at in range(0, size, _PART)]
         else:
             _copy(target, saved)
-    copy = copier()
-    threads = min(_COPY_THREADS, os.cpu_count() or 1, len(plain))
-    if threads > 1 and sum(size for _, _, size in plain) >= _PART:
-        with ThreadPoolExecutor(threads) as pool:  # it runs without the interpreter's lock
-            list(pool.map(lambda part: copy(*part), plain))
-    else:
+    copy, total = copier(), sum(size for _, _, size in plain)
+    threads = min(_COPY_THREADS, os.cpu_count() or 1)
+    if threads == 1 or total < _PART:
         for part in plain:
             copy(*part)
+        return
+    shares: list[list[tuple[int, int, int]]] = [[]]
+    filled = 0
+    for part in plain:  # a few shares a thread, so that they end together
+        if filled * threads * 4 >= total:
+            shares.append([])
+            filled = 0
+        shares[-1].append(part)
+        filled += part[2]
+
+    def copy_share(share: list[tuple[int, int, int]]) -> None:
+        for part in share:
+            copy(*part)
+
+    with ThreadPoolExecutor(threads) as pool:  # the copies run without the interpreter's lock
+        list(pool.map(copy_share, shares))
 
 
 def _load_module(module: torch.nn.Module, saved: dict[str, Any]) -> None:
