@@ -80,7 +80,7 @@ if [ "$python" = 1 ]; then
     pip install torch==2.13.0
   fi
   wanted=()
-  for m in numpy matplotlib pytest hypothesis; do
+  for m in numpy matplotlib pytest hypothesis safetensors; do
     .venv/bin/python -c "import importlib.util as u, sys; sys.exit(u.find_spec('$m') is None)" || wanted+=("$m")
   done
   if [ ${#wanted[@]} -gt 0 ]; then
