@@ -6,7 +6,10 @@
 #include <chrono>
 #include <csignal>
 #include <cstdio>
+#include <fstream>
+#include <iterator>
 
+#include "checkpoint/core/gap_trace.h"
 #include "proto/base/endpoint.h"
 #include "proto/base/log.h"
 #include "proto/wire/convert.h"
@@ -233,6 +236,20 @@ void Engine::StartTransfer() {
   if (!transfer_factory_) return;
   checkpoint::TransferOptions o;
   o.bind_address = IsLoopback(address_) ? "127.0.0.1" : address_;
+  o.streams = static_cast<int>(options_.ckpt_streams);
+  if (!options_.ckpt_gap_trace.empty()) {
+    std::ifstream file(options_.ckpt_gap_trace);
+    const std::string text(std::istreambuf_iterator<char>(file), {});
+    const std::string wrong = file.is_open() ? checkpoint::ParseGapTrace(text, &o.pacing)
+                                             : std::string("it cannot be read");
+    if (wrong.empty()) {
+      LogInfo("gap_trace_read",
+              {{"file", options_.ckpt_gap_trace},
+               {"spans", static_cast<std::uint64_t>(o.pacing.busy_then_idle_s.size() / 2)}});
+    } else {
+      LogWarning("gap_trace_refused", {{"file", options_.ckpt_gap_trace}, {"error", wrong}});
+    }
+  }
   const bool any = options_.data_port == 0;
   o.port = any ? ReadDataPort(options_.node_dir) : static_cast<std::uint16_t>(options_.data_port);
   auto started = transfer_factory_(o, keeper_.get(), this);

@@ -65,6 +65,12 @@ ParseOutcome ParseOptions(int argc, const char* const* argv, AgentOptions* o) {
       "KEY=VALUE: a failure domain (region, zone, pool, rack, host, evict); may be repeated");
   app.add_option("--data-port", o->data_port, "TCP port of the checkpoint data plane; 0: any")
       ->check(CLI::Range(0, 65535));
+  app.add_option("--ckpt-streams", o->ckpt_streams,
+                 "Connections for one checkpoint at most; small ones take fewer")
+      ->check(CLI::Range(1, 16))
+      ->capture_default_str();
+  app.add_option("--ckpt-gap-trace", o->ckpt_gap_trace,
+                 "File of an iteration's busy and idle network spans, which checkpoints then fill");
   app.add_option("--keeper", o->keeper_program,
                  "Path of everstep-keeper (default: beside this program)");
   app.add_option("--keeper-socket", o->keeper_socket, "Default: STATE/nodes/NAME/keeper.sock");
