@@ -229,9 +229,10 @@ EVERSTEP_WIDE_TARGET inline __m512i Fold(__m512i sum, __m512i multipliers, __m51
                                    _mm512_clmulepi64_epi128(sum, multipliers, 0x11), next, 0x96);
 }
 template <bool kCopy>
-EVERSTEP_WIDE_TARGET inline __m512i Take(unsigned char* to, const unsigned char* from) {
-  const __m512i word = _mm512_loadu_si512(from);
-  if constexpr (kCopy) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), word);
+EVERSTEP_WIDE_TARGET inline __m512i Take(unsigned char* to, const unsigned char* from,
+                                         std::size_t at) {
+  const __m512i word = _mm512_loadu_si512(from + at);
+  if constexpr (kCopy) _mm512_stream_si512(reinterpret_cast<__m512i*>(to + at), word);
   return word;
 }
 EVERSTEP_WIDE_TARGET inline std::uint32_t Reduce(__m512i sum) {
@@ -252,7 +253,7 @@ EVERSTEP_WIDE_TARGET std::array<std::uint32_t, kRuns> Runs(std::uint32_t crc, un
   __m512i sum[kRuns][kWords];
   for (std::size_t r = 0; r < kRuns; ++r) {
     for (std::size_t w = 0; w < kWords; ++w) {
-      sum[r][w] = Take<kCopy>(to + r * kSpan + 64 * w, from + r * kSpan + 64 * w);
+      sum[r][w] = Take<kCopy>(to, from, r * kSpan + 64 * w);
     }
   }
   sum[0][0] =
@@ -262,7 +263,7 @@ EVERSTEP_WIDE_TARGET std::array<std::uint32_t, kRuns> Runs(std::uint32_t crc, un
     for (std::size_t r = 0; r < kRuns; ++r) {
       for (std::size_t w = 0; w < kWords; ++w) {
         const std::size_t at = r * kSpan + i + 64 * w;
-        sum[r][w] = Fold(sum[r][w], step, Take<kCopy>(to + at, from + at));
+        sum[r][w] = Fold(sum[r][w], step, Take<kCopy>(to, from, at));
       }
     }
   }
