@@ -20,6 +20,7 @@ VerbResult Dispatch(Context& context, const std::string& called_as) {
     case Verb::kNodeShow: return RunNodeShow(context);
     case Verb::kNodeDrain: return RunNodeDrain(context);
     case Verb::kNodeUndrain: return RunNodeUndrain(context);
+    case Verb::kCkptTraffic: return RunCkptTraffic(context);
     case Verb::kCkptPlacement: return RunCkptPlacement(context);
     case Verb::kCkptSurvive: return RunCkptSurvive(context);
     case Verb::kEvents: return RunEvents(context);

@@ -25,6 +25,7 @@ enum class Verb : std::uint8_t {
   kNodeShow,
   kNodeDrain,
   kNodeUndrain,
+  kCkptTraffic,
   kCkptPlacement,
   kCkptSurvive,
   kEvents,

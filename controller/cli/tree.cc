@@ -141,7 +141,8 @@ CommandSpec CkptCommands() {
                        {"nodes", 0, "K", "any K nodes: the probability, and the worst K"}},
            .examples = {{"everstep ckpt survive gpt --lose n3,n7", ""},
                         {"everstep ckpt survive gpt --domain zone=a", ""},
-                        {"everstep ckpt survive gpt --nodes 2", ""}}}}};
+                        {"everstep ckpt survive gpt --nodes 2", ""}}},
+          CkptTrafficCommand()}};
 }
 
 CommandSpec DrillCommands(const std::string& name, const std::string& summary,

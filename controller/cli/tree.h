@@ -8,6 +8,9 @@ namespace everstep::cli {
 // Built once, lives as long as the program. Thread-safe.
 const ProgramSpec& Program();
 
+// Children of `everstep ckpt`, each group in a file of its own (tree_ckpt_*.cc).
+CommandSpec CkptTrafficCommand();
+
 // Topics of `everstep help TOPIC` that are no commands: name, one line, text.
 struct Topic {
   std::string name;

@@ -20,6 +20,8 @@ VerbResult RunNodeShow(Context& context);
 VerbResult RunNodeDrain(Context& context);
 VerbResult RunNodeUndrain(Context& context);
 
+VerbResult RunCkptTraffic(Context& context);
+
 VerbResult RunCkptPlacement(Context& context);
 VerbResult RunCkptSurvive(Context& context);
 
