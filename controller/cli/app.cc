@@ -20,9 +20,9 @@ VerbResult Dispatch(Context& context, const std::string& called_as) {
     case Verb::kNodeShow: return RunNodeShow(context);
     case Verb::kNodeDrain: return RunNodeDrain(context);
     case Verb::kNodeUndrain: return RunNodeUndrain(context);
-    case Verb::kCkptTraffic: return RunCkptTraffic(context);
     case Verb::kCkptPlacement: return RunCkptPlacement(context);
     case Verb::kCkptSurvive: return RunCkptSurvive(context);
+    case Verb::kCkptTraffic: return RunCkptTraffic(context);
     case Verb::kEvents: return RunEvents(context);
     case Verb::kLogs: return RunLogs(context);
     case Verb::kRun: return RunProgramBeside(context, called_as);
@@ -36,6 +36,12 @@ VerbResult Dispatch(Context& context, const std::string& called_as) {
     case Verb::kClusterList: return RunClusterList(context);
     case Verb::kClusterSupervise: return RunClusterSupervise(context);
     case Verb::kClusterStart: return RunClusterStart(context);
+    case Verb::kCkptList: return RunCkptList(context);
+    case Verb::kCkptShow: return RunCkptShow(context);
+    case Verb::kCkptVerify: return RunCkptVerify(context);
+    case Verb::kCkptSave: return RunCkptSave(context);
+    case Verb::kCkptPrune: return RunCkptPrune(context);
+    case Verb::kCkptExport: return RunCkptExport(context);
     default: return RunDrill(context, verb);
   }
   return CliError{ExitCode::kUsage, "INVALID_ARGUMENT", "no command", "everstep --help"};

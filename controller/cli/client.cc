@@ -250,6 +250,12 @@ Result<v1::NodeStatus> AdminClient::UndrainNode(const std::string& node) {
   return Call(*impl_, options_, Kind::kWrite, &v1::AdminService::Stub::UndrainNode, request);
 }
 
+Result<v1::JobStatus> AdminClient::SaveCheckpoint(const std::string& job) {
+  v1::SaveCheckpointRequest request;
+  request.set_job(job);
+  return Call(*impl_, options_, Kind::kWrite, &v1::AdminService::Stub::SaveCheckpoint, request);
+}
+
 Result<v1::DrillReply> AdminClient::Drill(const v1::DrillRequest& request) {
   return Call(*impl_, options_, Kind::kWrite, &v1::AdminService::Stub::Drill, request);
 }

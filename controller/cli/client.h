@@ -41,6 +41,8 @@ class AdminClient {
   Result<v1::NodeList> ListNodes();
   Result<v1::NodeStatus> DrainNode(const v1::DrainNodeRequest& request);
   Result<v1::NodeStatus> UndrainNode(const std::string& node);
+  // Answered when the step is on the disk, or cannot be.
+  Result<v1::JobStatus> SaveCheckpoint(const std::string& job);
   Result<v1::DrillReply> Drill(const v1::DrillRequest& request);
   Result<v1::CheckpointPlacement> GetPlacement(const v1::GetPlacementRequest& request);
   Result<v1::LossForecast> ForetellLoss(const v1::ForetellLossRequest& request);

@@ -25,9 +25,9 @@ enum class Verb : std::uint8_t {
   kNodeShow,
   kNodeDrain,
   kNodeUndrain,
-  kCkptTraffic,
   kCkptPlacement,
   kCkptSurvive,
+  kCkptTraffic,
   kEvents,
   kLogs,
   kRun,
@@ -55,7 +55,13 @@ enum class Verb : std::uint8_t {
   kResumeNode,
   kResumeAgent,
   kResumeKeeper,
-  kResumeController
+  kResumeController,
+  kCkptList,
+  kCkptShow,
+  kCkptVerify,
+  kCkptSave,
+  kCkptPrune,
+  kCkptExport
 };
 
 // What a word completes to in a shell, besides the names of the tree.

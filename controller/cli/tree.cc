@@ -1,5 +1,9 @@
 #include "controller/cli/tree.h"
 
+#include <iterator>
+#include <utility>
+#include <vector>
+
 namespace everstep::cli {
 namespace {
 
@@ -112,7 +116,7 @@ CommandSpec NodeCommands() {
 CommandSpec CkptCommands() {
   return {
       .name = "ckpt",
-      .summary = "Checkpoints in memory: where copies lie, what they survive",
+      .summary = "Checkpoints: files, where copies lie, what they survive, what they cost",
       .children = {
           {.name = "placement",
            .verb = Verb::kCkptPlacement,
@@ -274,6 +278,15 @@ CommandSpec ClusterCommands() {
            .hidden = true}}};
 }
 
+// The file tier's verbs first: they are what people ask for.
+CommandSpec AllCkptCommands() {
+  CommandSpec all = CkptCommands();
+  std::vector<CommandSpec> files = CkptFileCommands();
+  all.children.insert(all.children.begin(), std::make_move_iterator(files.begin()),
+                      std::make_move_iterator(files.end()));
+  return all;
+}
+
 std::vector<CommandSpec> Commands() {
   return {
       {.name = "status",
@@ -283,7 +296,7 @@ std::vector<CommandSpec> Commands() {
        .examples = {{"everstep status", ""}, {"everstep status -w", ""}}},
       JobCommands(),
       NodeCommands(),
-      CkptCommands(),
+      AllCkptCommands(),
       {.name = "events",
        .verb = Verb::kEvents,
        .summary = "What happened and why: one line an event, with its reason code",

@@ -20,10 +20,16 @@ VerbResult RunNodeShow(Context& context);
 VerbResult RunNodeDrain(Context& context);
 VerbResult RunNodeUndrain(Context& context);
 
-VerbResult RunCkptTraffic(Context& context);
-
 VerbResult RunCkptPlacement(Context& context);
 VerbResult RunCkptSurvive(Context& context);
+VerbResult RunCkptTraffic(Context& context);
+
+VerbResult RunCkptList(Context& context);
+VerbResult RunCkptShow(Context& context);
+VerbResult RunCkptVerify(Context& context);
+VerbResult RunCkptSave(Context& context);
+VerbResult RunCkptPrune(Context& context);
+VerbResult RunCkptExport(Context& context);
 
 VerbResult RunEvents(Context& context);
 VerbResult RunLogs(Context& context);

@@ -16,9 +16,11 @@
 #include <gtest/gtest.h>
 
 #include "admin.grpc.pb.h"
+#include "checkpoint/files/file_tier.h"
 #include "controller/cli/app.h"
 #include "controller/cli/manual.h"
 #include "controller/cli/registry.h"
+#include "tests/unit/files_slot.h"
 
 namespace everstep::cli {
 namespace {
@@ -551,6 +553,28 @@ TEST_F(CliTranscripts, Nodes) {
 }
 TEST_F(CliTranscripts, Checkpoints) {
   Check("ckpt");
+}
+// A directory with a whole checkpoint, one with a flipped byte and one that was never sealed.
+TEST_F(CliTranscripts, CheckpointFiles) {
+  namespace cp = everstep::checkpoint;
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(state_);
+  cp::FileTier tier(cp::PosixDisk(), "ckpt");
+  for (const Step step : {10, 20, 30}) {
+    for (Rank rank = 0; rank < (step == 30 ? 1 : 2); ++rank) {
+      const cp::HandSlot slot = cp::MakeSlot("gpt", step, 2, rank, 2);
+      std::uint64_t written = 0;
+      ASSERT_TRUE(tier.WriteShard(slot.content, &written).ok());
+    }
+    ASSERT_TRUE(tier.Seal(step, 2, 1'700'000'100'000'000'000u, "everstep 0.1.0").ok());
+  }
+  const std::string file = "ckpt/" + cp::CheckpointName(20, 2) + "/" + cp::ShardFileName(1, 2);
+  std::fstream flip(file, std::ios::in | std::ios::out | std::ios::binary);
+  flip.seekp(-700, std::ios::end);
+  flip.put('!');
+  flip.close();
+  Check("ckpt_files");
+  std::filesystem::current_path(before);
 }
 TEST_F(CliTranscripts, Events) {
   Check("events");
