@@ -19,6 +19,7 @@
 
 #include "worker/agent/core/effect.h"
 #include "worker/agent/core/event.h"
+#include "worker/agent/core/job_view.h"
 
 namespace everstep::agent {
 
@@ -31,40 +32,6 @@ struct CoreOptions {
   std::size_t max_jobs = 64;             // on one node
   std::size_t max_unsaid = 4096;         // reports kept while a registration is under way
 };
-
-// One job on this node.
-struct JobView {
-  enum class Phase {
-    kIdle,       // warm only, or stopped
-    kDraining,   // prepare: workers of older generations are ending, or the store is starting
-    kSurveying,  // ... they are gone; waits for what the memory holds
-    kPrepared,
-    kStarting,  // activate: workers are being forked
-    kRunning,   // all forked (some may have exited)
-    kStopping,
-  };
-  Phase phase = Phase::kIdle;
-  Generation generation = 0;  // newest prepared or activated
-  CommandSpec command;
-  std::int32_t group_rank = 0;
-  Step step = kNoStep;                // newest captured in `generation`
-  std::vector<WorkerOnNode> workers;  // of `generation`
-  // Workers that are ending, or whose start is still under way, of generations that are over.
-  std::vector<std::pair<Generation, WorkerOnNode>> old_workers;
-  bool host_store = false;
-  std::uint32_t store_port = 0;
-  bool fork_server_asked = false;
-  bool fork_server_ready = false;
-  std::string trouble;  // why the newest prepare or activate failed; empty: it did not
-  bool trouble_in_activate = false;
-  bool survey_done = false;
-  std::vector<HeldShard> surveyed;
-  std::optional<Timestamp> deadline;      // of draining, surveying, starting, stopping
-  std::optional<Generation> stop_answer;  // Stopped is owed for this generation
-  bool forget = false;                    // ... and then nothing of the job stays
-  std::uint32_t persisting = 0;           // steps on their way to the disk; a stop waits for them
-};
-const char* PhaseName(JobView::Phase phase);
 
 class AgentCore {
  public:
@@ -151,5 +118,16 @@ class AgentCore {
   std::optional<Timestamp> notice_deadline_;
   std::map<JobId, JobView> jobs_;
 };
+
+template <typename T>
+void AgentCore::Say(T message, Effects* out) {
+  // Without a registration nothing is said: the next one carries the state itself. What happens
+  // while its answer is under way is in neither, and waits.
+  if (registered_) {
+    out->push_back(std::move(message));
+  } else if (register_sent_ && unsaid_.size() < options_.max_unsaid) {
+    unsaid_.push_back(std::move(message));
+  }
+}
 
 }  // namespace everstep::agent
