@@ -1,7 +1,7 @@
 // The controller's inside. Split along its seams: controller.cc (dispatch, records, recovery),
-// nodes.cc (who is alive), jobs.cc (a job's life and who pays for a restart), generation.cc (the
-// two-phase switch), commit.cc (which step is safe, where a generation starts from), forecast.cc
-// (what if).
+// nodes.cc (who is alive), jobs.cc (a job's life), faults.cc (who pays for a restart), retention.cc
+// (what stays of an ended job), generation.cc (the two-phase switch), commit.cc (which step is
+// safe, where a generation starts from), forecast.cc (what if).
 #pragma once
 
 #include <map>
@@ -98,25 +98,33 @@ class Controller::Impl {
   // jobs.cc
   void On(const SubmitJob& e);
   void On(const CancelJob& e);
-  void On(const WorkerExited& e);
-  void On(const WorkerStalled& e);
   void On(const Stopped& e);
   void Exclude(JobStateView* job, const NodeId& node);
   void Consider(JobStateView* job);  // capacity changed: start or grow it?
+  void Finish(JobStateView* job, JobState outcome, Reason reason, const std::string& message,
+              std::int32_t exit_code);
+  void FinishStop(JobStateView* job);
+  static JobState Outcome(Reason end);  // the state of a job that ended for this
+  JobOnNode ReportedOrEmpty(const NodeRegistered& e, const JobId& job) const;
+  void Reattach(NodeState* node, const NodeRegistered& e);
+  void Overtaken(JobStateView* job, const NodeId& node, const JobOnNode& holds);
+
+  // faults.cc
+  void On(const WorkerExited& e);
+  void On(const WorkerStalled& e);
   void WorkerFailed(JobStateView* job, const WorkerExited& e);
   // A local rank made a step of the newest generation: its process group had formed.
   bool Stepped(const JobStateView& job);
   void TellLingerers(JobStateView* job);  // at linger_at
   // Counts a generation that ends; true when the job may go on.
   bool EndOfGeneration(JobStateView* job, bool lost_capacity);
-  void Finish(JobStateView* job, JobState outcome, Reason reason, const std::string& message,
-              std::int32_t exit_code);
-  void FinishStop(JobStateView* job);
   void AddFault(JobStateView* job, Reason reason, std::string subject, std::string evidence);
   // A fault that is not the script's: charged to the job's account of lost capacity.
   void LoseCapacity(JobStateView* job, Reason reason, std::string subject, std::string evidence);
   // The rank is the node's own in the job's plan; else what it reports is dropped as stale.
   bool Hosts(const JobStateView& job, const NodeId& node, Rank rank);
+
+  // retention.cc
   // Of a job that ends or has ended: its nodes keep what it captured.
   static bool KeepsMemory(const JobRecord& record);
   Timestamp MemoryEnd(const JobStateView& job) const;  // ns == 0: nothing is kept, or no limit
@@ -124,9 +132,6 @@ class Controller::Impl {
   void FreeMemory(JobStateView* job, Reason reason);
   void ForgetJob(JobStateView* job, const std::string& why);
   void SendStop(const JobStateView& job, const NodeId& node);
-  JobOnNode ReportedOrEmpty(const NodeRegistered& e, const JobId& job) const;
-  void Reattach(NodeState* node, const NodeRegistered& e);
-  void Overtaken(JobStateView* job, const NodeId& node, const JobOnNode& holds);
 
   // generation.cc
   void On(const Prepared& e);
