@@ -74,7 +74,8 @@ std::string RenderPlacement(const v1::CheckpointPlacement& p, const RenderOption
 
 std::string RenderForecast(const v1::LossForecast& f, const RenderOptions& options) {
   const bool goes_on = f.state() == "ACTIVATING";
-  std::string verdict = !f.recoverable() ? "no" : "yes, from memory";
+  const bool files = f.sources_size() > 0 && f.sources(0).tier() == "file";
+  std::string verdict = !f.recoverable() ? "no" : files ? "yes, from files" : "yes, from memory";
   if (f.recoverable() && f.state() == "WAITING") verdict += ", once there are nodes";
   std::vector<std::pair<std::string, std::string>> pairs = {
       {"Job", f.job()},
@@ -91,7 +92,7 @@ std::string RenderForecast(const v1::LossForecast& f, const RenderOptions& optio
     pairs[1].first = "Worst case";
   }
   if (goes_on) pairs.emplace_back("Goes on with", fmt::format("{}", fmt::join(f.members(), ", ")));
-  if (f.sources_size() > 0) {
+  if (f.sources_size() > 0 && !files) {
     pairs.emplace_back("To move",
                        fmt::format("{} to restore, {} for new copies afterwards",
                                    HumanBytes(f.bytes_to_move()), HumanBytes(f.bytes_to_copy())));
@@ -108,7 +109,8 @@ std::string RenderForecast(const v1::LossForecast& f, const RenderOptions& optio
   for (const v1::ShardSource& s : f.sources()) {
     std::string from = s.source_node();
     if (s.source_rank() != s.rank()) from += fmt::format(" (rank {}'s)", s.source_rank());
-    sources.Add({fmt::format("{}", s.rank()), s.node(), s.tier(), from, HumanBytes(s.bytes())});
+    sources.Add({fmt::format("{}", s.rank()), s.node(), s.tier(), from,
+                 files ? "-" : HumanBytes(s.bytes())});
   }
   return out + "\n" + sources.Format(options.headers, options.max_width);
 }

@@ -50,7 +50,7 @@ std::string Text(Context& context, const v1::NodeList& nodes) {
                {"RATE", Align::kRight},
                {"LIMIT", Align::kRight},
                {"STEP", Align::kRight},
-               {"SLOWDOWN", Align::kRight}});
+               {"SLOWDOWN AT MOST", Align::kRight}});
   Table troubles({{"NODE"}, {"WHAT"}, {"OUTCOME"}, {"TIMES", Align::kRight}, {"MEANS"}});
   for (const v1::NodeStatus& node : nodes.items()) {
     const v1::CheckpointTraffic& t = node.traffic();

@@ -174,6 +174,29 @@ Pace PaceOf(const JobStateView& job) {
   return pace;
 }
 
+// Memory has no step as new as the one that stands in the job's checkpoint directory.
+void FromFiles(const JobStateView& job, const Forecast& forecast, v1::LossForecast* to) {
+  const CommitRecord& commits = job.commits;
+  for (const NodePlan& member : forecast.plan.nodes) {
+    if (forecast.state == JobState::kActivating) to->add_members(member.node);
+    for (const WorkerPlan& worker : member.workers) {
+      v1::ShardSource* source = to->add_sources();
+      source->set_rank(worker.rank);
+      source->set_node(member.node);
+      source->set_tier("file");
+      source->set_source_node(job.record.spec.ckpt_dir);
+      source->set_source_rank(worker.rank);
+    }
+  }
+  const std::string memory = to->step() == kNoStep
+                                 ? std::string("no complete step is left in memory")
+                                 : fmt::format("memory is left with step {}", to->step());
+  to->set_recoverable(true);
+  to->set_step(commits.persisted_step);
+  to->set_why(fmt::format("{}; step {} is in {}", memory, commits.persisted_step,
+                          job.record.spec.ckpt_dir));
+}
+
 void FillSources(const ClusterState& state, const JobStateView& job, const Forecast& forecast,
                  v1::LossForecast* to) {
   std::map<NodeId, std::uint64_t> in, out;
@@ -312,7 +335,8 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
   if (count == 1) {
     why = "one node: its state lies in its own memory alone";
   } else {
-    why = fmt::format("{} host sets for {} nodes, the fewest with equal load", sets, count);
+    why = fmt::format("{} host set{} for {} nodes, the fewest with equal load", sets,
+                      sets == 1 ? "" : "s", count);
     if (!spread.empty()) why += fmt::format("; copies cross every {}", fmt::join(spread, ", "));
     if (!within.empty()) {
       why += fmt::format("; not every {}: too few nodes outside, or copies that have not moved yet",
@@ -415,6 +439,12 @@ v1::LossForecast LossForecastOf(const ClusterState& state, const JobStateView& j
   }
   to.set_recoverable(forecast.plan.restore_step != kNoStep);
   to.set_step(forecast.plan.restore_step);
+  if (job.commits.persisted.ns != 0 && job.commits.persisted_step > to.step()) {
+    FromFiles(job, forecast, &to);
+    if (!goes_on)
+      to.set_why(to.why() + fmt::format("; the job waits for nodes ({})", forecast.message));
+    return to;
+  }
   FillSources(state, job, forecast, &to);
   if (!to.recoverable()) to.set_estimated_seconds(0);
   std::string why;

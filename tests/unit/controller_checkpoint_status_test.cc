@@ -233,6 +233,30 @@ TEST(CheckpointStatus, AForecastNamesTheRanksThatAreLost) {
   EXPECT_NEAR(f.survival().probability(), 1 - 2. / 6, 1e-12);
 }
 
+TEST(CheckpointStatus, WhatMemoryLosesIsTakenFromFilesWhereTheyAreNewer) {
+  World w({"a", "a", "b", "b"}, {2, 3, 0, 1});
+  w.job.record.spec.ckpt_dir = "/ck";
+  w.job.commits.persisted_generation = 2;
+  w.job.commits.persisted_step = 5;
+  w.job.commits.persisted = {1};
+  Forecast none{JobState::kWaiting, "2 of at least 4 nodes", w.job.plan};
+  none.plan.restore_step = kNoStep;
+  v1::LossForecast f = LossForecastOf(w.state, w.job, {"n1", "n3"}, none, 2);
+  EXPECT_TRUE(f.recoverable());
+  EXPECT_EQ(f.step(), 5);
+  EXPECT_EQ(
+      f.why(),
+      "no complete step is left in memory; step 5 is in /ck; the job waits for nodes (2 of at "
+      "least 4 nodes)");
+  ASSERT_EQ(f.sources_size(), 4);
+  EXPECT_EQ(f.sources(0).tier(), "file");
+  EXPECT_EQ(f.sources(0).source_node(), "/ck");
+  // Memory is newer here: files have no part in it.
+  f = LossForecastOf(w.state, w.job, {"n2"}, GoesOn(w, "n2", "n5", "n4"), 0);
+  EXPECT_EQ(f.step(), 7);
+  EXPECT_NE(f.sources(0).tier(), "file");
+}
+
 TEST(CheckpointStatus, AForecastSaysWhenWhatIsLeftIsOfAnotherNumberOfRanks) {
   World w({"", "", ""}, {1, 2, 0});
   w.job.record.spec.nproc_per_node = 1;
