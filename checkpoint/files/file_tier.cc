@@ -306,7 +306,7 @@ Outcome FileTier::ReadPayload(const FileCheckpoint& c, Rank rank, const ShardHea
     if (!ok.ok()) return ok;
   }
   std::memset(payload + at, 0, head.fields.table_offset - at);
-  std::memcpy(payload + head.fields.table_offset, head.table.data(), head.table.size());
+  std::copy_n(head.table.data(), head.table.size(), payload + head.fields.table_offset);
   for (std::size_t i = 0; i < head.chunk_crcs.size(); ++i) {
     const std::uint64_t from = i * std::uint64_t{kChunkBytes};
     const std::uint64_t size =

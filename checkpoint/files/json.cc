@@ -214,12 +214,12 @@ bool JsonReader::Escape(std::string* out) {
     case 'u': break;
     default: --at_; return Fail("an unknown escape");
   }
-  std::uint32_t code;
+  std::uint32_t code = 0;
   if (!Hex4(&code)) return false;
   if (code >= 0xD800 && code < 0xDC00 && text_.substr(at_, 2) == "\\u") {
     const std::size_t mark = at_;
     at_ += 2;
-    std::uint32_t low;
+    std::uint32_t low = 0;
     if (!Hex4(&low)) return false;
     if (low >= 0xDC00 && low < 0xE000) {
       code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);

@@ -159,8 +159,8 @@ Outcome Pusher::SendFrom(ChunkQueue* queue, PeerConversation* talk) {
       return Error{ErrorCode::kStale,
                    fmt::format("peer {}: sending: given up here", connection.peer())};
     }
-    const auto sent = spoken ? Outcome(Done{})
-                             : SendChunk(&connection, *arena_, view_, data, *chunk, crcs_[*chunk]);
+    auto sent = spoken ? Outcome(Done{})
+                       : SendChunk(&connection, *arena_, view_, data, *chunk, crcs_[*chunk]);
     if (spoken || !sent.ok()) {
       queue->GiveBack(*chunk);
       return sent;
