@@ -286,6 +286,7 @@ VerbResult RunCkptPrune(Context& context) {
   if (!ok.ok()) return FromDisk(ok.error());
   if (context.output == Output::kJson) {
     std::vector<std::string> items;
+    items.reserve(removed.size());
     for (const std::string& name : removed) items.push_back(JsonQuote(name));
     context.Out(JsonItems("PrunedCheckpoints", items));
   } else {
@@ -343,6 +344,7 @@ VerbResult RunCkptExport(Context& context) {
                                    "--format",
                                    context.args.Get("format", "safetensors")};
   std::vector<char*> argv;
+  argv.reserve(line.size() + 1);
   for (std::string& word : line) argv.push_back(word.data());
   argv.push_back(nullptr);
   const pid_t child = fork();
