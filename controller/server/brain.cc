@@ -40,7 +40,7 @@ void LogJournal(const JournalRecord& r) {
 
 }  // namespace
 
-Brain::Brain(Config config, std::unique_ptr<RecordStore> store, const Clock* clock)
+Brain::Brain(const Config& config, std::unique_ptr<RecordStore> store, const Clock* clock)
     : config_(config),
       store_(std::move(store)),
       clock_(clock),
@@ -269,7 +269,7 @@ void Brain::CarryOut(Decisions& decisions) {
   }
 }
 
-void Brain::Request(std::function<Event(RequestId)> make,
+void Brain::Request(const std::function<Event(RequestId)>& make,
                     std::function<void(const Reply*)> answer) {
   const RequestId id = ++last_request_;
   requests_[id] = std::move(answer);

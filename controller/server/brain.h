@@ -60,7 +60,7 @@ class Brain {
   };
 
   // `clock` outlives the brain.
-  Brain(Config config, std::unique_ptr<RecordStore> store, const Clock* clock);
+  Brain(const Config& config, std::unique_ptr<RecordStore> store, const Clock* clock);
   ~Brain();
   Brain(const Brain&) = delete;
   Brain& operator=(const Brain&) = delete;
@@ -98,7 +98,8 @@ class Brain {
   const v1::CheckpointTraffic* traffic(const NodeId& node) const;
   std::size_t watchers() const { return watchers_.size() + followers_.size() + tails_.size(); }
   // The answer comes after the batch is durable; null: the controller ends first.
-  void Request(std::function<Event(RequestId)> make, std::function<void(const Reply*)> answer);
+  void Request(const std::function<Event(RequestId)>& make,
+               std::function<void(const Reply*)> answer);
   // A message that the core knows nothing of. False: the node has no stream.
   bool SendTo(const NodeId& node, v1::ControllerMessage message);
   WatchId WatchEvents(EventSink sink);

@@ -396,7 +396,8 @@ v1::LossForecast LossForecastOf(const ClusterState& state, const JobStateView& j
   v1::LossForecast to;
   to.set_job(job.record.spec.job);
   for (const NodeId& id : lost) to.add_lost(id);
-  to.set_committed_step(NewestCommit(job) == nullptr ? kNoStep : NewestCommit(job)->step);
+  const Commit* newest = NewestCommit(job);
+  to.set_committed_step(newest == nullptr ? kNoStep : newest->step);
   to.set_newest_step(job.step);
   to.set_state(JobStateName(forecast.state));
   to.set_step(kNoStep);

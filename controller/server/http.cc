@@ -11,6 +11,8 @@
 #include <fmt/format.h>
 #include <httplib.h>
 
+#include "proto/base/errno_text.h"
+
 namespace everstep::controller {
 namespace {
 
@@ -99,7 +101,7 @@ std::unique_ptr<HttpServer> HttpServer::Start(const std::string& listen, HttpSou
   if (bound < 0) {
     *error = fmt::format(
         "cannot serve HTTP on {}: {}; choose another --http HOST:PORT, port 0 takes any", listen,
-        errno != 0 ? std::strerror(errno) : "the address is not this machine's");
+        errno != 0 ? ErrnoText(errno) : std::string("the address is not this machine's"));
     return nullptr;
   }
   http->address_ = fmt::format("{}:{}", listen.substr(0, listen.rfind(':')), bound);

@@ -33,6 +33,7 @@
 #include "controller/server/options.h"
 #include "controller/store/rocks_store.h"
 #include "proto/base/endpoint.h"
+#include "proto/base/errno_text.h"
 #include "proto/base/log.h"
 #include "proto/base/version.h"
 #include "proto/base/whole_file.h"
@@ -58,7 +59,7 @@ std::string CheckStateDir(const std::string& dir) {
   std::error_code error;
   std::filesystem::create_directories(dir, error);
   if (error) return error.message();
-  if (access(dir.c_str(), R_OK | W_OK | X_OK) != 0) return std::strerror(errno);
+  if (access(dir.c_str(), R_OK | W_OK | X_OK) != 0) return ErrnoText(errno);
   struct statvfs disk {};
   if (statvfs(dir.c_str(), &disk) == 0) {
     const std::uint64_t room = static_cast<std::uint64_t>(disk.f_bavail) * disk.f_frsize;
@@ -120,7 +121,7 @@ std::string BindTrouble(const std::string& address) {
   const bool bound = bind(probe, found->ai_addr, found->ai_addrlen) == 0 && listen(probe, 1) == 0;
   const int error = errno;
   if (probe >= 0) close(probe);
-  return bound ? "it was taken for a moment" : std::strerror(error);
+  return bound ? "it was taken for a moment" : ErrnoText(error);
 }
 
 // One stream, one descriptor, one more for its keeper: thousands of nodes need more than the usual
@@ -279,7 +280,7 @@ int Serve(const ServerOptions& options, Brain* brain, const Clock& clock) {
 int Start(const ServerOptions& options) {
   // Before any thread: a process of many threads otherwise keeps one heap for each; signals come to
   // one.
-  mallopt(M_ARENA_MAX, 2);
+  mallopt(M_ARENA_MAX, 2);  // NOLINT(concurrency-mt-unsafe): no thread yet
   sigset_t signals;
   sigemptyset(&signals);
   for (const int s : {SIGTERM, SIGINT, SIGHUP}) sigaddset(&signals, s);
@@ -344,7 +345,8 @@ int Start(const ServerOptions& options) {
 }  // namespace everstep::controller
 
 int main(int argc, char** argv) {
-  setenv("GRPC_VERBOSITY", "NONE", 0);  // its errors reach people through ours
+  // Its errors reach people through ours. NOLINTNEXTLINE(concurrency-mt-unsafe): no thread yet
+  setenv("GRPC_VERBOSITY", "NONE", 0);
   everstep::controller::ServerOptions options;
   const int code = everstep::controller::ParseOptions(argc, argv, &options);
   return code >= 0 ? code : everstep::controller::Start(options);

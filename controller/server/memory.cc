@@ -20,6 +20,7 @@ void GiveBackMemory() {
           const std::uintptr_t begin = (info->dlpi_addr + segment.p_vaddr + page - 1) & ~(page - 1);
           const std::uintptr_t end =
               (info->dlpi_addr + segment.p_vaddr + segment.p_memsz) & ~(page - 1);
+          // NOLINTNEXTLINE(performance-no-int-to-ptr): the kernel gave it as a number
           if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
         }
         return 0;

@@ -38,7 +38,7 @@ StoreStatus FaultStore::Write(std::span<const Record> records,
     return inner_->Write(records, deletions);
   }
   if (applied_) {
-    const StoreStatus reached = inner_->Write(records, deletions);
+    StoreStatus reached = inner_->Write(records, deletions);
     if (!reached.ok()) return reached;
   }
   return status_;

@@ -387,6 +387,9 @@ TEST_F(ClientAbi, NoKeeperASilentOneAndAnOddOneAreTold) {
   std::thread odd([fd] {
     close(accept(fd, nullptr, nullptr));  // the one that timed out
     const int client = accept(fd, nullptr, nullptr);
+    keeper::AttachRequest
+        asked;  // a socket that is closed with bytes unread would break the asking
+    EXPECT_EQ(recv(client, &asked, sizeof asked, MSG_WAITALL), ssize_t{sizeof asked});
     const std::vector<char> junk(sizeof(keeper::AttachReply), 'j');
     EXPECT_EQ(write(client, junk.data(), junk.size()), static_cast<ssize_t>(junk.size()));
     close(client);
