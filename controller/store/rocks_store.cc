@@ -162,6 +162,7 @@ std::unique_ptr<RocksStore> RocksStore::Open(const RocksOptions& options, StoreS
     if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
   }
   std::vector<rocksdb::ColumnFamilyDescriptor> descriptors;
+  descriptors.reserve(names.size());
   for (const std::string& name : names) descriptors.emplace_back(name, db_options);
   rocksdb::DB* raw = nullptr;
   *status = Translate(

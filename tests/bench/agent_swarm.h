@@ -31,7 +31,8 @@ class AgentSwarm {
       const std::size_t lead = 200;
       std::unique_lock<std::mutex> lock(mutex_);
       changed_.wait_for(lock, std::chrono::seconds(10), [&] {
-        return i < lead || static_cast<std::size_t>(registered_ + lost_) >= i - lead;
+        return i < lead ||
+               static_cast<std::size_t>(registered_) + static_cast<std::size_t>(lost_) >= i - lead;
       });
     }
   }

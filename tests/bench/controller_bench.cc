@@ -22,6 +22,7 @@
 
 #include "controller/core/controller.h"
 #include "proto/base/clock.h"
+#include "proto/base/errno_text.h"
 #include "tests/bench/agent_swarm.h"
 #include "tests/integration/controller_process.h"
 
@@ -282,7 +283,7 @@ int Main(int argc, char** argv) {
   }
   Print(samples);
   if (!json.empty() && !WriteJson(samples, json)) {
-    fmt::print(stderr, "controller_bench: cannot write {}: {}\n", json, std::strerror(errno));
+    fmt::print(stderr, "controller_bench: cannot write {}: {}\n", json, ErrnoText(errno));
     return 1;
   }
   return all ? 0 : 1;

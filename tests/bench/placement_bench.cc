@@ -42,6 +42,7 @@ std::vector<NodeSet> DomainsOf(const std::vector<std::uint32_t>& level) {
   std::map<std::uint32_t, NodeSet> members;
   for (std::uint32_t v = 0; v < level.size(); ++v) members[level[v]].push_back(v);
   std::vector<NodeSet> out;
+  out.reserve(members.size());
   for (auto& [number, nodes] : members) out.push_back(std::move(nodes));
   return out;
 }

@@ -21,6 +21,7 @@
 #include "controller/store/convert.h"
 #include "controller/store/rocks_store.h"
 #include "proto/base/clock.h"
+#include "proto/base/errno_text.h"
 #include "tests/bench/results.h"
 
 namespace everstep::bench {
@@ -146,7 +147,7 @@ int Main(int argc, char** argv) {
   std::string directory = parent + "/everstep-store-bench-XXXXXX";
   if (mkdtemp(directory.data()) == nullptr) {
     fmt::print(stderr, "store_bench: cannot make a directory in {}: {}\n", parent,
-               std::strerror(errno));
+               ErrnoText(errno));
     return 1;
   }
   std::size_t bytes = 0;
@@ -176,7 +177,7 @@ int Main(int argc, char** argv) {
   if (!good) return 1;
   results.Print();
   if (!json.empty() && !results.Write(json)) {
-    fmt::print(stderr, "store_bench: cannot write {}: {}\n", json, std::strerror(errno));
+    fmt::print(stderr, "store_bench: cannot write {}: {}\n", json, ErrnoText(errno));
     return 1;
   }
   return 0;

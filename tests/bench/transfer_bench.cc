@@ -42,10 +42,9 @@
 
 #include "checkpoint/store/slot_writer.h"
 #include "checkpoint/transfer/transfer_service.h"
+#include "proto/base/errno_text.h"
 #include "tests/bench/results.h"
 #include "tests/unit/memory_host.h"
-
-extern char** environ;
 
 namespace everstep::bench {
 namespace {
@@ -120,6 +119,7 @@ class Child {
     int in[2], out[2];
     if (pipe2(in, O_CLOEXEC) != 0 || pipe2(out, O_CLOEXEC) != 0) return;
     std::vector<char*> argv;
+    argv.reserve(words.size() + 1);
     for (const std::string& w : words) argv.push_back(const_cast<char*>(w.c_str()));
     argv.push_back(nullptr);
     posix_spawn_file_actions_t actions;
@@ -298,7 +298,7 @@ int Main(int argc, char** argv) {
     if (flag == "--realtime") {
       const sched_param first{.sched_priority = 5};
       if (sched_setscheduler(0, SCHED_RR, &first) == 0) continue;
-      fmt::print(stderr, "error: --realtime needs root: {}\n", std::strerror(errno));
+      fmt::print(stderr, "error: --realtime needs root: {}\n", ErrnoText(errno));
       return 1;
     }
     const char* value = i + 1 < argc ? argv[i + 1] : nullptr;

@@ -24,9 +24,9 @@ bool Command::Has(std::string_view word) const {
   return std::find(words.begin(), words.end(), word) != words.end();
 }
 
-std::string Command::Get(const std::string& key, std::string otherwise) const {
+std::string Command::Get(const std::string& key, const std::string& otherwise) const {
   const auto found = values.find(key);
-  return found == values.end() ? std::move(otherwise) : found->second;
+  return found == values.end() ? otherwise : found->second;
 }
 
 bool ParseCommand(std::string_view text, Command* out) {

@@ -24,7 +24,7 @@ struct Command {
   int line = 0;                               // in the file, from 1
 
   bool Has(std::string_view word) const;
-  std::string Get(const std::string& key, std::string otherwise = "") const;
+  std::string Get(const std::string& key, const std::string& otherwise = "") const;
 };
 
 // "advance 1s beat=n1" as a command. False: a quote is not closed.

@@ -15,7 +15,7 @@ using namespace everstep::checkpoint;  // NOLINT: a fuzzer of one namespace
 
 namespace {
 
-constexpr std::size_t kFile = kArenaHeaderBytes + 64 * 1024;
+constexpr std::size_t kFile = kArenaHeaderBytes + std::size_t{64} * 1024;
 
 // One whole slot, so that small changes of a good arena are tried as well.
 void MakeGood(int fd) {

@@ -98,7 +98,7 @@ class ControllerProcess {
     std::error_code ignored;
     std::filesystem::create_directories(state_, ignored);
     std::filesystem::remove(address_file(), ignored);
-    std::vector<std::string> words = {EVERSTEP_BINARY_DIR "/bin/everstep-controller",
+    std::vector<std::string> words = {std::string(EVERSTEP_BINARY_DIR) + "/bin/everstep-controller",
                                       "--state-dir",
                                       state_,
                                       "--listen",
@@ -111,6 +111,7 @@ class ControllerProcess {
                                       "50"};
     words.insert(words.end(), more.begin(), more.end());
     std::vector<char*> argv;
+    argv.reserve(words.size() + 1);
     for (std::string& word : words) argv.push_back(word.data());
     argv.push_back(nullptr);
     exit_ = -1;
