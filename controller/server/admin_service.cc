@@ -117,6 +117,15 @@ std::shared_ptr<Writer<Message>> MakeWriter(grpc::CallbackServerContext* context
   return writer;
 }
 
+// The job meant by `name`; null: there is none, and the call has been answered so.
+const JobStateView* JobOrNotFound(const ClusterState& state, const std::string& name,
+                                  grpc::ServerUnaryReactor* reactor) {
+  std::string error;
+  const JobStateView* job = FindJobByPrefix(state, name, &error);
+  if (job == nullptr) reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
+  return job;
+}
+
 }  // namespace
 
 grpc::ServerUnaryReactor* AdminService::OnBrain(Context* context,
@@ -193,12 +202,8 @@ grpc::ServerUnaryReactor* AdminService::ListJobs(Context* context, const v1::Lis
 grpc::ServerUnaryReactor* AdminService::GetJob(Context* context, const v1::GetJobRequest* request,
                                                v1::JobStatus* reply) {
   return OnBrain(context, [this, request, reply](Unary* reactor) {
-    std::string error;
-    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
-    if (job == nullptr) {
-      reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
-      return;
-    }
+    const JobStateView* job = JobOrNotFound(brain_->state(), request->job(), reactor);
+    if (job == nullptr) return;
     *reply = JobStatusOf(brain_->state(), *job, brain_->now());
     reactor->Finish(grpc::Status::OK);
   });
@@ -208,12 +213,8 @@ grpc::ServerUnaryReactor* AdminService::CancelJob(Context* context,
                                                   const v1::CancelJobRequest* request,
                                                   v1::CancelJobReply*) {
   return OnBrain(context, [this, request](Unary* reactor) {
-    std::string error;
-    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
-    if (job == nullptr) {
-      reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
-      return;
-    }
+    const JobStateView* job = JobOrNotFound(brain_->state(), request->job(), reactor);
+    if (job == nullptr) return;
     const JobId id = job->record.spec.job;
     brain_->Request(
         [id, q = *request](RequestId r) {
@@ -280,12 +281,8 @@ grpc::ServerUnaryReactor* AdminService::SaveCheckpoint(Context* context,
                                                        const v1::SaveCheckpointRequest* request,
                                                        v1::JobStatus* reply) {
   return OnBrain(context, [this, request, reply](Unary* reactor) {
-    std::string error;
-    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
-    if (job == nullptr) {
-      reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
-      return;
-    }
+    const JobStateView* job = JobOrNotFound(brain_->state(), request->job(), reactor);
+    if (job == nullptr) return;
     const JobId id = job->record.spec.job;
     brain_->Request(
         [id](RequestId r) {
@@ -304,12 +301,8 @@ grpc::ServerUnaryReactor* AdminService::SaveCheckpoint(Context* context,
 grpc::ServerUnaryReactor* AdminService::Drill(Context* context, const v1::DrillRequest* request,
                                               v1::DrillReply* reply) {
   return OnBrain(context, [this, request, reply](Unary* reactor) {
-    std::string error;
-    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
-    if (job == nullptr) {
-      reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
-      return;
-    }
+    const JobStateView* job = JobOrNotFound(brain_->state(), request->job(), reactor);
+    if (job == nullptr) return;
     const auto worker = job->workers.find(request->rank());
     if (worker == job->workers.end() || !worker->second.worker.running) {
       reactor->Finish(
@@ -339,12 +332,8 @@ grpc::ServerUnaryReactor* AdminService::GetPlacement(Context* context,
                                                      const v1::GetPlacementRequest* request,
                                                      v1::CheckpointPlacement* reply) {
   return OnBrain(context, [this, request, reply](Unary* reactor) {
-    std::string error;
-    const JobStateView* job = FindJobByPrefix(brain_->state(), request->job(), &error);
-    if (job == nullptr) {
-      reactor->Finish({grpc::StatusCode::NOT_FOUND, error});
-      return;
-    }
+    const JobStateView* job = JobOrNotFound(brain_->state(), request->job(), reactor);
+    if (job == nullptr) return;
     *reply = PlacementOf(brain_->state(), *job, request->max_lost());
     reactor->Finish(grpc::Status::OK);
   });
