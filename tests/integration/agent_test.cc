@@ -88,7 +88,7 @@ class AgentTest : public ::testing::Test {
   }
 
   void StartAgent(std::vector<std::string> extra = {}) {
-    std::vector<std::string> args = {EVERSTEP_BINARY_DIR "/bin/everstep-agent",
+    std::vector<std::string> args = {std::string(EVERSTEP_BINARY_DIR) + "/bin/everstep-agent",
                                      "--node",
                                      "n1",
                                      "--state-dir",
@@ -106,6 +106,7 @@ class AgentTest : public ::testing::Test {
   int Spawn(const std::vector<std::string>& args, fs::path* output) {
     *output = state_ / ("output" + std::to_string(spawned_++));
     std::vector<char*> argv;
+    argv.reserve(args.size() + 1);
     for (const std::string& a : args) argv.push_back(const_cast<char*>(a.c_str()));
     argv.push_back(nullptr);
     posix_spawn_file_actions_t actions;
@@ -202,7 +203,7 @@ class AgentTest : public ::testing::Test {
       w->mutable_restore()->set_step(-1);
     }
     EXPECT_TRUE(controller_->Send(message));
-    const auto activated = controller_->Wait(
+    auto activated = controller_->Wait(
         [&](const Message& m) { return m.has_activated() && m.activated().generation() == g; },
         from);
     EXPECT_TRUE(activated.has_value());
@@ -649,9 +650,10 @@ TEST_F(AgentTest, TwoAgentsDoNotShareANode) {
   StartAgent();
   ASSERT_TRUE(Registration());
   fs::path output;
-  const int second = Spawn({EVERSTEP_BINARY_DIR "/bin/everstep-agent", "--node", "n1",
-                            "--state-dir", state_.string(), "--controller", controller_->address()},
-                           &output);
+  const int second =
+      Spawn({std::string(EVERSTEP_BINARY_DIR) + "/bin/everstep-agent", "--node", "n1",
+             "--state-dir", state_.string(), "--controller", controller_->address()},
+            &output);
   int status = 0;
   ASSERT_EQ(waitpid(second, &status, 0), second);
   EXPECT_EQ(WEXITSTATUS(status), 1);

@@ -104,7 +104,7 @@ int Main(const std::string& socket, const JobId& job) {
             "{}}}",
             more.empty() ? "" : ", ", s.rank, s.step, s.generation, s.bytes, s.replicated_layout);
       }
-      more = ", \"shards\": [" + more + "]";
+      more = fmt::format(", \"shards\": [{}]", more);
     } else {
       error = "unknown command";
     }

@@ -156,9 +156,10 @@ class Commits final : public checkpoint::Listener {
 class CaptureKill : public ::testing::TestWithParam<bool> {};
 
 TEST_P(CaptureKill, LeavesTheStepBeforeOrTheStepItselfEveryTime) {
-  const char* given = std::getenv("EVERSTEP_KILLS");
+  const char* given =
+      std::getenv("EVERSTEP_KILLS");  // NOLINT(concurrency-mt-unsafe): one thread yet
   const int kills = given != nullptr ? std::atoi(given) : 100;
-  const char* seed = std::getenv("EVERSTEP_SEED");
+  const char* seed = std::getenv("EVERSTEP_SEED");  // NOLINT(concurrency-mt-unsafe): one thread yet
   Random random(seed != nullptr ? std::strtoull(seed, nullptr, 10) : 1);
 
   char folder[] = "/tmp/everstep-kill-XXXXXX";

@@ -176,7 +176,7 @@ TEST_F(ServerFaults, BytesThatAreNoMessageEndTheirStreamAlone) {
   };
   stream->StartCall(nullptr);
   ASSERT_TRUE(next());
-  grpc::Slice garbage("\xff\xff\xff\xff not a protobuf \x00\x01");
+  grpc::Slice garbage("\xff\xff\xff\xff not a protobuf \x01");
   stream->Write(grpc::ByteBuffer(&garbage, 1), nullptr);
   next();
   grpc::Status status;

@@ -104,6 +104,7 @@ bool BlocksPossible(std::uint32_t n, std::uint32_t m, std::uint32_t blocks) {
   const std::function<bool()> assign_all = [&] {
     const std::size_t q = sizes.size();
     std::vector<std::uint32_t> need;
+    need.reserve(q);
     for (const std::uint32_t c : sizes) need.push_back(m - c);
     std::vector<std::size_t> block_of;
     for (std::size_t b = 0; b < q; ++b) block_of.insert(block_of.end(), sizes[b], b);

@@ -193,7 +193,7 @@ class Life {
 };
 
 TEST(ControllerProperty, RandomLivesStaySafeAndEndAlive) {
-  const char* only = std::getenv("EVERSTEP_SEED");
+  const char* only = std::getenv("EVERSTEP_SEED");  // NOLINT(concurrency-mt-unsafe): one thread
   const std::uint64_t first = only != nullptr ? std::strtoull(only, nullptr, 10) : 1;
   const std::uint64_t last = only != nullptr ? first : 1000;
   for (std::uint64_t seed = first; seed <= last; ++seed) {

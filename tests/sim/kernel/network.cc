@@ -12,7 +12,7 @@ Duration Network::Delay() {
 }
 
 void Network::Send(const std::string& from, const std::string& to, const std::string& label,
-                   Deliver deliver) {
+                   const Deliver& deliver) {
   ++sent_;
   if (Cut(from, to) || timeline_->random().Chance(options_.drop_per_mille)) {
     ++dropped_;
@@ -51,7 +51,7 @@ Network::Direction* Network::Find(StreamId stream, bool to_b) {
 }
 
 bool Network::SendOn(StreamId stream, const std::string& from, const std::string& label,
-                     Deliver deliver) {
+                     const Deliver& deliver) {
   ++sent_;
   const auto it = streams_.find(stream);
   if (it == streams_.end()) {

@@ -44,7 +44,7 @@ class Network {
   NetworkOptions& options() { return options_; }
 
   void Send(const std::string& from, const std::string& to, const std::string& label,
-            Deliver deliver);
+            const Deliver& deliver);
 
   // A stream between two endpoints; both directions keep their own order.
   StreamId Open(const std::string& a, const std::string& b);
