@@ -237,8 +237,8 @@ grpc::ServerUnaryReactor* AdminService::ListNodes(Context* context, const v1::Li
 }
 
 void AdminService::ChangeNode(Unary* reactor, const std::string& node,
-                              std::function<Event(RequestId)> make, v1::NodeStatus* reply) {
-  brain_->Request(std::move(make), [this, reactor, node, reply](const Reply* answer) {
+                              const std::function<Event(RequestId)>& make, v1::NodeStatus* reply) {
+  brain_->Request(make, [this, reactor, node, reply](const Reply* answer) {
     const auto it = brain_->state().nodes.find(node);
     if (it != brain_->state().nodes.end()) {
       *reply = NodeStatusOf(brain_->state(), it->second, brain_->now());

@@ -49,8 +49,8 @@ class AdminService final : public v1::AdminService::CallbackService {
   grpc::Status Refusal() const;  // nothing can be posted
   // `task` runs on the brain's thread and finishes the reactor.
   Unary* OnBrain(Context* context, std::function<void(Unary*)> task);
-  void ChangeNode(Unary* reactor, const std::string& node, std::function<Event(RequestId)> make,
-                  v1::NodeStatus* reply);
+  void ChangeNode(Unary* reactor, const std::string& node,
+                  const std::function<Event(RequestId)>& make, v1::NodeStatus* reply);
 
   Brain* const brain_;
   const Config config_;

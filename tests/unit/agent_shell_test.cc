@@ -321,7 +321,7 @@ TEST(LogTailer, LastLinesThenTheEnd) {
   std::ofstream(d / "log") << "one\ntwo\nthree\n";
   Collector got;
   LogTailer tailer(
-      [&](TailChunk chunk) {
+      [&](const TailChunk& chunk) {
         std::lock_guard<std::mutex> lock(got.mutex);
         got.text += chunk.data;
         if (chunk.end) got.end.set_value();
@@ -335,7 +335,7 @@ TEST(LogTailer, LastLinesThenTheEnd) {
 }
 
 TEST(LogTailer, RefusesMoreRequestsThanItsLimit) {
-  LogTailer tailer([](TailChunk) {}, [] { return std::size_t{0}; });
+  LogTailer tailer([](const TailChunk&) {}, [] { return std::size_t{0}; });
   for (std::uint64_t i = 0; i < LogTailer::kMaxRequests; ++i) {
     ASSERT_TRUE(tailer.Start(i + 1, {{"j", 1, 0, false, "/nowhere"}}, true, -1));
   }

@@ -51,7 +51,7 @@ Network::Direction* Network::Find(StreamId stream, bool to_b) {
 }
 
 bool Network::SendOn(StreamId stream, const std::string& from, const std::string& label,
-                     const Deliver& deliver) {
+                     Deliver deliver) {
   ++sent_;
   const auto it = streams_.find(stream);
   if (it == streams_.end()) {
