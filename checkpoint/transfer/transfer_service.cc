@@ -214,7 +214,8 @@ bool Service::Activate(const Part& part, std::string* error) {
     }
     const LocalPtr local = opened.value();
     ArenaHeader& header = *local->arena.header();
-    const bool again = header.agent.fence_generation.load() == part.generation;
+    // An agent before this one did all this. The fence does not tell: Begin has moved it already.
+    const bool again = local->arena.Restore().generation == part.generation;
     for (SlotHeader& slot : header.slot) {
       slot.pushing_seq.store(0, std::memory_order_relaxed);
       if (!again) slot.replicated_seq.store(0, std::memory_order_relaxed);  // of an earlier peer

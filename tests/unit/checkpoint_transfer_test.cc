@@ -281,6 +281,22 @@ TEST(Transfer, ARestartedAgentGoesOnWithTheSamePart) {
   EXPECT_TRUE(b.heard.Copied(8, true)) << a.heard.Troubles();
 }
 
+// Prepare fences the arenas before Activate looks at them.
+TEST(Transfer, ANewGenerationForgetsWhatTheOneBeforeReleasedAndToldItsPeer) {
+  Node a, b, c;
+  b.service->Begin(kJob, 1, "key");
+  a.Activate(a.PartOf(1, 0, b.address()));
+  const SlotView view = a.Capture(1, 0, 0, 7, kSize);
+  ASSERT_TRUE(b.heard.Copied(7, true));
+  a.service->MarkReleased(kJob, 1, 9);
+  a.service->Begin(kJob, 2, "key");
+  c.service->Begin(kJob, 2, "key");
+  a.Activate(a.PartOf(2, 0, c.address(), {7, 0, 1, view.crc_root, kSize, ""}));
+  EXPECT_EQ(a.Open(0, false).header()->agent.released_step, kNoStep)
+      << "captures of generation 2 would be given up before they were made";
+  EXPECT_TRUE(c.heard.Copied(7, true)) << "the new peer never got it\n" << a.heard.Troubles();
+}
+
 TEST(Transfer, ArenasOfEarlierMembershipsGoWhenANewStepIsCommitted) {
   Node a, b;
   a.Activate(a.PartOf(1, 5, ""));
