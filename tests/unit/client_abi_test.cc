@@ -11,6 +11,7 @@
 #include <thread>
 #include <vector>
 
+#include "checkpoint/store/slot_writer.h"
 #include "tests/integration/arena_host.h"
 #include "worker/client/everstep.h"
 
@@ -332,6 +333,32 @@ TEST_F(ClientAbi, FindTakesTheOlderStepWhenTheNewestIsDamaged) {
   ASSERT_EQ(everstep_find(c, 9, &slot), EVERSTEP_OK) << Error(c);
   EXPECT_EQ(slot.step, 1);
   ASSERT_EQ(everstep_find(c, 0, &slot), EVERSTEP_NONE);
+}
+
+// The other ranks start from the step that was announced: an older one would mix two.
+TEST_F(ClientAbi, ARestoreWhoseSlotIsGoneTakesNoOtherStep) {
+  StartNode();
+  Activate(1);
+  everstep_client* c = nullptr;
+  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK) << Error(c);
+  ASSERT_EQ(Capture(c, 3, "older"), EVERSTEP_OK);
+  ASSERT_TRUE(UntilCopied(1));
+  ASSERT_EQ(Capture(c, 4, "newer"), EVERSTEP_OK);
+  ASSERT_TRUE(UntilCopied(2));
+  Activate(2, 4);
+  everstep_client* next = nullptr;
+  ASSERT_EQ(Open(Options(2), &next), EVERSTEP_OK) << Error(next);
+  auto fds = host->Open("job", {.rank = 0, .replica = false}, 0);
+  ASSERT_TRUE(fds.ok()) << fds.error().message;
+  close(fds.value().eventfd);
+  auto arena = checkpoint::Arena::Open(fds.value().memfd);
+  ASSERT_TRUE(arena.ok());
+  ASSERT_EQ(arena.value().Restore().state, checkpoint::RestoreState::kReady);
+  ASSERT_TRUE(
+      checkpoint::SlotWriter::Begin(&arena.value(), arena.value().Restore().slot, 100).ok());
+  auto slot = Sized<everstep_slot>();
+  EXPECT_EQ(everstep_restore(next, 1000, &slot), EVERSTEP_ECORRUPT) << "took step " << slot.step;
+  EXPECT_NE(Error(next).find("step 4"), std::string::npos) << Error(next);
 }
 
 TEST_F(ClientAbi, AnUncommittedStepIsLeftAloneUntilItIsReleased) {

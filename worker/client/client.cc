@@ -290,9 +290,11 @@ int everstep_restore(everstep_client* c, uint32_t timeout_ms, everstep_slot* slo
           return Verified(c, *view, slot);
         }
         // This process (or one before it of this generation) has captured over it since.
-        if (auto newest = c->arena.Newest()) return Verified(c, *newest, slot);
+        if (auto newest = c->arena.Newest(); newest && newest->fields.generation == c->generation) {
+          return Verified(c, *newest, slot);
+        }
         return Fail(c, EVERSTEP_ECORRUPT,
-                    fmt::format("{}: step {} was announced and no whole slot is there",
+                    fmt::format("{}: step {} was announced and its slot is not there any more",
                                 c->arena.Name(), restore.step));
       }
     }
