@@ -172,6 +172,15 @@ TEST(DialBackoff, AtOnceThenDoublingUpToTheLimit) {
   EXPECT_EQ(backoff.Next(), Duration{});
 }
 
+// failures() is what picks the next of several addresses.
+TEST(DialBackoff, ALongOutageStillTriesEveryAddress) {
+  DialBackoff backoff({.first = Milliseconds(50), .max = Seconds(1)}, 7);
+  for (int i = 0; i < 2000; ++i) backoff.Next();
+  const std::uint32_t before = backoff.failures();
+  EXPECT_LE(backoff.Next(), Seconds(1));
+  EXPECT_EQ(backoff.failures(), before + 1);
+}
+
 TEST(ParseAddresses, NamesWhatIsNoAddress) {
   std::vector<std::string> bad;
   EXPECT_EQ(ParseAddresses("a:1, [::1]:2\n# note\nb:3", &bad),

@@ -25,7 +25,7 @@ Duration DialBackoff::Next() {
     return Duration{};
   }
   const std::uint32_t doublings = std::min(failures_ - 1, 20u);
-  if (failures_ < 1000) ++failures_;
+  ++failures_;
   const Duration whole = std::min(options_.max, options_.first * (std::int64_t{1} << doublings));
   // xorshift64: half of the wait is drawn, so that no two agents keep step.
   state_ ^= state_ << 13;
