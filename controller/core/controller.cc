@@ -55,6 +55,18 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
       state_.journal.push_back(*line);
     }
   }
+  // What is left of a job whose own record is gone is no job.
+  for (auto it = state_.jobs.begin(); it != state_.jobs.end();) {
+    if (!it->second.record.spec.job.empty()) {
+      ++it;
+      continue;
+    }
+    if (it->second.plan.generation != 0) Forget(it->second.plan);
+    if (!it->second.commits.job.empty()) {
+      out_->deletions.push_back({Deletion::Table::kCommit, it->first});
+    }
+    it = state_.jobs.erase(it);
+  }
   std::sort(state_.journal.begin(), state_.journal.end(),
             [](const auto& a, const auto& b) { return a.sequence < b.sequence; });
   if (!state_.journal.empty()) {

@@ -14,7 +14,8 @@ bool Controller::Impl::KeepsMemory(const JobRecord& record) {
 void Controller::Impl::DropCopies(JobStateView* job) {
   const JobId& id = job->record.spec.job;
   job->holdings.clear();
-  if (!job->commits.commits.empty()) out_->deletions.push_back({Deletion::Table::kCommit, id});
+  // Without commits, too: what was persisted may have been told after they were dropped.
+  if (!job->commits.job.empty()) out_->deletions.push_back({Deletion::Table::kCommit, id});
   job->commits = {};
   dirty_commits_.erase(id);
 }

@@ -749,5 +749,22 @@ TEST_F(ControllerCopies, WhatAFailedJobLeftSurvivesARegistration) {
   EXPECT_EQ(Job().plan.restore_step, 5);
 }
 
+TEST_F(ControllerTest, WhatIsLeftOfAJobWithoutItsRecordIsNoJob) {
+  JobRecord stub;
+  stub.spec.job = "j";
+  stub.state = JobState::kCancelled;
+  stub.generation = 3;
+  stub.forgotten = true;
+  GenerationPlan plan{.job = "k", .generation = 2};
+  const std::vector<Record> records = {stub, GenerationRecord{plan},
+                                       CommitRecord{.job = "j", .persisted_step = 9}};
+  Decisions out;
+  controller_->Recover(now_, records, &out);
+  EXPECT_TRUE(controller_->state().jobs.empty());
+  EXPECT_EQ(out.deletions.size(), 2u) << "they come back with each restart";
+  Join("n1");  // nothing is started for nobody
+  EXPECT_TRUE(controller_->state().jobs.empty());
+}
+
 }  // namespace
 }  // namespace everstep::controller
