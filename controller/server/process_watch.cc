@@ -1,12 +1,14 @@
 #include "controller/server/process_watch.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <cerrno>
 #include <cstdlib>
 #include <fstream>
 #include <sstream>
@@ -19,7 +21,7 @@ namespace {
 
 constexpr std::uint64_t kWakeToken = ~0ULL;
 
-// 0: there is no such process.
+// 0: there is no such process, or it cannot be read.
 std::uint64_t StartTime(std::int32_t pid) {
   std::ifstream in(fmt::format("/proc/{}/stat", pid));
   std::string text;
@@ -33,6 +35,11 @@ std::uint64_t StartTime(std::int32_t pid) {
     if (i == 3 && field == "Z") return 0;  // dead, not yet reaped
   }
   return std::strtoull(field.c_str(), nullptr, 10);
+}
+
+bool Ended(int pidfd) {
+  pollfd p{pidfd, POLLIN, 0};
+  return poll(&p, 1, 0) > 0;
 }
 
 }  // namespace
@@ -66,11 +73,17 @@ ProcessWatch::~ProcessWatch() {
 
 void ProcessWatch::Watch(std::uint64_t token, std::int32_t pid, std::uint64_t start_time) {
   const int fd = pid > 0 ? static_cast<int>(syscall(SYS_pidfd_open, pid, 0)) : -1;
+  if (fd < 0) {
+    // No descriptor is free, or a sandbox forbids it: that proves nothing, silence has to.
+    if (pid > 0 && errno == ESRCH) on_dead_(token);
+    return;
+  }
   // Opened first, compared second: a pid that was given to another process shows another start
-  // time.
-  if (fd < 0 || StartTime(pid) != start_time) {
-    if (fd >= 0) close(fd);
-    if (pid > 0) on_dead_(token);
+  // time. 0: it has ended, or cannot be looked at.
+  const std::uint64_t started = StartTime(pid);
+  if (started == 0 ? Ended(fd) : started != start_time) {
+    close(fd);
+    on_dead_(token);
     return;
   }
   std::lock_guard<std::mutex> lock(mutex_);

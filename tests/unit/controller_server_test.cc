@@ -1,9 +1,17 @@
 // The shell's pure parts: the wire and back, what people read, metrics.
 #include <gtest/gtest.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <fstream>
+#include <sstream>
 
 #include "controller/server/convert.h"
 #include "controller/server/metrics.h"
 #include "controller/server/options.h"
+#include "controller/server/process_watch.h"
 #include "controller/server/status.h"
 #include "controller/store/convert.h"
 #include "proto/base/version.h"
@@ -424,6 +432,43 @@ TEST(Options, AddressesAreHostAndPort) {
        {"", "host", "host:", ":1", "host:-1", "host:65536", "host:1x", "host: 1"}) {
     EXPECT_FALSE(SplitAddress(bad, &host, &port)) << bad;
   }
+}
+
+std::uint64_t StartTimeOf(pid_t pid) {
+  std::ifstream in("/proc/" + std::to_string(pid) + "/stat");
+  std::string text;
+  std::getline(in, text);
+  std::istringstream fields(text.substr(text.rfind(')') + 1));
+  std::string field;
+  for (int i = 3; i <= 22; ++i) fields >> field;
+  return std::stoull(field);
+}
+
+TEST(ProcessWatch, WhatCannotBeLookedAtIsNotTakenForDead) {
+  std::atomic<int> dead{0};
+  ProcessWatch watch([&](std::uint64_t) { ++dead; });
+  const pid_t self = getpid();
+  const std::uint64_t start = StartTimeOf(self);
+  rlimit before{};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &before), 0);
+  // With no descriptor free; then with one, which the pidfd itself takes.
+  const int next = dup(0);
+  close(next);
+  for (int room = 0; room < 2; ++room) {
+    rlimit none = before;
+    none.rlim_cur = static_cast<rlim_t>(next + room);
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
+    watch.Watch(1 + static_cast<std::uint64_t>(room), self, start);
+    ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);
+    EXPECT_EQ(dead, 0) << "room for " << room;
+  }
+  watch.Watch(3, self, start + 1);
+  EXPECT_EQ(dead, 1) << "the number was given to another process";
+  const pid_t child = fork();
+  if (child == 0) _exit(0);
+  ASSERT_EQ(waitpid(child, nullptr, 0), child);
+  watch.Watch(4, child, 1);
+  EXPECT_EQ(dead, 2) << "it is gone";
 }
 
 }  // namespace
