@@ -13,25 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import subprocess
 import tempfile
 from pathlib import Path
 
-from common import BIN, ROOT, Results
+from common import BIN, ROOT, Results, before_all_others, free_port
 
 SCRIPT = ROOT / "tests/bench/scripts/capture.py"
 SIZES = {"64MiB": 64 << 20, "1GiB": 1 << 30}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def before_all_others() -> None:
-    os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
 
 
 def launch(everstep: Path, mode: str, size: int, steps: int, limit: float, realtime: bool) -> list[dict]:
@@ -39,7 +28,7 @@ def launch(everstep: Path, mode: str, size: int, steps: int, limit: float, realt
     with tempfile.TemporaryDirectory(prefix="esc-", dir="/tmp") as folder:
         out = Path(folder) / "out"
         env = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "EVERSTEP_", "TORCHELASTIC", "CAPTURE_"))}
-        env |= {"CAPTURE_OUT": str(out), "CAPTURE_MODE": mode, "CAPTURE_BYTES": str(size), "CAPTURE_STEPS": str(steps),
+        env |= {"BENCH_OUT": str(out), "CAPTURE_MODE": mode, "CAPTURE_BYTES": str(size), "CAPTURE_STEPS": str(steps),
                 "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "worker/python"),
                 "EVERSTEP_LIBRARY": os.environ.get("EVERSTEP_LIBRARY", str(everstep.resolve().parent.parent / "lib/libeverstep.so"))}
         port = free_port()
@@ -72,6 +61,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="jobs of each mode and size")
     parser.add_argument("--steps", type=int, default=6, help="captures of each job")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", action="store_true", help="also print the table for docs/reference/performance.md")
     parser.add_argument("--sizes", default="64MiB,1GiB")
     parser.add_argument("--modes", default="blocking,overlapped")
     parser.add_argument("--everstep", type=Path, default=BIN / "everstep")
@@ -93,8 +83,7 @@ def main() -> None:
                 memcpy = sorted(r["memcpy"] for r in rows if "memcpy" in r)
                 print(f"{mode} {size} {run + 1}/{args.runs}: memcpy {SIZES[size] / 2**30 / memcpy[len(memcpy) // 2]:.1f} GiB/s  "
                       + "  ".join(f"{r['metric']}{' first' if r.get('when') == 'first' else ''} {r['value']:.2f}" for r in rows), flush=True)
-    results.print()
-    results.write(args.json)
+    results.finish(args)
 
 
 if __name__ == "__main__":

@@ -25,16 +25,10 @@ import threading
 import time
 from pathlib import Path
 
-from common import BIN, ROOT, Results
+from common import BIN, ROOT, Results, free_port
 
 SCRIPT = ROOT / "tests/bench/scripts/ddp.py"
 DETECTED = re.compile(r"failed \(exitcode|Sending process|RendezvousConnectionError|worker_killed|node_died|node_lost|worker_exited")
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def children(pid: int) -> list[int]:

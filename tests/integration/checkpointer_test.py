@@ -250,10 +250,42 @@ def test_a_flipped_bit_is_named_and_nothing_is_loaded(node: Node, monkeypatch: p
     node.say("flip 0 0 70")
     inside(monkeypatch, node, 2)
     weights.zero_()
-    with everstep.Checkpointer({"w": weights}) as ck, pytest.raises(everstep.EverstepError, match="chunk 0") as told:
-        ck.restore()
-    assert told.value.code == _library.ECORRUPT
+    with everstep.Checkpointer({"w": weights}) as ck:
+        for load in (ck.view, ck.restore):
+            with pytest.raises(everstep.EverstepError, match="chunk 0") as told:
+                load()
+            assert told.value.code == _library.ECORRUPT
     assert not weights.any()
+
+
+def test_a_view_is_the_checkpoints_own_memory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    node.say("activate 1 1 -1 0")
+    inside(monkeypatch, node, 1)
+    state = {"w": torch.arange(1000.0), "seen": {"samples": 7}}
+    with everstep.Checkpointer(state) as ck:
+        assert ck.view() is None
+        ck.step(4)
+    node.say("activate 2 1 4 0")
+    inside(monkeypatch, node, 2)
+    state["w"].zero_()
+    with everstep.Checkpointer(state) as ck:
+        step, seen = ck.view()
+        assert step == 4
+        assert set(seen) == {"w", "seen"} and seen["seen"] == {"samples": 7}
+        assert torch.equal(seen["w"], torch.arange(1000.0))
+        assert not state["w"].any()  # looked at, not loaded
+        seen["w"][3] = 5.0  # what nobody may do shows whose memory it is
+        with pytest.raises(everstep.EverstepError, match="chunk 0"):
+            ck.view()
+
+
+def test_a_view_of_files(tmp_path: Path) -> None:
+    state = {"w": torch.arange(10.0)}
+    with everstep.Checkpointer(state, directory=tmp_path) as ck:
+        ck.step(2)
+        state["w"].zero_()
+        step, seen = ck.view()
+    assert step == 2 and torch.equal(seen["w"], torch.arange(10.0))
 
 
 def test_a_process_of_an_old_generation_cannot_capture(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,44 +2,25 @@
 
 Generation 1 captures, writes its figures and kills itself; generation 2 restores from the node's memory and
 writes how long that took. Every figure is a multiple of one warm memcpy of the same bytes in the same process,
-measured around it. One JSON line per figure goes to $CAPTURE_OUT.
+measured around it. One JSON line per figure goes to $BENCH_OUT.
 """
 
 from __future__ import annotations
 
-import ctypes
-import json
 import os
 import signal
 import statistics
 import time
-from typing import Any
 
 import everstep
 import torch
 import torch.distributed as dist
+from measure import Copier, tell
 from torch import nn
 
 TENSORS = 64
 RANK, GENERATION = int(os.environ["RANK"]), int(os.environ["EVERSTEP_GENERATION"])
 BYTES, MODE, STEPS = int(os.environ["CAPTURE_BYTES"]), os.environ["CAPTURE_MODE"], int(os.environ["CAPTURE_STEPS"])
-
-
-class Copier:
-    """One plain memcpy of the state's bytes, both sides warm."""
-
-    def __init__(self, size: int) -> None:
-        self.source, self.target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
-
-    def __call__(self) -> float:
-        began = time.perf_counter()
-        ctypes.memmove(self.target.data_ptr(), self.source.data_ptr(), self.source.numel())
-        return time.perf_counter() - began
-
-
-def tell(**row: Any) -> None:
-    with open(os.environ["CAPTURE_OUT"], "a") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def until_committed(ck: everstep.Checkpointer, step: int) -> None:
@@ -64,8 +45,6 @@ def main() -> None:
     model = nn.ParameterList([torch.rand(size // TENSORS // 4) for _ in range(TENSORS)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     copy = Copier(size)
-    for _ in range(3):
-        copy()
     ck = everstep.Checkpointer({"model": model, "optimizer": optimizer}, replicated=False, commit_wait=60.0, mode=MODE)
     dist.barrier()
     began = time.perf_counter()
@@ -73,7 +52,7 @@ def main() -> None:
     took = time.perf_counter() - began
     if start > 0:
         if RANK == 0:
-            tell(metric="restored", value=took / statistics.median(copy() for _ in range(5)))
+            tell(metric="restored", value=took / copy.median())
         dist.barrier()
         ck.close()
         return

@@ -175,31 +175,54 @@ class Checkpointer:
         Raises EverstepError when the agent cannot bring the bytes, RuntimeError when they are of another
         model. A torn or damaged state is never loaded.
         """
+        began = time.monotonic()
+        found = self._newest()
+        if found is None:
+            self._reserve_ahead(self._guess_bytes())
+            return 0
+        decoder, step, rank, size = found
+        self._load(decoder, rank, began)
+        self._last = step
+        self._reserve_ahead(size)
+        return step + 1
+
+    def view(self) -> tuple[int, dict[str, Any]] | None:
+        """What restore() would load, where it lies: its step, and name -> saved state. None: there is none.
+
+        Every byte is checked, none is copied: tensors are the checkpoint's own memory (of a DTensor, the `local`
+        part). Read them only, and not after the next step() or close(). Raises EverstepError as restore() does.
+        """
+        found = self._newest()
+        if found is None:
+            return None
+        decoder, step, _, _ = found
+        return step, {name: value for name, value in self._saved(decoder).items() if name != RNG}
+
+    def _newest(self) -> tuple[Decoder, int, int, int] | None:
+        """The newest state that may be used, checked: itself, its step, the rank that captured it, its bytes."""
         self._open()
         self.wait()
-        began = time.monotonic()
         if self._client is not None:
             slot = self._client.restore(self._restore_timeout)
             if slot is not None:
                 payload = self._client.payload(slot)
                 table = bytes(payload[slot.table_offset:slot.table_offset + slot.table_bytes])
-                self._load(Decoder(payload, table), slot.rank, began)
-                self._last = slot.step
-                self._reserve_ahead(slot.payload_bytes)
-                return int(slot.step) + 1
+                return Decoder(payload, table), int(slot.step), int(slot.rank), int(slot.payload_bytes)
         if self._files is not None:
             loaded = self._files.load(self._replicated is not False)
             if loaded is not None:
-                self._load(Decoder(loaded.payload, loaded.table), loaded.rank, began)
-                self._last = loaded.step
-                return loaded.step + 1
-        self._reserve_ahead(self._guess_bytes())
-        return 0
+                return Decoder(loaded.payload, loaded.table), loaded.step, loaded.rank, len(loaded.payload)
+        return None
 
-    def _load(self, decoder: Decoder, captured_by: int, began: float) -> None:
+    @staticmethod
+    def _saved(decoder: Decoder) -> dict[str, Any]:
         saved = decoder.root()
         if not isinstance(saved, dict):
             raise ValueError("a state table whose root is no dict")
+        return saved
+
+    def _load(self, decoder: Decoder, captured_by: int, began: float) -> None:
+        saved = self._saved(decoder)
         apply(self._state, saved)
         if self._rng and RNG in saved:
             if captured_by == self._rank:
