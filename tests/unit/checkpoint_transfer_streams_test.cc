@@ -129,7 +129,7 @@ TEST_F(Unchanged, AChunkThatRottedAtThePeerIsSentAgain) {
 TEST_F(Unchanged, AnotherSizeSharesWhatLiesWhereItLay) {
   a.Activate(a.PartOf(1, 0, b.address()));
   Next(7, 0);
-  state.resize(kSize + 2 * kChunkBytes, 3);
+  state.resize(kSize + std::size_t{2} * kChunkBytes, 3);
   Next(8, 1);
   EXPECT_TRUE(b.HoldsBytes(0, true, 8, state));
   state.resize(kSize / 2);

@@ -84,6 +84,7 @@ int Keeper(int argc, char** argv) {
   const pid_t worker = ::fork();
   if (worker == 0) {
     ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    // NOLINTNEXTLINE(concurrency-mt-unsafe): before any thread
     ::setenv("EVERSTEP_KEEPER", (dir + "/keeper.sock").c_str(), 1);
     ::execl("/bin/sleep", "sleep", "1000", nullptr);
     ::_exit(127);

@@ -1,6 +1,5 @@
 // The store on disk against what disks and machines do: a process killed between two batches, power
 // lost, a log cut short, a byte turned, a full disk, two controllers on one directory.
-#include <dirent.h>
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/wait.h>
@@ -9,7 +8,7 @@
 #include <atomic>
 #include <cerrno>
 #include <cstdlib>
-#include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <map>
 #include <memory>
@@ -21,6 +20,7 @@
 
 #include "controller/store/convert.h"
 #include "controller/store/rocks_store.h"
+#include "proto/base/errno_text.h"
 
 namespace everstep::controller {
 namespace {
@@ -28,12 +28,12 @@ namespace {
 class TemporaryDirectory {
  public:
   TemporaryDirectory() {
-    const char* root = std::getenv("TMPDIR");
+    const char* root = std::getenv("TMPDIR");  // NOLINT(concurrency-mt-unsafe): nobody sets it
     std::string name = std::string(root != nullptr ? root : "/tmp") + "/everstep-store-XXXXXX";
     path_ = mkdtemp(name.data()) != nullptr ? name : "";
   }
   ~TemporaryDirectory() {
-    if (!path_.empty()) (void)!std::system(("rm -rf '" + path_ + "'").c_str());
+    if (!path_.empty()) std::filesystem::remove_all(path_);
   }
   std::string db() const { return path_ + "/db"; }
 
@@ -49,9 +49,9 @@ class CrashEnv final : public rocksdb::EnvWrapper {
   rocksdb::Status NewWritableFile(const std::string& name,
                                   std::unique_ptr<rocksdb::WritableFile>* out,
                                   const rocksdb::EnvOptions& options) override {
-    if (read_only_) return rocksdb::Status::IOError("While open " + name, strerror(EROFS));
+    if (read_only_) return rocksdb::Status::IOError("While open " + name, ErrnoText(EROFS));
     std::unique_ptr<rocksdb::WritableFile> real;
-    const rocksdb::Status status = EnvWrapper::NewWritableFile(name, &real, options);
+    rocksdb::Status status = EnvWrapper::NewWritableFile(name, &real, options);
     if (status.ok()) *out = std::make_unique<File>(this, name, std::move(real));
     return status;
   }
@@ -136,12 +136,11 @@ std::vector<Record> LoadAll(RecordStore* store) {
 // The newest write-ahead log: highest number.
 std::string LogFile(const std::string& directory) {
   std::string newest;
-  DIR* dir = opendir(directory.c_str());
-  while (const dirent* entry = dir != nullptr ? readdir(dir) : nullptr) {
-    const std::string name = entry->d_name;
+  std::error_code none;
+  for (const auto& entry : std::filesystem::directory_iterator(directory, none)) {
+    const std::string name = entry.path().filename();
     if (name.ends_with(".log") && name > newest) newest = name;
   }
-  if (dir != nullptr) closedir(dir);
   return directory + "/" + newest;
 }
 

@@ -110,7 +110,7 @@ T Report(const std::function<void(v1::AgentMessage*)>& fill) {
   fill(&m);
   const auto event = FromWire("n1", m, GoodRegister());
   EXPECT_TRUE(event && std::holds_alternative<T>(*event));
-  const T report = event && std::holds_alternative<T>(*event) ? std::get<T>(*event) : T{};
+  T report = event && std::holds_alternative<T>(*event) ? std::get<T>(*event) : T{};
   EXPECT_EQ(report.node, "n1");
   EXPECT_EQ(report.incarnation, 5u);
   return report;

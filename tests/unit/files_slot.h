@@ -25,7 +25,8 @@ inline HandSlot MakeSlot(const std::string& job, Step step, Generation generatio
   HandSlot s;
   s.payload.resize(data_bytes);
   for (std::uint64_t i = 0; i < data_bytes; ++i) {
-    s.payload[i] = i % 64 < 60 ? static_cast<unsigned char>(i * 31 + seed * 7 + i / 256) : 0;
+    s.payload[i] =
+        i % 64 < 60 ? static_cast<unsigned char>(i * 31 + std::uint64_t{seed} * 7 + i / 256) : 0;
   }
   const std::uint64_t rest = data_bytes - 512;  // float32 elements of 60 bytes' rows end before
   const std::string table =

@@ -309,7 +309,7 @@ TEST_F(KeeperProtocol, AnAttachIsFencedAndBounded) {
 
 TEST_F(KeeperProtocol, LeaksNoDescriptor) {
   const auto use = [this](int round) {
-    const auto generation = static_cast<std::uint64_t>(round + 1);
+    const auto generation = static_cast<std::uint64_t>(round) + 1;
     for (std::int32_t rank = 0; rank < 4; ++rank) {
       Spawn(ShellSpawn(rank, "exec sleep 1000", generation));
       client_->Call(ArenaRequest(rank, 1 << 16), Seconds(10));

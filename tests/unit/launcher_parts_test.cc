@@ -378,7 +378,7 @@ TEST(Story, LinesFromElsewhereAreShownByTheSameFlags) {
 }
 
 TEST(Story, TimesAreTorchruns) {
-  ::setenv("TZ", "UTC", 1);
+  ::setenv("TZ", "UTC", 1);  // NOLINT(concurrency-mt-unsafe): one thread
   ::tzset();
   EXPECT_EQ(LocalTime("2026-01-31T14:02:11.482Z"), "2026-01-31_14:02:11");
   EXPECT_EQ(LocalTime("soon"), "soon");

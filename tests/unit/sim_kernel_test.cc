@@ -176,6 +176,7 @@ TEST(SimFault, TextRoundTripsAndNamesWhatIsWrong) {
 
 std::vector<Fault> Numbered(int n) {
   std::vector<Fault> faults;
+  faults.reserve(static_cast<std::size_t>(n));
   for (int i = 0; i < n; ++i) faults.push_back({Milliseconds(i), "f", std::to_string(i), {}});
   return faults;
 }
