@@ -111,6 +111,10 @@ Outcome Fetcher::Bring(Range range) {
                                connection.peer(), frame.value().index, next, range.first, end)};
     }
     if (over) return Done{};
+    if (task_.cancel != nullptr && *task_.cancel) {
+      return Error{ErrorCode::kStale,
+                   fmt::format("peer {}: receiving: given up here", connection.peer())};
+    }
     progress_->have[next] = 0;
     if (auto ok = ReceiveChunk(&connection, fields, frame.value(), writer_); !ok.ok()) return ok;
     progress_->have[next] = 1;

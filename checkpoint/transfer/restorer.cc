@@ -8,9 +8,11 @@
 #include <cstring>
 #include <thread>
 
+#include "checkpoint/store/fence.h"
 #include "checkpoint/store/slot_writer.h"
 #include "checkpoint/transfer/peer_client.h"
 #include "checkpoint/transfer/replica_store.h"
+#include "proto/base/crc32c.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -44,16 +46,27 @@ class SlotSink final : public FetchSink {
   std::string why_;
 };
 
-Result<SlotView> CopySlot(Arena* from, const SlotView& view, Arena* to, std::uint32_t slot) {
-  if (auto ok = from->Verify(view); !ok.ok()) return ok.error();
-  auto writer = SlotWriter::Begin(to, slot, view.fields.payload_bytes);
-  if (!writer.ok()) return writer.error();
+// Each byte is read once: copied and checked in the same pass.
+Result<SlotView> CopySlot(Arena* from, const SlotView& view, Arena* to, std::uint32_t slot,
+                          const std::atomic<bool>& cancel) {
   const unsigned char* data = from->Payload(view);
   const std::uint32_t* crcs = from->ChunkCrcs(view);
-  for (std::uint64_t i = 0; i < view.chunks(); ++i) {
-    std::memcpy(writer.value().Chunk(i), data + i * kChunkBytes, view.chunk_size(i));
-    writer.value().SetChunkCrc(i, crcs[i]);
+  if (data == nullptr || crcs == nullptr) {
+    return Error{ErrorCode::kNoMemory, from->Name() + ": cannot map the slot"};
   }
+  auto writer = SlotWriter::Begin(to, slot, view.fields.payload_bytes);
+  if (!writer.ok()) return writer.error();
+  for (std::uint64_t i = 0; i < view.chunks(); ++i) {
+    if (cancel) return Error{ErrorCode::kStale, "the generation is over"};
+    const std::uint32_t crc =
+        Crc32cCopy(0, writer.value().Chunk(i), data + i * kChunkBytes, view.chunk_size(i));
+    writer.value().SetChunkCrc(i, crc);
+    if (crc == crcs[i]) continue;
+    return Error{ErrorCode::kCorrupt,
+                 fmt::format("{}: slot {}, step {}: chunk {} of {} has CRC {:08x}, not {:08x}",
+                             from->Name(), view.slot, view.step(), i, view.chunks(), crc, crcs[i])};
+  }
+  StoreFence();
   auto copied = writer.value().Publish(view.fields, view.crc_root);
   if (!copied.ok()) return copied;
   if (!from->Current(view)) {
@@ -96,8 +109,9 @@ Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
     if (!source.ok()) continue;
     const auto view = FindRestore(source.value(), want);
     if (!view) continue;
-    auto copied = CopySlot(&source.value(), *view, &arena, slot);
+    auto copied = CopySlot(&source.value(), *view, &arena, slot, local.cancel);
     if (copied.ok()) return copied;
+    if (local.cancel) return copied;
     why = copied.error().message;
   }
 

@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <condition_variable>
 #include <map>
 #include <mutex>
 #include <set>
@@ -31,11 +32,21 @@ using LocalPtr = std::shared_ptr<LocalRank>;
 constexpr milliseconds kBeat{200};  // how often trainers see that the agent lives
 constexpr std::uint64_t kFirstRoom = 4096;
 constexpr int kSuspectAfter = 3;
+constexpr std::chrono::seconds kRestoreEnds{10};  // once given up; longer than any of its waits
 
 std::int64_t MonotonicNanos() {
   return std::chrono::duration_cast<std::chrono::nanoseconds>(
              std::chrono::steady_clock::now().time_since_epoch())
       .count();
+}
+
+RestoreView ReadyWord(Generation generation, const SlotView& view) {
+  return {.generation = generation,
+          .state = RestoreState::kReady,
+          .slot = view.slot,
+          .slot_seq = view.seq,
+          .step = view.step(),
+          .message = {}};
 }
 
 class Service final : public TransferService {
@@ -85,6 +96,7 @@ class Service final : public TransferService {
     return {.connect_timeout = options_.connect_timeout, .io_timeout = options_.io_timeout};
   }
   Result<LocalPtr> OpenLocal(const Part& part, const WorkerPart& worker);
+  bool AwaitRestores(const Part& part, std::string* error);
   void StartRestore(const LocalPtr& local);
   void Restore(const LocalPtr& local);
   void Ready(const LocalPtr& local, const SlotView& view);
@@ -117,6 +129,8 @@ class Service final : public TransferService {
   bool stopping_ = false;
   bool controller_away_ = false;
   std::map<JobId, Job> active_;
+  std::set<std::pair<JobId, Rank>> restoring_;  // arenas that a restore writes to now
+  std::condition_variable restore_ended_;
 };
 
 std::vector<LocalPtr> Service::Locals() const {
@@ -190,6 +204,22 @@ Result<LocalPtr> Service::OpenLocal(const Part& part, const WorkerPart& worker) 
   return local;
 }
 
+// A restore that was given up looks up every MiB, and may be in the middle of one: it must not
+// write into an arena that another generation's restore or trainer fills.
+bool Service::AwaitRestores(const Part& part, std::string* error) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (const WorkerPart& worker : part.workers) {
+    const bool ended = restore_ended_.wait_for(lock, kRestoreEnds, [&] {
+      return !restoring_.contains({part.job, worker.rank});
+    });
+    if (ended) continue;
+    *error = fmt::format("rank {} of job {}: the restore of an earlier generation does not end",
+                         worker.rank, part.job);
+    return false;
+  }
+  return true;
+}
+
 bool Service::Activate(const Part& part, std::string* error) {
   jobs_.Begin(part.job, part.generation, part.data_key);
   {
@@ -205,6 +235,7 @@ bool Service::Activate(const Part& part, std::string* error) {
       active_.erase(it);
     }
   }
+  if (!AwaitRestores(part, error)) return false;
   Job job{.generation = part.generation};
   for (const WorkerPart& worker : part.workers) {
     auto opened = OpenLocal(part, worker);
@@ -272,11 +303,7 @@ void Service::StartRestore(const LocalPtr& local) {
 }
 
 void Service::Ready(const LocalPtr& local, const SlotView& view) {
-  local->arena.SetRestore({.generation = local->generation,
-                           .state = RestoreState::kReady,
-                           .slot = view.slot,
-                           .slot_seq = view.seq,
-                           .step = view.step()});
+  local->arena.SetRestore(ReadyWord(local->generation, view));
   local->restored = true;
   Holds(local, view);
 }
@@ -295,18 +322,31 @@ void Service::Holds(const LocalPtr& local, const std::optional<SlotView>& view) 
 }
 
 void Service::Restore(const LocalPtr& local) {
-  if (local->cancel) return;
+  const auto arena = std::pair(local->job, local->rank);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (local->cancel) return;
+    restoring_.insert(arena);
+  }
   const JobFacts facts = jobs_.Find(local->job).value_or(JobFacts{});
   auto view = BringRestore(options_, host_, facts, *local, server_->port());
-  if (local->cancel) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    restoring_.erase(arena);
+    restore_ended_.notify_all();
+    if (local->cancel) return;
+    // Before anybody can give it up: the word is this generation's.
+    local->arena.SetRestore(view.ok() ? ReadyWord(local->generation, view.value())
+                                      : RestoreView{.generation = local->generation,
+                                                    .state = RestoreState::kFailed,
+                                                    .step = local->restore.step,
+                                                    .message = view.error().message});
+  }
   if (view.ok()) {
-    Ready(local, view.value());
+    local->restored = true;
+    Holds(local, view.value());
     return;
   }
-  local->arena.SetRestore({.generation = local->generation,
-                           .state = RestoreState::kFailed,
-                           .step = local->restore.step,
-                           .message = view.error().message});
   listener_->OnTrouble(local->job,
                        fmt::format("restoring rank {}: {}", local->rank, view.error().message));
 }

@@ -220,6 +220,28 @@ TEST(Transfer, ARestoreFromThisNodesOwnMemoryNeedsNoWire) {
   EXPECT_TRUE(b.Holds(0, false, 7, kSize));
 }
 
+// A large state takes seconds to copy, and a second fault may come meanwhile.
+TEST(Transfer, ARestoreThatWasGivenUpWritesNoMoreOnceTheNextGenerationStarts) {
+  constexpr std::size_t kLarge = 256u << 20;
+  Node a;
+  a.Activate(a.PartOf(1, 3, ""));
+  const SlotView view = a.Capture(1, 3, 0, 7, kLarge);
+  for (Generation g = 2; g < 6; g += 2) {
+    // Rank 0 takes rank 3's; before that is done the next generation starts from nothing.
+    a.Activate(a.PartOf(g, 0, "", {7, 3, 1, view.crc_root, kLarge, a.address()}));
+    ASSERT_EQ(a.Open(0, false).Restore().state, RestoreState::kPending);
+    std::this_thread::sleep_for(milliseconds(5 * static_cast<int>(g)));
+    a.service->Begin(kJob, g + 1, "key");
+    a.Activate(a.PartOf(g + 1, 0, ""));
+    ASSERT_EQ(a.Open(0, false).Restore().state, RestoreState::kFresh);
+    a.Capture(g + 1, 0, 0, 10 + static_cast<Step>(g), 1000);
+    a.Capture(g + 1, 0, 1, 11 + static_cast<Step>(g), 1000);
+    std::this_thread::sleep_for(milliseconds(400));  // as long as a copy would take
+    EXPECT_TRUE(a.Holds(0, false, 10 + static_cast<Step>(g), 1000));
+    EXPECT_TRUE(a.Holds(0, false, 11 + static_cast<Step>(g), 1000));
+  }
+}
+
 TEST(Transfer, ARestoreThatCannotBeHadSaysWhy) {
   Node a, b;
   b.service->Begin(kJob, 2, "key");
