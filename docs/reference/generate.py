@@ -89,35 +89,52 @@ def python() -> str:
     out = ["# The everstep package", "",
            "Written by `docs/reference/generate.py` from the package's docstrings; a test keeps it equal.", "",
            inspect.cleandoc(ast.get_docstring(init) or ""), ""]
-    classes: dict[str, ast.ClassDef] = {}
-    for module in ("checkpointer.py", "_library.py"):
-        for node in ast.parse((PACKAGE / module).read_text()).body:
+    out += described("everstep", ("checkpointer.py", "_library.py"),
+                     ("Checkpointer", "Stats", "EverstepError", "StaleGenerationError"), called=("Checkpointer",))
+    dcp = ast.parse((PACKAGE / "dcp/__init__.py").read_text())
+    out += ["## everstep.dcp", "", inspect.cleandoc(ast.get_docstring(dcp) or ""), ""]
+    # What DCP calls is DCP's to describe.
+    out += described("everstep.dcp", ("dcp/_writer.py", "dcp/_reader.py", "dcp/_stager.py"),
+                     ("StorageWriter", "StorageReader", "Found", "Stager"), called=("StorageWriter", "StorageReader"),
+                     methods={"StorageWriter": (), "StorageReader": ("newest",), "Stager": ("stage", "close")})
+    return "\n".join(out).rstrip() + "\n"
+
+
+def described(package: str, modules: tuple[str, ...], names: tuple[str, ...], called: tuple[str, ...],
+              methods: dict[str, tuple[str, ...]] | None = None) -> list[str]:
+    """Sections for classes of `modules`; of those in `called` how they are made; of `methods`, these alone."""
+    out: list[str] = []
+    classes: dict[str, tuple[ast.ClassDef, list[str]]] = {}
+    for module in modules:
+        text = (PACKAGE / module).read_text()
+        for node in ast.parse(text).body:
             if isinstance(node, ast.ClassDef):
-                classes[node.name] = node
-    for name in ("Checkpointer", "Stats", "EverstepError", "StaleGenerationError"):
-        node = classes[name]
-        methods = [m for m in node.body if isinstance(m, ast.FunctionDef)]
-        init_method = next((m for m in methods if m.name == "__init__"), None)
-        shown = signature(init_method) if init_method and name == "Checkpointer" else ""
-        out += [f"## everstep.{name}", ""]
+                classes[node.name] = node, text.splitlines()
+    only = methods or {}
+    for name in names:
+        node, lines = classes[name]
+        found = [m for m in node.body if isinstance(m, ast.FunctionDef)]
+        init_method = next((m for m in found if m.name == "__init__"), None)
+        shown = signature(init_method) if init_method and name in called else ""
+        out += [f"## {package}.{name}", ""]
         if shown:
-            out += ["```python", f"everstep.{name}{shown}", "```", ""]
+            out += ["```python", f"{package}.{name}{shown}", "```", ""]
         out += [*docstring(node), ""]
         fields = [f for f in node.body if isinstance(f, ast.AnnAssign)]
         if fields:
-            lines = (PACKAGE / "checkpointer.py").read_text().splitlines()
             out += ["| field | type | |", "|---|---|---|"]
             for field in fields:
                 note = lines[field.lineno - 1].partition("#")[2].strip()
-                out.append(f"| `{ast.unparse(field.target)}` | {ast.unparse(field.annotation)} | {note} |")
+                kind = ast.unparse(field.annotation).replace("|", "\\|")
+                out.append(f"| `{ast.unparse(field.target)}` | {kind} | {note} |")
             out.append("")
-        for method in methods:
-            if method.name.startswith("_"):
+        for method in found:
+            if method.name.startswith("_") or (name in only and method.name not in only[name]):
                 continue
             is_property = any(ast.unparse(d) == "property" for d in method.decorator_list)
             out += [f"### {name}.{method.name}", "", "```python",
                     f"{method.name}{'' if is_property else signature(method)}", "```", "", *docstring(method), ""]
-    return "\n".join(out).rstrip() + "\n"
+    return out
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT / "worker/python"))
 os.environ.setdefault("EVERSTEP_LIBRARY", str(BUILD / "lib/libeverstep.so"))
 
 import everstep
-from everstep import _library, checkpointer
+from everstep import _attach, _library, checkpointer
 from everstep._files import FileTier
 from everstep._table import Decoder, Encoder, Flattened
 
@@ -87,7 +87,7 @@ def node(tmp_path: Path) -> Iterator[Node]:
 def outside(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("EVERSTEP_KEEPER", "EVERSTEP_JOB", "EVERSTEP_GENERATION", "RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    checkpointer._warned.clear()
+    _attach._warned.clear()
 
 
 def inside(monkeypatch: pytest.MonkeyPatch, node: Node, generation: int, rank: int = 0, world: int = 1) -> None:

@@ -348,6 +348,10 @@ void everstep_copy(void* to, const void* from, uint64_t bytes) {
   cp::StoreFence();
 }
 
+uint32_t everstep_crc32c(uint32_t crc, const void* data, uint64_t bytes) {
+  return everstep::Crc32cExtend(crc, data, bytes);
+}
+
 int everstep_capture_begin(everstep_client* c, int64_t step, uint64_t payload_bytes,
                            uint32_t flags) {
   if (int code = Check(c); code != EVERSTEP_OK) return code;

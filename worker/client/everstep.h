@@ -125,6 +125,9 @@ int everstep_payload(everstep_client* client, const everstep_slot* slot, const v
 /* As memcpy, with stores that bypass the cache: for bytes that are loaded once and used later. Any
  * thread, no handle. */
 void everstep_copy(void* to, const void* from, uint64_t bytes);
+/* CRC32C (Castagnoli) of `bytes` of data that follow bytes whose CRC is `crc` (0: nothing before),
+ * the checksum of every tier. Any thread, no handle. */
+uint32_t everstep_crc32c(uint32_t crc, const void* data, uint64_t bytes);
 
 /* Chooses the slot to overwrite and tears it. payload_bytes: at most what will be written, table
  * and padding included. May wait, bounded, for the commit of the step before. */

@@ -133,6 +133,7 @@ def _declare(lib: c.CDLL) -> None:
         function = getattr(lib, name)
         function.argtypes, function.restype = [handle], None
     lib.everstep_copy.argtypes, lib.everstep_copy.restype = [c.c_void_p, c.c_void_p, c.c_uint64], None
+    lib.everstep_crc32c.argtypes, lib.everstep_crc32c.restype = [c.c_uint32, c.c_void_p, c.c_uint64], c.c_uint32
     lib.everstep_last_error.argtypes, lib.everstep_last_error.restype = [handle], c.c_char_p
     lib.everstep_version.restype = c.c_char_p
 
@@ -166,6 +167,11 @@ def copier() -> Callable[[int, int, int], object]:
         return c.memmove
 
 
+def checksum() -> Callable[[int, int, int], int]:
+    """crc32c(crc, address, bytes), the checksum of every tier. Raises OSError without the library."""
+    return load_library().everstep_crc32c  # type: ignore[no-any-return]
+
+
 class Client:
     """One attached arena. wait(), watch(), publish(), abort() and stats() are thread-safe. Not for a forked child."""
 
@@ -189,6 +195,11 @@ class Client:
             return code
         text = self._lib.everstep_last_error(self._handle).decode(errors="replace")
         raise (StaleGenerationError if code == ESTALE else EverstepError)(code, text)
+
+    @property
+    def attached(self) -> bool:
+        """Not closed."""
+        return bool(self._handle)
 
     def close(self) -> None:
         """Detaches; the arena and what is in it stay with the node. Idempotent."""

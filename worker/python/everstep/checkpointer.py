@@ -7,7 +7,6 @@ import logging
 import os
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import torch
 
 from everstep import _library
+from everstep._attach import attach, number, warn
 from everstep._files import FileTier
 from everstep._interval import Meter, best_interval, explain
 from everstep._library import Client, EverstepError, StaleGenerationError
@@ -27,7 +27,6 @@ from everstep._state import RNG, apply, apply_rng, derive_rng, gather, is_statef
 from everstep._table import ALIGNMENT, Decoder, Encoder
 
 _log = logging.getLogger("everstep")
-_warned: set[str] = set()
 _TABLE_ROOM = 64 << 10  # first guess of a table's size, for the memory taken ahead
 _OVERLAP_BYTES = 1 << 20  # late bytes under which copying at once is quicker than waking a thread
 _DECIDE_STEPS = 32  # between two looks at the interval
@@ -121,8 +120,8 @@ class Checkpointer:
         self._replicated = replicated
         self._rng = rng
         self._restore_timeout = restore_timeout
-        self._rank = _number("RANK", 0)
-        self._world = max(_number("WORLD_SIZE", 1), self._rank + 1)
+        self._rank = number("RANK", 0)
+        self._world = max(number("WORLD_SIZE", 1), self._rank + 1)
         self._last = -1
         self._captured = 0
         self._copy_seconds = 0.0
@@ -144,23 +143,16 @@ class Checkpointer:
         return self._parts.client
 
     def _attach(self, commit_wait: float) -> Client | None:
-        keeper, job = os.environ.get("EVERSTEP_KEEPER"), os.environ.get("EVERSTEP_JOB")
-        why = "this process was not started by `everstep run`"
-        if keeper and job:
-            try:
-                return Client(keeper, job, self._rank, self._world, _number("EVERSTEP_GENERATION", 0), commit_wait)
-            except StaleGenerationError:
-                raise
-            except (OSError, EverstepError) as error:
-                why = str(error)
-        self._fall_back(why)
-        return None
+        client, why = attach("Checkpointer", commit_wait)
+        if client is None:
+            self._fall_back(why)
+        return client
 
     def _fall_back(self, why: str) -> None:
         then = (f"steps go to files in {self._files.directory}" if self._files is not None
                 else "nothing is checkpointed; give Checkpointer a directory to have files at least")
         if self._rank == 0:
-            _warn(f"{why}: {then}")
+            warn(f"{why}: {then}")
 
     @property
     def tier(self) -> str:
@@ -216,6 +208,11 @@ class Checkpointer:
 
     @staticmethod
     def _saved(decoder: Decoder) -> dict[str, Any]:
+        if "dcp" in decoder.meta:
+            raise RuntimeError("this rank's memory holds what everstep.dcp saved: load it with "
+                               "torch.distributed.checkpoint"
+                               ".load(..., storage_reader=everstep.dcp.StorageReader()), or start the job under "
+                               "another --name")
         saved = decoder.root()
         if not isinstance(saved, dict):
             raise ValueError("a state table whose root is no dict")
@@ -268,11 +265,11 @@ class Checkpointer:
         if overlap is None:
             return
         overlap.settle()
-        for number, changed in overlap.take_spoiled():
+        for captured, changed in overlap.take_spoiled():
             self._spoiled += 1
             names = ", ".join(name for name, _ in changed[:3]) + (", ..." if len(changed) > 3 else "")
-            _warn(f"{names} changed outside of optimizer.step() while step {number} was being copied: the step is "
-                  "not kept; call Checkpointer.wait() before such changes, or use mode='blocking'")
+            warn(f"{names} changed outside of optimizer.step() while step {captured} was being copied: the step is "
+                 "not kept; call Checkpointer.wait() before such changes, or use mode='blocking'")
             for _, address in changed:
                 self._spoilers[address] = self._spoilers.get(address, 0) + 1
             self._plan = None
@@ -296,7 +293,7 @@ class Checkpointer:
         choice = 1 if measured is None else best_interval(measured)
         if self._world > 1:
             try:
-                choice = _from_rank_0(f"everstep/every/{_number('EVERSTEP_GENERATION', 0)}/{n}", self._rank, choice)
+                choice = _from_rank_0(f"everstep/every/{number('EVERSTEP_GENERATION', 0)}/{n}", self._rank, choice)
             except RuntimeError as error:
                 choice, measured = self._every, None
                 self._why = f"ranks could not agree on an interval: {error}"
@@ -422,11 +419,6 @@ class Checkpointer:
         self.close()
 
 
-def _number(name: str, default: int) -> int:
-    text = os.environ.get(name, "")
-    return int(text) if text.lstrip("-").isdigit() else default
-
-
 def _local_bytes(tensor: torch.Tensor) -> int:
     local = tensor.to_local() if hasattr(tensor, "to_local") and hasattr(tensor, "placements") else tensor
     return int(local.numel() * local.element_size())
@@ -454,9 +446,3 @@ def _from_rank_0(key: str, rank: int, value: int) -> int:
         return value
     store.wait([key], timedelta(seconds=_AGREE_SECONDS))
     return int(store.get(key))
-
-
-def _warn(text: str) -> None:
-    if text not in _warned:  # one is enough
-        _warned.add(text)
-        warnings.warn(f"everstep: {text}", RuntimeWarning, stacklevel=4)
