@@ -456,7 +456,7 @@ TEST(ProcessWatch, WhatCannotBeLookedAtIsNotTakenForDead) {
   close(next);
   for (int room = 0; room < 2; ++room) {
     rlimit none = before;
-    none.rlim_cur = static_cast<rlim_t>(next + room);
+    none.rlim_cur = static_cast<rlim_t>(next) + static_cast<rlim_t>(room);
     ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &none), 0);
     watch.Watch(1 + static_cast<std::uint64_t>(room), self, start);
     ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &before), 0);

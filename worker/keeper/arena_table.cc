@@ -10,6 +10,7 @@
 #include <fmt/format.h>
 
 #include "checkpoint/store/arena.h"
+#include "proto/base/errno_text.h"
 
 namespace everstep::keeper {
 namespace {
@@ -60,7 +61,7 @@ ArenaEntry* ArenaTable::Get(const ArenaKey& key, std::uint64_t slot_bytes, bool*
   if (!entry.bell) {
     *error = errno;
     *message = fmt::format("cannot make the bell of job {} rank {}'s arena: {}", key.job, key.rank,
-                           std::strerror(*error));
+                           ErrnoText(*error));
     return nullptr;
   }
   if (created != nullptr) *created = true;

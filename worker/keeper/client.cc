@@ -19,6 +19,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/clock.h"
+#include "proto/base/errno_text.h"
 #include "worker/keeper/framing.h"
 
 namespace everstep::keeper {
@@ -144,7 +145,7 @@ bool Client::Impl::Begin(v1::KeeperState* state, ConnectError* error) {
   if (!socket_) {
     const bool nobody = problem == ENOENT || problem == ECONNREFUSED;
     *error = {nobody ? ConnectError::kNoKeeper : ConnectError::kBroken,
-              fmt::format("no keeper at {}: {}", options_.socket_path, std::strerror(problem))};
+              fmt::format("no keeper at {}: {}", options_.socket_path, ErrnoText(problem))};
     return false;
   }
   v1::KeeperRequest request;

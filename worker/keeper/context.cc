@@ -33,7 +33,7 @@ void StatusPipe::Close() {
 }
 
 void StatusPipe::Read() {
-  constexpr std::size_t kMaxLine = 64 * 1024;
+  constexpr std::size_t kMaxLine = std::size_t{64} * 1024;
   char piece[4096];
   ssize_t n;
   do {

@@ -14,6 +14,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/clock.h"
+#include "proto/base/errno_text.h"
 #include "proto/base/log.h"
 #include "worker/keeper/framing.h"
 #include "worker/keeper/process.h"
@@ -178,7 +179,7 @@ void ForkServers::Start(Server* server) {
   ++server->starts;
   int ends[2];
   if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) {
-    Fail(server, fmt::format("socketpair: {}", std::strerror(errno)));
+    Fail(server, fmt::format("socketpair: {}", ErrnoText(errno)));
     return;
   }
   OwnedFd theirs(ends[1]);
@@ -194,7 +195,7 @@ void ForkServers::Start(Server* server) {
   std::string path = PythonFolder(context_->folder);
   const auto own = server->spec.env().find("PYTHONPATH");
   for (const auto& [key, value] : server->spec.env()) {
-    if (key != "PYTHONPATH") launch.env.push_back(key + "=" + value);
+    if (key != "PYTHONPATH") launch.env.push_back(fmt::format("{}={}", key, value));
   }
   if (own != server->spec.env().end()) {
     launch.env.push_back("EVERSTEP_FORK_SERVER_PYTHONPATH=" + own->second);
@@ -299,7 +300,7 @@ ForkServers::Answer ForkServers::Fork(const v1::KeeperSpawn& spawn, int status_f
                                      spawn.stderr_path(),
                                      std::to_string(spawn.args_size())};
   for (const std::string& arg : spawn.args()) fields.push_back(arg);
-  for (const auto& [key, value] : spawn.env()) fields.push_back(key + "=" + value);
+  for (const auto& [key, value] : spawn.env()) fields.push_back(fmt::format("{}={}", key, value));
   if (!Send(server, fields, {status_fd})) {
     *reason = "the fork server failed: " + server->message;
     return Answer::kNever;

@@ -32,7 +32,7 @@ FrameReader::Result FrameReader::Pop(std::string* frame) {
   if (begin_ == buffer_.size()) {
     buffer_.clear();
     begin_ = 0;
-  } else if (begin_ > 64 * 1024) {
+  } else if (begin_ > std::size_t{64} * 1024) {
     buffer_.erase(0, begin_);
     begin_ = 0;
   }

@@ -23,6 +23,7 @@
 
 #include "proto/base/check.h"
 #include "proto/base/clock.h"
+#include "proto/base/errno_text.h"
 #include "proto/base/log.h"
 #include "worker/keeper/attach_protocol.h"
 #include "worker/keeper/client.h"
@@ -82,7 +83,7 @@ bool Keeper::Begin(std::string* error) {
   lock_ = OwnedFd(::open((path + ".lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600));
   if (!lock_) {
     *error = fmt::format("cannot open {}.lock: {}; is the state directory there and writable?",
-                         path, std::strerror(errno));
+                         path, ErrnoText(errno));
     return false;
   }
   if (::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0) {
@@ -97,14 +98,14 @@ bool Keeper::Begin(std::string* error) {
   const int bind_error = errno;
   ::umask(mask);
   if (bound != 0 || ::listen(listener_.get(), 64) != 0) {
-    *error = fmt::format("cannot listen at {}: {}", path,
-                         std::strerror(bound != 0 ? bind_error : errno));
+    *error =
+        fmt::format("cannot listen at {}: {}", path, ErrnoText(bound != 0 ? bind_error : errno));
     return false;
   }
   sigset_t set;
   sigemptyset(&set);
   for (const int signal : {SIGCHLD, SIGTERM, SIGINT, SIGHUP, SIGQUIT}) sigaddset(&set, signal);
-  ::sigprocmask(SIG_BLOCK, &set, nullptr);
+  ::pthread_sigmask(SIG_BLOCK, &set, nullptr);
   ::signal(SIGPIPE, SIG_IGN);
   signals_ = OwnedFd(::signalfd(-1, &set, SFD_CLOEXEC | SFD_NONBLOCK));
   EVERSTEP_CHECK(signals_.get() >= 0, "signalfd failed");

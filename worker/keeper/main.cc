@@ -17,6 +17,7 @@
 
 #include <fmt/format.h>
 
+#include "proto/base/errno_text.h"
 #include "proto/base/log.h"
 #include "worker/keeper/keeper.h"
 #include "worker/keeper/process.h"
@@ -52,6 +53,7 @@ int ParseFlags(int argc, char** argv, Flags* flags) {
                             {"help", no_argument, nullptr, kHelp},
                             {nullptr, 0, nullptr, 0}};
   int c;
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): one thread
   while ((c = ::getopt_long(argc, argv, "h", options, nullptr)) != -1) {
     switch (c) {
       case kSocket: flags->keeper.socket_path = optarg; break;
@@ -132,12 +134,13 @@ int Main(int argc, char** argv) {
   Flags flags;
   if (const int stop = ParseFlags(argc, argv, &flags); stop != 0) return stop - 1;
   if (::prctl(PR_SET_CHILD_SUBREAPER, 1) != 0) {
-    std::fprintf(stderr, "error: this kernel has no child subreapers: %s\n", std::strerror(errno));
+    std::fprintf(stderr, "error: this kernel has no child subreapers: %s\n",
+                 ErrnoText(errno).c_str());
     return 1;
   }
   const pid_t keeper = ::fork();
   if (keeper < 0) {
-    std::fprintf(stderr, "error: cannot fork: %s\n", std::strerror(errno));
+    std::fprintf(stderr, "error: cannot fork: %s\n", ErrnoText(errno).c_str());
     return 1;
   }
   if (keeper == 0) {

@@ -1,4 +1,5 @@
 #include "worker/keeper/process.h"
+#include "proto/base/errno_text.h"
 
 #include <dirent.h>
 #include <fcntl.h>
@@ -92,7 +93,7 @@ int OpenLog(const std::string& path, int status_fd) {
   if (fd < 0) {
     Give(status_fd, fmt::format("cannot open the worker's log {}: {}; choose another --log-dir or "
                                 "make room there",
-                                path, std::strerror(errno)));
+                                path, ErrnoText(errno)));
   }
   return fd;
 }
@@ -141,14 +142,14 @@ void Execute(const LaunchSpec& spec, char* const* argv, char* const* envp) {
   for (int signal = 1; signal < NSIG; ++signal) ::signal(signal, SIG_DFL);
   sigset_t none;
   sigemptyset(&none);
-  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  ::pthread_sigmask(SIG_SETMASK, &none, nullptr);
 
   const int status = spec.status_fd >= 0 ? Lift(spec.status_fd) : -1;
   std::vector<std::pair<int, int>> keep;
   for (const auto& [from, to] : spec.keep) keep.emplace_back(Lift(from), to);
   if (!spec.cwd.empty() && ::chdir(spec.cwd.c_str()) != 0) {
     Give(status, fmt::format("cannot enter the job's folder {}: {}; it must exist on every node",
-                             spec.cwd, std::strerror(errno)));
+                             spec.cwd, ErrnoText(errno)));
   }
   // Logs are made with the keeper's own mask: the job's may deny reading to the agent.
   const int input = ::open("/dev/null", O_RDONLY | O_CLOEXEC);
@@ -161,7 +162,7 @@ void Execute(const LaunchSpec& spec, char* const* argv, char* const* envp) {
   for (const auto& [from, to] : keep) ::dup2(from, to);  // dup2 clears close-on-exec
   Execute(spec, argv, envp);
   Give(status, fmt::format("cannot execute {}: {}; is it installed on this node and executable?",
-                           spec.argv[0], std::strerror(errno)));
+                           spec.argv[0], ErrnoText(errno)));
 }
 
 }  // namespace
@@ -179,7 +180,7 @@ pid_t Launch(const LaunchSpec& spec, std::string* error) {
   if (pid < 0) {
     *error =
         fmt::format("cannot fork {}: {}; raise the limit of processes (ulimit -u) or free memory",
-                    spec.argv[0], std::strerror(errno));
+                    spec.argv[0], ErrnoText(errno));
   }
   return pid;
 }
@@ -287,6 +288,7 @@ std::optional<TcpConnections> CountConnections(pid_t pid, std::uint16_t port) {
   const std::string folder = fmt::format("/proc/{}/fd", pid);
   DIR* dir = ::opendir(folder.c_str());
   if (dir == nullptr) return std::nullopt;
+  // NOLINTNEXTLINE(concurrency-mt-unsafe): a stream of this function's own
   while (const dirent* entry = ::readdir(dir)) {
     char target[64];
     const ssize_t n = ::readlinkat(::dirfd(dir), entry->d_name, target, sizeof(target) - 1);

@@ -13,6 +13,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/clock.h"
+#include "proto/base/errno_text.h"
 #include "worker/keeper/client.h"
 
 namespace everstep::keeper {
@@ -39,7 +40,7 @@ std::string BesideThisProgram() {
   if (second != 0) ::_exit(0);
   sigset_t none;
   sigemptyset(&none);
-  ::sigprocmask(SIG_SETMASK, &none, nullptr);
+  ::pthread_sigmask(SIG_SETMASK, &none, nullptr);
   for (int signal = 1; signal < NSIG; ++signal) ::signal(signal, SIG_DFL);
   ::dup2(null_fd, 0);
   ::dup2(log_fd, 1);
@@ -59,7 +60,7 @@ bool StartKeeper(const StartOptions& options, std::string* error) {
   const std::string program = options.program.empty() ? BesideThisProgram() : options.program;
   int ends[2];
   if (::pipe2(ends, O_CLOEXEC) != 0) {
-    *error = fmt::format("cannot start a keeper: {}", std::strerror(errno));
+    *error = fmt::format("cannot start a keeper: {}", ErrnoText(errno));
     return false;
   }
   OwnedFd ready(ends[0]);
@@ -71,7 +72,7 @@ bool StartKeeper(const StartOptions& options, std::string* error) {
   if (!log) {
     *error = fmt::format(
         "cannot open the keeper's log {}: {}; is the state directory full or read-only?",
-        options.log_file, std::strerror(errno));
+        options.log_file, ErrnoText(errno));
     return false;
   }
   std::vector<std::string> words = {
@@ -85,13 +86,14 @@ bool StartKeeper(const StartOptions& options, std::string* error) {
   if (options.lifeline >= 0)
     words.insert(words.end(), {"--lifeline", std::to_string(options.lifeline)});
   std::vector<char*> argv;
+  argv.reserve(words.size() + 1);
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);
   const pid_t child = ::fork();
   if (child == 0)
     Become(program.c_str(), argv.data(), theirs.get(), nothing.get(), log.get(), options.lifeline);
   if (child < 0) {
-    *error = fmt::format("cannot fork a keeper: {}", std::strerror(errno));
+    *error = fmt::format("cannot fork a keeper: {}", ErrnoText(errno));
     return false;
   }
   theirs.Close();

@@ -16,6 +16,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/clock.h"
+#include "proto/base/errno_text.h"
 #include "proto/base/log.h"
 #include "worker/keeper/process.h"
 #include "worker/keeper/python_files.h"
@@ -112,7 +113,7 @@ bool StoreHosts::Bind(Host* host, std::string* error) {
   ::freeaddrinfo(found);
   if (!bound) {
     *error = fmt::format(
-        "cannot listen at {} port {}: {}{}", where, host->spec.port(), std::strerror(problem),
+        "cannot listen at {} port {}: {}{}", where, host->spec.port(), ErrnoText(problem),
         problem == EADDRINUSE ? "; choose another --master-port, or 0 for a free one" : "");
     return false;
   }
@@ -131,7 +132,7 @@ void StoreHosts::Launch(Id id, bool may_fork) {
   OwnedFd status =
       host->status.Open([this, id](const std::string& line, bool last) { OnLine(id, line, last); });
   if (!status) {
-    Fail(id, errno, fmt::format("no pipe: {}", std::strerror(errno)));
+    Fail(id, errno, fmt::format("no pipe: {}", ErrnoText(errno)));
     return;
   }
   host->pid = 0;
@@ -163,7 +164,8 @@ void StoreHosts::Launch(Id id, bool may_fork) {
     launch.argv.push_back(std::to_string(kListenerFd));
     launch.keep.emplace_back(host->listener.get(), kListenerFd);
   }
-  for (const auto& [key, value] : spec.env()) launch.env.push_back(key + "=" + value);
+  for (const auto& [key, value] : spec.env())
+    launch.env.push_back(fmt::format("{}={}", key, value));
   launch.stdout_path = launch.stderr_path = fmt::format("{}/store-host.log", context_->folder);
   launch.status_fd = status.get();
   std::string error;

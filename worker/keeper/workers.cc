@@ -13,6 +13,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/clock.h"
+#include "proto/base/errno_text.h"
 #include "proto/base/log.h"
 #include "worker/keeper/process.h"
 #include "worker/keeper/python_files.h"
@@ -140,7 +141,8 @@ void Workers::StartFresh(Worker* worker) {
         spec.numa_binding(), std::to_string(spec.local_rank()), PythonFolder(context_->folder)};
     launch.argv.insert(launch.argv.begin(), bind.begin(), bind.end());
   }
-  for (const auto& [name, value] : spec.env()) launch.env.push_back(name + "=" + value);
+  for (const auto& [name, value] : spec.env())
+    launch.env.push_back(fmt::format("{}={}", name, value));
   launch.cwd = spec.cwd();
   launch.umask = static_cast<mode_t>(spec.umask());
   launch.stdout_path = spec.stdout_path();
@@ -148,7 +150,7 @@ void Workers::StartFresh(Worker* worker) {
   OwnedFd status = worker->status.Open(
       [this, key](const std::string& line, bool last) { OnLine(key, line, last); });
   if (!status) {
-    Failed(key, errno, fmt::format("no pipe: {}", std::strerror(errno)));
+    Failed(key, errno, fmt::format("no pipe: {}", ErrnoText(errno)));
     return;
   }
   launch.status_fd = status.get();

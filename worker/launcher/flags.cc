@@ -61,6 +61,7 @@ Word ClassifyLong(const std::string& word) {
     result.flag = candidates.front();
   } else if (candidates.size() > 1) {
     std::vector<std::string_view> names;
+    names.reserve(candidates.size());
     for (const FlagRow* row : candidates) names.push_back(row->name);
     result.error =
         Error(fmt::format("{} could mean {}; write it in full", typed, fmt::join(names, " or ")));

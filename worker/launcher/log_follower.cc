@@ -139,7 +139,7 @@ std::size_t LogFollower::Read(File* file) {
     file->descriptor = ::open(file->path.c_str(), O_RDONLY | O_CLOEXEC);
     if (file->descriptor < 0) return 0;
   }
-  std::array<char, 32 * 1024> buffer;
+  std::array<char, std::size_t{32} * 1024> buffer;
   std::size_t total = 0;
   while (total < kMaxReadPerPoll) {
     const ssize_t count = ::read(file->descriptor, buffer.data(), buffer.size());

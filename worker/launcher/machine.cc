@@ -16,8 +16,6 @@
 
 #include "proto/base/clock.h"
 
-extern char** environ;
-
 namespace everstep::launcher {
 namespace {
 
@@ -39,7 +37,7 @@ std::string InPath(const Environment& environment, const std::string& name) {
   while (true) {
     const std::size_t end = path.find(':');
     const std::string_view folder = path.substr(0, end);
-    const std::string candidate = fmt::format("{}/{}", folder.empty() ? "." : folder, name);
+    std::string candidate = fmt::format("{}/{}", folder.empty() ? "." : folder, name);
     if (IsProgram(candidate)) return candidate;
     if (end == std::string_view::npos) return {};
     path.remove_prefix(end + 1);
