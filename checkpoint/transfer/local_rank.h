@@ -8,11 +8,28 @@
 #include <chrono>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "checkpoint/store/arena.h"
 #include "checkpoint/transfer/transfer_service.h"
 
 namespace everstep::checkpoint {
+
+// What goes to one of the rank's peers. The service's mutex guards the flags; the rest is the one
+// push task's that runs for the peer.
+struct PeerPush {
+  std::string address;  // host:port; fixed from the start
+  bool queued = false;
+  bool running = false;
+  bool again = false;             // something came while it ran
+  std::uint64_t has_content = 0;  // SlotView::content that the peer verified; under the mutex
+
+  Arena sending;  // the rank's memory, mapped
+  std::chrono::milliseconds backoff{0};
+  std::uint64_t gave_up_content = 0;  // this content cannot be sent
+  int corrupt = 0;                    // attempts in a row that arrived with a wrong CRC
+  bool troubled = false;              // said once a streak
+};
 
 struct LocalRank {
   LocalRank() = default;
@@ -26,10 +43,9 @@ struct LocalRank {
   JobId job;
   Rank rank = 0;
   Generation generation = 0;
-  std::string peer;  // host:port; empty: none
   RestorePart restore;
-  Arena arena;    // looked at by several threads; nobody maps its slots through this object
-  Arena sending;  // the same memory, mapped; the push task's alone
+  Arena arena;  // looked at by several threads; nobody maps its slots through this object
+  std::vector<PeerPush> peers;  // as many as the plan names; elements do not move
   int eventfd = -1;
 
   std::atomic<bool> cancel{false};    // the generation is over: tasks end soon
@@ -40,15 +56,7 @@ struct LocalRank {
   Step seen_step = kNoStep;
 
   // The service's mutex guards the rest.
-  bool push_queued = false;
-  bool push_running = false;
-  bool push_again = false;  // something came while it ran
-
-  // The one push task's.
-  std::chrono::milliseconds backoff{0};
-  std::uint64_t gave_up_content = 0;  // this content cannot be sent
-  int corrupt = 0;                    // attempts in a row that arrived with a wrong CRC
-  bool troubled = false;              // said once a streak
+  int pushing[kSlots] = {};  // peers that the slot's content is on its way to
 };
 
 }  // namespace everstep::checkpoint

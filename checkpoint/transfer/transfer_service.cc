@@ -103,10 +103,13 @@ class Service final : public TransferService {
   void Holds(const LocalPtr& local, const std::optional<SlotView>& view);
   void Watch();
   void Look(const LocalPtr& local);
-  void QueuePush(const LocalPtr& local, milliseconds delay);
-  void RunPush(const LocalPtr& local);
-  std::optional<milliseconds> Push(const LocalPtr& local);
-  std::optional<SlotView> ToPush(const LocalRank& local) const;
+  void QueuePush(const LocalPtr& local);  // to all of its peers, now
+  void QueuePush(const LocalPtr& local, std::size_t peer, milliseconds delay);
+  void RunPush(const LocalPtr& local, std::size_t peer);
+  std::optional<milliseconds> Push(const LocalPtr& local, PeerPush* peer);
+  std::optional<SlotView> ToPush(const LocalRank& local, const PeerPush& peer) const;
+  void PushBegins(LocalRank* local, const SlotView& view);
+  void PushEnds(LocalRank* local, PeerPush* peer, const SlotView& view, bool done);
   void Tidy(const JobId& job, Generation generation, const std::set<Rank>& ranks);
   std::vector<LocalPtr> Locals() const;
   void Wake() const {
@@ -199,7 +202,8 @@ Result<LocalPtr> Service::OpenLocal(const Part& part, const WorkerPart& worker) 
   local->job = part.job;
   local->rank = worker.rank;
   local->generation = part.generation;
-  local->peer = part.replica_address;
+  local->peers.resize(part.peers.size());
+  for (std::size_t i = 0; i < part.peers.size(); ++i) local->peers[i].address = part.peers[i];
   local->restore = worker.restore;
   return local;
 }
@@ -252,7 +256,7 @@ bool Service::Activate(const Part& part, std::string* error) {
       if (!again) slot.replicated_seq.store(0, std::memory_order_relaxed);  // of an earlier peer
     }
     if (!again) header.agent.released_step.store(kNoStep);
-    header.agent.has_peer.store(part.replica_address.empty() ? 0 : 1);
+    header.agent.has_peer.store(part.peers.empty() ? 0 : 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       header.agent.controller_away.store(controller_away_ ? 1 : 0);
@@ -318,7 +322,7 @@ void Service::Holds(const LocalPtr& local, const std::optional<SlotView>& view) 
   if (view && view->fields.generation != local->generation) {
     listener_->OnCopied(local->job, ToShard(*view, false));
   }
-  QueuePush(local, milliseconds(0));
+  QueuePush(local);
 }
 
 void Service::Restore(const LocalPtr& local) {
@@ -396,40 +400,45 @@ void Service::Look(const LocalPtr& local) {
                   static_cast<std::int64_t>(view->fields.captured_ns),
                   header.trainer.waited_ns.load(std::memory_order_relaxed));
   listener_->OnCopied(local->job, ToShard(*view, false));
-  QueuePush(local, milliseconds(0));
+  QueuePush(local);
 }
 
-void Service::QueuePush(const LocalPtr& local, milliseconds delay) {
-  if (local->peer.empty()) return;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (local->push_running) local->push_again = true;
-    if (local->push_running || local->push_queued) return;
-    local->push_queued = true;
-  }
-  pool_.Submit([this, local] { RunPush(local); }, delay);
+void Service::QueuePush(const LocalPtr& local) {
+  for (std::size_t i = 0; i < local->peers.size(); ++i) QueuePush(local, i, milliseconds(0));
 }
 
-void Service::RunPush(const LocalPtr& local) {
+void Service::QueuePush(const LocalPtr& local, std::size_t peer, milliseconds delay) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    local->push_queued = false;
-    local->push_running = true;
-    local->push_again = false;
+    PeerPush& push = local->peers[peer];
+    if (push.running) push.again = true;
+    if (push.running || push.queued) return;
+    push.queued = true;
   }
-  const std::optional<milliseconds> retry = Push(local);
+  pool_.Submit([this, local, peer] { RunPush(local, peer); }, delay);
+}
+
+void Service::RunPush(const LocalPtr& local, std::size_t peer) {
+  PeerPush& push = local->peers[peer];
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    push.queued = false;
+    push.running = true;
+    push.again = false;
+  }
+  const std::optional<milliseconds> retry = Push(local, &push);
   bool again;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    local->push_running = false;
-    again = local->push_again;
+    push.running = false;
+    again = push.again;
   }
   if (local->cancel) return;
-  if (retry || again) QueuePush(local, retry.value_or(milliseconds(0)));
+  if (retry || again) QueuePush(local, peer, retry.value_or(milliseconds(0)));
 }
 
 // The newest capture of the generation; before there is one, what the rank was restored from.
-std::optional<SlotView> Service::ToPush(const LocalRank& local) const {
+std::optional<SlotView> Service::ToPush(const LocalRank& local, const PeerPush& peer) const {
   std::optional<SlotView> best;
   for (std::uint32_t i = 0; i < kSlots; ++i) {
     const auto view = local.arena.Look(i);
@@ -446,23 +455,43 @@ std::optional<SlotView> Service::ToPush(const LocalRank& local) const {
     if (best->fields.rank != local.rank) return std::nullopt;
   }
   const SlotHeader& slot = local.arena.header()->slot[best->slot];
-  if (slot.replicated_seq.load() == best->seq || local.gave_up_content == best->content())
+  if (slot.replicated_seq.load() == best->seq || peer.gave_up_content == best->content()) {
     return std::nullopt;
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (peer.has_content == best->content()) return std::nullopt;
   return best;
 }
 
+void Service::PushBegins(LocalRank* local, const SlotView& view) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  ++local->pushing[view.slot];
+  local->arena.header()->slot[view.slot].pushing_seq.store(view.seq, std::memory_order_release);
+}
+
+// A content that every peer has verified is replicated; one that no push carries any more may go.
+void Service::PushEnds(LocalRank* local, PeerPush* peer, const SlotView& view, bool done) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  SlotHeader& slot = local->arena.header()->slot[view.slot];
+  if (done) peer->has_content = view.content();
+  const bool all = std::all_of(local->peers.begin(), local->peers.end(),
+                               [&](const PeerPush& p) { return p.has_content == view.content(); });
+  if (all) slot.replicated_seq.store(view.seq, std::memory_order_release);
+  if (--local->pushing[view.slot] == 0) slot.pushing_seq.store(0, std::memory_order_release);
+}
+
 // One attempt. When to try again; none: nothing is left to send.
-std::optional<milliseconds> Service::Push(const LocalPtr& local) {
-  const auto view = ToPush(*local);
+std::optional<milliseconds> Service::Push(const LocalPtr& local, PeerPush* peer) {
+  const auto view = ToPush(*local, *peer);
   if (!view || local->cancel || !local->restored) return std::nullopt;
   const JobFacts facts = jobs_.Find(local->job).value_or(JobFacts{});
-  if (!local->sending.open()) {
+  if (!peer->sending.open()) {
     auto mapped = Arena::Open(fcntl(local->arena.fd(), F_DUPFD_CLOEXEC, 0));
     if (!mapped.ok()) return options_.retry_last;  // no descriptor is free
-    local->sending = std::move(mapped.value());
+    peer->sending = std::move(mapped.value());
   }
   const bool restored = view->fields.generation != local->generation;
-  const PeerTask task{.address = local->peer,
+  const PeerTask task{.address = peer->address,
                       .job = local->job,
                       .key = facts.key,
                       .generation = local->generation,
@@ -473,45 +502,43 @@ std::optional<milliseconds> Service::Push(const LocalPtr& local) {
                       .streams = options_.streams,
                       .traffic_class = restored ? TrafficClass::kRepair : TrafficClass::kCommit,
                       .traffic = &traffic_};
-  SlotHeader& slot = local->arena.header()->slot[view->slot];
-  slot.pushing_seq.store(view->seq, std::memory_order_release);
+  PushBegins(local.get(), *view);
   PushReport report;
   const auto began = MonotonicNanos();
-  const auto pushed = PushSlot(task, &local->sending, *view, &report);
+  const auto pushed = PushSlot(task, &peer->sending, *view, &report);
   if (pushed.ok() || !local->cancel) {
     traffic_.Pushed(pushed.ok() ? PeerOutcome::kDone : OutcomeOf(pushed.error()),
                     static_cast<double>(MonotonicNanos() - began) / 1e9, report.unchanged_bytes,
                     report.resumed_bytes);
   }
-  if (pushed.ok()) slot.replicated_seq.store(view->seq, std::memory_order_release);
-  slot.pushing_seq.store(0, std::memory_order_release);
+  PushEnds(local.get(), peer, *view, pushed.ok());
   if (pushed.ok()) {
-    local->backoff = milliseconds(0);
-    local->corrupt = 0;
-    local->troubled = false;
+    peer->backoff = milliseconds(0);
+    peer->corrupt = 0;
+    peer->troubled = false;
     return std::nullopt;
   }
   if (local->cancel) return std::nullopt;
   const Error& error = pushed.error();
   if (!local->arena.Current(*view)) return milliseconds(0);  // a newer one has come
-  local->corrupt = error.code == ErrorCode::kCorrupt ? local->corrupt + 1 : 0;
+  peer->corrupt = error.code == ErrorCode::kCorrupt ? peer->corrupt + 1 : 0;
   const bool hopeless = error.code == ErrorCode::kStale || error.code == ErrorCode::kNoMemory ||
-                        local->corrupt >= kSuspectAfter;
-  if (hopeless) local->gave_up_content = view->content();
-  if (hopeless || !local->troubled) {
-    local->troubled = true;
+                        peer->corrupt >= kSuspectAfter;
+  if (hopeless) peer->gave_up_content = view->content();
+  if (hopeless || !peer->troubled) {
+    peer->troubled = true;
     listener_->OnTrouble(
         local->job,
         fmt::format("pushing step {} of rank {}: {}{}", view->step(), local->rank, error.message,
-                    local->corrupt >= kSuspectAfter
+                    peer->corrupt >= kSuspectAfter
                         ? "; its bytes no longer match the checksum of their capture: "
                           "this node's memory is suspect"
                         : ""));
   }
   if (hopeless) return std::nullopt;
-  local->backoff = local->backoff.count() == 0 ? options_.retry_first
-                                               : std::min(local->backoff * 2, options_.retry_last);
-  return local->backoff;
+  peer->backoff = peer->backoff.count() == 0 ? options_.retry_first
+                                             : std::min(peer->backoff * 2, options_.retry_last);
+  return peer->backoff;
 }
 
 void Service::MarkCommitted(const JobId& job, Generation generation, Step step) {

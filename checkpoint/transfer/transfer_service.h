@@ -82,7 +82,7 @@ struct Part {
   std::int32_t world_size = 0;
   std::string data_key;
   std::vector<WorkerPart> workers;
-  std::string replica_address;  // host:port; empty: no peer
+  std::vector<std::string> peers;  // host:port each; every capture goes to all of them
   Step committed_step = kNoStep;
 };
 

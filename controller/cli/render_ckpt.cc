@@ -57,7 +57,7 @@ std::string RenderPlacement(const v1::CheckpointPlacement& p, const RenderOption
                {"KEEPS COPIES OF"},
                {"BYTES", Align::kRight}});
   for (const v1::NodeCopies& n : p.nodes()) {
-    nodes.Add({n.node(), OrDash(n.domain()), Ranks(n.ranks()), OrDash(n.peer()), Ranks(n.keeps()),
+    nodes.Add({n.node(), OrDash(n.domain()), Ranks(n.ranks()), OrDash(fmt::format("{}", fmt::join(n.peers(), ","))), Ranks(n.keeps()),
                HumanBytes(n.bytes())});
   }
   out += "\n" + nodes.Format(options.headers, options.max_width);

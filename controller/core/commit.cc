@@ -1,11 +1,12 @@
-// Which step is safe (a copy on min(2, nodes) nodes for each rank) and where a generation starts
-// from. GEMINI (SOSP '23) section 4 places the replicas; here they are counted.
+// Which step is safe (CopiesOf nodes hold each rank's shard) and where a generation starts from.
+// GEMINI (SOSP '23) section 4 places the replicas; here they are counted.
 #include <fmt/format.h>
 
 #include <algorithm>
 #include <iterator>
 #include <tuple>
 
+#include "controller/core/copies.h"
 #include "controller/core/impl.h"
 
 namespace everstep::controller {
@@ -55,7 +56,7 @@ void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const He
   const std::size_t world = job->plan.nodes.size() * job->record.spec.nproc_per_node;
   if (by_rank.size() < world) return;
   const std::size_t needed =
-      Bug(kBugPrematureCommit) ? 1 : std::min<std::size_t>(2, job->plan.nodes.size());
+      Bug(kBugPrematureCommit) ? 1 : CopiesOf(job->record.spec, job->plan.nodes.size());
   Commit commit{.generation = job->record.generation,
                 .step = step,
                 .world_size = static_cast<std::int32_t>(world),
@@ -120,10 +121,10 @@ void Controller::Impl::CountBase(JobStateView* job, const NodeId& node, const He
   CommitBase(job);
 }
 
-// A copy on min(2, nodes) nodes: of each rank's shard, or with a replicated layout of any.
+// A copy on CopiesOf nodes: of each rank's shard, or with a replicated layout of any.
 void Controller::Impl::CommitBase(JobStateView* job) {
   const auto& copies = runtime_[job->record.spec.job].base_copies;
-  const std::size_t needed = std::min<std::size_t>(2, job->plan.nodes.size());
+  const std::size_t needed = CopiesOf(job->record.spec, job->plan.nodes.size());
   std::set<NodeId> any;
   for (const auto& [rank, holders] : copies) {
     for (const auto& [node, shard] : holders) any.insert(node);

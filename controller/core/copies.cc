@@ -109,15 +109,16 @@ std::string DomainText(const NodeState& node) {
   return text;
 }
 
-std::uint32_t CopiesOf(std::size_t nodes) {
-  return nodes < 2 ? 1 : 2;
+std::uint32_t CopiesOf(const JobSpec& spec, std::size_t nodes) {
+  const std::size_t wanted = spec.copies == 0 ? kDefaultCopies : spec.copies;
+  return static_cast<std::uint32_t>(std::clamp<std::size_t>(nodes, 1, wanted));
 }
 
 checkpoint::Placement PlaceCopies(const ClusterState& state, const JobStateView& job,
                                   const std::vector<NodeId>& nodes) {
   const FailureDomains domains = DomainsOf(state, nodes);
   checkpoint::PlacementInput in{.nodes = static_cast<std::uint32_t>(nodes.size()),
-                                .copies = CopiesOf(nodes.size())};
+                                .copies = CopiesOf(job.record.spec, nodes.size())};
   for (const FailureDomains::Level& level : domains.levels) in.levels.push_back(level.of);
   for (const auto& [name, members] : domains.evicted) in.together.push_back(members);
   in.previous = LieNow(job, nodes, in.copies);
@@ -132,11 +133,12 @@ void AssignPeers(const ClusterState& state, const JobStateView& job, GenerationP
   for (const NodePlan& member : plan->nodes) nodes.push_back(member.node);
   const checkpoint::Placement placement = PlaceCopies(state, job, nodes);
   for (std::size_t i = 0; i < nodes.size(); ++i) {
-    if (placement.hosts[i].size() < 2) continue;
-    NodePlan& member = plan->nodes[i];
-    const NodePlan& peer = plan->nodes[placement.hosts[i][1]];
-    member.replica_node = peer.node;
-    member.replica_address = fmt::format("{}:{}", peer.address, peer.data_port);
+    std::vector<PeerPlan>& peers = plan->nodes[i].peers;
+    peers.clear();
+    for (std::size_t k = 1; k < placement.hosts[i].size(); ++k) {
+      const NodePlan& peer = plan->nodes[placement.hosts[i][k]];
+      peers.push_back({peer.node, fmt::format("{}:{}", peer.address, peer.data_port)});
+    }
   }
 }
 
@@ -158,8 +160,10 @@ CopySets CopiesNow(const ClusterState& state, const JobStateView& job) {
     for (std::uint32_t i = 0; i < out.members; ++i) {
       const NodePlan& member = job.plan.nodes[i];
       std::vector<std::uint32_t> set = {i};
-      const auto peer = index.find(member.replica_node);
-      if (peer != index.end()) set.push_back(peer->second);
+      for (const PeerPlan& keeps : member.peers) {
+        const auto peer = index.find(keeps.node);
+        if (peer != index.end()) set.push_back(peer->second);
+      }
       out.hosts.push_back(std::move(set));
     }
     return out;

@@ -34,15 +34,17 @@ FailureDomains DomainsOf(const ClusterState& state, const std::vector<NodeId>& n
 // "zone=a rack=r7 evict=b"; "" when it is in none. Without the host that its address names.
 std::string DomainText(const NodeState& node);
 
-// Copies that a job keeps of each rank's state, the rank's own among them: commit.cc counts them.
-std::uint32_t CopiesOf(std::size_t nodes);
+// The one rule of how many copies of each rank's state a generation on so many nodes keeps, the
+// rank's own among them: min(m, nodes), at least 1. So many peers less one are pushed to, so many
+// nodes must hold a shard, verified and with equal checksums, before its step is committed.
+std::uint32_t CopiesOf(const JobSpec& spec, std::size_t nodes);
 
 // The placement of a generation's copies: by failure domains, balanced, and where they lie already
 // wherever that is as good (checkpoint/core/placement.h). `nodes` by group rank.
 checkpoint::Placement PlaceCopies(const ClusterState& state, const JobStateView& job,
                                   const std::vector<NodeId>& nodes);
 
-// Fills in every member's replica_node and replica_address.
+// Fills in every member's peers.
 void AssignPeers(const ClusterState& state, const JobStateView& job, GenerationPlan* plan);
 
 // On which nodes the newest committed step lies now, by what they reported; before the first commit

@@ -24,6 +24,13 @@ void Controller::Impl::On(const SubmitJob& e) {
            "1 <= MIN <= MAX nodes, at least 1 worker a node, restarts from 0 on");
     return;
   }
+  if (spec.copies > spec.max_nodes) {
+    Answer(e.request, ReplyCode::kInvalid,
+           fmt::format("job '{}' asks for {} copies of its state on at most {} nodes", spec.job,
+                       spec.copies, spec.max_nodes),
+           "each copy lies on a node of its own: fewer copies, or more nodes");
+    return;
+  }
   JobStateView* old = FindJob(spec.job);
   if (old != nullptr && !IsTerminal(old->record.state)) {
     Answer(e.request, ReplyCode::kAlreadyExists,

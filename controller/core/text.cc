@@ -89,7 +89,9 @@ std::string Members(const GenerationPlan& plan) {
   for (const NodePlan& n : plan.nodes) {
     text += fmt::format("{}{}", n.group_rank == 0 ? "" : " ", n.node);
     if (!n.workers.empty()) text += ":" + Ranks(n);
-    if (!n.replica_node.empty()) text += ">" + n.replica_node;
+    for (std::size_t i = 0; i < n.peers.size(); ++i) {
+      text += (i == 0 ? ">" : "+") + n.peers[i].node;
+    }
   }
   return text + "]";
 }

@@ -99,6 +99,8 @@ inline bool IsTerminal(JobState s) {
   return s >= JobState::kSucceeded;
 }
 
+inline constexpr std::uint32_t kDefaultCopies = 2;
+
 struct JobSpec {
   JobId job;
   std::uint32_t min_nodes = 1;
@@ -116,6 +118,8 @@ struct JobSpec {
   std::string ckpt_dir;                // file tier; empty: none
   std::uint64_t ckpt_every_steps = 0;  // each such step goes there; 0: by time
   Duration ckpt_every = {};            // the newest step goes there this often; 0: not by time
+  std::uint32_t copies =
+      0;  // of each rank's state in memory, its own among them; 0: kDefaultCopies
   Timestamp submitted;
   CommandSpec command;
   friend bool operator==(const JobSpec&, const JobSpec&) = default;

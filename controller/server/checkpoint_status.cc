@@ -60,8 +60,10 @@ std::vector<NodeSet> PlannedHosts(const JobStateView& job) {
   std::vector<NodeSet> hosts;
   for (const NodePlan& member : job.plan.nodes) {
     NodeSet set = {index.at(member.node)};
-    if (const auto peer = index.find(member.replica_node); peer != index.end()) {
-      set.push_back(peer->second);
+    for (const PeerPlan& keeps : member.peers) {
+      if (const auto peer = index.find(keeps.node); peer != index.end()) {
+        set.push_back(peer->second);
+      }
     }
     std::sort(set.begin(), set.end());
     hosts.push_back(std::move(set));
@@ -197,13 +199,24 @@ void FromFiles(const JobStateView& job, const Forecast& forecast, v1::LossForeca
                           job.record.spec.ckpt_dir));
 }
 
+// The node has these very bytes in its memory now.
+bool Holds(const ClusterState& state, const JobStateView& job, const NodeId& id,
+           const RestorePlan& r) {
+  const auto holds = job.holdings.find(id);
+  return holds != job.holdings.end() && state.nodes.count(id) != 0 &&
+         std::any_of(holds->second.shards.begin(), holds->second.shards.end(),
+                     [&r](const HeldShard& s) {
+                       return !s.file && s.step == r.step && s.generation == r.shard_generation &&
+                              s.crc_root == r.crc_root;
+                     });
+}
+
 void FillSources(const ClusterState& state, const JobStateView& job, const Forecast& forecast,
                  v1::LossForecast* to) {
   std::map<NodeId, std::uint64_t> in, out;
   std::uint64_t copy = 0;
   for (const NodePlan& member : forecast.plan.nodes) {
     if (forecast.state == JobState::kActivating) to->add_members(member.node);
-    const auto peer = job.holdings.find(member.replica_node);
     for (const WorkerPlan& worker : member.workers) {
       const RestorePlan& r = worker.restore;
       if (r.step == kNoStep) continue;
@@ -218,16 +231,10 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
         in[member.node] += r.bytes;
         out[r.source_node] += r.bytes;
       }
-      if (member.replica_node.empty() || forecast.state != JobState::kActivating) continue;
-      const auto alive = state.nodes.find(member.replica_node);
-      const bool there = peer != job.holdings.end() && alive != state.nodes.end() &&
-                         std::any_of(peer->second.shards.begin(), peer->second.shards.end(),
-                                     [&r](const HeldShard& s) {
-                                       return s.step == r.step &&
-                                              s.generation == r.shard_generation &&
-                                              s.crc_root == r.crc_root;
-                                     });
-      copy += there ? 0 : r.bytes;
+      if (forecast.state != JobState::kActivating) continue;
+      for (const PeerPlan& peer : member.peers) {
+        copy += Holds(state, job, peer.node, r) ? 0 : r.bytes;
+      }
     }
   }
   std::sort(to->mutable_sources()->begin(), to->mutable_sources()->end(),
@@ -262,14 +269,16 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
   const Commit* commit = NewestCommit(job);
   to.set_committed_step(copies.step);
   to.set_layout(commit == nullptr ? "unknown" : copies.replicated ? "replicated" : "sharded");
-  to.set_copies(CopiesOf(job.plan.nodes.size()));
+  to.set_copies(CopiesOf(job.record.spec, job.plan.nodes.size()));
   const std::vector<NodeSet> planned = PlannedHosts(job);
   const std::size_t sets = Distinct(planned);
   to.set_shape(Shape(planned, sets));
   to.set_host_sets(static_cast<std::uint32_t>(sets));
   std::map<NodeId, std::vector<Rank>> keeps;
   for (const NodePlan& member : job.plan.nodes) {
-    for (const WorkerPlan& w : member.workers) keeps[member.replica_node].push_back(w.rank);
+    for (const PeerPlan& peer : member.peers) {
+      for (const WorkerPlan& w : member.workers) keeps[peer.node].push_back(w.rank);
+    }
   }
   std::vector<NodeId> members;
   for (const NodePlan& member : job.plan.nodes) {
@@ -278,7 +287,7 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
     node->set_node(member.node);
     node->set_domain(DomainText(state.nodes.at(member.node)));
     for (const WorkerPlan& w : member.workers) node->add_ranks(w.rank);
-    node->set_peer(member.replica_node);
+    for (const PeerPlan& peer : member.peers) node->add_peers(peer.node);
     for (const Rank rank : keeps[member.node]) node->add_keeps(rank);
     node->set_bytes(BytesHeld(job, member.node));
   }

@@ -130,6 +130,7 @@ void ToProto(const JobSpec& from, v1::JobSpec* to) {
   to->set_ckpt_dir(from.ckpt_dir);
   to->set_ckpt_every_steps(from.ckpt_every_steps);
   to->set_ckpt_every_ms(Milliseconds32(from.ckpt_every));
+  to->set_copies(from.copies);
   // An unreadable command was refused at submission.
   wire::ToProto(from.command, to->mutable_command());
 }
@@ -159,6 +160,7 @@ void FromProto(const v1::JobSpec& from, JobSpec* to) {
   to->ckpt_dir = from.ckpt_dir();
   to->ckpt_every_steps = from.ckpt_every_steps();
   to->ckpt_every = Milliseconds(from.ckpt_every_ms());
+  to->copies = from.copies();
   to->command = wire::FromProto(from.command());
 }
 

@@ -88,14 +88,20 @@ struct WorkerPlan {
   friend bool operator==(const WorkerPlan&, const WorkerPlan&) = default;
 };
 
+// A node that keeps copies of what another one's ranks capture.
+struct PeerPlan {
+  NodeId node;
+  std::string address;  // host:port of its data plane
+  friend bool operator==(const PeerPlan&, const PeerPlan&) = default;
+};
+
 struct NodePlan {
   NodeId node;
   std::int32_t group_rank = 0;
   std::string address;
   std::uint32_t data_port = 0;
   std::vector<WorkerPlan> workers;
-  NodeId replica_node;          // empty: no peer
-  std::string replica_address;  // host:port
+  std::vector<PeerPlan> peers;  // one for each copy beside its own; empty: none
   friend bool operator==(const NodePlan&, const NodePlan&) = default;
 };
 

@@ -133,8 +133,10 @@ void ToProto(const NodePlan& from, v1::NodePlan* to) {
   to->set_group_rank(from.group_rank);
   to->set_address(from.address);
   to->set_data_port(from.data_port);
-  to->set_replica_node(from.replica_node);
-  to->set_replica_address(from.replica_address);
+  for (const PeerPlan& peer : from.peers) {
+    to->add_replica_nodes(peer.node);
+    to->add_replica_addresses(peer.address);
+  }
   for (const WorkerPlan& worker : from.workers) ToProto(worker, to->add_workers());
 }
 
@@ -143,8 +145,12 @@ NodePlan FromProto(const v1::NodePlan& from) {
               .group_rank = from.group_rank(),
               .address = from.address(),
               .data_port = from.data_port(),
-              .replica_node = from.replica_node(),
-              .replica_address = from.replica_address()};
+              .workers = {},
+              .peers = {}};
+  const int peers = std::min(from.replica_nodes_size(), from.replica_addresses_size());
+  for (int i = 0; i < peers; ++i) {
+    to.peers.push_back({from.replica_nodes(i), from.replica_addresses(i)});
+  }
   for (const v1::WorkerPlan& worker : from.workers()) to.workers.push_back(FromProto(worker));
   return to;
 }

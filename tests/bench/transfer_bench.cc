@@ -220,7 +220,7 @@ class Sender {
               .world_size = 1,
               .data_key = "key",
               .workers = {{0, {}}},
-              .replica_address = fmt::format("{}:{}", address, port->substr(5))};
+              .peers = {fmt::format("{}:{}", address, port->substr(5))}};
     std::string error;
     if (!service_->Activate(part, &error)) {
       fmt::print(stderr, "error: {}\n", error);

@@ -251,6 +251,7 @@ void Cluster::Submit(const Words& c) {
   spec.max_no_progress = ParseNumber(c.Get("max_no_progress", "5"));
   spec.max_start_failures = ParseNumber(c.Get("max_start_failures", "5"));
   spec.only_nodes = Split(c.Get("only"));
+  spec.copies = ParseNumber(c.Get("copies", "0"));
   spec.ckpt_dir = c.Get("ckpt");
   spec.ckpt_every_steps = ParseNumber(c.Get("every_steps", "0"));
   spec.ckpt_every = ParseDuration(c.Get("every", "0"));

@@ -279,11 +279,12 @@ void Cluster::Captured(const Words& c) {
                       .replicated_layout = c.Has("replicated")};
       Hold(member.node, First(c), shard);
       Do(ShardCopied{member.node, nodes_[member.node].incarnation, First(c), shard}, true);
-      if (member.replica_node.empty() || c.Has("local")) continue;
       shard.replica = true;
-      Hold(member.replica_node, First(c), shard);
-      Do(ShardCopied{member.replica_node, nodes_[member.replica_node].incarnation, First(c), shard},
-         true);
+      for (const PeerPlan& peer : member.peers) {
+        if (c.Has("local")) break;
+        Hold(peer.node, First(c), shard);
+        Do(ShardCopied{peer.node, nodes_[peer.node].incarnation, First(c), shard}, true);
+      }
     }
   }
 }
@@ -297,8 +298,12 @@ void Cluster::IfLost(const Words& c) {
                     f.message.empty() ? "" : fmt::format(" \"{}\"", f.message)));
   for (const NodePlan& member : f.plan.nodes) {
     for (const WorkerPlan& w : member.workers) {
+      std::string peers;
+      for (const PeerPlan& peer : member.peers) {
+        peers.append(peers.empty() ? "" : "+").append(peer.node);
+      }
       Print(fmt::format("rank {} on {} copy_on={} from {}", w.rank, member.node,
-                        member.replica_node.empty() ? "-" : member.replica_node,
+                        peers.empty() ? "-" : peers,
                         w.restore.step == kNoStep ? "-" : w.restore.source_node));
     }
   }

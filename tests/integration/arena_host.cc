@@ -30,7 +30,7 @@ class Commits final : public checkpoint::Listener {
 
 std::string Activate(std::istringstream* words, const JobId& job,
                      checkpoint::TransferService* service) {
-  checkpoint::Part part{.job = job, .data_key = "key", .workers = {}, .replica_address = ""};
+  checkpoint::Part part{.job = job, .data_key = "key", .workers = {}, .peers = {}};
   Step step = kNoStep;
   Rank rank = 0;
   *words >> part.generation >> part.world_size >> step;

@@ -185,7 +185,7 @@ TEST_P(CaptureKill, LeavesTheStepBeforeOrTheStepItselfEveryTime) {
                           .world_size = 1,
                           .data_key = "key",
                           .workers = {{.rank = 0}},
-                          .replica_address = ""};
+                          .peers = {}};
     for (const HeldShard& s : service.value()->Survey(kJob)) {
       if (s.step != last) continue;
       part.workers[0].restore = {.step = s.step,

@@ -160,7 +160,7 @@ def test_what_is_foretold_happens(cluster: Cluster) -> None:
     assert placement["layout"] == "sharded"
     assert placement["fatal"] == [], "every copy is in the other zone"
     members = [n["node"] for n in placement["nodes"]]
-    peers = {n["node"]: n["peer"] for n in placement["nodes"]}
+    peers = {n["node"]: n["peers"][0] for n in placement["nodes"]}
     assert {ZONES[n] for n in members} == {"a", "b"}
     by_lost = {s["lost"]: s["probability"] for s in placement["by_nodes"]}
     assert by_lost[1] == 1

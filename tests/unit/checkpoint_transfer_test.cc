@@ -42,6 +42,28 @@ TEST(Transfer, ACapturedSlotReachesThePeerBitForBit) {
   EXPECT_EQ(arena.header()->slot[0].replicated_seq, arena.Look(0)->seq);
 }
 
+TEST(Transfer, ACapturedSlotReachesEveryPeerAndIsReplicatedWhenAllHaveIt) {
+  Node a, b, c;
+  b.service->Begin(kJob, 1, "key");
+  Part part = a.PartOf(1, 0, b.address());
+  part.peers.push_back(c.address());  // which does not know the job yet
+  a.Activate(part);
+  const SlotView view = a.Capture(1, 0, 0, 7, kSize);
+  EXPECT_TRUE(b.heard.Copied(7, true)) << a.heard.Troubles() << b.heard.Troubles();
+  Arena arena = a.Open(0, false);
+  EXPECT_NE(arena.header()->slot[0].replicated_seq, view.seq) << "one of two peers lacks it";
+  c.service->Begin(kJob, 1, "key");
+  EXPECT_TRUE(c.heard.Copied(7, true)) << a.heard.Troubles() << c.heard.Troubles();
+  EXPECT_TRUE(b.Holds(0, true, 7, kSize));
+  EXPECT_TRUE(c.Holds(0, true, 7, kSize));
+  const auto deadline = steady_clock::now() + kPatience;
+  while (arena.header()->slot[0].replicated_seq != view.seq && steady_clock::now() < deadline) {
+    std::this_thread::yield();
+  }
+  EXPECT_EQ(arena.header()->slot[0].replicated_seq, view.seq);
+  EXPECT_EQ(arena.header()->slot[0].pushing_seq, 0u);
+}
+
 TEST(Transfer, ThePeerKeepsTheTwoNewestStepsOfAStream) {
   Node a, b;
   b.service->Begin(kJob, 1, "key");

@@ -81,7 +81,7 @@ v1::CheckpointPlacement Placement() {
     v1::NodeCopies* n = p.add_nodes();
     n->set_node("n" + std::to_string(i));
     n->set_domain(i < 2 ? "zone=a rack=r1" : "");
-    n->set_peer("n" + std::to_string((i + 2) % 4));
+    n->add_peers("n" + std::to_string((i + 2) % 4));
     for (int r = 0; r < 2; ++r) {
       n->add_ranks(2 * i + r);
       n->add_keeps(2 * ((i + 2) % 4) + 3 * r);

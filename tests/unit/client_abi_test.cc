@@ -62,7 +62,7 @@ class ClientAbi : public ::testing::Test {
                           .world_size = 1,
                           .data_key = "k",
                           .workers = {{.rank = 0}},
-                          .replica_address = ""};
+                          .peers = {}};
     for (const HeldShard& s : service->Survey("job")) {
       if (step == kNoStep || s.step != step) continue;
       part.workers[0].restore = {.step = s.step,

@@ -40,7 +40,7 @@ struct World {
       node.lease = Milliseconds(1500);
       NodePlan member{.node = id, .group_rank = i};
       member.workers.push_back({.rank = i});
-      member.replica_node = Name(peer[static_cast<std::size_t>(i)]);
+      member.peers = {{Name(peer[static_cast<std::size_t>(i)]), ""}};
       job.plan.nodes.push_back(member);
       HeldShard shard{.rank = i,
                       .world_size = n,
@@ -52,7 +52,7 @@ struct World {
       commit.shards.push_back(shard);
       job.holdings[id].shards.push_back(shard);
       shard.replica = true;
-      job.holdings[member.replica_node].shards.push_back(shard);
+      job.holdings[member.peers.front().node].shards.push_back(shard);
     }
     job.commits.commits = {commit};
   }
@@ -71,7 +71,7 @@ TEST(CheckpointStatus, PlacementTellsWhereCopiesLieAndWhatTheySurvive) {
             "2 host sets for 4 nodes, the fewest with equal load; copies cross every zone");
   ASSERT_EQ(p.nodes_size(), 4);
   EXPECT_EQ(p.nodes(0).domain(), "zone=a");
-  EXPECT_EQ(p.nodes(0).peer(), "n3");
+  EXPECT_EQ(p.nodes(0).peers(0), "n3");
   EXPECT_EQ(p.nodes(0).keeps(0), 2);
   EXPECT_EQ(p.nodes(0).bytes(), 128 * kMiB);
   ASSERT_EQ(p.by_nodes_size(), 3);
@@ -172,7 +172,9 @@ Forecast GoesOn(const World& w, const std::string& lost, const std::string& spar
   for (NodePlan& member : f.plan.nodes) {
     const bool replaced = member.node == lost;
     if (replaced) member.node = spare;
-    if (member.replica_node == lost) member.replica_node = spare;
+    for (PeerPlan& peer_of : member.peers) {
+      if (peer_of.node == lost) peer_of.node = spare;
+    }
     for (WorkerPlan& worker : member.workers) {
       worker.restore = {.step = 7,
                         .shard_rank = worker.rank,

@@ -15,6 +15,7 @@
 #include "controller/server/status.h"
 #include "controller/store/convert.h"
 #include "proto/base/version.h"
+#include "proto/wire/convert.h"
 
 namespace everstep::controller {
 namespace {
@@ -215,8 +216,7 @@ GenerationPlan TwoNodes() {
                   .address = "10.0.0.1",
                   .data_port = 4000,
                   .workers = {},
-                  .replica_node = i == 0 ? "n2" : "n1",
-                  .replica_address = "10.0.0.2:4000"};
+                  .peers = {{i == 0 ? "n2" : "n1", "10.0.0.2:4000"}, {"n3", "10.0.0.3:4000"}}};
     for (int l = 0; l < 2; ++l) {
       node.workers.push_back({.rank = i * 2 + l,
                               .local_rank = l,
@@ -251,7 +251,10 @@ TEST(Convert, ActivateGivesANodeItsPartOfThePlan) {
   EXPECT_EQ(a.plan().workers(1).rank(), 3);
   EXPECT_EQ(a.plan().workers(1).restore().step(), 40);
   EXPECT_EQ(a.plan().workers(1).restore().source_address(), "10.0.0.2:4000");
-  EXPECT_EQ(a.plan().replica_node(), "n1");
+  ASSERT_EQ(a.plan().replica_nodes_size(), 2);
+  EXPECT_EQ(a.plan().replica_nodes(0), "n1");
+  EXPECT_EQ(a.plan().replica_addresses(1), "10.0.0.3:4000");
+  EXPECT_EQ(wire::FromProto(a.plan()), plan->nodes[1]);
   EXPECT_EQ(a.command().target(), "train.py");
   EXPECT_EQ(a.restart_count(), 2u);
   EXPECT_EQ(a.committed_step(), 39);

@@ -116,7 +116,7 @@ struct Node {
             .world_size = 8,
             .data_key = "key",
             .workers = {{rank, restore}},
-            .replica_address = peer};
+            .peers = peer.empty() ? std::vector<std::string>() : std::vector<std::string>{peer}};
   }
   void Activate(const Part& part) {
     std::string error;

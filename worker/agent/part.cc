@@ -10,7 +10,8 @@ checkpoint::Part PartOf(const Activate& a) {
   part.generation = a.generation;
   part.world_size = static_cast<std::int32_t>(a.world_size);
   part.data_key = a.data_key;
-  part.replica_address = a.plan.replica_address;
+  part.peers.reserve(a.plan.peers.size());
+  for (const PeerPlan& peer : a.plan.peers) part.peers.push_back(peer.address);
   part.committed_step = a.committed_step;
   for (const WorkerPlan& w : a.plan.workers) {
     checkpoint::WorkerPart worker;

@@ -285,6 +285,10 @@ class Parser {
         f.spares = static_cast<std::uint32_t>(number);
         return wrong;
       case FlagId::kNoPreload: f.preload = false; return {};
+      case FlagId::kCopies:
+        wrong = ReadInteger(value, 1, kMaxNodes, &number);
+        f.copies = static_cast<std::uint32_t>(number);
+        return wrong;
       case FlagId::kCkptDir:
         f.ckpt_dir = value;
         return value.empty() ? "must name a directory" : "";

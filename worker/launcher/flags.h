@@ -94,6 +94,7 @@ struct LaunchFlags {
   std::string name;        // --name; empty: made from rdzv_id or the script
   std::uint32_t spares = 0;
   bool preload = true;                 // --no-preload: workers start cold
+  std::uint32_t copies = 0;            // --copies; 0: the controller's default
   std::string ckpt_dir;                // --ckpt-dir; empty: no file tier
   double ckpt_every_seconds = 600;     // --ckpt-every; 0: by steps
   std::uint64_t ckpt_every_steps = 0;  // --ckpt-every Nsteps

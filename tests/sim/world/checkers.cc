@@ -43,6 +43,11 @@ std::optional<Origin> OriginOf(const controller::Event& event) {
       event);
 }
 
+// What the job's owner asked for, said apart from the core's own rule.
+std::size_t CopiesWanted(const controller::JobSpec& spec, std::size_t nodes) {
+  return std::min<std::size_t>(spec.copies == 0 ? 2 : spec.copies, nodes);
+}
+
 // Copies of the step that the present generation started from are news of the present.
 bool IsBase(const controller::JobStateView& job, Generation generation, Step step) {
   const controller::GenerationPlan& plan = job.plan;
@@ -144,8 +149,17 @@ void Checkers::CheckPlan(Timestamp now, const ClusterState& state,
     if (!seen.insert(node.node).second) {
       Violate(now, "one_plan", fmt::format("{} names {} twice", name, node.node));
     }
-    if (node.replica_node == node.node) {
-      Violate(now, "one_plan", fmt::format("{}: {} is its own replica", name, node.node));
+    std::set<NodeId> keepers = {node.node};
+    for (const PeerPlan& peer : node.peers) {
+      if (!keepers.insert(peer.node).second) {
+        Violate(now, "one_plan",
+                fmt::format("{}: {} keeps two copies of {}", name, peer.node, node.node));
+      }
+    }
+    const std::size_t copies = CopiesWanted(spec, plan.nodes.size());
+    if (keepers.size() != copies) {
+      Violate(now, "one_plan",
+              fmt::format("{}: {} has {} copies of {}", name, node.node, keepers.size(), copies));
     }
     for (const WorkerPlan& worker : node.workers) {
       if (worker.rank != next++) {
@@ -285,7 +299,7 @@ void Checkers::CheckCommit(Timestamp now, const ClusterState& state,
         nodes.insert(holder.node);
       }
     }
-    const std::size_t wanted = std::min<std::size_t>(2, job.plan.nodes.size());
+    const std::size_t wanted = CopiesWanted(job.record.spec, job.plan.nodes.size());
     if (nodes.size() < wanted || commit.copies < wanted) {
       Violate(now, "commit_has_copies",
               fmt::format("{} is committed, rank {} has {} copies of {}", name, shard.rank,

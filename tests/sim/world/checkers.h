@@ -6,7 +6,7 @@
 // - one_active: no worker of an older generation lives where a generation is activated
 // - one_plan: a plan names each rank once, on nodes that may run it
 // - one_state: every rank of a generation starts from one state of one step
-// - commit_has_copies: each rank's shard of a committed step was verified on min(2, nodes) nodes
+// - commit_has_copies: each rank's shard of a committed step was verified on min(m, nodes) nodes
 // - commit_kept: a generation starts from the newest committed step or a later one, unless every
 // copy
 //   of some shard it needs is dead or out of reach

@@ -373,7 +373,7 @@ void SimNode::Capture(const JobId& job, ProcessKey key, std::int32_t pid, Lineag
   shard.crc_root = env_.truth->Checksum(state, key.second);
   shard.bytes = 1 << 20;
   Memory::Trainer trainer;
-  trainer.has_peer = j.activate && !j.activate->plan.replica_node.empty();
+  trainer.peers = j.activate ? j.activate->plan.peers.size() : 0;
   trainer.agent_alive = Responsive() || env_.timeline->now() < agent_gone_since_ + kAgentSilence;
   trainer.controller_away = keeper_->controller_away;
   trainer.waited = env_.timeline->now() - began >= process->patience;
@@ -399,30 +399,35 @@ void SimNode::Capture(const JobId& job, ProcessKey key, std::int32_t pid, Lineag
   Push(job, key.second, key.first);
 }
 
-// Sends the rank's newest slot to the plan's replica node until it is acknowledged or another came.
+// Sends the rank's newest slot to each of the plan's peers until it is acknowledged or another
+// came.
 void SimNode::Push(const JobId& job, Rank rank, Generation generation) {
   KeeperJob* j = FindJob(job);
   if (j == nullptr || !agent_ || !j->activate || j->activate->generation != generation) return;
-  const NodeId to = j->activate->plan.replica_node;
+  for (const PeerPlan& peer : j->activate->plan.peers) PushTo(job, rank, generation, peer.node);
+}
+
+void SimNode::PushTo(const JobId& job, Rank rank, Generation generation, const NodeId& to) {
+  KeeperJob* j = FindJob(job);
   const Memory::Slot* slot = j->memory.ToPush(rank, generation);
-  if (to.empty() || slot == nullptr || slot->replicated || slot->pushing) return;
+  if (slot == nullptr || slot->acknowledged.contains(to) || slot->pushing.contains(to)) return;
   const HeldShard shard = slot->shard;
   const std::optional<HeldShard> kept = j->memory.Committed(rank);
-  j->memory.MarkPushing(shard, true);
-  AfterKeeper(Draw(300, 600), "push ends", [this, job, rank, generation, shard] {
+  j->memory.MarkPushing(shard, to, true);
+  AfterKeeper(Draw(300, 600), "push ends", [this, to, job, rank, generation, shard] {
     KeeperJob* again = FindJob(job);
     if (again == nullptr) return;
-    again->memory.MarkPushing(shard, false);
+    again->memory.MarkPushing(shard, to, false);
     Push(job, rank, generation);
   });
   env_.network->Send(name_, to, name_ + " pushes", [this, to, job, generation, shard, kept] {
     SimNode* peer = env_.peer(to);
     if (peer == nullptr || !peer->Receive(job, generation, shard, kept)) return;
-    env_.network->Send(to, name_, to + " acknowledges", [this, job, shard] {
+    env_.network->Send(to, name_, to + " acknowledges", [this, to, job, shard] {
       KeeperJob* owner = FindJob(job);
       if (owner == nullptr) return;
-      owner->memory.MarkReplicated(shard);
-      owner->memory.MarkPushing(shard, false);
+      owner->memory.MarkReplicated(shard, to);
+      owner->memory.MarkPushing(shard, to, false);
     });
   });
 }

@@ -34,14 +34,19 @@ checkpoint::CaptureAction Memory::Capture(const HeldShard& shard, const Trainer&
   facts.generation = shard.generation;
   facts.base = arena.base;
   facts.replicated_layout = shard.replicated_layout;
-  facts.has_peer = trainer.has_peer;
+  facts.has_peer = trainer.peers > 0;
   facts.agent_alive = trainer.agent_alive;
   facts.controller_away = trainer.controller_away;
   facts.waited = trainer.waited;
   for (std::size_t i = 0; i < 2; ++i) {
     const Slot& slot = arena.slots[i];
-    facts.slots[i] = {slot.whole,      slot.shard.step, slot.shard.generation, slot.committed,
-                      slot.replicated, slot.pushing,    slot.released};
+    facts.slots[i] = {slot.whole,
+                      slot.shard.step,
+                      slot.shard.generation,
+                      slot.committed,
+                      slot.acknowledged.size() >= trainer.peers,
+                      !slot.pushing.empty(),
+                      slot.released};
   }
   const checkpoint::CaptureDecision decision = checkpoint::DecideCapture(facts);
   if (decision.action != checkpoint::CaptureAction::kWrite) return decision.action;
@@ -63,7 +68,8 @@ void Memory::Restore(Rank rank, const HeldShard& shard) {
         arena.slots[i].shard.rank != shard.rank) {
       continue;
     }
-    arena.slots[i].replicated = arena.slots[i].pushing = false;  // the peer may be another one now
+    arena.slots[i].acknowledged.clear();  // the peers may be others now
+    arena.slots[i].pushing.clear();
     arena.base = static_cast<int>(i);
     return;
   }
@@ -140,12 +146,18 @@ void Memory::MarkReleased(Generation generation, Step step) {
   }
 }
 
-void Memory::MarkReplicated(const HeldShard& shard) {
-  if (Slot* slot = FindSlot(shard)) slot->replicated = true;
+void Memory::MarkReplicated(const HeldShard& shard, const NodeId& peer) {
+  if (Slot* slot = FindSlot(shard)) slot->acknowledged.insert(peer);
 }
 
-void Memory::MarkPushing(const HeldShard& shard, bool pushing) {
-  if (Slot* slot = FindSlot(shard)) slot->pushing = pushing;
+void Memory::MarkPushing(const HeldShard& shard, const NodeId& peer, bool pushing) {
+  Slot* slot = FindSlot(shard);
+  if (slot == nullptr) return;
+  if (pushing) {
+    slot->pushing.insert(peer);
+  } else {
+    slot->pushing.erase(peer);
+  }
 }
 
 std::vector<HeldShard> Memory::Verified() const {
@@ -199,8 +211,8 @@ std::string Memory::Describe() const {
       if (!s.whole) continue;
       text += fmt::format(" {}/g{}{}{}{}{}{}{}", s.shard.step, s.shard.generation,
                           arena.base == static_cast<int>(i) ? "B" : "", s.committed ? "C" : "",
-                          s.replicated ? "R" : "", s.pushing ? "P" : "", s.released ? "x" : "",
-                          s.corrupt ? "!" : "");
+                          std::string(s.acknowledged.size(), 'R'), s.pushing.empty() ? "" : "P",
+                          s.released ? "x" : "", s.corrupt ? "!" : "");
     }
   }
   return text;

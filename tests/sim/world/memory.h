@@ -7,6 +7,7 @@
 #include <array>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,14 +23,14 @@ class Memory {
     HeldShard shard;
     bool whole = false;
     bool committed = false;
-    bool replicated = false;  // the peer acknowledged it
-    bool pushing = false;     // on its way to the peer
-    bool released = false;    // the controller gave it up
-    bool corrupt = false;     // the bytes do not verify
+    std::set<NodeId> acknowledged;  // peers that have it
+    std::set<NodeId> pushing;       // ... that it is on its way to
+    bool released = false;          // the controller gave it up
+    bool corrupt = false;           // the bytes do not verify
   };
   // Where and how a trainer captures.
   struct Trainer {
-    bool has_peer = false;
+    std::size_t peers = 0;
     bool agent_alive = false;
     bool controller_away = false;
     bool waited = false;  // its patience is used up
@@ -46,8 +47,8 @@ class Memory {
 
   void MarkCommitted(Generation generation, Step step);
   void MarkReleased(Generation generation, Step step);  // and those before
-  void MarkReplicated(const HeldShard& shard);
-  void MarkPushing(const HeldShard& shard, bool pushing);
+  void MarkReplicated(const HeldShard& shard, const NodeId& peer);
+  void MarkPushing(const HeldShard& shard, const NodeId& peer, bool pushing);
 
   // Every slot whose bytes verify.
   std::vector<HeldShard> Verified() const;

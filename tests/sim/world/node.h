@@ -152,6 +152,7 @@ class SimNode {
   void Capture(const JobId& job, ProcessKey key, std::int32_t pid, Lineage state, Step step,
                Timestamp give_up);
   void Push(const JobId& job, Rank rank, Generation generation);
+  void PushTo(const JobId& job, Rank rank, Generation generation, const NodeId& to);
   void PushAll();
   void DropKeeper();
   std::optional<std::pair<JobId, ProcessKey>> Pick(std::int32_t local_rank) const;

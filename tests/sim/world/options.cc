@@ -83,6 +83,7 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
   o.peers_exit = random.Chance(400);
   o.same_machine = random.Chance(300);
   const std::int64_t jobs = random.Chance(250) ? 2 : 1;
+  Random copies(seed ^ 0xC0B1E5ULL);  // of its own: the other draws stay what they were
   for (std::int64_t i = 0; i < jobs; ++i) {
     controller::JobSpec spec;
     spec.job = fmt::format("j{}", i + 1);
@@ -95,6 +96,9 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
     spec.max_no_progress = 1000;
     spec.max_start_failures = 1000;
     spec.command.opaque = spec.job;
+    if (copies.Chance(400)) {  // the default otherwise
+      spec.copies = static_cast<std::uint32_t>(copies.Between(1, std::min(4u, spec.max_nodes)));
+    }
     SimJob job;
     job.checkpoints = !random.Chance(120);
     if (random.Chance(200)) {
@@ -122,10 +126,11 @@ std::string Describe(const WorldOptions& o) {
   for (const SimJob& sim_job : o.jobs) {
     const controller::JobSpec& job = sim_job.spec;
     text += fmt::format(
-        "\njob {}: {} to {} nodes, {} workers each{}{}{}{}", job.job, job.min_nodes, job.max_nodes,
-        job.nproc_per_node, sim_job.checkpoints ? "" : ", without checkpoints",
-        sim_job.tight ? ", small budgets" : "", sim_job.cancel_at.count() > 0 ? ", cancelled" : "",
-        sim_job.again ? ", run twice" : "");
+        "\njob {}: {} to {} nodes, {} workers each{}{}{}{}{}", job.job, job.min_nodes,
+        job.max_nodes, job.nproc_per_node,
+        job.copies == 0 ? "" : fmt::format(", {} copies", job.copies),
+        sim_job.checkpoints ? "" : ", without checkpoints", sim_job.tight ? ", small budgets" : "",
+        sim_job.cancel_at.count() > 0 ? ", cancelled" : "", sim_job.again ? ", run twice" : "");
   }
   return text;
 }
