@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import pathlib
 import shutil
+import socket
+import subprocess
 import sys
 import time
 
@@ -369,3 +372,59 @@ def test_what_the_first_generation_imports_late_is_imported_ahead_next_time(keep
 if __name__ == "__main__":
     assert keeper_client
     sys.exit(pytest.main([__file__, "-q", *sys.argv[1:]]))
+
+
+def test_a_child_whose_word_is_not_awaited_any_more_runs_nothing(keeper, tmp_path):
+    """The keeper starts a fresh process where a fork takes too long: a late child would be the same rank once more."""
+    script = tmp_path / "train.py"
+    script.write_text("import json, os, sys\nimport numpy\nopen(sys.argv[1], 'w').write(str(os.getpid()))\n")
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: the server's children come to us, as to a keeper
+    ours, theirs = socket.socketpair()
+    status_read, status_write = os.pipe()
+    folder = str(keeper.folder / "python")
+    environment = {**BASE, "PYTHONPATH": folder, "EVERSTEP_FORK_SERVER":
+                   f"1:{theirs.fileno()}:{status_write}:{os.getpid()}:-1"}
+    server = subprocess.Popen([PYTHON, "-u", "-c", "import sys; sys.exit(97)"], env=environment, cwd=tmp_path,
+                              pass_fds=[theirs.fileno(), status_write], stderr=subprocess.PIPE)
+    theirs.close()
+    os.close(status_write)
+
+    def send(*fields, passed=()):
+        body = b"".join(len(f).to_bytes(4, "little") + f for f in map(os.fsencode, fields))
+        socket.send_fds(ours, [len(body).to_bytes(4, "little") + body], passed)
+
+    def ask(marker, answer):
+        send("worker", str(tmp_path), "18", str(tmp_path / "out"), str(tmp_path / "err"), "1", marker,
+             *(f"{k}={v}" for k, v in BASE.items()), passed=[answer])
+        os.close(answer)
+
+    try:
+        send("command", "1", "train.py", PYTHON, "-u", "train.py", "-")
+        send("preload", "json")
+        with os.fdopen(status_read) as status:
+            assert status.readline().startswith("ready "), server.stderr.read1().decode()
+        for marker in ("late", "later"):  # from a seed, and without one
+            read, write = os.pipe()
+            os.close(read)
+            ask(marker, write)
+        read, write = os.pipe()
+        ask("awaited", write)
+        with os.fdopen(read) as answer:
+            pid = int(answer.readline().removeprefix("P"))
+        assert os.waitpid(pid, 0)[1] == 0
+        while True:  # whoever else was forked has ended, too
+            try:
+                if os.waitpid(-1, os.WNOHANG)[0] == 0:
+                    break
+            except ChildProcessError:
+                break
+            time.sleep(0.01)
+        time.sleep(0.5)
+        assert (tmp_path / "awaited").exists()
+        assert not (tmp_path / "late").exists() and not (tmp_path / "later").exists(), (tmp_path / "err").read_text()
+    finally:
+        ours.close()
+        server.kill()
+        server.wait()
+        server.stderr.close()
+        ctypes.CDLL(None).prctl(36, 0, 0, 0, 0)

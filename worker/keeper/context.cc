@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/epoll.h>
+#include <sys/socket.h>
 #include <time.h>
 
 #include <cerrno>
@@ -17,7 +18,7 @@ std::int64_t WallNanos() {
 OwnedFd StatusPipe::Open(OnLine on_line) {
   Close();
   int ends[2];
-  if (::pipe2(ends, O_CLOEXEC) != 0) return OwnedFd();
+  if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends) != 0) return OwnedFd();
   read_ = OwnedFd(ends[0]);
   ::fcntl(ends[0], F_SETFL, O_NONBLOCK);
   on_line_ = std::move(on_line);
@@ -30,6 +31,14 @@ void StatusPipe::Close() {
   token_ = 0;
   read_.Close();
   buffer_.clear();
+}
+
+void StatusPipe::Finish() {
+  if (token_ == 0) return;
+  ::shutdown(read_.get(), SHUT_RD);
+  // A handler may close or destroy this object.
+  Loop* const loop = &context_->loop;
+  for (const Loop::Token token = token_; loop->Has(token);) Read();
 }
 
 void StatusPipe::Read() {

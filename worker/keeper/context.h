@@ -31,8 +31,8 @@ inline everstep::v1::KeeperReply Refusal(int error, std::string text) {
 
 std::int64_t WallNanos();
 
-// Reads a child's status pipe to its end: lines as they come, then the end. Owned by a table entry;
-// dies with it.
+// Reads a child's status channel (a socket pair) to its end: lines as they come, then the end.
+// Owned by a table entry; dies with it.
 class StatusPipe {
  public:
   // A line without its end; `last` (then `line` may be empty): the child closed the pipe.
@@ -47,6 +47,9 @@ class StatusPipe {
   // why.
   OwnedFd Open(OnLine on_line);
   void Close();
+  // What was written up to this moment is heard, then the end; whoever writes later fails. So both
+  // sides agree on whether a word came in time.
+  void Finish();
 
  private:
   void Read();

@@ -25,8 +25,9 @@ namespace v1 = everstep::v1;
 
 constexpr std::int64_t kMs = 1'000'000;
 constexpr std::int64_t kStartLimitNs = 30'000 * kMs;
-constexpr std::int64_t kForkLimitNs = 20'000 * kMs;  // then a fresh process
-constexpr std::uint64_t kKeepGenerations = 2;        // ended workers of older ones are dropped
+constexpr std::int64_t kForkLimitNs = 20'000 * kMs;    // then a fresh process
+constexpr std::int64_t kAnswerLimitNs = 10'000 * kMs;  // of a fork server that has its imports
+constexpr std::uint64_t kKeepGenerations = 2;          // ended workers of older ones are dropped
 
 std::uint64_t Number(const v1::KeeperSpawn& spec, const char* key) {
   const auto it = spec.env().find(key);
@@ -106,7 +107,12 @@ void Workers::StartForked(Worker* worker) {
                           : ForkServers::Answer::kNever;
   worker->waiting = answer == ForkServers::Answer::kLater;
   worker->forked = answer == ForkServers::Answer::kAsked;
-  if (worker->forked) worker->fresh_reason.clear();
+  if (worker->forked) {
+    worker->fresh_reason.clear();
+    // The wait for its imports is over; this one is for the fork alone.
+    const std::int64_t limit = MonotonicNanos() + kAnswerLimitNs;
+    worker->start_limit_ns = std::max(worker->start_limit_ns, limit);
+  }
   if (worker->waiting) worker->status.Close();
   if (answer == ForkServers::Answer::kNever) StartFresh(worker);
 }
@@ -186,12 +192,15 @@ void Workers::OnLine(const WorkerKey& key, const std::string& line, bool last) {
       return;
     }
     worker->pid = pid;
+    worker->fresh_reason.clear();
     Started(worker);
   } else if (last) {
     if (!worker->forked) {
       Started(worker);
     } else {
-      worker->fresh_reason = "the fork server's child ended before it began";
+      if (worker->fresh_reason.empty()) {
+        worker->fresh_reason = "the fork server's child ended before it began";
+      }
       StartFresh(worker);
     }
   }

@@ -172,10 +172,13 @@ void Workers::Tick(std::int64_t now) {
     if (it->second->waiting && now < it->second->asked_ns + kWaitMostNs &&
         fork_servers_->Advances(key.job)) {
       it->second->start_limit_ns = now + kWaitOnNs;
-    } else if (it->second->forked || it->second->waiting) {
-      it->second->fresh_reason = it->second->waiting ? "the fork server's imports take too long"
-                                                     : "the fork server did not answer in time";
+    } else if (it->second->waiting) {
+      it->second->fresh_reason = "the fork server's imports take too long";
       StartFresh(it->second.get());
+    } else if (it->second->forked) {
+      // It may be there this very moment: then it is the worker, and no other one starts.
+      it->second->fresh_reason = "the fork server did not answer in time";
+      it->second->status.Finish();
     } else {
       Failed(key, ETIMEDOUT,
              "it did not begin within the limit; is its folder or log on a hung disk?");

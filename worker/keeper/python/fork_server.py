@@ -298,8 +298,10 @@ def become_worker(libc, fields, answer, command, server_args, blas, set_by_impor
         os.write(answer, b"P%d\n" % os.getpid())
         os.close(answer)
     except BaseException as problem:  # noqa: BLE001  the keeper must hear of anything
-        say(answer, f"E{problem}")
-        os._exit(127)
+        try:
+            say(answer, f"E{problem}")
+        finally:
+            os._exit(127)  # also when it waits no longer: another process is the worker then
 
 
 def become_store_host(folder, listener, answer, keeper):
@@ -581,13 +583,17 @@ def enter(folder):
             again("3")
     except Worker:
         return
-    except imports.Refused as refused:
-        say(int(status), f"failed {refused}")
     except BaseException as problem:  # noqa: BLE001
-        import traceback
+        try:
+            if isinstance(problem, imports.Refused):
+                say(int(status), f"failed {problem}")
+            else:
+                import traceback
 
-        traceback.print_exc()
-        say(int(status), f"failed {type(problem).__name__}: {problem}")
+                traceback.print_exc()
+                say(int(status), f"failed {type(problem).__name__}: {problem}")
+        except BaseException:  # noqa: BLE001  nobody listens any more
+            pass
     # Never fall through to the user's script: this is no worker.
     os._exit(98)
 
