@@ -9,6 +9,7 @@
 #include <utility>
 
 #include "proto/base/crc32c.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -66,10 +67,14 @@ Outcome FileTier::Replace(const std::string& folder, const std::string& name,
   const auto attempt = [&]() -> Outcome {
     auto file = disk_->Create(part);
     if (!file.ok()) return file.error();
+    KillPoint("persist.part_made");
     if (auto ok = write(file.value().get()); !ok.ok()) return ok;
+    KillPoint("persist.part_written");
     if (auto ok = file.value()->Sync(); !ok.ok()) return ok;
+    KillPoint("persist.part_synced");
     file.value().reset();
     if (auto ok = disk_->Rename(part, folder + "/" + name); !ok.ok()) return ok;
+    KillPoint("persist.part_renamed");
     return disk_->SyncDirectory(folder);
   };
   auto done = attempt();
@@ -113,16 +118,19 @@ Outcome FileTier::WriteShard(const SlotContent& slot, std::uint64_t* written) {
     return Done{};
   }
   if (auto ok = disk_->MakeDirectory(folder); !ok.ok()) return ok;
+  KillPoint("persist.folder_made");
   auto done = Replace(folder, name, [&](DiskWriter* out) -> Outcome {
     if (auto ok = out->Write(text.data(), text.size()); !ok.ok()) return ok;
     for (std::size_t i = 0; i < head.offsets.size(); ++i) {
       const std::uint64_t bytes = head.file.tensors[i].bytes();
       if (bytes == 0) continue;
       if (auto ok = out->Write(slot.payload + head.offsets[i], bytes); !ok.ok()) return ok;
+      KillPoint("persist.tensor_written");
     }
     return Done{};
   });
   if (!done.ok()) return done;
+  KillPoint("persist.shard_written");
   *written = head.file_bytes();
   return disk_->SyncDirectory(directory_);
 }
@@ -181,10 +189,12 @@ Result<bool> FileTier::Seal(Step step, Generation generation, std::uint64_t now_
     }
     return false;
   }
+  KillPoint("persist.ranks_found");
   const std::string text = WriteManifest(m);
   auto done = Replace(Folder(name), kManifest,
                       [&](DiskWriter* out) { return out->Write(text.data(), text.size()); });
   if (!done.ok()) return done.error();
+  KillPoint("persist.manifest_written");
   if (auto ok = disk_->SyncDirectory(directory_); !ok.ok()) return ok.error();
   return true;
 }
@@ -399,10 +409,12 @@ Outcome FileTier::RemoveFolder(const std::string& name) {
   for (const std::string& file : names.value()) {
     auto ok = disk_->Remove(Folder(name) + "/" + file);
     if (!ok.ok() && ok.error().code != ErrorCode::kNotFound) return ok;
+    KillPoint("persist.file_pruned");
     if (file == kManifest) {
       if (ok = disk_->SyncDirectory(Folder(name)); !ok.ok()) return ok;
     }
   }
+  KillPoint("persist.folder_emptied");
   auto ok = disk_->Remove(Folder(name));
   if (!ok.ok() && ok.error().code != ErrorCode::kNotFound) return ok;
   return Done{};

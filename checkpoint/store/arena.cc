@@ -18,6 +18,7 @@
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
 #include "proto/base/crc32c.h"
+#include "proto/base/kill_point.h"
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
@@ -384,6 +385,7 @@ void Arena::SetRestore(const RestoreView& view) {
   const std::uint64_t seq = w.seq.load(std::memory_order_relaxed) | 1;
   w.seq.store(seq, std::memory_order_relaxed);
   StoreFence();
+  KillPoint("restore.word_torn");
   RestoreWord fresh{};
   fresh.generation = view.generation;
   fresh.state = static_cast<std::uint32_t>(view.state);
@@ -393,6 +395,7 @@ void Arena::SetRestore(const RestoreView& view) {
   std::memcpy(fresh.message, view.message.data(),
               std::min(view.message.size(), sizeof fresh.message - 1));
   StoreWords(&w.generation, &fresh.generation, sizeof(RestoreWord) - 8);
+  KillPoint("restore.word_written");
   w.seq.store(seq + 1, std::memory_order_release);
 }
 

@@ -12,6 +12,7 @@
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
 #include "proto/base/crc32c.h"
+#include "proto/base/kill_point.h"
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
@@ -90,13 +91,17 @@ Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payl
     if (ftruncate(arena->fd(), static_cast<off_t>(offset + bytes)) != 0) {
       return System(*arena, "growing the memfd");
     }
+    KillPoint("slot.file_grown");
     // Torn first: no reader follows an extent that is on the move.
     const std::uint64_t seq = h.seq.load(std::memory_order_relaxed);
     if (seq != 0 || h.extent_bytes != 0) h.seq.store(seq | 1, std::memory_order_relaxed);
     StoreFence();
+    KillPoint("slot.torn_to_move");
     const std::uint64_t old_offset = h.extent_offset;
     StoreWords(&h.extent_offset, &offset, 8);
+    KillPoint("slot.extent_half_moved");
     StoreWords(&h.extent_bytes, &bytes, 8);
+    KillPoint("slot.extent_moved");
     if (freed > 0) {
       fallocate(arena->fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
                 static_cast<off_t>(old_offset), static_cast<off_t>(freed));
@@ -109,6 +114,7 @@ Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payl
   unsigned char* data = arena->Map(slot, h.extent_offset, h.extent_bytes);
   if (data == nullptr) return System(*arena, "mapping a slot");
   if (auto ok = Populate(*arena, data, h.extent_offset, h.extent_bytes); !ok.ok()) return ok;
+  KillPoint("slot.memory_taken");
   arena->populated_[slot] = h.extent_offset;
   return Done{};
 }
@@ -123,6 +129,7 @@ Result<SlotWriter> SlotWriter::Begin(Arena* arena, std::uint32_t slot,
   SlotHeader& h = arena->header()->slot[slot];
   h.seq.store(h.seq.load(std::memory_order_relaxed) | 1, std::memory_order_relaxed);
   StoreFence();
+  KillPoint("slot.torn");
   const std::uint64_t capacity = ExtentCapacity(h.extent_bytes);
   unsigned char* data = arena->mappings_[slot].data;
   return SlotWriter(arena, slot, data, capacity, reinterpret_cast<std::uint32_t*>(data + capacity));
@@ -143,6 +150,7 @@ Outcome SlotWriter::Append(const void* data, std::uint64_t size) {
     from += n;
     size -= n;
     crcs_[chunk] = chunk_crc_;
+    KillPoint("slot.bytes_copied");
     if (offset_ % kChunkBytes == 0) chunk_crc_ = 0;
   }
   return Done{};
@@ -186,11 +194,14 @@ Result<SlotView> SlotWriter::Publish(const SlotFields& fields, std::uint32_t crc
 SlotView SlotWriter::Expose(const SlotFields& fields, std::uint32_t crc_root) {
   SlotHeader& h = arena_->header()->slot[slot_];
   StoreWords(&h.fields, &fields, sizeof fields);
+  KillPoint("slot.fields_written");
   const std::uint64_t root = crc_root;
   StoreWords(&h.crc_root, &root, 8);
+  KillPoint("slot.root_written");
   StoreFence();
   const std::uint64_t seq = h.seq.load(std::memory_order_relaxed) + 1;
   h.seq.store(seq, std::memory_order_release);
+  KillPoint("slot.closed");
   return {slot_, seq, h.extent_offset, h.extent_bytes, fields, crc_root};
 }
 

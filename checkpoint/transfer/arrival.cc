@@ -6,6 +6,8 @@
 #include <cstring>
 #include <utility>
 
+#include "proto/base/kill_point.h"
+
 namespace everstep::checkpoint {
 
 Arrival::Arrival(const SlotFields& fields, std::uint32_t crc_root, const SlotWriter& writer)
@@ -105,6 +107,7 @@ Outcome ReceiveInto(Connection* connection, Arrival* arrival, std::uint64_t* chu
       return ok;
     }
     arrival->Verified(*chunk);
+    KillPoint("arrive.chunk_verified");
   }
 }
 

@@ -9,6 +9,7 @@
 
 #include "checkpoint/transfer/peer_client.h"
 #include "checkpoint/transfer/slot_stream.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -97,6 +98,7 @@ Outcome Fetcher::Bring(Range range) {
   Connection& connection = talk.value().connection;
   const SlotFields& fields = talk.value().response.fields;
   connection.set_deadline(DeadlineFor(task_.limits, fields.payload_bytes));
+  KillPoint("restore.fetch_answered");
   const auto table = ReceiveTable(&connection, fields, crc_root_);
   if (!table.ok()) return table.error();
   const std::uint64_t end = range.end == 0 ? table.value().crcs.size() : range.end;
@@ -118,6 +120,7 @@ Outcome Fetcher::Bring(Range range) {
     progress_->have[next] = 0;
     if (auto ok = ReceiveChunk(&connection, fields, frame.value(), writer_); !ok.ok()) return ok;
     progress_->have[next] = 1;
+    KillPoint("restore.chunk_fetched");
   }
 }
 
@@ -148,6 +151,7 @@ Result<SlotView> Fetcher::Run() {
   for (const Outcome& outcome : done) {
     if (!outcome.ok()) return outcome.error();
   }
+  KillPoint("restore.all_fetched");
   auto view = writer_->Publish(fields_, crc_root_);
   if (!view.ok()) progress_->have.assign(progress_->have.size(), 0);
   return view;

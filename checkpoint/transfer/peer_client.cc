@@ -7,6 +7,7 @@
 
 #include "checkpoint/transfer/handshake.h"
 #include "checkpoint/transfer/slot_stream.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 
@@ -22,6 +23,7 @@ Result<PeerConversation> Converse(const PeerTask& task, RequestFrame request, St
   if (!dialled.ok()) return dialled.error();
   PeerConversation talk{.connection = std::move(dialled.value()), .my_nonce = RandomNonce()};
   Connection& connection = talk.connection;
+  KillPoint("push.connected");
   const HelloFrame mine{.nonce = talk.my_nonce};
   if (auto ok = connection.Send(&mine, sizeof mine); !ok.ok()) return ok.error();
   HelloFrame theirs;
@@ -35,6 +37,7 @@ Result<PeerConversation> Converse(const PeerTask& task, RequestFrame request, St
   request.traffic = static_cast<std::uint32_t>(task.traffic_class);
   request.mac = RequestMac(task.key, mine.nonce, theirs.nonce, request);
   if (auto ok = connection.Send(&request, sizeof request); !ok.ok()) return ok.error();
+  KillPoint("push.asked");
   ResponseFrame& response = talk.response;
   if (auto ok = connection.Receive(&response, sizeof response); !ok.ok()) return ok.error();
   if (response.magic != kFrameMagic) {
@@ -53,6 +56,7 @@ Result<PeerConversation> Converse(const PeerTask& task, RequestFrame request, St
     return FromStatus(response.status,
                       fmt::format("peer {}: {}", connection.peer(), GetText(response.message)));
   }
+  KillPoint("push.answered");
   return talk;
 }
 

@@ -17,6 +17,7 @@
 
 #include "checkpoint/transfer/handshake.h"
 #include "checkpoint/transfer/slot_stream.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 
@@ -90,6 +91,7 @@ void PeerServer::Impl::Handle(Connection* connection) {
   const HelloFrame mine{.nonce = RandomNonce()};
   if (!connection->Send(&mine, sizeof mine).ok()) return;
   if (!CheckHello(theirs, connection->peer()).ok()) return;  // it reads our version and says so
+  KillPoint("arrive.greeted");
   RequestFrame request;
   if (!connection->Receive(&request, sizeof request).ok()) return;
   const JobId job = GetText(request.job);

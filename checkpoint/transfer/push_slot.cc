@@ -11,6 +11,7 @@
 
 #include "checkpoint/transfer/peer_client.h"
 #include "checkpoint/transfer/slot_stream.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -112,6 +113,7 @@ Result<std::vector<std::uint32_t>> Pusher::Agree(PeerConversation* lead) {
   Connection& connection = lead->connection;
   const Base base = FindBase(arena_, view_, crcs_, lead->response);
   if (auto ok = SendTable(&connection, crcs_, base.held, base.same); !ok.ok()) return ok.error();
+  KillPoint("push.table_sent");
   WantFrame want;
   if (auto ok = connection.Receive(&want, sizeof want); !ok.ok()) return ok.error();
   if (want.magic == kFrameMagic) {  // it refuses
@@ -128,6 +130,7 @@ Result<std::vector<std::uint32_t>> Pusher::Agree(PeerConversation* lead) {
                              want.wanted, want.chunks, crcs_.size())};
   }
   if (auto ok = connection.Receive(bits.data(), bits.size()); !ok.ok()) return ok.error();
+  KillPoint("push.want_heard");
   std::vector<std::uint32_t> chunks;
   chunks.reserve(want.wanted);
   for (std::uint32_t i = 0; i < crcs_.size(); ++i) {
@@ -165,6 +168,7 @@ Outcome Pusher::SendFrom(ChunkQueue* queue, PeerConversation* talk) {
       queue->GiveBack(*chunk);
       return sent;
     }
+    KillPoint("push.chunk_sent");
     std::lock_guard<std::mutex> lock(mutex_);
     report_->sent_bytes += view_.chunk_size(*chunk);
   }
@@ -176,6 +180,7 @@ void Pusher::Further(ChunkQueue* queue) {
   BlockSigpipe();
   auto talk = Converse(task_, Request(Op::kJoin), Deadline());
   if (!talk.ok()) return;
+  KillPoint("push.stream_joined");
   auto done = SendFrom(queue, &talk.value());
   if (done.ok()) done = SendEndOfChunks(&talk.value().connection);
   if (done.ok()) done = talk.value().Ack(task_.key);
@@ -215,8 +220,10 @@ Outcome Pusher::Run() {
   if (sent.ok() && !further.empty()) sent = SendFrom(&queue, &lead.value());  // what others left
   if (!sent.ok() && sent.error().code == ErrorCode::kStale) return sent;
   if (sent.ok()) sent = SendEndOfChunks(&lead.value().connection);
+  KillPoint("push.end_sent");
   // A peer that refuses says why and closes: its word is worth more than the broken pipe.
   auto ack = lead.value().Ack(task_.key);
+  KillPoint("push.acknowledged");
   if (!ack.ok() && !arena_->Current(view_)) {
     return Error{ErrorCode::kStale, fmt::format("{}: step {} was overwritten while it was sent",
                                                 arena_->Name(), view_.step())};

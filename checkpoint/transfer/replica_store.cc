@@ -13,6 +13,7 @@
 #include "checkpoint/store/memory_limit.h"
 #include "checkpoint/transfer/slot_stream.h"
 #include "proto/base/crc32c.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -30,6 +31,7 @@ Outcome SendRange(Connection* connection, Arena* arena, const SlotView& view,
   for (std::uint64_t i = first; i < end; ++i) {
     if (connection->Readable()) return Done{};  // it has left
     if (auto ok = SendChunk(connection, *arena, view, data, i, crcs[i]); !ok.ok()) return ok;
+    KillPoint("serve.chunk_sent");
   }
   return SendEndOfChunks(connection);
 }
@@ -61,6 +63,7 @@ void MarkSlots(const Arena& arena, Generation generation, Step step) {
     const auto view = arena.Look(i);
     if (view && view->fields.generation == generation && view->fields.step == step) {
       arena.header()->slot[i].committed_seq.store(view->seq, std::memory_order_release);
+      KillPoint("commit.slot_marked");
     }
   }
   std::atomic<std::int64_t>& newest = arena.header()->agent.committed_step;
@@ -179,6 +182,7 @@ Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica*
     const ArenaSpec blank{.job = job, .rank = fields.rank, .replica = true};
     auto arena = Arena::Open(fds.value().memfd, &blank);
     if (!arena.ok()) return arena.error();
+    KillPoint("arrive.arena_opened");
     replica->arena = std::move(arena.value());
   }
   Arena& arena = replica->arena;
@@ -216,6 +220,7 @@ Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica*
   auto begun = Begin(request, newest, replica);
   if (!begun.ok()) return begun.error();
   const std::shared_ptr<Arrival> arrival = begun.value();
+  KillPoint("arrive.begun");
   *answered = true;  // from here on errors are acks
   if (auto ok = Bring(session, replica, arrival.get(), chunk); !ok.ok()) return ok;
   const auto now = jobs_->Find(job);  // the fence may have moved while bytes came
@@ -224,15 +229,19 @@ Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica*
         ErrorCode::kStale,
         fmt::format("generation {} of job {} ended while its bytes came", request.generation, job)};
   }
+  KillPoint("arrive.complete");
   auto view = arrival->writer()->Publish(fields, request.crc_root);
   {
     std::lock_guard<std::mutex> lock(replica->state);
     replica->arrival.reset();
   }
   if (!view.ok()) return view.error();
+  KillPoint("arrive.published");
   // Heard or not, it is here: a sender that did not hear asks again and is told so.
   (void)session->Acknowledge(view.value().crc_root);
+  KillPoint("arrive.acknowledged");
   listener_->OnCopied(job, ToShard(view.value(), true));
+  KillPoint("arrive.told");
   return Done{};
 }
 
@@ -276,12 +285,14 @@ Outcome ReplicaStore::Bring(PeerSession* session, Replica* replica, Arrival* arr
                         .crc_root = view->crc_root};
   }
   if (auto ok = session->Respond(response); !ok.ok()) return ok;
+  KillPoint("arrive.responded");
   connection->set_deadline(DeadlineFor(Limits(options_), fields.payload_bytes));
   auto table = ReceiveTable(connection, fields, arrival->crc_root());
   if (!table.ok()) return table.error();
   arrival->SetTable(table.value().crcs);
   const std::uint64_t resumed = arrival->verified();
   CopyUnchanged(table.value(), response.held, held_seq, replica, arrival);
+  KillPoint("arrive.unchanged_copied");
   const Bitmap lacking = arrival->Lacking();
   const std::uint64_t chunks = arrival->crcs().size();
   const WantFrame want{.chunks = static_cast<std::uint32_t>(chunks),
@@ -290,6 +301,7 @@ Outcome ReplicaStore::Bring(PeerSession* session, Replica* replica, Arrival* arr
   arrival->Open();
   auto done = connection->Send(&want, sizeof want, true);
   if (done.ok()) done = connection->Send(lacking.data(), lacking.size());
+  KillPoint("arrive.want_sent");
   if (done.ok()) done = ReceiveInto(connection, arrival, chunk);
   arrival->Close(!done.ok());
   if (!done.ok()) return done;
@@ -352,6 +364,7 @@ void ReplicaStore::Join(PeerSession* session) {
                                                         request.fields.step, request.fields.rank));
     return;
   }
+  KillPoint("arrive.stream_joined");
   std::uint64_t chunk = 0;
   connection->set_deadline(DeadlineFor(Limits(options_), request.fields.payload_bytes));
   auto done = session->Respond({});
@@ -389,6 +402,7 @@ void ReplicaStore::Fetch(PeerSession* session) {
       if (!session->Respond({.fields = view->fields, .crc_root = view->crc_root}).ok()) return;
       session->connection()->set_deadline(
           DeadlineFor(Limits(options_), view->fields.payload_bytes));
+      KillPoint("serve.responded");
       const auto sent = SendRange(session->connection(), &arena, *view, crcs.value(),
                                   request.first_chunk, request.end_chunk);
       if (!sent.ok()) {

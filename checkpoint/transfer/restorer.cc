@@ -13,6 +13,7 @@
 #include "checkpoint/transfer/peer_client.h"
 #include "checkpoint/transfer/replica_store.h"
 #include "proto/base/crc32c.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -61,6 +62,7 @@ Result<SlotView> CopySlot(Arena* from, const SlotView& view, Arena* to, std::uin
     const std::uint32_t crc =
         Crc32cCopy(0, writer.value().Chunk(i), data + i * kChunkBytes, view.chunk_size(i));
     writer.value().SetChunkCrc(i, crc);
+    KillPoint("restore.chunk_copied");
     if (crc == crcs[i]) continue;
     return Error{ErrorCode::kCorrupt,
                  fmt::format("{}: slot {}, step {}: chunk {} of {} has CRC {:08x}, not {:08x}",
@@ -68,6 +70,7 @@ Result<SlotView> CopySlot(Arena* from, const SlotView& view, Arena* to, std::uin
   }
   StoreFence();
   auto copied = writer.value().Publish(view.fields, view.crc_root);
+  KillPoint("restore.slot_copied");
   if (!copied.ok()) return copied;
   if (!from->Current(view)) {
     return Error{ErrorCode::kStale, fmt::format("{}: step {} was overwritten while it was copied",

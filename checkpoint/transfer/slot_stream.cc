@@ -10,6 +10,7 @@
 
 #include "checkpoint/store/fence.h"
 #include "proto/base/crc32c.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -138,6 +139,7 @@ Outcome ReceiveChunk(Connection* connection, const SlotFields& fields, const Chu
     crc = Crc32cCopy(crc, to + at, bounce, n);
     at += n;
   }
+  KillPoint("arrive.chunk_unchecked");
   StoreFence();  // other threads publish what this one wrote past the cache
   if (crc != frame.crc) {
     return Error{

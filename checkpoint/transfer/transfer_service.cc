@@ -22,6 +22,7 @@
 #include "checkpoint/transfer/restorer.h"
 #include "checkpoint/transfer/task_pool.h"
 #include "proto/base/crc32c.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -184,6 +185,7 @@ std::vector<HeldShard> Service::Survey(const JobId& job) {
         continue;
       }
       out.push_back(ToShard(*view, name.replica));
+      KillPoint("switch.slot_surveyed");
     }
   }
   return out;
@@ -265,7 +267,9 @@ bool Service::Activate(const Part& part, std::string* error) {
       header.agent.committed_step.store(part.committed_step);
     }
     header.agent.beat_ns.store(MonotonicNanos());
+    KillPoint("switch.fencing");
     header.agent.fence_generation.store(part.generation, std::memory_order_release);
+    KillPoint("switch.fenced");
     job.locals[worker.rank] = local;
   }
   std::vector<LocalPtr> started;
@@ -278,6 +282,7 @@ bool Service::Activate(const Part& part, std::string* error) {
     for (const auto& [rank, local] : job.locals) started.push_back(local);
     active_[part.job] = std::move(job);
   }
+  KillPoint("switch.arenas_opened");
   for (const LocalPtr& local : started) StartRestore(local);
   Wake();
   return true;
@@ -303,11 +308,13 @@ void Service::StartRestore(const LocalPtr& local) {
   local->arena.SetRestore({.generation = local->generation,
                            .state = RestoreState::kPending,
                            .step = local->restore.step});
+  KillPoint("restore.pending");
   pool_.Submit([this, local] { Restore(local); });
 }
 
 void Service::Ready(const LocalPtr& local, const SlotView& view) {
   local->arena.SetRestore(ReadyWord(local->generation, view));
+  KillPoint("restore.ready");
   local->restored = true;
   Holds(local, view);
 }
@@ -320,6 +327,7 @@ void Service::Holds(const LocalPtr& local, const std::optional<SlotView>& view) 
     MarkSlots(local->arena, facts.committed_generation, facts.committed_step);
   }
   if (view && view->fields.generation != local->generation) {
+    KillPoint("repair.restored_told");
     listener_->OnCopied(local->job, ToShard(*view, false));
   }
   QueuePush(local);
@@ -334,6 +342,7 @@ void Service::Restore(const LocalPtr& local) {
   }
   const JobFacts facts = jobs_.Find(local->job).value_or(JobFacts{});
   auto view = BringRestore(options_, host_, facts, *local, server_->port());
+  KillPoint("restore.brought");
   {
     std::lock_guard<std::mutex> lock(mutex_);
     restoring_.erase(arena);
@@ -395,11 +404,13 @@ void Service::Look(const LocalPtr& local) {
     listener_->OnCaptured(local->job, local->generation, local->rank, step);
   }
   if (!fresh) return;
+  KillPoint("push.capture_seen");
   local->seen_content = view->content();
   traffic_.OnStep(local->job, local->generation, local->rank, view->step(),
                   static_cast<std::int64_t>(view->fields.captured_ns),
                   header.trainer.waited_ns.load(std::memory_order_relaxed));
   listener_->OnCopied(local->job, ToShard(*view, false));
+  KillPoint("push.capture_told");
   QueuePush(local);
 }
 
@@ -477,6 +488,7 @@ void Service::PushEnds(LocalRank* local, PeerPush* peer, const SlotView& view, b
   const bool all = std::all_of(local->peers.begin(), local->peers.end(),
                                [&](const PeerPush& p) { return p.has_content == view.content(); });
   if (all) slot.replicated_seq.store(view.seq, std::memory_order_release);
+  KillPoint("push.replicated");
   if (--local->pushing[view.slot] == 0) slot.pushing_seq.store(0, std::memory_order_release);
 }
 
@@ -503,6 +515,7 @@ std::optional<milliseconds> Service::Push(const LocalPtr& local, PeerPush* peer)
                       .traffic_class = restored ? TrafficClass::kRepair : TrafficClass::kCommit,
                       .traffic = &traffic_};
   PushBegins(local.get(), *view);
+  KillPoint("push.marked");
   PushReport report;
   const auto began = MonotonicNanos();
   const auto pushed = PushSlot(task, &peer->sending, *view, &report);
@@ -511,7 +524,9 @@ std::optional<milliseconds> Service::Push(const LocalPtr& local, PeerPush* peer)
                     static_cast<double>(MonotonicNanos() - began) / 1e9, report.unchanged_bytes,
                     report.resumed_bytes);
   }
+  KillPoint("push.ended");
   PushEnds(local.get(), peer, *view, pushed.ok());
+  if (restored && pushed.ok()) KillPoint("repair.pushed");
   if (pushed.ok()) {
     peer->backoff = milliseconds(0);
     peer->corrupt = 0;
@@ -543,6 +558,7 @@ std::optional<milliseconds> Service::Push(const LocalPtr& local, PeerPush* peer)
 
 void Service::MarkCommitted(const JobId& job, Generation generation, Step step) {
   jobs_.Committed(job, generation, step);
+  KillPoint("commit.noted");
   replicas_.MarkCommitted(job, generation, step);
   std::set<Rank> ranks;
   {
@@ -553,6 +569,7 @@ void Service::MarkCommitted(const JobId& job, Generation generation, Step step) 
       MarkSlots(local->arena, generation, step);
       ranks.insert(rank);
     }
+    KillPoint("commit.marked");
     if (it->second.tidied || it->second.generation != generation) return;
     it->second.tidied = true;
   }
@@ -588,6 +605,7 @@ void Service::Tidy(const JobId& job, Generation generation, const std::set<Rank>
     if (jobs_.Find(job).value_or(JobFacts{}).generation != generation) return;  // things changed
     if (name.replica) replicas_.Drop(job, name.rank);
     host_->Drop(job, name);
+    KillPoint("repair.surplus_dropped");
   }
 }
 

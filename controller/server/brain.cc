@@ -6,6 +6,7 @@
 #include "controller/server/convert.h"
 #include "controller/server/memory.h"
 #include "controller/store/convert.h"
+#include "proto/base/kill_point.h"
 #include "proto/base/log.h"
 
 namespace everstep::controller {
@@ -215,6 +216,7 @@ bool Brain::Commit() {
     if (!records.empty() || !deletions.empty()) {
       const std::int64_t began = MonotonicNanos();
       if (config_.room) failure_ = config_.room();
+      KillPoint("store.writing");
       if (failure_.ok()) failure_ = store_->Write(records, deletions);
       if (!failure_.ok()) {
         LogError("store_failed",
@@ -224,6 +226,7 @@ bool Brain::Commit() {
       counters_.store_write.Observe(Duration(MonotonicNanos() - began));
       counters_.records += records.size();
     }
+    KillPoint("store.written");
     for (Decisions& d : batch) CarryOut(d);
   }
   if (!changed_.empty()) TellFollowers(clock_->Now());
@@ -240,8 +243,10 @@ void Brain::CarryOut(Decisions& decisions) {
       changed_.insert(job->spec.job);
     } else if (const auto* plan = std::get_if<GenerationRecord>(&record)) {
       changed_.insert(plan->plan.job);
+      KillPoint("switch.stored");
     } else if (const auto* commit = std::get_if<CommitRecord>(&record)) {
       changed_.insert(commit->job);
+      KillPoint("commit.stored");
     }
   }
   for (const NodeId& node : decisions.close_sessions) Fence(node);
@@ -259,6 +264,7 @@ void Brain::CarryOut(Decisions& decisions) {
     if (message.has_activate()) TailsOf(command.node, message.activate().job());
     const bool registration = message.has_registered();
     SendTo(command.node, std::move(message));
+    KillPoint("store.command_sent");
     if (registration) TailsOf(command.node, JobId());
   }
   for (const Reply& reply : decisions.replies) {

@@ -6,6 +6,7 @@
 
 #include "controller/server/brain.h"
 #include "controller/server/convert.h"
+#include "proto/base/kill_point.h"
 #include "proto/base/log.h"
 
 namespace everstep::controller {
@@ -171,6 +172,7 @@ void Brain::Take(Report& item) {
     bound.traffic.Swap(item.message.mutable_heartbeat()->mutable_traffic());
   }
   if (const auto event = FromWire(it->second, item.message, bound.facts)) Step(*event);
+  KillPoint("commit.report_taken");
   if (item.message.has_heartbeat() && item.message.incarnation() == bound.incarnation &&
       item.message.heartbeat().sequence() % kBeatsPerAnswer == 0) {
     v1::ControllerMessage answer;

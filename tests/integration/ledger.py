@@ -36,10 +36,11 @@ def read(folder: Path, since: float = 0.0) -> list[Entry]:
     return sorted(entries, key=lambda e: e.at)
 
 
-def check(entries: list[Entry], committed: list[tuple[float, int]]) -> list[str]:
+def check(entries: list[Entry], committed: list[tuple[float, int]], bare: list[tuple[float, float]] | None = None) -> list[str]:
     """What is wrong with a finished run's ledger; empty when all is well.
 
     committed: (wall clock, committed step) samples taken from the controller while the job ran.
+    bare: times (from, to) in which as many copies died as there were of a step: who began then may have lost it.
     """
     wrong: list[str] = []
     by_rank: dict[int, set[int]] = defaultdict(set)
@@ -69,9 +70,9 @@ def check(entries: list[Entry], committed: list[tuple[float, int]]) -> list[str]
         if not before:
             continue
         until = min(max(before), *(x.at for x in entries if x.generation == generation))
-        known = [c for at, c in committed if at <= until]
-        if known and e.step <= known[-1]:
-            wrong.append(f"generation {generation} rank {rank} began with step {e.step}, although step {known[-1]} was committed")
+        known = max((c for at, c in committed if at <= until), default=-1)
+        if e.step <= known and not any(begin <= e.at <= end for begin, end in bare or []):
+            wrong.append(f"generation {generation} rank {rank} began with step {e.step}, although step {known} was committed")
         previous = [x.step for x in entries if x.generation < generation]
         if previous and e.step > max(previous) + 1:
             wrong.append(f"generation {generation} rank {rank} began with step {e.step} after step {max(previous)}: a gap")

@@ -1,14 +1,15 @@
 """A soak: N random real faults on a running job, then proof that nothing was lost and nothing is left.
 
-    tests/run.sh soak [--faults 200] [--seed S] [--nodes 4] [--no-partitions] [--keep] [--spin]
+    tests/run.sh soak [--faults 200] [--seed S] [--nodes 4] [--members 2] [--no-partitions] [--keep] [--spin]
 
-A cluster of separate processes trains scripts/ledger.py on two nodes with spares. Faults are drawn from a seed:
+A cluster of separate processes trains scripts/ledger.py, a step in about 50 ms, on two nodes with spares. Faults are drawn from a seed:
 SIGKILL or SIGSTOP of a worker, an agent, a keeper, a whole node, the controller. Where network namespaces are allowed
 (root, `ip netns`), each node lives in one of its own, and a node may also be cut off from all the others, for longer or
 shorter than its lease; else the cluster is on loopback, and that is said. After each fault the job must make new steps
 on every rank within --limit seconds; stopped processes go on, and cuts heal, after a drawn time (a stopped worker
-is left to the controller). At the end the ledger of steps has no gap, one state a step, no committed step redone,
-and no process, socket, memfd, file or namespace of the cluster is left.
+is left to the controller). At the end the ledger of steps has no gap, one state a step, no committed step lost unless as
+many copies died as there were (two nodes' memory gone with no commit between), memory, descriptors and threads of every part
+are what they were at the beginning (vitals.py), and no process, socket, memfd, file or namespace of the cluster is left.
 
 --spin instead: eight busy processes for a minute on this machine; no node may be taken for lost.
 """
@@ -16,7 +17,6 @@ and no process, socket, memfd, file or namespace of the cluster is left.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
@@ -26,228 +26,17 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from pathlib import Path
 
 import ledger
+from cluster import Cluster, Failure, PartedCluster, cluster_processes, send
 from network import Network, NotAllowed
+from vitals import Vitals
 
-ROOT = Path(__file__).resolve().parents[2]
-EVERSTEP = str(Path(os.environ.get("EVERSTEP_PROGRAMS", ROOT / ".venv/bin")) / "everstep")
-BIN = Path(os.environ.get("EVERSTEP_PROGRAMS", ROOT / "build/release/bin"))
-WORLD = 2
+LEAST_FOR_FLAT = 40  # faults: fewer take too short a time to tell growth from chance
 START_LIMIT = 240.0  # seconds: four nodes import torch at once, and other programs may want the processors, too
-
-
-class Failure(Exception):
-    """What went wrong, for the last line of the report."""
-
-
-def pid_of(file: Path) -> int | None:
-    try:
-        pid = int(file.read_text().split()[0])
-        os.kill(pid, 0)
-    except (OSError, ValueError, IndexError):
-        return None
-    return pid
-
-
-def cluster_processes(state: Path) -> dict[int, str]:
-    """Every live process whose command line or environment names the state directory."""
-    found = {}
-    mark = str(state).encode()
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            command, env = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
-            zombie = (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
-        except OSError:
-            continue
-        if (mark in command or mark in env) and not zombie:
-            found[int(entry.name)] = command.replace(b"\0", b" ").decode(errors="replace").strip()
-    return found
-
-
-class Cluster:
-    """`everstep cluster up` in a directory of its own, and one job on it."""
-
-    def __init__(self, work: Path, nodes: int) -> None:
-        self.work, self.state = work, work / "c"
-        self.name = f"soak-{os.getpid()}"
-        self.ledger, self.stop_file = work / "ledger", work / "stop"
-        self.ledger.mkdir()
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "EVERSTEP", "TORCHELASTIC"))}
-        self.env |= {"PYTHON_EXEC": sys.executable, "OMP_NUM_THREADS": "1", "LEDGER": str(self.ledger), "STOP_FILE": str(self.stop_file)}
-        self.committed: list[tuple[float, int]] = []
-        self.up(nodes)
-
-    def up(self, nodes: int) -> None:
-        self.cli("cluster", "up", "--nodes", str(nodes), "--name", self.name, "--state-dir", str(self.state))
-        listing = json.loads(self.cli("cluster", "list", "-o", "json"))
-        self.env["EVERSTEP_CONTROLLER"] = next(c for c in listing["items"] if c["name"] == self.name)["controller"]
-
-    def inside(self, *command: str) -> list[str]:
-        """The command line that runs `command` where the controller can be reached."""
-        return list(command)
-
-    def cli(self, *args: str, check: bool = True) -> str:
-        done = subprocess.run(self.inside(EVERSTEP, *args), check=False, capture_output=True, text=True, timeout=60, env=self.env)
-        if check and done.returncode:
-            raise Failure(f"everstep {' '.join(args)} ended with {done.returncode}: {done.stderr.strip()}")
-        return done.stdout
-
-    def start_job(self, nodes: int, spares: int) -> None:
-        command = [EVERSTEP, "run", "--name", "soak", "--nnodes", str(nodes), "--spares", str(spares), "--nproc-per-node",
-                   str(WORLD // nodes), "--max-restarts", "1000000", str(ROOT / "tests/integration/scripts/ledger.py")]
-        with open(self.work / "run.log", "w") as output:
-            self.run = subprocess.Popen(self.inside(*command), stdout=output, stderr=subprocess.STDOUT, env=self.env, stdin=subprocess.DEVNULL)
-
-    def job(self) -> dict | None:
-        """`job show`, or nothing while the controller is away."""
-        text = self.cli("job", "show", "soak", "-o", "json", check=False)
-        try:
-            shown = json.loads(text)
-        except json.JSONDecodeError:
-            return None
-        self.committed.append((time.time(), int(shown.get("committed_step", -1))))
-        return shown
-
-    def wait_steps(self, after: float, count: int, limit: float) -> None:
-        """Until every rank has made `count` steps that ended after `after`."""
-        deadline = time.time() + limit
-        while time.time() < deadline:
-            if self.run.poll() is not None:
-                raise Failure(f"the run ended with {self.run.returncode}; its output is in {self.work}/run.log")
-            fresh = [e for e in ledger.read(self.ledger, after) if e.at > after]
-            counts = Counter(e.rank for e in fresh)
-            if len(counts) == WORLD and min(counts.values()) >= count:
-                return
-            time.sleep(0.05)
-        raise Failure(f"no {count} steps of every rank within {limit:.0f} s")
-
-    def longest_gap(self, since: float) -> float:
-        """Seconds from one rank's step to its next, at most, from the last ones before `since` on."""
-        entries = ledger.read(self.ledger, since - 10)
-        worst = 0.0
-        for rank in range(WORLD):
-            times = [e.at for e in entries if e.rank == rank]
-            times = times[max(0, sum(at <= since for at in times) - 1):]
-            worst = max([worst, *(b - a for a, b in itertools.pairwise(times))])
-        return worst
-
-    def node_names(self) -> list[str]:
-        return sorted(p.name for p in (self.state / "nodes").iterdir() if (p / "agent.pid").exists())
-
-    def pids(self, kind: str, which: str) -> list[int]:
-        """The pids of one victim: kind is agent, keeper, node, controller or worker (which: a rank)."""
-        if kind == "controller":
-            files = [self.state / "controller/pid"]
-        elif kind == "worker":
-            newest = [e for e in ledger.read(self.ledger, time.time() - 10) if e.rank == int(which)]
-            return [newest[-1].pid] if newest else []
-        else:
-            node = self.state / "nodes" / which
-            files = [node / "agent.pid"] if kind == "agent" else [node / "keeper.pid"] if kind == "keeper" else [node / "agent.pid", node / "keeper.pid"]
-        return [pid for pid in map(pid_of, files) if pid]
-
-    def autopsy(self) -> None:
-        """Writes down where everything stands that still lives, before it is taken down: work/autopsy.txt."""
-        processes = cluster_processes(self.state)
-        parts = [f"{time.time():.3f} of the wall clock\n", self.cli("job", "show", "soak", check=False),
-                 self.cli("node", "list", check=False), self.cli("events", "-o", "jsonl", check=False)]
-        workers = {e.pid for e in ledger.read(self.ledger)} & set(processes)
-        for pid in workers:
-            os.kill(pid, signal.SIGUSR1)  # its Python stacks go to its log
-        # Workers first: a debugger stops its process, and a stopped agent loses its node.
-        for pid, command in sorted(processes.items(), key=lambda item: item[0] not in workers):
-            parts.append(f"\n==== {pid}: {command[:160]}\n")
-            for file in ("wchan", "status"):
-                with contextlib.suppress(OSError):
-                    text = Path(f"/proc/{pid}/{file}").read_text()
-                    parts.append("\n".join(line for line in text.splitlines() if not line.startswith(("Vm", "Rss", "Hugetlb"))) + "\n")
-            if shutil.which("gdb"):
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    parts.append(subprocess.run(["gdb", "-p", str(pid), "-batch", "-ex", "thread apply all bt 24"], check=False,
-                                                capture_output=True, text=True, timeout=30).stdout)
-        (self.work / "autopsy.txt").write_text("".join(parts))
-
-    def down(self) -> None:
-        """Takes the cluster down; its logs stay in the soak's directory."""
-        for file in self.state.rglob("*.log"):
-            kept = self.work / "logs" / file.relative_to(self.state)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, kept)
-        self.end()
-
-    def end(self) -> None:
-        self.cli("cluster", "down", self.name, check=False)
-
-
-class PartedCluster(Cluster):
-    """Each node in a network namespace of its own. Whoever dies is started again, as `cluster up` does it."""
-
-    def __init__(self, work: Path, nodes: int, network: Network) -> None:
-        self.network = network
-        self.ending = threading.Event()
-        self.running: dict[str, subprocess.Popen[bytes]] = {}
-        super().__init__(work, nodes)
-
-    def up(self, nodes: int) -> None:
-        self.env |= {"EVERSTEP_CONTROLLER": f"{self.network.HUB_ADDRESS}:7600", "GLOO_SOCKET_IFNAME": "eth0",
-                     "VIRTUAL_ENV": str(ROOT / ".venv")}
-        (self.state / "nodes").mkdir(parents=True)
-        (self.state / "controller").mkdir()
-        for name in ["controller", *(f"n{i}" for i in range(nodes))]:
-            self.start(name)
-        self.keeping = threading.Thread(target=self.keep_up, daemon=True)
-        self.keeping.start()
-        deadline = time.time() + 30
-        while len(self.node_names()) < nodes or self.cli("node", "list", check=False).count("ALIVE") < nodes:
-            if time.time() > deadline:
-                raise Failure(f"the cluster did not come up within 30 s; its logs are in {self.state}")
-            time.sleep(0.1)
-
-    def start(self, name: str) -> None:
-        if name == "controller":
-            where, log = self.network.hub, self.state / "controller/controller.log"
-            command = [str(BIN / "everstep-controller"), "--listen", self.env["EVERSTEP_CONTROLLER"],
-                       "--state-dir", str(self.state / "controller"), "--cluster", self.name]
-        else:
-            node = int(name[1:])
-            where, log = self.network.names[node], self.state / f"{name}.log"
-            command = [str(BIN / "everstep-agent"), "--controller", self.env["EVERSTEP_CONTROLLER"], "--node", name,
-                       "--state-dir", str(self.state), "--address", self.network.address(node)]
-        self.running[name] = self.network.run(where, *command, env=self.env, log=log)
-
-    def keep_up(self) -> None:
-        while not self.ending.wait(0.05):
-            for name, process in list(self.running.items()):
-                if process.poll() is not None and not self.ending.is_set():
-                    self.start(name)
-
-    def inside(self, *command: str) -> list[str]:
-        return self.network.inside(self.network.hub, *command)
-
-    def pids(self, kind: str, which: str) -> list[int]:
-        if kind == "controller":
-            return [self.running["controller"].pid] if self.running["controller"].poll() is None else []
-        return super().pids(kind, which)
-
-    def end(self) -> None:
-        self.ending.set()
-        self.keeping.join()
-        for name in sorted(self.running, key="controller".__eq__):  # the controller last
-            if self.running[name].poll() is None:
-                self.running[name].terminate()
-        for process in self.running.values():
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()  # what it leaves behind the verdict finds
-                process.wait()
 
 
 FAULTS = [("kill", "worker", 5), ("stop", "worker", 2), ("kill", "agent", 3), ("stop", "agent", 2), ("kill", "keeper", 2),
@@ -259,7 +48,7 @@ CUTS = [("cut", "node", 5)]
 def one_fault(cluster: Cluster, draw: random.Random, number: int, limit: float) -> tuple[str, float]:
     faults = FAULTS + (CUTS if isinstance(cluster, PartedCluster) else [])
     verb, kind, _ = draw.choices(faults, weights=[f[2] for f in faults])[0]
-    which = str(draw.randrange(WORLD)) if kind.startswith("worker") else draw.choice(cluster.node_names())
+    which = str(draw.randrange(cluster.world)) if kind.startswith("worker") else draw.choice(cluster.node_names())
     pids = cluster.pids(kind.partition(" ")[0], which)
     pause = draw.uniform(0.2, 6.0)
     label = f"{verb} {kind}" + ("" if kind == "controller" else f" {which}") + (f" for {pause:.1f} s" if verb != "kill" else "")
@@ -286,12 +75,6 @@ def one_fault(cluster: Cluster, draw: random.Random, number: int, limit: float) 
     return f"{verb} {kind}", stood
 
 
-def send(pids: list[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
 def soak(args: argparse.Namespace, work: Path) -> None:
     shm_before = set(os.listdir("/dev/shm"))
     network = Network(args.nodes)
@@ -311,34 +94,57 @@ def soak(args: argparse.Namespace, work: Path) -> None:
         raise Failure(f"namespaces are left: {' '.join(network.left())}")
 
 
+TAKES_MEMORY = ("kill keeper", "kill node", "stop node", "cut node")
+
+
+def parts(cluster: Cluster) -> dict[str, list[int]]:
+    """Who plays which part now."""
+    found = {"controller": cluster.pids("controller", "")}
+    for node in cluster.node_names():
+        found |= {f"agent {node}": cluster.pids("agent", node), f"keeper {node}": cluster.pids("keeper", node)}
+    return found | {f"worker {rank}": cluster.pids("worker", str(rank)) for rank in range(cluster.world)}
+
+
+def without_commit(deaths: list[float], committed: list[tuple[float, int]], limit: float) -> list[tuple[float, float]]:
+    """The times after a second loss of a node's memory that came before anything was committed since the first."""
+    spans = []
+    for first, second in itertools.pairwise(deaths):
+        before = max((c for at, c in committed if at <= first), default=-1)
+        if max((c for at, c in committed if at <= second), default=-1) <= before:
+            spans.append((second, second + limit))
+    return spans
+
+
 def run_soak(args: argparse.Namespace, work: Path, cluster: Cluster, shm_before: set[str]) -> None:
     draw = random.Random(args.seed)
     times: dict[str, list[float]] = {}
+    deaths: list[float] = []  # when a node's memory was gone, or out of reach
+    vitals = None
     try:
-        cluster.start_job(nodes=WORLD, spares=args.nodes - WORLD)
+        cluster.start_job("soak", nodes=args.members, spares=args.nodes - args.members)
         cluster.wait_steps(0, 5, START_LIMIT)
+        vitals = Vitals(lambda: parts(cluster), cluster.job)
         for number in range(1, args.faults + 1):
+            began = time.time()
             what, took = one_fault(cluster, draw, number, args.limit)
             times.setdefault(what, []).append(took)
+            if what in TAKES_MEMORY:
+                deaths.append(began)
             time.sleep(draw.choice([0.0, 0.1, 0.5, 1.0, 2.0]))
         cluster.job()
-        cluster.stop_file.touch()
-        try:
-            code = cluster.run.wait(args.limit)
-        except subprocess.TimeoutExpired:
-            raise Failure(f"the job did not end within {args.limit:.0f} s of being asked to") from None
-        if code:
-            raise Failure(f"the run ended with {code}; its output is in {work}/run.log")
-        shown = cluster.job() or {}
+        shown = cluster.end_job(args.limit)
     except Failure:
         cluster.autopsy()
         raise
     finally:
+        if vitals is not None:
+            vitals.stop()
         if cluster.run.poll() is None:
             cluster.run.kill()
         cluster.down()
     entries = ledger.read(cluster.ledger)
-    wrong = ledger.check(entries, cluster.committed)
+    bare = without_commit(deaths, cluster.committed, args.limit)
+    wrong = ledger.check(entries, cluster.committed, bare)
     left = cluster_processes(cluster.state)
     wrong += [f"process {pid} is left: {command[:120]}" for pid, command in left.items()]
     wrong += [f"file {p} is left" for p in cluster.state.rglob("*.sock")] if cluster.state.exists() else []
@@ -351,6 +157,14 @@ def run_soak(args: argparse.Namespace, work: Path, cluster: Cluster, shm_before:
         print(f"{what:20s} {len(values):6d} {sorted(values)[len(values) // 2]:9.2f} {max(values):7.2f}")
     print(f"{len(entries)} entries, {max(e.step for e in entries) + 1} steps, {len(redone) + 1} generations that trained, "
           f"steps redone a generation: {dict(sorted(Counter(redone.values()).items()))}, state {shown.get('state')}")
+    print(f"{len({c for _, c in cluster.committed})} committed steps seen; memory of a node gone or out of reach {len(deaths)} times, "
+          f"{len(bare)} times again before the next commit; committed steps lost: {sum('was committed' in w for w in wrong)}")
+    table, growing = vitals.verdict()
+    print(f"\n{table}")
+    if args.faults >= LEAST_FOR_FLAT:
+        wrong += growing
+    else:
+        print(f"with fewer than {LEAST_FOR_FLAT} faults no verdict on growth")
     many = {g: n for g, n in redone.items() if n > 1}
     if many:  # allowed for steps that were not committed: while an agent or the controller is stopped, nothing is
         print(f"more than one step redone, none of them committed: {many}")
@@ -362,7 +176,7 @@ def spin(args: argparse.Namespace, work: Path) -> None:
     cluster = Cluster(work, args.nodes)
     burners: list[subprocess.Popen[bytes]] = []
     try:
-        cluster.start_job(nodes=WORLD, spares=args.nodes - WORLD)
+        cluster.start_job("soak", nodes=args.members, spares=args.nodes - args.members)
         cluster.wait_steps(0, 5, START_LIMIT)
         burners = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(8)]
         time.sleep(args.seconds)
@@ -391,6 +205,7 @@ def main() -> int:
     parser.add_argument("--faults", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--nodes", type=int, default=4)
+    parser.add_argument("--members", type=int, default=2, help="nodes that train; the others are spares")
     parser.add_argument("--limit", type=float, default=60.0, help="seconds a recovery may take")
     parser.add_argument("--partitions", action=argparse.BooleanOptionalAction, default=True,
                         help="nodes in network namespaces, cut off now and then (needs root; said when it cannot be)")
@@ -399,7 +214,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="of --spin")
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
-    again = f"tests/run.sh soak --faults {args.faults} --seed {args.seed} --nodes {args.nodes}{'' if args.partitions else ' --no-partitions'}" if not args.spin else "tests/run.sh soak --spin"
+    again = f"tests/run.sh soak --faults {args.faults} --seed {args.seed} --nodes {args.nodes} --members {args.members}{'' if args.partitions else ' --no-partitions'}" if not args.spin else "tests/run.sh soak --spin"
     try:
         (spin if args.spin else soak)(args, work)
     except Failure as e:

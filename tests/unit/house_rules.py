@@ -44,6 +44,8 @@ def check_core(path: pathlib.Path) -> list[tuple[int, str]]:
             quote, name = found.groups()
             if quote == '"' and not name.startswith(ALLOWED):
                 breaches.append((number, f'a core may not include "{name}" (allowed: {", ".join(ALLOWED)})'))
+            if name == "proto/base/kill_point.h":
+                breaches.append((number, "a core decides, its shell dies: kill points belong to the shell"))
             if quote == "<" and not name.startswith("fmt/") and (
                     name in IMPURE_HEADERS or "/" in name or name.endswith(".h")):
                 breaches.append((number, f"a core may not include <{name}>: time, threads and I/O belong to the shell"))

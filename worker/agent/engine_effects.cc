@@ -9,6 +9,7 @@
 #include <memory>
 #include <system_error>
 
+#include "proto/base/kill_point.h"
 #include "proto/base/log.h"
 #include "proto/base/version.h"
 #include "proto/wire/convert.h"
@@ -59,6 +60,7 @@ void Engine::On(const SendHeartbeat& e) {
   Send(std::move(m));
 }
 void Engine::On(const SendPrepared& e) {
+  KillPoint("switch.prepared");
   LogInfo("prepared", {{"job", e.holds.job},
                        {"generation", e.holds.generation},
                        {"store_port", e.store_port},
@@ -67,6 +69,7 @@ void Engine::On(const SendPrepared& e) {
   Send(ToWire(e));
 }
 void Engine::On(const SendActivated& e) {
+  KillPoint("switch.activated");
   LogInfo("activated", {{"job", e.job},
                         {"generation", e.generation},
                         {"workers", static_cast<std::uint64_t>(e.workers.size())},
@@ -80,9 +83,12 @@ void Engine::On(const SendWorkerStalled& e) {
   Send(ToWire(e));
 }
 void Engine::On(const SendShardCopied& e) {
+  KillPoint("commit.reporting");
   Send(ToWire(e));
+  KillPoint("commit.reported");
 }
 void Engine::On(const SendPersisted& e) {
+  KillPoint("persist.reporting");
   Send(ToWire(e));
 }
 void Engine::On(const SendNotice& e) {
@@ -254,6 +260,7 @@ void Engine::Spawn(const JobId& job, Generation generation, std::vector<WorkerSp
                                      {"rank", rank},
                                      {"pid", reply.spawned().pid()},
                                      {"forked", reply.spawned().from_fork_server()}});
+          KillPoint("switch.worker_started");
           Feed(WorkerStarted{job, generation, rank, local_rank, reply.spawned().pid()});
           // A kill may have passed the spawn on its way.
           const auto now = core_.jobs().find(job);
@@ -307,12 +314,14 @@ void Engine::On(const RememberIncarnation& e) {
   Ask(std::move(request), nullptr);
 }
 void Engine::On(const RememberPrepared& e) {
+  KillPoint("switch.begun");
   if (transfer_ != nullptr) transfer_->Begin(e.job, e.generation, e.data_key);
   v1::KeeperRequest request;
   *request.mutable_remember() = Remember(e);
   Ask(std::move(request), nullptr);
 }
 void Engine::On(const RememberActivated& e) {
+  KillPoint("switch.activating");
   v1::KeeperRequest request;
   *request.mutable_remember() = Remember(e);
   Ask(std::move(request), nullptr);
@@ -355,6 +364,7 @@ std::vector<HeldShard> Engine::SurveyFiles(const CheckpointDir& dir, const JobId
 }
 
 void Engine::On(const PersistStep& e) {
+  KillPoint("persist.asked");
   const Timestamp began = clock_->Now();
   const auto failed = [&](const std::string& why) {
     Feed(Persisted{.job = e.job, .generation = e.generation, .step = e.step, .error = why});
@@ -408,6 +418,7 @@ void Engine::On(const MarkCommitted& e) {
     copying->second.later.push_back(e);
     return;
   }
+  KillPoint("commit.heard");
   if (e.step != kNoStep) transfer_->MarkCommitted(e.job, e.generation, e.step);
   if (e.released != kNoStep) transfer_->MarkReleased(e.job, e.generation, e.released);
 }

@@ -13,6 +13,7 @@
 
 #include "checkpoint/store/memory_limit.h"
 #include "checkpoint/store/slot_writer.h"
+#include "proto/base/kill_point.h"
 #include "proto/base/log.h"
 #include "proto/base/version.h"
 
@@ -78,6 +79,7 @@ bool FilePlane::CopyOne(const JobId& job, Generation generation, Step step, Rank
         *error = fmt::format("{}: step {} was overwritten while it was copied", arena.Name(), step);
         continue;
       }
+      KillPoint("persist.slot_copied");
       out->payload = std::move(payload);
       out->content = {.job = job,
                       .fields = view->fields,
@@ -129,6 +131,7 @@ Persisted FilePlane::Write(const CheckpointDir& dir, const JobId& job, Generatio
     if (done.sealed || look == kSealLooks) break;
     std::this_thread::sleep_for(kSealPause);
   }
+  KillPoint("persist.sealed");
   if (done.sealed && dir.keep > 0) {
     std::vector<std::string> removed;
     if (auto ok = tier.Prune(dir.keep, &removed); !ok.ok()) {
@@ -219,13 +222,16 @@ cp::Outcome FilePlane::LoadOne(cp::FileTier* tier, const JobId& job, const Worke
   }
   auto writer = cp::SlotWriter::Begin(&arena.value(), slot, fields.payload_bytes);
   if (!writer.ok()) return writer.error();
+  KillPoint("restore.file_slot_begun");
   auto read = tier->ReadPayload(c, want.shard_rank, head.value(), writer.value().Chunk(0));
   if (!read.ok()) return read;
   for (std::size_t i = 0; i < head.value().chunk_crcs.size(); ++i) {
     writer.value().SetChunkCrc(i, head.value().chunk_crcs[i]);
   }
+  KillPoint("restore.file_read");
   auto published = writer.value().Publish(fields, want.crc_root);
   if (!published.ok()) return published.error();
+  KillPoint("restore.file_published");
   return cp::Done{};
 }
 

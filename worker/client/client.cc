@@ -19,6 +19,7 @@
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/slot_writer.h"
 #include "proto/base/crc32c.h"
+#include "proto/base/kill_point.h"
 #include "proto/base/version.h"
 #include "worker/client/attach.h"
 #include "worker/client/copier.h"
@@ -165,6 +166,7 @@ int Verified(everstep_client* c, const cp::SlotView& view, everstep_slot* out) {
   // The trainer waits for it: its cores have nothing else to do.
   const unsigned threads = std::clamp(std::thread::hardware_concurrency(), 1u, kVerifyThreads);
   if (auto ok = c->arena.Verify(view, threads); !ok.ok()) return Fail(c, ok.error());
+  KillPoint("restore.verified");
   Fill(view, out);
   return EVERSTEP_OK;
 }
@@ -181,10 +183,13 @@ int Publish(everstep_client* c, std::uint64_t table_bytes) {
   auto view = c->writer->Finish(c->fields, table_bytes);
   c->writer.reset();
   if (!view.ok()) return Fail(c, view.error());
+  KillPoint("capture.published");
   cp::TrainerWord& t = c->arena.header()->trainer;
   t.captured.fetch_add(1, std::memory_order_relaxed);
   t.copy_ns.fetch_add(Nanos(CLOCK_MONOTONIC) - c->begun_ns, std::memory_order_relaxed);
+  KillPoint("capture.counted");
   Ring(*c);
+  KillPoint("capture.rung");
   return EVERSTEP_OK;
 }
 
@@ -222,6 +227,7 @@ int everstep_open(const everstep_options* options, everstep_client** out) {
   if (!attached.ok()) return Fail(c, attached.error());
   c->eventfd = attached.value().eventfd;
   const cp::ArenaSpec blank{.job = options->job, .rank = c->rank};
+  KillPoint("capture.attached");
   auto arena = cp::Arena::Open(attached.value().memfd, &blank);
   if (!arena.ok()) return Fail(c, arena.error());
   c->arena = std::move(arena.value());
@@ -236,6 +242,7 @@ int everstep_open(const everstep_options* options, everstep_client** out) {
   t.waited_ns = 0;
   t.copy_ns = 0;
   t.step = everstep::kNoStep;
+  KillPoint("capture.opened");
   t.pid = c->pid;
   t.generation = c->generation;
   return EVERSTEP_OK;
@@ -286,6 +293,7 @@ int everstep_restore(everstep_client* c, uint32_t timeout_ms, everstep_slot* slo
       if (restore.state == cp::RestoreState::kReady) {
         const auto view = restore.slot < cp::kSlots ? c->arena.Look(restore.slot) : std::nullopt;
         if (view && view->seq == restore.slot_seq) {
+          KillPoint("restore.told");
           c->base = *view;
           return Verified(c, *view, slot);
         }
@@ -339,6 +347,7 @@ int everstep_payload(everstep_client* c, const everstep_slot* slot, const void**
                 fmt::format("{}: step {} was overwritten", c->arena.Name(), slot->step));
   }
   *data = c->arena.Payload(*view);
+  KillPoint("restore.mapped");
   if (*data == nullptr) return Fail(c, EVERSTEP_ENOMEM, c->arena.Name() + ": cannot map the slot");
   return EVERSTEP_OK;
 }
@@ -371,6 +380,7 @@ int everstep_capture_begin(everstep_client* c, int64_t step, uint64_t payload_by
       c->wait_ms = waited ? std::max(c->wait_ms / 2, 1u) : c->commit_wait_ms;
       break;
     }
+    KillPoint("capture.waiting");
     poll(nullptr, 0, 1);
     now = Nanos(CLOCK_MONOTONIC);
   }
@@ -381,9 +391,11 @@ int everstep_capture_begin(everstep_client* c, int64_t step, uint64_t payload_by
     Ring(*c);
     return EVERSTEP_SKIPPED;
   }
+  KillPoint("capture.decided");
   if (decision.replaces) t.replaced.fetch_add(1, std::memory_order_relaxed);
   auto writer = cp::SlotWriter::Begin(&c->arena, decision.slot, payload_bytes);
   if (!writer.ok()) return Fail(c, writer.error());
+  KillPoint("capture.begun");
   c->writer.emplace(writer.value());
   c->begun_ns = now;
   c->fields = {.generation = c->generation,
@@ -418,6 +430,7 @@ int everstep_capture_commit(everstep_client* c, const void* table, uint64_t tabl
   }
   if (auto ok = c->writer->Align(); !ok.ok()) return Fail(c, ok.error());
   if (auto ok = c->writer->Append(table, table_bytes); !ok.ok()) return Fail(c, ok.error());
+  KillPoint("capture.table_written");
   return Publish(c, table_bytes);
 }
 

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "proto/base/errno_text.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::client {
 namespace {
@@ -85,6 +86,7 @@ void Copier::Copy(checkpoint::SlotWriter* writer, const everstep_piece* late,
   }
   if (bytes > to) std::memset(staged_.data() + to, 0, bytes - to);
   if (tail_bytes > 0) std::memcpy(staged_.data() + bytes, tail, tail_bytes);
+  KillPoint("capture.staged");
   give_up_ = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -120,6 +122,7 @@ void Copier::Run() {
     if (ending_ && !busy_) return;
     lock.unlock();
     outcome_ = Work();
+    KillPoint("capture.copied");
     lock.lock();
     busy_ = false;
     ++ended_;
@@ -135,6 +138,7 @@ Outcome Copier::Work() {
       if (give_up_) return Error{ErrorCode::kStale, "the capture was given up"};
       const std::uint64_t n = std::min(bytes, kLook);
       if (auto ok = writer_->Append(from, n); !ok.ok()) return ok;
+      KillPoint("capture.late_bytes");
       from += n;
       bytes -= n;
     }

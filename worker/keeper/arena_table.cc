@@ -11,6 +11,7 @@
 
 #include "checkpoint/store/arena.h"
 #include "proto/base/errno_text.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::keeper {
 namespace {
@@ -64,6 +65,7 @@ ArenaEntry* ArenaTable::Get(const ArenaKey& key, std::uint64_t slot_bytes, bool*
                            ErrnoText(*error));
     return nullptr;
   }
+  KillPoint("keeper.arena_made");
   if (created != nullptr) *created = true;
   return &arenas_.emplace(key, std::move(entry)).first->second;
 }

@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/clock.h"
+#include "proto/base/kill_point.h"
 #include "proto/base/log.h"
 #include "worker/keeper/attach_protocol.h"
 #include "worker/keeper/client.h"
@@ -147,6 +148,7 @@ void Keeper::OnArena(Connection* connection, std::uint64_t id, const v1::KeeperA
   reply.mutable_arena()->set_total_bytes(entry->total_bytes());
   reply.mutable_arena()->set_created(created);
   connection->Send(reply, {entry->memory.get(), entry->bell.get()});
+  KillPoint("keeper.arena_sent");
 }
 
 // A trainer: one fixed-size request, one reply (attach_protocol.h).
@@ -180,6 +182,7 @@ void Keeper::OnAttach(Connection* connection) {
   std::memcpy(reply.message, text.data(), std::min(text.size(), sizeof(reply.message) - 1));
   connection->SendRaw(std::string(reinterpret_cast<const char*>(&reply), sizeof(reply)),
                       descriptors);
+  KillPoint("keeper.attach_answered");
   connection->closing = true;
 }
 
@@ -201,6 +204,7 @@ void Keeper::OnRemember(const v1::KeeperRemember& request, const Done& done) {
   } else {
     memory_[request.key()] = request.value();
   }
+  KillPoint("keeper.remembered");
   done({});
 }
 

@@ -14,6 +14,7 @@
 
 #include "proto/base/clock.h"
 #include "proto/base/errno_text.h"
+#include "proto/base/kill_point.h"
 #include "proto/base/log.h"
 #include "worker/keeper/process.h"
 #include "worker/keeper/python_files.h"
@@ -86,6 +87,7 @@ void Workers::Spawn(const v1::KeeperSpawn& request, Done done) {
   worker->asked_ns = MonotonicNanos();
   worker->start_limit_ns = worker->asked_ns + (request.preload() ? kForkLimitNs : kStartLimitNs);
   workers_.emplace(key, std::move(made));
+  KillPoint("keeper.spawning");
   if (memory_kills_ < 0) memory_kills_ = MemoryKills();
 
   if (request.preload() && !request.numa_binding().empty()) {
@@ -207,6 +209,7 @@ void Workers::OnLine(const WorkerKey& key, const std::string& line, bool last) {
 }
 
 void Workers::Started(Worker* worker) {
+  KillPoint("keeper.worker_started");
   worker->phase = Phase::kRunning;
   worker->start_limit_ns = 0;
   worker->started_ns = MonotonicNanos();

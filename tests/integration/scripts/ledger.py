@@ -3,6 +3,8 @@
 Every rank appends one JSON line a step to $LEDGER/RANK-PID.jsonl: step, generation, a CRC of its weights after
 the step, the wall clock. The weights after step n are a function of n and the world size alone, so two entries of
 one step with different CRCs mean that somebody went on from a wrong state.
+
+STATE_MIB adds so many MiB to the state, which change in each step; CAPTURE_MODE is the Checkpointer's mode.
 """
 
 from __future__ import annotations
@@ -21,11 +23,19 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def weights_crc(model: nn.Module) -> int:
+def weights_crc(model: nn.Module, *more: nn.Module) -> int:
     crc = 0
-    for value in model.state_dict().values():
-        crc = zlib.crc32(value.detach().contiguous().numpy().tobytes(), crc)
+    for value in (value for m in (model, *more) for value in m.state_dict().values()):
+        crc = zlib.crc32(value.detach().contiguous().numpy(), crc)
     return crc
+
+
+class Ballast(nn.Module):
+    """Parameters that no gradient moves."""
+
+    def __init__(self, mib: int) -> None:
+        super().__init__()
+        self.values = nn.Parameter(torch.arange(mib << 18, dtype=torch.float32), requires_grad=False)
 
 
 def main() -> None:
@@ -39,7 +49,11 @@ def main() -> None:
     torch.manual_seed(0)
     model = DistributedDataParallel(nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    checkpoint = everstep.Checkpointer({"model": model.module, "optimizer": optimizer})
+    state = {"model": model.module, "optimizer": optimizer}
+    ballast = [Ballast(mib)] if (mib := int(os.environ.get("STATE_MIB", "0"))) else []
+    if ballast:
+        state["ballast"] = ballast[0]
+    checkpoint = everstep.Checkpointer(state, mode=os.environ.get("CAPTURE_MODE", "blocking"))
     first = checkpoint.restore()
     with open(f"{os.environ['LEDGER']}/{rank}-{os.getpid()}.jsonl", "w", buffering=1) as ledger:
         for step in range(first, steps):
@@ -50,8 +64,10 @@ def main() -> None:
             optimizer.zero_grad()
             model(batch).square().mean().backward()
             optimizer.step()
+            for b in ballast:
+                b.values.add_(1)
             dist.all_reduce(leave)
-            entry = {"step": step, "rank": rank, "world": dist.get_world_size(), "crc": weights_crc(model.module),
+            entry = {"step": step, "rank": rank, "world": dist.get_world_size(), "crc": weights_crc(model.module, *ballast),
                      "generation": int(os.environ.get("EVERSTEP_GENERATION", "0")), "at": time.time(), "pid": os.getpid()}
             ledger.write(json.dumps(entry) + "\n")
             checkpoint.step(step)  # after the entry: a step that is safe has one
