@@ -38,7 +38,7 @@ import ledger
 from cluster import EVERSTEP, ROOT, SCRIPT, Cluster, Failure, cluster_processes, send
 
 START_LIMIT = 240.0  # seconds: four nodes import torch at once, and other programs may want the processors, too
-FIRE_LIMIT = 60.0  # seconds until an armed point is reached, once its fault has happened
+FIRE_LIMIT = 30.0  # seconds until an armed point is reached, once its fault has happened
 PAIR_TRIES = 6
 TRAINER, AGENT, KEEPER, CONTROLLER = "python", "everstep-agent", "everstep-keeper", "everstep-control"
 
@@ -325,7 +325,8 @@ def kills(args: argparse.Namespace, work: Path) -> None:
                     print(f"{number:4d} {drill.label:26s} {drill.program:16s} {name:8s} {drill.fault or '-':7s} {told}", flush=True)
                 job.end()
         except Failure:
-            cluster.autopsy()
+            if args.autopsy:
+                cluster.autopsy()
             raise
         finally:
             if getattr(cluster, "run", None) is not None and cluster.run.poll() is None:
@@ -351,6 +352,7 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="the points, where they stand, and who dies there")
     parser.add_argument("--limit", type=float, default=90.0, help="seconds a recovery may take")
     parser.add_argument("--keep", action="store_true", help="keep the directory with the logs")
+    parser.add_argument("--autopsy", action="store_true", help="on a failure write down every thread's stack (slow; needs gdb)")
     args = parser.parse_args()
     found = labels_in_sources()
     try:

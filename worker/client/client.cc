@@ -26,6 +26,7 @@
 #include "worker/client/everstep.h"
 
 namespace cp = everstep::checkpoint;
+using everstep::KillPoint;
 
 struct everstep_client {
   cp::Arena arena;
