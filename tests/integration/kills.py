@@ -65,6 +65,13 @@ class Page:
         return struct.unpack("<i", self.map[36:40])[0]
 
 
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
 @dataclass(frozen=True)
 class Drill:
     label: str
@@ -205,8 +212,10 @@ class Job:
             raise Failure(f"{drill.label}: {drill.program} did not reach it for the {hit}. time within {FIRE_LIMIT:.0f} s in job "
                           f"{self.name}{f' after the loss of a {drill.fault}' if drill.fault else ''}")
         victim, died = self.page.killed(), time.time()
-        if (alive := Path(f"/proc/{victim}/stat")).exists() and alive.read_text().rsplit(")", 1)[1].split()[0] not in "ZX":
-            raise Failure(f"{drill.label}: pid {victim} says that it died there, and lives")
+        while lives(victim):
+            if time.time() > died + FIRE_LIMIT:
+                raise Failure(f"{drill.label}: pid {victim} says that it died there, and lives")
+            time.sleep(0.001)
         try:
             self.cluster.wait_steps(died, 3, self.limit)
         except Failure as e:
