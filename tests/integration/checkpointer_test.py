@@ -362,6 +362,18 @@ def test_more_than_memory_is_told_once_and_the_script_runs_on(
         assert ck.step(1)
 
 
+def test_any_rank_whose_memory_does_not_suffice_says_so(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without its copies no step is ever committed again, and rank 0 knows nothing of it."""
+    node.say("activate 1 2 -1 1")
+    inside(monkeypatch, node, 1, 1, 2)
+    real = _library.Client.begin
+    monkeypatch.setattr(_library.Client, "begin", lambda self, step, size, flags: real(self, step, 1 << 43, flags))
+    with everstep.Checkpointer({"x": torch.zeros(1)}) as ck:
+        ck.restore()
+        with pytest.warns(RuntimeWarning, match="rank 1: needs .*nothing is checkpointed"):
+            assert not ck.step(0)
+
+
 @pytest.mark.parametrize("mode", ["blocking", "overlapped"])
 def test_fsdp2_shards_go_and_come_as_they_lie(node: Node, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
                                               mode: Any) -> None:

@@ -151,7 +151,8 @@ class Checkpointer:
     def _fall_back(self, why: str) -> None:
         then = (f"steps go to files in {self._files.directory}" if self._files is not None
                 else "nothing is checkpointed; give Checkpointer a directory to have files at least")
-        if self._rank == 0:
+        # Of a rank that has a keeper the others know nothing: each speaks for itself.
+        if self._rank == 0 or "EVERSTEP_KEEPER" in os.environ:
             warn(f"{why}: {then}")
 
     @property
