@@ -234,8 +234,10 @@ v1::JobStatus JobStatusOf(const ClusterState& state, const JobStateView& job, Ti
     }
     to.set_spares(spares);
   }
-  to.set_step(job.step);
-  to.set_committed_step(job.commits.commits.empty() ? kNoStep : job.commits.commits.front().step);
+  // Word of a commit may be here before the heartbeat that tells of the step.
+  const Step committed = job.commits.commits.empty() ? kNoStep : job.commits.commits.front().step;
+  to.set_step(std::max(job.step, committed));
+  to.set_committed_step(committed);
   to.set_ckpt_dir(r.spec.ckpt_dir);
   to.set_persisted_step(job.commits.persisted.ns == 0 ? kNoStep : job.commits.persisted_step);
   to.set_persisted(TimeText(job.commits.persisted));

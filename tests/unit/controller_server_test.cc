@@ -315,6 +315,9 @@ TEST(Status, AFaultTellsWhatItCost) {
   EXPECT_EQ(s.members(1), "n2");
   EXPECT_EQ(s.ranks(3).node(), "n2");
   EXPECT_EQ(s.ranks(3).state(), "STARTING");
+  EXPECT_EQ(s.step(), 52);
+  job.commits.commits = {{.generation = 3, .step = 53}};
+  EXPECT_EQ(JobStatusOf(state, job, {}).step(), 53) << "a step that is committed was made";
 }
 
 TEST(Status, TheRootCauseSpeaksTheScriptsOwnWords) {
