@@ -33,13 +33,13 @@ def work() -> Iterator[Path]:
 class Training:
     """One run of the script by `command`, and what it printed."""
 
-    def __init__(self, work: Path, name: str, command: list[str]) -> None:
+    def __init__(self, work: Path, name: str, command: list[str], script: Path = SCRIPT, *more: str) -> None:
         self.out = work / f"{name}.out"
         self.old: set[str] = set()  # processes that had made steps when one was killed
         env = clean_environment() | {"OMP_NUM_THREADS": "1", "EVERSTEP_LIBRARY": str(LIBRARY)}
         with self.out.open("wb") as out:
-            self.process = subprocess.Popen([*command, str(SCRIPT), str(work / f"{name}.files")], stdin=subprocess.DEVNULL,
-                                            stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+            self.process = subprocess.Popen([*command, str(script), str(work / f"{name}.files"), *more],
+                                            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
 
     def text(self) -> str:
         return self.out.read_text(errors="replace")

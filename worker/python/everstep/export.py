@@ -15,7 +15,6 @@ import argparse
 import ctypes
 import json
 import math
-import mmap
 import os
 import re
 import struct
@@ -26,7 +25,8 @@ from typing import Any
 
 import torch
 
-from everstep._table import Decoder, ShardedLeaf
+from everstep._shards import open_shards, read_manifest
+from everstep._table import ShardedLeaf
 
 _SHARD = re.compile(r"S(?:hard)?\((?:dim=)?(\d+)\)$")
 _STORED = {  # dtypes of safetensors by torch's; others are refused by name
@@ -37,32 +37,31 @@ _STORED = {  # dtypes of safetensors by torch's; others are refused by name
 }
 
 
-def read_shard(path: Path) -> Any:
-    """The state that one rank captured; its tensors are views of the file."""
-    with path.open("rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-        mapped = memoryview(mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY))[8 + length:]
-    metadata = header.pop("__metadata__")
-    table = metadata["everstep.table"].encode()
-    facts = json.loads(metadata["everstep"])
-    payload = memoryview(bytearray(facts["payload_bytes"]))
-    entries = sorted(header.values(), key=lambda e: e["data_offsets"])
-    for entry, offset in zip(entries, json.loads(metadata["everstep.offsets"])):
-        begin, end = entry["data_offsets"]
-        payload[offset:offset + end - begin] = mapped[begin:end]
-    return Decoder(payload, table).root()
-
-
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The whole state: rank 0's, with every DTensor put together from the ranks' parts."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    files = [folder / entry["file"] for entry in manifest["ranks"]]
-    first = read_shard(files[0])
-    if manifest["replicated_layout"] or len(files) == 1:
-        return dict(_joined(first, [first], ""))
-    return dict(_joined(first, [first, *map(read_shard, files[1:])], ""))
+    """The whole state: rank 0's, with every DTensor put together from the ranks' parts.
+
+    Raises OSError, or ValueError (DamagedError) with the name of what is damaged.
+    """
+    manifest = read_manifest(folder)
+    shards = open_shards(folder, manifest)
+    if "dcp" in shards[0].meta:
+        return _saved_by_dcp(folder)
+    if manifest["replicated_layout"]:
+        del shards[1:]
+    states = [shard.root() for shard in shards]
+    return dict(_joined(states[0], states, ""))
+
+
+def _saved_by_dcp(folder: Path) -> dict[str, Any]:
+    """What everstep.dcp saved, nested as it was given to dcp.save."""
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    from everstep.dcp import StorageReader
+
+    state: dict[str, Any] = {}
+    _load_state_dict(state, StorageReader(folder, memory=False), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    return state
 
 
 def _joined(value: Any, ranks: list[Any], path: str) -> Any:

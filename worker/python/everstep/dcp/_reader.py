@@ -39,6 +39,7 @@ class StorageReader(_Base):
     Args:
         path: the checkpoint's id where the call gives none (`checkpoint_id`), or a folder of several, of which the
             newest is taken. None: the newest in memory.
+        memory: False: folders alone, as in a script that looks at checkpoints beside the job.
 
     Memory comes first: under `everstep run` that is the newest committed step, the same on every rank, or the
     newest save of this run. An id that memory does not have is looked for as a folder, one that a StorageWriter
@@ -46,7 +47,8 @@ class StorageReader(_Base):
     they need of it; every tensor that is read is checked against its CRC32C.
     """
 
-    def __init__(self, path: str | os.PathLike[str] | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, memory: bool = True) -> None:
+        self._memory = memory
         self._default = self._id = None if path is None else os.fspath(path)
         self._source: _Memory | _Files | None = None
 
@@ -122,7 +124,7 @@ class StorageReader(_Base):
     # --- and what it does ---
 
     def _find(self) -> _Memory | _Files:
-        arena, why = _arena.arena()
+        arena, why = _arena.arena() if self._memory else (None, "memory=False")
         asked, held = self._id, ""
         if arena is not None:
             slot = arena.newest()
