@@ -1,4 +1,4 @@
-"""One script of twenty lines with a Checkpointer: unchanged under everstep run, under torchrun, and alone.
+"""The example of twenty lines with a Checkpointer (docs/examples/train.py): unchanged under everstep run, under torchrun, and alone.
 
 Each way it is killed in the middle and goes on; the end is the same to the last bit.
 """
@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from launch import PROGRAMS, PYTHON, clean_environment, wait_for
+from launch import PROGRAMS, PYTHON, ROOT, clean_environment, wait_for
 
-SCRIPT = Path(__file__).parent / "scripts/twenty_lines.py"
+SCRIPT = ROOT / "docs/examples/train.py"
 LIBRARY = PROGRAMS.parent / "lib/libeverstep.so"
 KILLED_AT, STEPS = 25, 60
 
@@ -33,13 +33,17 @@ def work() -> Iterator[Path]:
 class Training:
     """One run of the script by `command`, and what it printed."""
 
-    def __init__(self, work: Path, name: str, command: list[str], script: Path = SCRIPT, *more: str) -> None:
+    def __init__(self, work: Path, name: str, command: list[str], script: Path = SCRIPT, *more: str,
+                 env: dict[str, str] | None = None) -> None:
         self.out = work / f"{name}.out"
         self.old: set[str] = set()  # processes that had made steps when one was killed
-        env = clean_environment() | {"OMP_NUM_THREADS": "1", "EVERSTEP_LIBRARY": str(LIBRARY)}
+        folder = work / f"{name}.cwd"
+        folder.mkdir(exist_ok=True)
+        steer = clean_environment() | {"OMP_NUM_THREADS": "1", "EVERSTEP_LIBRARY": str(LIBRARY)} | (env or {})
         with self.out.open("wb") as out:
             self.process = subprocess.Popen([*command, str(script), str(work / f"{name}.files"), *more],
-                                            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+                                            stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=steer, cwd=folder,
+                                            start_new_session=True)
 
     def text(self) -> str:
         return self.out.read_text(errors="replace")
@@ -71,12 +75,12 @@ class Training:
         assert all(e == ends[0] for e in ends), ends
         return ends[0][1:]
 
-    def assert_went_on(self) -> None:
+    def assert_went_on(self, end: int = STEPS) -> None:
         """The new processes began behind the step that was being done when the old one was killed, or redid that one."""
         reached = max(int(w[1]) for w in self.lines("step") if w[2] in self.old)
         fresh = [int(w[1]) for w in self.lines("step") if w[2] not in self.old]
         assert reached - 1 <= min(fresh) <= reached + 1, self.text()
-        assert set(fresh) == set(range(min(fresh), STEPS))
+        assert set(fresh) == set(range(min(fresh), end))
 
 
 @pytest.fixture(scope="module")
@@ -115,4 +119,4 @@ def test_under_everstep_run_it_goes_on_from_memory(work: Path, undisturbed: list
     assert tier == "memory"
     assert bits == undisturbed[1:]
     run.assert_went_on()
-    assert not list(work.glob("everstep.files/*")), "files are for when there is no agent"
+    assert not list(work.glob("everstep.cwd/checkpoints/*")), "files are for when there is no agent"

@@ -13,6 +13,7 @@ and the script runs on.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -33,6 +34,8 @@ def __getattr__(name: str) -> Any:
         from everstep import _library
 
         return getattr(_library, name)
+    if name in ("dcp", "hf"):
+        return importlib.import_module(f"everstep.{name}")
     raise AttributeError(f"module 'everstep' has no attribute {name!r}")
 
 

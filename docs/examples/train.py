@@ -1,14 +1,17 @@
-# ruff: noqa: E401, I001
-import os, sys, time, torch, everstep
-import torch.distributed as dist
+"""Run me any way you like and kill -9 me: everstep run ... train.py, torchrun ... train.py, or python train.py, again and again."""
+import os
+import time
+
+import everstep
+import torch
 
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(16, 600), torch.nn.Dropout(0.1), torch.nn.Linear(600, 600), torch.nn.Linear(600, 1))
 if "RANK" in os.environ:
-    dist.init_process_group("gloo")
+    torch.distributed.init_process_group("gloo")
     model = torch.nn.parallel.DistributedDataParallel(model)
 optimizer = torch.optim.AdamW(model.parameters())
-checkpoint = everstep.Checkpointer({"model": model, "optimizer": optimizer}, directory=sys.argv[1], mode="auto", replicated=False)
+checkpoint = everstep.Checkpointer({"model": model, "optimizer": optimizer}, directory="checkpoints", mode="auto", replicated=False)
 for step in range(checkpoint.restore(), 60):
     loss = model(torch.rand(8, 16)).square().mean()
     optimizer.zero_grad()
