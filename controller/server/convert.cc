@@ -256,6 +256,7 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
           Cut(m.keeper_lost().message())};
     case v1::AgentMessage::kStopped:
       return Stopped{node, incarnation, m.stopped().job(), m.stopped().generation()};
+    case v1::AgentMessage::kShardDamaged:  // nobody says it yet
     case v1::AgentMessage::kRegister:
     case v1::AgentMessage::kLogLines:
     case v1::AgentMessage::BODY_NOT_SET: break;
