@@ -44,10 +44,6 @@ void KeeperDoor::Attach() {
   if (!worker_.Post([this] { AttachNow(); })) callbacks_.on_failed("the agent ends", true);
 }
 
-void KeeperDoor::Detach() {
-  Replace(nullptr);
-}
-
 std::unique_ptr<keeper::Client> KeeperDoor::Connect(std::uint64_t link, v1::KeeperState* state,
                                                     keeper::ConnectError* error) {
   keeper::ClientOptions o;

@@ -46,7 +46,6 @@ class KeeperDoor final : public checkpoint::ArenaHost {
 
   // Returns at once; one of on_attached, on_failed follows. An older link is dropped first.
   void Attach();
-  void Detach();
 
   // `done` as Client::Send's; with ENOTCONN when there is no link.
   void Send(everstep::v1::KeeperRequest request, std::function<void(keeper::Reply)> done);

@@ -261,28 +261,6 @@ std::int64_t MemoryKills() {
   return machine ? NumberAfter(*machine, "oom_kill ").value_or(0) : 0;
 }
 
-std::uint64_t AvailableMemory() {
-  std::uint64_t available = std::numeric_limits<std::uint64_t>::max();
-  if (const auto text = ReadFile("/proc/meminfo")) {
-    if (const auto kib = NumberAfter(*text, "MemAvailable:")) {
-      available = static_cast<std::uint64_t>(*kib) * 1024;
-    }
-  }
-  if (!ControlGroup().empty()) {
-    const auto limit = ReadFile(ControlGroup() + "/memory.max");
-    const auto used = ReadFile(ControlGroup() + "/memory.current");
-    if (limit && used) {
-      const auto most = NumberAfter(*limit, "");
-      const auto now = NumberAfter(*used, "");
-      if (most && now) {
-        available = std::min(available,
-                             static_cast<std::uint64_t>(std::max<std::int64_t>(0, *most - *now)));
-      }
-    }
-  }
-  return available;
-}
-
 std::optional<TcpConnections> CountConnections(pid_t pid, std::uint16_t port) {
   std::set<unsigned long> sockets;
   const std::string folder = fmt::format("/proc/{}/fd", pid);

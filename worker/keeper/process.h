@@ -52,9 +52,6 @@ std::vector<pid_t> ListChildren();
 // group does not tell.
 std::int64_t MemoryKills();
 
-// Bytes that can still be had: the smaller of the machine's and the control group's.
-std::uint64_t AvailableMemory();
-
 // The established TCP connections of a process. Reads /proc.
 struct TcpConnections {
   int to_port = 0;  // its own to `port`, wherever that is
