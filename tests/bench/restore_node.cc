@@ -84,7 +84,7 @@ class Node {
                     .world_size = 1,
                     .data_key = "key",
                     .workers = {{0, restore}},
-                    .replica_address = {}};
+                    .peers = {}};
     std::string error;
     if (!service_->Activate(part, &error)) {
       fmt::print(stderr, "error: {}\n", error);
