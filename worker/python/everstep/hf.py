@@ -57,6 +57,7 @@ class EverstepCallback(_Base):  # type: ignore[misc]
         self._make = lambda: Checkpointer(self._state, directory=directory, mode=mode, every=every,
                                           replicated=replicated)
         self._checkpointer: Checkpointer | None = None
+        self._stats: Stats | None = None
         self._folder: str | None = None
         self._step = 0  # the global step that resume() found
         self._due = -1  # a global step to capture once it is logged
@@ -87,8 +88,8 @@ class EverstepCallback(_Base):  # type: ignore[misc]
         return self._folder
 
     def stats(self) -> Stats | None:
-        """The Checkpointer's counts and times; None before training."""
-        return None if self._checkpointer is None else self._checkpointer.stats()
+        """The Checkpointer's counts and times, of this training or the one that has ended; None before."""
+        return self._stats if self._checkpointer is None else self._checkpointer.stats()
 
     # --- what Trainer calls ---
 
@@ -147,7 +148,9 @@ class EverstepCallback(_Base):  # type: ignore[misc]
         if self._due == state.global_step:
             self._capture(state)
         if self._checkpointer is not None:
+            self._stats = self._checkpointer.stats()
             self._checkpointer.close()
+            self._checkpointer = None
 
     # --- and what it does ---
 

@@ -260,7 +260,7 @@ class _Index:
                 continue
             for part in node.get("l", [node]):
                 body = part["T"]
-                self.tensors[fqn, tuple(body[3]["offset"] if len(body) > 3 else [0] * len(body[1]))] = body
+                self.tensors[fqn, tuple(body[3]["offsets"] if len(body) > 3 else [0] * len(body[1]))] = body
 
 
 def _told(document: dict[str, Any], where: str) -> dict[str, Any]:

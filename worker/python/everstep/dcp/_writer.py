@@ -155,10 +155,10 @@ class StorageWriter(Stager, _Base):
                 raise TypeError(f"{fqn}: the planner {type(planner).__name__} gave {_kind(tensor)} for a part of "
                                 f"{None if told is None else tuple(told.chunk.sizes)}")
             node = encoder.node(tensor, fqn)
-            if _plans.is_part(item):
+            if item.type == WriteItemType.SHARD:
                 # What lies in one memory has one entry, but each its own place in the whole.
                 node = {"T": [*node["T"][:3], {"global": list(told.size), "placements": [],
-                                               "offset": list(told.chunk.offsets)}]}
+                                               "offsets": list(told.chunk.offsets)}]}
             nodes.setdefault(fqn, []).append(node)
         root = {"d": [[fqn, node if not isinstance(node, list) else node[0] if len(node) == 1 else {"l": node}]
                       for fqn, node in nodes.items()]}
