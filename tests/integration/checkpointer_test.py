@@ -5,6 +5,7 @@ Environment: EVERSTEP_BUILD, the build folder (default build/release).
 
 from __future__ import annotations
 
+import enum
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque, namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -588,6 +589,47 @@ def test_a_damaged_table_is_an_error_and_never_code(junk: bytes, at: int, bit: i
             pass  # a checksum keeps such tables away; what is left must not crash or run anything
 
 
+class Sampler:
+    """A Stateful of one's own: nested containers, numbers of every kind, streams of its own."""
+
+    def __init__(self, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.numpy = np.random.default_rng(seed)
+        self.python = random.Random(seed)
+        self.seen: dict[str, Any] = {"order": [torch.arange(seed), {"deep": (None, True, -0.0, math.inf, 1 << 90)}]}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"torch": self.generator.get_state(), "numpy": self.numpy.bit_generator.state, "python": self.python.getstate(),
+                "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["torch"])
+        self.numpy.bit_generator.state = state["numpy"]
+        self.python.setstate(state["python"])
+        self.seen = state["seen"]
+
+    def draw(self) -> list[float]:
+        return [torch.rand(1, generator=self.generator).item(), self.numpy.random(), self.python.random()]
+
+
+@pytest.mark.parametrize("mode", ["blocking", "overlapped"])
+def test_a_stateful_with_streams_of_its_own_goes_on(node: Node, monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+    node.say("activate 1 1 -1 0")
+    inside(monkeypatch, node, 1)
+    first = Sampler(3)
+    first.draw()
+    with everstep.Checkpointer({"sampler": first}, mode=mode) as ck:
+        ck.restore()
+        assert ck.step(0)
+    node.say("activate 2 1 0 0")
+    inside(monkeypatch, node, 2)
+    second = Sampler(9)
+    with everstep.Checkpointer({"sampler": second}) as ck:
+        assert ck.restore() == 1
+    assert same(second.seen, first.seen)
+    assert [second.draw() for _ in range(3)] == [first.draw() for _ in range(3)]
+
+
 def test_numpy_counters_sizes_and_scalars_come_back() -> None:
     state = {"a": np.arange(6, dtype=">f4").reshape(2, 3), "s": np.float32(1.5), "c": Counter({"x": 2}),
              "z": torch.Size([1, 2]), "u": np.array(["ab", "c"])}
@@ -610,6 +652,10 @@ class Thing:
     """Nothing a checkpoint could keep."""
 
 
+ITSELF: list[Any] = []
+ITSELF.append({"again": ITSELF})
+
+
 @pytest.mark.parametrize(("state", "path", "kind"), [
     ({"data": {"inner": [1, {"f": Thing()}]}}, r"data\['inner'\]\[1\]\['f'\]: ", "Thing"),
     ({"data": {1: lambda: 0}}, r"data\[1\]: ", "function"),
@@ -618,6 +664,16 @@ class Thing:
     ({"data": torch.zeros(2).to_sparse()}, "data: ", "sparse"),
     ({"data": torch.zeros(2, device="meta")}, "data: ", "meta"),
     ({"data": np.array([object()])}, "data: ", "object"),
+    ({"data": torch.Generator()}, "data: ", "Generator"),
+    ({"data": [np.random.default_rng()]}, r"data\[0\]: ", "Generator"),
+    ({"data": enum.IntEnum("Color", "RED").RED}, "data: ", "Color"),
+    ({"data": namedtuple("Pair", "a b")(1, 2)}, "data: ", "Pair"),
+    ({"data": deque([1])}, "data: ", "deque"),
+    ({"data": torch.ones(2).as_subclass(type("Mine", (torch.Tensor,), {}))}, "data: ", "Mine"),
+    ({"data": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}, "data: ", "quantized Tensor"),
+    ({"data": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])}, "data: ", "nested Tensor"),
+    ({"data": 1 << 20_000}, "data: ", "int of 20001 bits"),
+    ({"data": ITSELF}, r"data.*\.\.\.: ", "contains itself"),
 ])
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_what_cannot_be_kept_is_named_with_its_path(tmp_path: Path, state: Any, path: str, kind: str) -> None:

@@ -22,6 +22,8 @@ import torch
 
 FORMAT = 1
 ALIGNMENT = 64
+_DEEPEST = 100  # containers in containers; the reader of tables (checkpoint/files/json.h) has a limit, too
+_LONGEST_INT = 14_000  # bits: Python itself reads no longer ones (sys.set_int_max_str_digits)
 
 _DTYPES: dict[str, torch.dtype] = {
     str(value).removeprefix("torch."): value
@@ -85,6 +87,7 @@ class Encoder:
         self.sharded = False
         self._late_addresses = late
         self._known = {} if known is None else known
+        self._depth = 0
         self._seen: dict[tuple[Any, ...], tuple[Zone, int]] = {}
 
     def finish(self, root: object, meta: dict[str, object]) -> Flattened:
@@ -127,8 +130,9 @@ class Encoder:
             local = local.to_local()
             self.sharded = True
         if type(local) not in (torch.Tensor, torch.nn.Parameter) or local.layout != torch.strided \
-                or local.is_quantized or local.is_meta:
-            raise TypeError(f"{path}: cannot checkpoint a {type(value).__name__} of layout {local.layout} on "
+                or local.is_quantized or local.is_meta or local.is_nested:
+            kind = "quantized " if local.is_quantized else "nested " if local.is_nested else ""
+            raise TypeError(f"{path}: cannot checkpoint a {kind}{type(value).__name__} of layout {local.layout} on "
                             f"{local.device}; keep dense tensors with data in the state")
         self.tensors.append(local)
         address = local.data_ptr()
@@ -170,13 +174,27 @@ class Encoder:
         raise TypeError(f"{path}: cannot checkpoint a dict with a key of type {_name(key)}: {key!r:.80}")
 
     def _items(self, value: Any, path: str) -> list[object]:
-        return [[self._key(k, path), self.node(v, f"{path}[{k!r}]" if path else str(k))]
-                for k, v in value.items()]
+        self._enter(path)
+        items: list[object] = [[self._key(k, path), self.node(v, f"{path}[{k!r}]" if path else str(k))]
+                               for k, v in value.items()]
+        self._depth -= 1
+        return items
+
+    def _enter(self, path: str) -> None:
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            raise TypeError(f"{path:.200}...: cannot checkpoint what is nested deeper than {_DEEPEST} containers, or "
+                            "contains itself")
 
     def node(self, value: Any, path: str) -> Any:
         """The table's entry for `value`, which lies at `path` of the state."""
         kind = type(value)
-        if value is None or kind in (bool, int, str):
+        if value is None or kind in (bool, str):
+            return value
+        if kind is int:
+            if value.bit_length() > _LONGEST_INT:
+                raise TypeError(f"{path}: cannot checkpoint an int of {value.bit_length()} bits; the limit is "
+                                f"{_LONGEST_INT}: keep it as bytes")
             return value
         if kind is float:
             return value if math.isfinite(value) else {"f": struct.pack("<d", value).hex()}
@@ -190,7 +208,10 @@ class Encoder:
             return {"C": self._items(value, path)}
         if kind in (list, tuple, torch.Size):
             tag = "l" if kind is list else "t" if kind is tuple else "z"
-            return {tag: [self.node(v, f"{path}[{i}]") for i, v in enumerate(value)]}
+            self._enter(path)
+            items = [self.node(v, f"{path}[{i}]") for i, v in enumerate(value)]
+            self._depth -= 1
+            return {tag: items}
         if kind is bytes:
             return {"b": base64.b64encode(value).decode()}
         if kind is complex:
