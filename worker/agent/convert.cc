@@ -118,6 +118,7 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
       return KillForDrill{header, m.kill_for_drill().job(), m.kill_for_drill().rank(),
                           m.kill_for_drill().signal()};
     case v1::ControllerMessage::kHeard: return Heard{header};
+    case v1::ControllerMessage::kRepairShard:  // nobody says it yet
     case v1::ControllerMessage::BODY_NOT_SET: break;
   }
   *error = "a command this agent does not know; is the controller newer? upgrade the agent";
