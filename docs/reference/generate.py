@@ -97,6 +97,10 @@ def python() -> str:
     out += described("everstep.dcp", ("dcp/_writer.py", "dcp/_reader.py", "dcp/_stager.py"),
                      ("StorageWriter", "StorageReader", "Found", "Stager"), called=("StorageWriter", "StorageReader"),
                      methods={"StorageWriter": (), "StorageReader": ("newest",), "Stager": ("stage", "close")})
+    hf = ast.parse((PACKAGE / "hf.py").read_text())
+    out += ["## everstep.hf", "", inspect.cleandoc(ast.get_docstring(hf) or ""), ""]
+    out += described("everstep.hf", ("hf.py",), ("EverstepCallback",), called=("EverstepCallback",),
+                     methods={"EverstepCallback": ("resume", "stats")})
     return "\n".join(out).rstrip() + "\n"
 
 

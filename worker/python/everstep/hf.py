@@ -41,7 +41,9 @@ class EverstepCallback(_Base):  # type: ignore[misc]
 
     Args:
         every: captures each `every`-th optimizer step; "auto": Checkpointer's choice.
-        directory, mode, replicated: as Checkpointer has them.
+        directory: as Checkpointer's: for files, when there is no agent.
+        mode: as Checkpointer's.
+        replicated: as Checkpointer's.
 
     Data go on where they were: Trainer itself skips what was trained on, by its seed, and the random streams are
     set once the first batch is there. What it logs is averaged since its last log, so the first log after a
