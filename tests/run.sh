@@ -7,8 +7,10 @@
 #                                   the simulator: N worlds from seed S on (20000 take some minutes)
 #   tests/run.sh integration        real processes: keeper, agent, arena under SIGKILL
 #   tests/run.sh e2e                real PyTorch: conformance with torchrun, recovery, CLI
-#   tests/run.sh soak [--faults N]  N random real faults on a running job (200 take about half an hour)
-#   tests/run.sh fuzz [--seconds N] libFuzzer on each parser (needs clang)
+#   tests/run.sh soak [--faults N]  N random real faults on a running job of four nodes (1000 take about two hours)
+#   tests/run.sh kills [--seed S]   SIGKILL at every labelled point of the checkpoint plane, in real jobs; --list
+#   tests/run.sh fuzz [--seconds N] [--only NAME]
+#                                   libFuzzer on each parser (needs clang); 600 seconds each are the long form
 #   tests/run.sh asan               all C++ tests, the programs they start, and whole jobs under faults, under
 #                                   AddressSanitizer with UBSan
 #   tests/run.sh tsan               under ThreadSanitizer what links no gRPC: data plane, keeper, cores, mailbox
@@ -112,7 +114,7 @@ case $part in
     list() { local IFS=';'; echo "${*:-nothing}" | sed 's/;/; /g'; }
     say "ran in $((SECONDS - began)) s: $(list "${ran[@]}")"
     echo "no tests yet: $(list "${absent[@]}")"
-    echo "not run here: soak; fuzz; asan; tsan; lint (each is tests/run.sh NAME)"
+    echo "not run here: soak; kills; fuzz; asan; tsan; lint (each is tests/run.sh NAME)"
     ;;
   unit) unit "$@" ;;
   sim) if [ $# -eq 0 ]; then set -- --seeds 2000; fi; simulate "$@" ;;
@@ -122,6 +124,7 @@ case $part in
     [ -f tests/integration/soak.py ] || { echo "error: the soak (tests/integration/soak.py) is not written yet" >&2; exit 1; }
     exec $python tests/integration/soak.py "$@"
     ;;
+  kills) exec $python tests/integration/kills.py "$@" ;;
   fuzz)
     [ -f tests/fuzz/run.sh ] || { echo "error: the fuzzers (tests/fuzz) are not written yet" >&2; exit 1; }
     exec tests/fuzz/run.sh "$@"
@@ -129,6 +132,6 @@ case $part in
   asan) sanitizer asan 'unit|datadriven|property|sim|integration' ;;
   tsan) sanitizer tsan 'unit|datadriven|property|threads' ;;
   lint) lint "$@" ;;
-  -h | --help | help) sed -n '2,19p' "$0" | sed 's/^# \{0,1\}//' ;;
-  *) echo "error: tests/run.sh has no part '$part'" >&2; sed -n '4,17p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2 ;;
+  -h | --help | help) sed -n '2,21p' "$0" | sed 's/^# \{0,1\}//' ;;
+  *) echo "error: tests/run.sh has no part '$part'" >&2; sed -n '4,19p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2 ;;
 esac

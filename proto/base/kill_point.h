@@ -1,5 +1,5 @@
 // Places where a test may end this process with SIGKILL: between two steps of a protocol, where a
-// crash is most instructive. tests/integration/kill_points_test.py arms each of them in a real job.
+// crash is most instructive. tests/integration/kills.py arms each of them in a real job.
 //
 //   if (auto ok = file->Sync(); !ok.ok()) return ok;
 //   KillPoint("persist.part_synced");
