@@ -214,7 +214,7 @@ class Job:
         victim, died = self.page.killed(), time.time()
         while lives(victim):
             if time.time() > died + FIRE_LIMIT:
-                raise Failure(f"{drill.label}: pid {victim} says that it died there, and lives")
+                raise Failure(f"{drill.label}: pid {victim} says that it died there, and lives: {Path(f'/proc/{victim}/stat').read_text()}")
             time.sleep(0.001)
         try:
             self.cluster.wait_steps(died, 3, self.limit)
