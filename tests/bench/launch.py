@@ -45,6 +45,10 @@ class Job:
     def _segments(self) -> set[str]:
         return {p.name for p in Path("/dev/shm").glob("*_ckpt_shm_*")}
 
+    def new_segments(self) -> set[str]:
+        """Shared memory that DLRover left behind, by name."""
+        return self._segments() - self.segments
+
     def start(self, command: list[str | Path], env: dict[str, str] | None = None) -> subprocess.Popen[bytes]:
         process = subprocess.Popen([str(c) for c in command], env=self.env | (env or {}), stdin=subprocess.DEVNULL, stdout=self.log,
                                    stderr=subprocess.STDOUT, cwd=SCRIPTS, preexec_fn=before_all_others if self.realtime else None)
@@ -152,8 +156,8 @@ class Job:
         for process in self.started:
             process.wait(10)
         self.log.close()
-        for name in self._segments() - self.segments:
-            if self.system == "dlrover":
+        if self.system == "dlrover":
+            for name in self.new_segments():
                 (Path("/dev/shm") / name).unlink(missing_ok=True)
         shutil.rmtree(self.folder, ignore_errors=True)
         shutil.rmtree(self.work, ignore_errors=True)

@@ -10,13 +10,14 @@
 #   placement   copies of 1,024 nodes' state placed over four levels of failure domains, and what they survive
 #   restore     a state from the node's own memory and from a peer's, and N nodes from one holder
 #   rivals      one state saved and restored by Everstep and by others, each in an environment of its own
+#   scenarios   nine things that happen to a checkpoint system, against Everstep and the same others
 #   store       synced batches a second beside the disk's fsync rate
 #   transfer    a slot from agent to agent beside iperf3 with as many streams
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 name=${1:-}
 case $name in
-  recovery | startup | capture | restore | rivals) shift; exec .venv/bin/python "tests/bench/$name.py" "$@" ;;
+  recovery | startup | capture | restore | rivals | scenarios) shift; exec .venv/bin/python "tests/bench/$name.py" "$@" ;;
   controller | placement | store | transfer) shift; exec "build/release/tests/${name}_bench" "$@" ;;
-  *) sed -n '2,14p' "$0" | sed 's/^# \{0,1\}//' >&2; [ -z "$name" ] || echo "error: no benchmark '$name'" >&2; exit 2 ;;
+  *) sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//' >&2; [ -z "$name" ] || echo "error: no benchmark '$name'" >&2; exit 2 ;;
 esac

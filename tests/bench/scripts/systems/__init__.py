@@ -7,8 +7,8 @@ A System is made inside the worker, after the process group, with the state's te
   finish(step)  return when that save is complete: all that the system does for it is done
   restore()     put the newest save into the tensors; its step, or None: it has none
   close()       the script's orderly end
-  damage(step)  flip one bit of tensor data in a stored copy of that step, the one a restore after the loss of rank 0
-                would take; called on the rank that holds it; says where
+  damage(step)  flip one bit of tensor data in a stored copy of rank 1's state, the one that a restore after the loss of its
+                node would take; called on rank `holder`; says where
 `config` says in one line how it was set up, `place` where a complete save lies.
 """
 
@@ -25,14 +25,17 @@ import torch
 class System:
     config = ""
     place = ""
+    holder = 0
 
     def __init__(self, tensors: list[torch.Tensor], store: Path, node: Path) -> None:
         self.tensors, self.store, self.node = tensors, store, node
         self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.replicated = "RIVAL_REPLICATED" in os.environ  # every rank has the same state, as in data parallel training
 
     def state(self) -> dict[str, Any]:
-        """Names as a model's state_dict() would give them; every rank's own."""
-        return {f"rank{self.rank}.{i}": t for i, t in enumerate(self.tensors)}
+        """Names as a model's state_dict() would give them; every rank's own unless the state is replicated."""
+        prefix = "" if self.replicated else f"rank{self.rank}."
+        return {f"{prefix}{i}": t for i, t in enumerate(self.tensors)}
 
     def save(self, step: int) -> None:
         raise NotImplementedError

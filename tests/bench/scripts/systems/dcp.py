@@ -62,7 +62,7 @@ class System(Base):
 
     def damage(self, step: int) -> str:
         newest = sorted(self.store.glob("step-*"))[-1]
-        return flip_in_file(max(newest.glob("__0_*.distcp"), key=lambda p: p.stat().st_size), value(0, step, 1))
+        return flip_in_file(max(newest.glob("__1_*.distcp"), key=lambda p: p.stat().st_size), value(1, step, 1))
 
 
 def prune(store: Path, rank: int) -> None:

@@ -17,6 +17,8 @@ class System(Base):
     config = "DdpCheckpointer, a shard a rank, StorageType.MEMORY; at an orderly end the last step to files on tmpfs"
     place = "shared memory of the node"
 
+    holder = 1  # there is no other copy than its own
+
     def __init__(self, tensors: list[torch.Tensor], store: Path, node: Path) -> None:
         super().__init__(tensors, store, node)
         self.checkpointer = DdpCheckpointer(str(store / "dlrover"), local_shard_num=int(os.environ["LOCAL_WORLD_SIZE"]),
@@ -47,7 +49,7 @@ class System(Base):
     def damage(self, step: int) -> str:
         memory = self.checkpointer._engine._shm_handler.shared_memory
         data = memory.buf
-        pattern = torch.tensor([value(0, step, 1)] * 64).numpy().tobytes()
+        pattern = torch.tensor([value(1, step, 1)] * 64).numpy().tobytes()
         at = bytes(data).find(pattern, len(data) // 2) + 128
         data[at] ^= 1
         return f"{memory.name} at byte {at} of {len(data)}"

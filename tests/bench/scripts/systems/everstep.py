@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import everstep
 import torch
 
 from systems import System as Base
+from systems import flip_in_file, value
 
 
 class System(Base):
@@ -18,7 +20,7 @@ class System(Base):
         super().__init__(tensors, store, node)
         self.config = self.config.format(repr(mode))
         self.place = "memory of the node" + (", and checked in a second node's" if self.world > 1 else "")
-        self.checkpointer = everstep.Checkpointer({"state": dict(enumerate(tensors))}, mode=mode, replicated=False,
+        self.checkpointer = everstep.Checkpointer({"state": dict(enumerate(tensors))}, mode=mode, replicated=self.replicated,
                                                   rng=False, commit_wait=60.0)
 
     def save(self, step: int) -> None:
@@ -41,3 +43,14 @@ class System(Base):
 
     def close(self) -> None:
         self.checkpointer.close()
+
+    def damage(self, step: int) -> str:
+        keeper = (Path(os.environ["EVERSTEP_KEEPER"]).parent / "keeper.pid").read_text().split()[0]
+        for link in Path(f"/proc/{keeper}/fd").iterdir():
+            if not os.readlink(link).startswith("/memfd:"):
+                continue
+            try:
+                return f"the peer's memory of rank 1, {flip_in_file(link, value(1, step, 1))}"
+            except RuntimeError:  # another rank's arena
+                continue
+        raise RuntimeError(f"keeper {keeper} holds no copy of rank 1's step {step}")

@@ -12,13 +12,13 @@ from systems import System as Base
 
 
 class System(Base):
-    config = ("InMemoryCheckpointManager, interval=1, pairs of ranks over gloo, disk_folder on the node's tmpfs, "
-              "verify_integrity=True, its default disk_flush_interval=100 and its flush on SIGTERM and exit")
+    config = ("InMemoryCheckpointManager, interval=1, pairs of ranks over gloo, verify_integrity=True, its default disk_flush_interval=100 and "
+              "its flush on SIGTERM and exit; disk_folder shared by all nodes, so that what a pair flushes reaches a new node")
 
     def __init__(self, tensors: list[torch.Tensor], store: Path, node: Path) -> None:
         super().__init__(tensors, store, node)
         self.place = "memory of the trainer" + (", and of the paired rank's trainer" if self.world > 1 else "")
-        self.folder = node / "lm"
+        self.folder = store / "lm"
         self.manager = InMemoryCheckpointManager(InMemoryCkptConfig(
             interval=1, pin_memory=False, replication_jump=1, disk_folder=str(self.folder), verify_integrity=True,
             run_id="bench"))
@@ -48,7 +48,7 @@ class System(Base):
         self.manager.close()
 
     def damage(self, step: int) -> str:
-        slot = self.manager._buffer_pool.peer_current  # rank 0's replica in this process's memory
+        slot = self.manager._buffer_pool.peer_current  # rank 1's replica in rank 0's memory
         words = slot.tensors[1].view(torch.int32).view(-1)
         words[words.numel() // 2] ^= 1
         return f"rank {self.rank}'s replica of its pair's step {slot.step}, tensor 1"

@@ -76,4 +76,4 @@ class System(Base):
         return step
 
     def damage(self, step: int) -> str:
-        return flip_in_file(next((self.node / "nvrx").rglob(f"iter_{step:07d}_0_local.pt")), value(0, step, 1))
+        return flip_in_file(next((self.node / "nvrx").rglob(f"iter_{step:07d}_1_local.pt")), value(1, step, 1))

@@ -44,4 +44,4 @@ class System(Base):
 
     def damage(self, step: int) -> str:
         newest = sorted(self.store.glob("step-*"))[-1]
-        return flip_in_file(next(newest.rglob("*rank0.1")), value(0, step, 1))
+        return flip_in_file(next(newest.rglob("*rank1.1")), value(1, step, 1))
