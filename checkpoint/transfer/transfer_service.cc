@@ -483,6 +483,7 @@ void Service::PushBegins(LocalRank* local, const SlotView& view) {
 // A content that every peer has verified is replicated; one that no push carries any more may go.
 void Service::PushEnds(LocalRank* local, PeerPush* peer, const SlotView& view, bool done) {
   std::lock_guard<std::mutex> lock(mutex_);
+  if (local->cancel && !stopping_) return;  // the marks are the next generation's, of other peers
   SlotHeader& slot = local->arena.header()->slot[view.slot];
   if (done) peer->has_content = view.content();
   const bool all = std::all_of(local->peers.begin(), local->peers.end(),
