@@ -261,6 +261,11 @@ class PartedCluster(Cluster):
                 process.wait()
 
 
+def shared_memory() -> set[str]:
+    """What lies in /dev/shm but other programs' things: semaphores of Python's multiprocessing, work folders of tests."""
+    return {name for name in os.listdir("/dev/shm") if not name.startswith(("sem.mp-", "es"))}
+
+
 def send(pids: list[int], number: int) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):

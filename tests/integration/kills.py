@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import mmap
-import os
 import random
 import re
 import shutil
@@ -35,11 +34,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ledger
-from cluster import EVERSTEP, ROOT, SCRIPT, Cluster, Failure, cluster_processes, send
+from cluster import EVERSTEP, ROOT, SCRIPT, Cluster, Failure, cluster_processes, send, shared_memory
 
 START_LIMIT = 240.0  # seconds: four nodes import torch at once, and other programs may want the processors, too
 FIRE_LIMIT = 30.0  # seconds until an armed point is reached, once its fault has happened
 PAIR_TRIES = 6
+GROWS_IN = 15  # steps
 TRAINER, AGENT, KEEPER, CONTROLLER = "python", "everstep-agent", "everstep-keeper", "everstep-control"
 
 
@@ -77,13 +77,13 @@ class Drill:
     label: str
     program: str
     job: str = "plain"
-    fault: str = ""  # what makes a process come by: "", worker, node, nodes, pair
+    fault: str = ""  # what makes a process come by: "", worker, node, nodes, pair; growth
     hits: int = 1  # the hit that kills is drawn from 1 to this
 
 
 # One job for many drills: its drills, one after the other. Two members, two spares, state in six chunks, files every five steps.
 JOBS: dict[str, dict] = {
-    "plain": {"env": {"STATE_MIB": "4"}, "flags": ["--ckpt-every", "5steps", "--ckpt-keep", "2"]},
+    "plain": {"env": {"STATE_MIB": "4"}, "grows": True, "flags": ["--ckpt-every", "5steps", "--ckpt-keep", "2"]},
     "late": {"env": {"STATE_MIB": "4", "CAPTURE_MODE": "overlapped", "STEP_SECONDS": "0"}},
     "wide": {"env": {"STATE_MIB": "66", "STEP_SECONDS": "0.3"}},  # two streams
     "pair": {"env": {"STATE_MIB": "4"}, "nodes": 1, "per_node": 2},
@@ -127,10 +127,11 @@ DRILLS: list[Drill] = [
     *drills(KEEPER, "keeper.remembered keeper.spawning keeper.worker_started keeper.attach_answered", "plain", "worker", remembered=2),
     # A node died: a spare takes over and fetches the state from the peer.
     *drills(AGENT, "restore.pending restore.fetch_answered restore.chunk_fetched restore.all_fetched restore.brought serve.responded "
-                   "serve.chunk_sent arrive.arena_opened slot.file_grown slot.torn_to_move slot.extent_half_moved slot.extent_moved "
-                   "slot.memory_taken", "plain", "node", chunk_fetched=5, chunk_sent=5),
-    *drills(TRAINER, "slot.file_grown slot.extent_half_moved slot.memory_taken", "plain", "node"),
+                   "serve.chunk_sent arrive.arena_opened", "plain", "node", chunk_fetched=5, chunk_sent=5),
     *drills(KEEPER, "keeper.arena_made keeper.arena_sent", "plain", "node"),
+    # The state gets larger, and with it a slot: first the trainer's, then that of the copy.
+    *drills(TRAINER, "slot.file_grown slot.torn_to_move slot.extent_half_moved slot.extent_moved slot.memory_taken", "plain", "growth"),
+    *drills(AGENT, "slot.file_grown slot.torn_to_move slot.extent_half_moved slot.extent_moved slot.memory_taken", "plain", "growth"),
     # A rank was killed in the middle of a capture that the other one on its node made: its bytes are copied from there.
     *drills(AGENT, "restore.chunk_copied restore.slot_copied", "pair", "pair", chunk_copied=5),
     # The job shrinks: what earlier members left is surplus.
@@ -173,22 +174,27 @@ class Job:
         flags = [*self.spec.get("flags", [])]
         if flags:
             flags += ["--ckpt-dir", str(self.ckpt)]
+        self.env = dict(self.spec["env"])
+        if self.spec.get("grows"):
+            self.env["GROW_FILE"] = str(cluster.work / f"{name}.grow")
         nodes = self.spec.get("nodes", 2)
-        spares = 0 if ":" in str(nodes) else 4 - nodes
-        cluster.start_job(name, nodes, spares, *flags, per_node=self.spec.get("per_node", 1), **self.spec["env"])
+        self.spares = 0 if ":" in str(nodes) else 4 - nodes
+        cluster.start_job(name, nodes, self.spares, *flags, per_node=self.spec.get("per_node", 1), **self.env)
         cluster.wait_steps(0, 5, START_LIMIT)
 
     def settle(self) -> None:
-        """Every node lives, the job runs, and what it has now is committed, so that one more fault costs nothing."""
+        """Every node lives, spares are warm, and what the job has now is committed, so that one more fault costs nothing."""
         deadline = time.time() + START_LIMIT
         newest = max(e.step for e in ledger.read(self.cluster.ledger, time.time() - 30))
         while True:
             shown = self.cluster.job() or {}
             alive = self.cluster.cli("node", "list", check=False).count("ALIVE")
-            if alive == 4 and shown.get("state") == "RUNNING" and int(shown.get("committed_step", -1)) >= newest:
+            warm = int(shown.get("spares", 0))
+            if (alive == 4 and warm >= self.spares and shown.get("state") == "RUNNING"
+                    and int(shown.get("committed_step", -1)) >= newest):
                 return
             if time.time() > deadline:
-                raise Failure(f"{self.name} did not settle within {START_LIMIT:.0f} s: {alive} of 4 nodes alive, state "
+                raise Failure(f"{self.name} did not settle within {START_LIMIT:.0f} s: {alive} of 4 nodes alive, {warm} spares warm, state "
                               f"{shown.get('state')}, step {shown.get('committed_step')} committed, {newest} made")
             time.sleep(0.05)
 
@@ -210,7 +216,7 @@ class Job:
             self.page.disarm()
         else:
             raise Failure(f"{drill.label}: {drill.program} did not reach it for the {hit}. time within {FIRE_LIMIT:.0f} s in job "
-                          f"{self.name}{f' after the loss of a {drill.fault}' if drill.fault else ''}")
+                          f"{self.name}{f', fault: {drill.fault}' if drill.fault else ''}")
         victim, died = self.page.killed(), time.time()
         while lives(victim):
             if time.time() > died + FIRE_LIMIT:
@@ -229,6 +235,12 @@ class Job:
     def break_and_arm(self, drill: Drill, hit: int) -> None:
         if drill.fault == "":
             return self.page.arm(drill.label, hit, drill.program)
+        if drill.fault == "growth":
+            self.page.arm(drill.label, hit, drill.program)
+            newest = max(e.step for e in ledger.read(self.cluster.ledger, time.time() - 30))
+            with open(self.env["GROW_FILE"], "a") as file:
+                file.write(f"{newest + GROWS_IN}\n")
+            return None
         rank = self.draw.randrange(self.cluster.world)
         if drill.fault == "pair":
             pid = self.cluster.pids("worker", "1")
@@ -288,7 +300,7 @@ class Job:
         undisturbed = self.cluster.work / f"{self.name}.undisturbed"
         undisturbed.mkdir()
         env = {k: v for k, v in self.cluster.env.items() if not k.startswith("EVERSTEP")} | {
-            "LEDGER": str(undisturbed), "STEPS": str(last + 1), "STEP_SECONDS": "0", "STATE_MIB": self.spec["env"]["STATE_MIB"]}
+            **self.env, "LEDGER": str(undisturbed), "STEPS": str(last + 1), "STEP_SECONDS": "0"}
         command = [EVERSTEP, "run", "--standalone", "--nproc-per-node", "2", "--state-dir", str(self.cluster.work / f"{self.name}.s"), str(SCRIPT)]
         done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600, env=env)
         if done.returncode:
@@ -317,10 +329,10 @@ def choose(args: argparse.Namespace, draw: random.Random) -> list[Drill]:
 def kills(args: argparse.Namespace, work: Path) -> None:
     draw = random.Random(args.seed)
     chosen = choose(args, draw)
-    shm_before = set(os.listdir("/dev/shm"))
+    shm_before = shared_memory()
     page = Page(work / "page")
     cluster = Cluster(work, 4, {"EVERSTEP_KILL_POINTS": str(work / "page")})
-    number = 0
+    number, failed = 0, []
     try:
         try:
             for name in JOBS:
@@ -329,9 +341,15 @@ def kills(args: argparse.Namespace, work: Path) -> None:
                     continue
                 job = Job(name, cluster, page, draw, args.limit)
                 for drill in mine:
-                    told = job.run(drill)
                     number += 1
-                    print(f"{number:4d} {drill.label:26s} {drill.program:16s} {name:8s} {drill.fault or '-':7s} {told}", flush=True)
+                    head = f"{number:4d} {drill.label:26s} {drill.program:16s} {name:8s} {drill.fault or '-':7s}"
+                    try:
+                        print(head, job.run(drill), flush=True)
+                    except Failure as e:
+                        print(head, f"FAILED: {e}", flush=True)
+                        failed.append(str(e))
+                        page.disarm()
+                        cluster.wait_steps(time.time(), 3, args.limit)  # the others may still be tried
                 job.end()
         except Failure:
             if args.autopsy:
@@ -346,10 +364,9 @@ def kills(args: argparse.Namespace, work: Path) -> None:
     wrong = [f"process {pid} is left: {command[:120]}" for pid, command in cluster_processes(cluster.state).items()]
     wrong += [f"file {p} is left" for p in cluster.state.rglob("*.sock")] if cluster.state.exists() else []
     wrong += [f"file {p} is left" for p in work.glob("*.ckpt/**/.*.part")]
-    shm = {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
-    wrong += [f"/dev/shm/{name} is left" for name in shm - shm_before]
-    if wrong:
-        raise Failure("; ".join(wrong[:5]))
+    wrong += [f"/dev/shm/{name} is left" for name in shared_memory() - shm_before]
+    if failed or wrong:
+        raise Failure("; ".join([*failed, *wrong][:5]) + (f"; {len(failed)} of {number} drills failed" if failed else ""))
     print(f"\n{number} drills at {len({d.label for d in chosen})} points of {len(labels_in_sources())}")
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import random
 import shutil
 import signal
@@ -31,7 +30,7 @@ from collections import Counter
 from pathlib import Path
 
 import ledger
-from cluster import Cluster, Failure, PartedCluster, cluster_processes, send
+from cluster import Cluster, Failure, PartedCluster, cluster_processes, send, shared_memory
 from network import Network, NotAllowed
 from vitals import Vitals
 
@@ -76,7 +75,7 @@ def one_fault(cluster: Cluster, draw: random.Random, number: int, limit: float) 
 
 
 def soak(args: argparse.Namespace, work: Path) -> None:
-    shm_before = set(os.listdir("/dev/shm"))
+    shm_before = shared_memory()
     network = Network(args.nodes)
     parted = args.partitions
     if parted:
@@ -148,9 +147,7 @@ def run_soak(args: argparse.Namespace, work: Path, cluster: Cluster, shm_before:
     left = cluster_processes(cluster.state)
     wrong += [f"process {pid} is left: {command[:120]}" for pid, command in left.items()]
     wrong += [f"file {p} is left" for p in cluster.state.rglob("*.sock")] if cluster.state.exists() else []
-    # Semaphores of Python's multiprocessing are other programs': nothing here makes any.
-    shm = {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
-    wrong += [f"/dev/shm/{name} is left" for name in shm - shm_before]
+    wrong += [f"/dev/shm/{name} is left" for name in shared_memory() - shm_before]
     redone = ledger.redone(entries)
     print(f"\n{'FAULT':20s} {'COUNT':>6s} {'MEDIAN s':>9s} {'MAX s':>7s}")
     for what, values in sorted(times.items()):

@@ -4,7 +4,8 @@ Every rank appends one JSON line a step to $LEDGER/RANK-PID.jsonl: step, generat
 the step, the wall clock. The weights after step n are a function of n and the world size alone, so two entries of
 one step with different CRCs mean that somebody went on from a wrong state.
 
-STATE_MIB adds so many MiB to the state, which change in each step; CAPTURE_MODE is the Checkpointer's mode.
+STATE_MIB adds so many MiB to the state, which change in each step; CAPTURE_MODE is the Checkpointer's mode. GROW_FILE names
+a file of step numbers, a line each: after these steps the state is a MiB larger. They must be written down some steps ahead.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import signal
 import time
 import zlib
+from pathlib import Path
 
 import everstep
 import torch
@@ -38,6 +40,24 @@ class Ballast(nn.Module):
         self.values = nn.Parameter(torch.arange(mib << 18, dtype=torch.float32), requires_grad=False)
 
 
+class Growing:
+    """A state that gets larger: its size after a step is a function of the step, whatever it was restored from."""
+
+    def __init__(self, file: str) -> None:
+        self.file = Path(file)
+        self.values = torch.zeros(1)
+
+    def step(self, step: int) -> None:
+        more = sum(int(line) <= step for line in self.file.read_text().split()) if self.file.exists() else 0
+        self.values = torch.full(((more << 18) + 1,), float(step))
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {"values": self.values}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.values = state["values"].clone()
+
+
 def main() -> None:
     faulthandler.register(signal.SIGUSR1)  # the soak asks who hangs where it stands
     steps = int(os.environ.get("STEPS", "1000000"))
@@ -53,6 +73,9 @@ def main() -> None:
     ballast = [Ballast(mib)] if (mib := int(os.environ.get("STATE_MIB", "0"))) else []
     if ballast:
         state["ballast"] = ballast[0]
+    growing = Growing(os.environ["GROW_FILE"]) if "GROW_FILE" in os.environ else None
+    if growing:
+        state["growing"] = growing
     checkpoint = everstep.Checkpointer(state, mode=os.environ.get("CAPTURE_MODE", "blocking"))
     first = checkpoint.restore()
     with open(f"{os.environ['LEDGER']}/{rank}-{os.getpid()}.jsonl", "w", buffering=1) as ledger:
@@ -66,6 +89,8 @@ def main() -> None:
             optimizer.step()
             for b in ballast:
                 b.values.add_(1)
+            if growing:
+                growing.step(step)
             dist.all_reduce(leave)
             entry = {"step": step, "rank": rank, "world": dist.get_world_size(), "crc": weights_crc(model.module, *ballast),
                      "generation": int(os.environ.get("EVERSTEP_GENERATION", "0")), "at": time.time(), "pid": os.getpid()}
