@@ -117,6 +117,24 @@ TEST(StepLimit, APushAlwaysFitsAStep) {
   EXPECT_DOUBLE_EQ(limit.rate(), 1000.0 * kMiB);
 }
 
+// The wall clock that dates captures may be set, or the machine may sleep: one step of an hour.
+TEST(StepLimit, AnHourThatAClockJumpedIsForgotten) {
+  StepLimit limit({.chunk_bytes = 16 * kMiB});
+  for (int i = 0; i < 10; ++i) limit.OnStep({.step_s = 0.1});
+  const StepSample step{.step_s = 0.1, .bytes = 10 * kMiB, .busy_s = 0.02};  // 500 MiB/s
+  for (int i = 0; i < 10; ++i) limit.OnStep(step);
+  ASSERT_TRUE(std::isinf(limit.rate()));
+  StepSample jumped = step;
+  jumped.step_s = 3600;
+  limit.OnStep(jumped);
+  EXPECT_EQ(limit.backoffs(), 1u);
+  EXPECT_GE(limit.rate(), 250.0 * kMiB);
+  for (int i = 0; i < 100; ++i) limit.OnStep(step);
+  EXPECT_EQ(limit.backoffs(), 1u);
+  EXPECT_TRUE(std::isinf(limit.rate()));
+  EXPECT_LT(limit.slowdown(), 0.01);
+}
+
 // A trainer whose steps suffer in proportion to what goes above a rate that it does not feel.
 TEST(StepLimit, ConvergesOnTheRateThatTrainingDoesNotFeel) {
   for (const double unfelt : {300.0, 800.0, 1500.0}) {  // MiB/s
