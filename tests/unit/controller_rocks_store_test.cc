@@ -213,8 +213,7 @@ std::vector<Record> OneOfEach() {
                         "10.0.0.1",
                         4711,
                         {{3, 0, {40, 3, 2, 0xABCD, 1 << 20, "n2", "10.0.0.2:4711"}}},
-                        "n2",
-                        "10.0.0.2:4711"});
+                        {{"n2", "10.0.0.2:4711"}, {"n3", "10.0.0.3:4711"}}});
   CommitRecord commit{"a.b-1", {{3, 40, 6, 2, true, {shard}}}};
   JournalRecord line{.sequence = 300,
                      .time = {1},
