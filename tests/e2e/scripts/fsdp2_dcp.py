@@ -1,12 +1,14 @@
 """fully_shard over a CPU mesh, state by stock dcp.save and dcp.load; Everstep's reader and writer are all that is ours.
 
-Arguments: a folder, and how to save: save (the default) or async_save.
+Arguments: a folder, and how to save: save (the default) or async_save. With $TOLD it trains until $TOLD.end is there, and
+rank 0 writes to $TOLD from where it went on, and what it saved, each with a digest of the whole state.
 """
 
 import hashlib
 import os
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,10 +20,27 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 STEPS = 60
+TOLD = os.environ.get("TOLD")
+
+
+def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Of parameters and moments, each put together whole. A collective call."""
+    tensors = list(model.parameters())
+    tensors += [v for p in model.parameters() for _, v in sorted(optimizer.state.get(p, {}).items())]
+    whole = [t.full_tensor() if hasattr(t, "full_tensor") else t for t in tensors]
+    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in whole)).hexdigest()
+
+
+def tell(*words: object) -> None:
+    """To $TOLD, by rank 0: what, the world, and the words."""
+    if dist.get_rank() == 0 and TOLD:
+        with open(TOLD, "a") as out:
+            out.write(" ".join(map(str, [words[0], dist.get_world_size(), *words[1:]])) + "\n")
 
 
 def main() -> None:
-    folder, how = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else "save"
+    folder = sys.argv[1] if len(sys.argv) > 1 else "ckpt"
+    how = sys.argv[2] if len(sys.argv) > 2 else "save"
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
     else:
@@ -44,8 +63,11 @@ def main() -> None:
         first, where = state["next"], found.where
         assert found.step == first and state["seen"].item() == first
     os.write(1, f"from {first} {where}\n".encode())
+    if TOLD:
+        tell("from", first, where, digest(model, optimizer))
     saving, apart = None, dist.new_group(backend="gloo")  # its thread must not talk among training's collectives
-    for step in range(first, STEPS):
+    end = torch.zeros(1)
+    for step in range(first, 1_000_000 if TOLD else STEPS):
         x = torch.randn(4, 64, generator=torch.Generator().manual_seed(step * 8 + rank))
         model(x).square().mean().backward()
         optimizer.step()
@@ -59,6 +81,12 @@ def main() -> None:
                 dcp.save(state, checkpoint_id=f"{folder}/step-{step + 1}", storage_writer=writer)
             else:
                 saving = dcp.async_save(state, checkpoint_id=f"{folder}/step-{step + 1}", storage_writer=writer, process_group=apart)
+            if TOLD:
+                tell("saved", step + 1, digest(model, optimizer))
+                end[0] = Path(f"{TOLD}.end").exists()
+                dist.broadcast(end, 0)
+                if end.item():
+                    break
         os.write(1, f"step {step} {os.getpid()}\n".encode())  # a line of its own, whatever the other ranks write
         time.sleep(0.02)
     if saving is not None:

@@ -27,8 +27,7 @@ def attach(who: str, commit_wait: float) -> tuple[Client | None, str]:
             del _attached[other]
         elif other != who:
             raise RuntimeError(f"{who}: this process keeps its state by {other} already, and a rank has memory for "
-                               "one "
-                               f"state; use one of both, or close the {other} first")
+                               f"one state; use one of both, or close the {other} first")
     rank = number("RANK", 0)
     world = max(number("WORLD_SIZE", 1), rank + 1)
     try:

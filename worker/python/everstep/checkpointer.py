@@ -211,9 +211,8 @@ class Checkpointer:
     def _saved(decoder: Decoder) -> dict[str, Any]:
         if "dcp" in decoder.meta:
             raise RuntimeError("this rank's memory holds what everstep.dcp saved: load it with "
-                               "torch.distributed.checkpoint"
-                               ".load(..., storage_reader=everstep.dcp.StorageReader()), or start the job under "
-                               "another --name")
+                               "torch.distributed.checkpoint.load(..., storage_reader=everstep.dcp.StorageReader()), "
+                               "or start the job under another --name")
         saved = decoder.root()
         if not isinstance(saved, dict):
             raise ValueError("a state table whose root is no dict")

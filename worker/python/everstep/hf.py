@@ -32,8 +32,7 @@ try:
     _Base: Any = import_module("transformers").TrainerCallback
 except ImportError as error:
     raise ImportError("everstep.hf needs Hugging Face's transformers, which is not installed here: pip install "
-                      "transformers "
-                      "accelerate") from error
+                      "transformers accelerate") from error
 
 
 class EverstepCallback(_Base):  # type: ignore[misc]
@@ -77,8 +76,8 @@ class EverstepCallback(_Base):  # type: ignore[misc]
         step, saved = found
         if set(saved) != {"trainer", "model", "optimizer", "scheduler"}:
             raise RuntimeError(f"EverstepCallback: step {step} was captured by another script: it has "
-                               f"{sorted(saved)}; start "
-                               "this one under another name (`everstep run --name`), or with another directory")
+                               f"{sorted(saved)}; start this one under another name (`everstep run --name`), or with "
+                               "another directory")
         self._step = step + 1
         self._folder = tempfile.mkdtemp(prefix="everstep-")
         entries = bytes(saved["trainer"]["log"].tolist()).splitlines()

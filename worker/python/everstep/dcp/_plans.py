@@ -30,10 +30,6 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from everstep._table import _DTYPES, Decoder, Encoder
 
-_KEPT = 8  # tables
-_tables: OrderedDict[str, str] = OrderedDict()  # digest -> text, of this process's newest saves
-_plans: dict[int, list[SavePlan]] = {}  # coordinator: the newest plans by world size, for planners that send changes
-
 
 @dataclasses.dataclass(frozen=True)
 class Local:
@@ -45,54 +41,76 @@ class Local:
 
 
 @dataclasses.dataclass(frozen=True)
+class Whole:
+    """A table that was made, as text, and what a save needs of it."""
+
+    text: str
+    world_size: int
+    replicated: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Agreed:
     """What the coordinator tells every rank."""
 
     digest: str
-    text: str | None  # None: the rank has it
+    whole: Whole | None  # None: the rank has it
 
 
-def announce(plan: SavePlan) -> SavePlan:
-    """A rank's plan with what the coordinator needs to know."""
-    if not plan.usable:  # DefaultSavePlanner(enable_plan_caching=True): as the time before
-        return plan
+_KEPT = 8  # tables
+_tables: OrderedDict[str, Whole] = OrderedDict()  # by digest, of this process's newest saves
+_mine: list[WriteItem] = []  # what this rank would write, for planners that say "as the time before"
+_plans: dict[int, list[SavePlan]] = {}  # coordinator: the newest plans by world size, for planners that send changes
+
+
+def announce(plan: SavePlan) -> tuple[SavePlan, list[WriteItem]]:
+    """A rank's plan with what the coordinator needs to know, and all that the rank holds."""
+    global _mine
+    if not usable(plan):  # DefaultSavePlanner(enable_plan_caching=True): as the time before
+        return plan, _mine
+    _mine = plan.items
     layout = hashlib.sha256(repr(sorted((i.index.fqn, tuple(i.index.offset or ()), i.type.name)
                                         for i in plan.items)).encode()).hexdigest()
-    return dataclasses.replace(plan, storage_data=Local(tuple(_tables), layout, any(map(is_part, plan.items))))
+    told = Local(tuple(_tables), layout, any(map(is_part, plan.items)))
+    return dataclasses.replace(plan, storage_data=told), plan.items
 
 
 def agree(plans: list[SavePlan]) -> list[SavePlan]:
     """On the coordinator: every rank's plan with the table of the whole."""
     before = _plans.get(len(plans))
-    if not any(plan.usable for plan in plans):
+    if not any(usable(plan) for plan in plans):
         return plans  # nothing has changed, and every rank still has its plan with the table
-    if not all(plan.usable for plan in plans):
+    if not all(usable(plan) for plan in plans):
         if before is None:
             raise RuntimeError("everstep.dcp: the planner sends changes of a plan that was saved by another storage "
-                               "writer; "
-                               "give this writer a planner of its own, or one without enable_plan_caching")
-        plans = [plan if plan.usable else old for plan, old in zip(plans, before)]
+                               "writer; give this writer a planner of its own, or one without enable_plan_caching")
+        plans = [plan if usable(plan) else old for plan, old in zip(plans, before)]
     _plans[len(plans)] = plans
-    text = _table(plans)
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    return [dataclasses.replace(plan, storage_data=Agreed(digest, None if digest in plan.storage_data.held else text))
+    whole = _table(plans)
+    digest = hashlib.sha256(whole.text.encode()).hexdigest()
+    known, anew = Agreed(digest, None), Agreed(digest, whole)
+    return [dataclasses.replace(plan, storage_data=known if digest in plan.storage_data.held else anew)
             for plan in plans]
 
 
-def agreed(plan: SavePlan) -> str:
-    """On every rank: the table's text. Raises RuntimeError."""
+def agreed(plan: SavePlan) -> Whole:
+    """On every rank: the table. Raises RuntimeError."""
     data = plan.storage_data
     if isinstance(data, Agreed):
-        text = data.text if data.text is not None else _tables.get(data.digest)
-        if text is not None:
-            _tables[data.digest] = text
+        whole = data.whole if data.whole is not None else _tables.get(data.digest)
+        if whole is not None:
+            _tables[data.digest] = whole
             _tables.move_to_end(data.digest)
             while len(_tables) > _KEPT:
                 _tables.popitem(last=False)
-            return text
+            return whole
     raise RuntimeError("everstep.dcp: the planner gave a plan that this writer never saw; give it a planner of its "
-                       "own, or "
-                       "one without enable_plan_caching")
+                       "own, or one without enable_plan_caching")
+
+
+def usable(plan: SavePlan) -> bool:
+    """False: the planner's word for "as the time before". PyTorch before 2.7 has no such plans."""
+    return bool(getattr(plan, "usable", True))
 
 
 def is_part(item: WriteItem) -> bool:
@@ -101,7 +119,7 @@ def is_part(item: WriteItem) -> bool:
     return data is not None and data.chunk.sizes != data.size
 
 
-def _table(plans: list[SavePlan]) -> str:
+def _table(plans: list[SavePlan]) -> Whole:
     tensors: dict[str, list[Any]] = {}
     values: dict[str, list[int]] = {}
     for rank, plan in enumerate(plans):
@@ -117,8 +135,9 @@ def _table(plans: list[SavePlan]) -> str:
             told[4].append([rank, list(data.chunk.offsets), list(data.chunk.sizes)])
     local = [plan.storage_data for plan in plans]
     replicated = len({told.layout for told in local}) == 1 and not any(told.sharded for told in local)
-    return json.dumps({"world": len(plans), "replicated": replicated, "planner": _planner(plans),
+    text = json.dumps({"world": len(plans), "replicated": replicated, "planner": _planner(plans),
                        "tensors": list(tensors.values()), "values": list(values.items())}, separators=(",", ":"))
+    return Whole(text, len(plans), replicated)
 
 
 def _planner(plans: list[SavePlan]) -> Any:

@@ -86,8 +86,7 @@ class StorageReader(_Base):
             told = ", ".join(f"rank {rank}: step {f.step} of generation {generation} in {f.where}"
                              for rank, (f, generation) in enumerate(found[:8]))
             raise RuntimeError(f"everstep.dcp: the ranks found different checkpoints ({told}); load on all of them, "
-                               "with one "
-                               "and the same id, before the first save or after one that all have ended")
+                               "with one and the same id, before the first save or after one that all have ended")
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -141,8 +140,7 @@ class StorageReader(_Base):
         files = self._files(Path(asked))
         if files is None:
             raise FileNotFoundError(f"everstep.dcp: no checkpoint {asked!r}: {why}, and no folder there has a "
-                                    "manifest.json; "
-                                    "StorageReader().newest() says what memory would give")
+                                    "manifest.json; StorageReader().newest() says what memory would give")
         return files
 
     def _files(self, folder: Path) -> _Files | None:
@@ -194,10 +192,8 @@ class _Memory:
             owner = self.table.owners.get((fqn, offsets))
             raise RuntimeError(
                 f"{fqn} at {offsets}: rank {owner} of the {self.table.world_size} that saved step {self.found.step} "
-                "has this "
-                "part, and the memory of this rank only its own; give the job a directory (`everstep run --ckpt-dir "
-                "DIR`) "
-                "and load from there, StorageReader(DIR), which reads any layout")
+                "has this part, and the memory of this rank only its own; give the job a directory (`everstep run "
+                "--ckpt-dir DIR`) and load from there, StorageReader(DIR), which reads any layout")
         return self._decoder._tensor(body[:3])  # type: ignore[return-value]
 
     def value(self, fqn: str) -> Any:
@@ -266,9 +262,8 @@ class _Index:
 def _told(document: dict[str, Any], where: str) -> dict[str, Any]:
     told = document["meta"].get("dcp")
     if told is None:
-        raise RuntimeError(f"everstep.dcp: {where} holds what a Checkpointer captured; restore it by a "
-                           "Checkpointer, or export "
-                           "it (`everstep ckpt export`) to a folder that stock dcp.load reads")
+        raise RuntimeError(f"everstep.dcp: {where} holds what a Checkpointer captured; restore it by a Checkpointer, "
+                           "or export it (`everstep ckpt export`) to a folder that stock dcp.load reads")
     if told["version"] != 1:
         raise RuntimeError(f"everstep.dcp: {where} has version {told['version']} of the table, this package reads 1")
     return told  # type: ignore[no-any-return]

@@ -66,8 +66,7 @@ class StorageWriter(Stager, _Base):
         """Every rank: attaches, and gives the save its number."""
         if kwargs.get("use_collectives") is False:
             raise NotImplementedError("everstep.dcp: use_collectives=False makes checkpoints of single ranks, which "
-                                      "are "
-                                      "never complete; leave it out")
+                                      "are never complete; leave it out")
         self._arena, why = _arena.arena()
         step, self._generation = number_of(self._id or "")
         if self._arena is not None:
@@ -76,8 +75,7 @@ class StorageWriter(Stager, _Base):
             return
         if self._id is None:
             raise ValueError(f"everstep.dcp: {why}, and no folder was named; give dcp.save a checkpoint_id or "
-                             "StorageWriter "
-                             "a path, or start the script with `everstep run`")
+                             "StorageWriter a path, or start the script with `everstep run`")
         self._rank = int(kwargs.get("rank", number("RANK", 0)))
         if self._rank == 0:
             warn(f"{why}: dcp.save writes files in {self._id}")
@@ -86,34 +84,29 @@ class StorageWriter(Stager, _Base):
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Every rank: remembers all that this rank holds, before DCP takes out what others write too."""
-        if plan.usable:
-            self._items = plan.items
-        return _plans.announce(plan)
+        plan, self._items = _plans.announce(plan)
+        return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Coordinator: makes the table of the whole."""
         if self._arena is not None and len(plans) != self._arena.world_size:
-            raise RuntimeError(f"everstep.dcp: {len(plans)} of the job's {self._arena.world_size} ranks save; a "
-                               "step counts "
-                               "when every rank has saved: call dcp.save on all of them, without no_dist, and "
-                               "without "
-                               "a process_group of some")
+            raise RuntimeError(f"everstep.dcp: {len(plans)} of the job's {self._arena.world_size} ranks save; a step "
+                               "counts when every rank has saved: call dcp.save on all of them, without no_dist, and "
+                               "without a process_group of some")
         return _plans.agree(plans)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Every rank: copies its items into the arena, or into its file."""
-        table = _plans.agreed(plan)
-        items = plan.items if self._arena is None else self._items or plan.items
+        whole = _plans.agreed(plan)
         with torch.no_grad():
-            state = self._flatten(items, planner, table)
-        told = json.loads(table)
+            state = self._flatten(plan.items if self._arena is None else self._items, planner, whole.text)
         stored: Any = None
         if self._arena is not None:
-            self._to_memory(self._arena, state, told["replicated"])
+            self._to_memory(self._arena, state, whole.replicated)
         else:
             # With more ranks a file has but what DCP left to its rank, so that it does not stand for the others'.
-            self._replicated = told["replicated"] and told["world"] == 1
-            stored = self._to_file(state, told["world"])
+            self._replicated = whole.replicated and whole.world_size == 1
+            stored = self._to_file(state, whole.world_size)
         results = [WriteResult(item.index, 0, stored) for item in plan.items]
         if stored is not None and not results:  # this rank's file is part of the checkpoint, if it holds nothing
             results = [WriteResult(_NOTHING, 0, stored)]
@@ -174,9 +167,9 @@ class StorageWriter(Stager, _Base):
             client = arena.client
             flags = _library.REPLICATED_LAYOUT if replicated else 0
             if not client.begin(self._step, state.payload_bytes + 2 * ALIGNMENT + len(state.table), flags):
-                warn(f"dcp.save of step {self._step} is skipped: {client.stats().last_skip.decode()}: the save "
-                     "before is "
-                     "not on enough nodes yet and must not be overwritten; save less often, or see `everstep events`")
+                why = client.stats().last_skip.decode()
+                warn(f"dcp.save of step {self._step} is skipped ({why}): the save before is not on enough nodes yet "
+                     "and must not be overwritten; save less often, or see `everstep events`")
                 return
             try:
                 client.write(pieces(state.pieces), state.offsets)
@@ -190,8 +183,7 @@ class StorageWriter(Stager, _Base):
             if time.monotonic() >= deadline:
                 if self._commit_timeout > 0:
                     warn(f"dcp.save: step {self._step} is not on enough nodes after {self._commit_timeout:g} s; "
-                         "training goes "
-                         "on, a load takes the newest that is; see `everstep events`")
+                         "training goes on, a load takes the newest that is; see `everstep events`")
                 return
             time.sleep(0.001)
 
@@ -220,8 +212,7 @@ class StorageWriter(Stager, _Base):
 
     def __getstate__(self) -> Any:
         raise TypeError("everstep.dcp.StorageWriter belongs to its process: use AsyncCheckpointerType.THREAD; the "
-                        "thread does "
-                        "no more than copy memory, so a process of its own would gain nothing")
+                        "thread does no more than copy memory, so a process of its own would gain nothing")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,6 +236,5 @@ def _plain(planner: SavePlanner, item: WriteItem) -> Any:
             and type(planner).resolve_data is DefaultSavePlanner.resolve_data:
         return planner.lookup_object(item.index)
     raise TypeError(f"{item.index.fqn}: the planner {type(planner).__name__} makes bytes of its own out of values "
-                    "that are no "
-                    "tensors; everstep.dcp keeps such values without pickle: use a DefaultSavePlanner, or one that "
-                    "leaves resolve_data and transform_object alone")
+                    "that are no tensors; everstep.dcp keeps such values without pickle: use a DefaultSavePlanner, "
+                    "or one that leaves resolve_data and transform_object alone")
