@@ -74,6 +74,31 @@ Outcome CheckSpec(const ArenaSpec& spec) {
   return Done{};
 }
 
+// The CRC of `size` bytes at `offset` of a payload; what targets want of them is copied on the way.
+std::uint32_t CopyOut(const unsigned char* data, std::uint64_t offset, std::uint64_t size,
+                      std::span<const LoadTarget> targets) {
+  const std::uint64_t end = offset + size;
+  auto target = std::partition_point(targets.begin(), targets.end(), [&](const LoadTarget& t) {
+    return t.offset + t.bytes <= offset;
+  });
+  std::uint32_t crc = 0;
+  while (offset < end) {
+    const bool none = target == targets.end() || target->offset >= end;
+    if (none || target->offset > offset) {
+      const std::uint64_t gap = (none ? end : target->offset) - offset;
+      crc = Crc32cExtend(crc, data + offset, gap);
+      offset += gap;
+      continue;
+    }
+    const std::uint64_t past = offset - target->offset;
+    const std::uint64_t bytes = std::min(end - offset, target->bytes - past);
+    crc = Crc32cCopy(crc, static_cast<unsigned char*>(target->to) + past, data + offset, bytes);
+    offset += bytes;
+    if (past + bytes == target->bytes) ++target;
+  }
+  return crc;
+}
+
 }  // namespace
 
 void LoadWords(void* to, const void* from, std::size_t bytes) {
@@ -305,6 +330,36 @@ const std::uint32_t* Arena::ChunkCrcs(const SlotView& view) {
 }
 
 Outcome Arena::Verify(const SlotView& view, unsigned threads) {
+  return Check(view, 0, view.chunks(), {}, threads);
+}
+
+Outcome Arena::VerifyRange(const SlotView& view, std::uint64_t offset, std::uint64_t bytes) {
+  const std::uint64_t size = view.fields.payload_bytes;
+  if (offset > size || bytes > size - offset) {
+    return Error{ErrorCode::kInvalid,
+                 fmt::format("{}: {} bytes at {} of a payload of {}", Name(), bytes, offset, size)};
+  }
+  return Check(view, offset / kChunkBytes, ChunkCount(offset + bytes), {}, 1);
+}
+
+Outcome Arena::Load(const SlotView& view, std::span<const LoadTarget> targets, unsigned threads) {
+  std::uint64_t end = 0;
+  for (const LoadTarget& t : targets) {
+    const std::uint64_t size = view.fields.payload_bytes;
+    if (t.offset < end || t.offset > size || t.bytes > size - t.offset) {
+      return Error{ErrorCode::kInvalid,
+                   fmt::format("{}: a target of {} bytes at {}, after one that ends at {}, of a "
+                               "payload of {}",
+                               Name(), t.bytes, t.offset, end, size)};
+    }
+    end = t.offset + t.bytes;
+  }
+  return Check(view, 0, view.chunks(), targets, threads);
+}
+
+// Chunks [first, end) of the slot, and its root.
+Outcome Arena::Check(const SlotView& view, std::uint64_t first, std::uint64_t end,
+                     std::span<const LoadTarget> targets, unsigned threads) {
   const unsigned char* data = Payload(view);
   const std::uint32_t* crcs = ChunkCrcs(view);
   if (data == nullptr) return System(Name(), "mapping a slot");
@@ -318,26 +373,26 @@ Outcome Arena::Verify(const SlotView& view, unsigned threads) {
   };
   if (CrcRoot(view.fields, crcs) != view.crc_root) return corrupt("its header fails its checksum");
   constexpr std::uint64_t kRound = 16;  // chunks that a thread takes at a time
-  std::atomic<std::uint64_t> next{0}, bad{view.chunks()};
+  std::atomic<std::uint64_t> next{first}, bad{end};
   const auto check = [&] {
     for (;;) {
       const std::uint64_t from = next.fetch_add(kRound, std::memory_order_relaxed);
-      const std::uint64_t to = std::min(from + kRound, view.chunks());
-      if (from >= to || from >= bad.load(std::memory_order_relaxed)) return;
+      const std::uint64_t to = std::min(from + kRound, end);
+      if (from >= to || from >= bad.load(std::memory_order_relaxed)) return StoreFence();
       // The pages are there; entering them into this process at once is quicker than one by one.
       madvise(const_cast<unsigned char*>(data) + from * kChunkBytes, (to - from) * kChunkBytes,
               MADV_POPULATE_READ);
       for (std::uint64_t i = from; i < to; ++i) {
-        if (Crc32c(data + i * kChunkBytes, view.chunk_size(i)) == crcs[i]) continue;
-        std::uint64_t first = bad.load(std::memory_order_relaxed);
-        while (i < first && !bad.compare_exchange_weak(first, i, std::memory_order_relaxed)) {
+        if (CopyOut(data, i * kChunkBytes, view.chunk_size(i), targets) == crcs[i]) continue;
+        std::uint64_t least = bad.load(std::memory_order_relaxed);
+        while (i < least && !bad.compare_exchange_weak(least, i, std::memory_order_relaxed)) {
         }
-        return;
+        return StoreFence();
       }
     }
   };
   std::vector<std::thread> helpers;
-  const std::uint64_t rounds = (view.chunks() + kRound - 1) / kRound;
+  const std::uint64_t rounds = (end - first + kRound - 1) / kRound;
   for (std::uint64_t i = 1; i < std::min<std::uint64_t>(threads, rounds); ++i) {
     try {
       helpers.emplace_back(check);
@@ -347,7 +402,7 @@ Outcome Arena::Verify(const SlotView& view, unsigned threads) {
   }
   check();
   for (std::thread& t : helpers) t.join();
-  if (const std::uint64_t i = bad; i < view.chunks()) {
+  if (const std::uint64_t i = bad; i < end) {
     return corrupt(fmt::format("chunk {} of {} has CRC {:08x}, not {:08x}", i, view.chunks(),
                                Crc32c(data + i * kChunkBytes, view.chunk_size(i)), crcs[i]));
   }

@@ -11,6 +11,7 @@
 #include <array>
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 
 #include "checkpoint/store/arena_layout.h"
@@ -70,6 +71,13 @@ struct RestoreView {
   std::string message;
 };
 
+// Where some bytes of a payload are to go.
+struct LoadTarget {
+  std::uint64_t offset = 0;
+  std::uint64_t bytes = 0;
+  void* to = nullptr;
+};
+
 // Owns the descriptor and the mappings. One thread at a time, but several Arena objects (and
 // processes) may map the same memfd. Movable.
 class Arena {
@@ -97,6 +105,11 @@ class Arena {
   // Every chunk and the root, by `threads` threads at most (a caller that has nothing better to do
   // takes several). kCorrupt names the first bad chunk; kStale: overwritten meanwhile.
   Outcome Verify(const SlotView& view, unsigned threads = 1);
+  // The same for those chunks alone in which `bytes` from `offset` of the payload lie.
+  Outcome VerifyRange(const SlotView& view, std::uint64_t offset, std::uint64_t bytes);
+  // As Verify, and copies `targets` in the same pass over the slot's memory. On an error what they
+  // hold is undefined. kInvalid: they are not in ascending order, overlap, or leave the payload.
+  Outcome Load(const SlotView& view, std::span<const LoadTarget> targets, unsigned threads);
 
   // Mapped bytes of a view; null when they cannot be mapped. Valid until the slot's extent moves.
   const unsigned char* Payload(const SlotView& view);
@@ -112,6 +125,8 @@ class Arena {
     std::uint64_t offset = 0;
     std::uint64_t bytes = 0;
   };
+  Outcome Check(const SlotView& view, std::uint64_t first, std::uint64_t end,
+                std::span<const LoadTarget> targets, unsigned threads);
   unsigned char* Map(std::uint32_t slot, std::uint64_t offset, std::uint64_t bytes);
   void Close();
 

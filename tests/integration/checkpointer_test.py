@@ -259,6 +259,35 @@ def test_a_flipped_bit_is_named_and_nothing_is_loaded(node: Node, monkeypatch: p
     assert not weights.any()
 
 
+def test_a_flipped_bit_between_two_tensors_is_found_while_they_are_loaded(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state() -> dict[str, torch.Tensor]:
+        shared = torch.zeros(700_000)  # tied: the same bytes go to two places of a state that is not
+        return {"a": torch.zeros(600_000), "b": shared, "c": shared[:1000], "n": torch.zeros(3, dtype=torch.int64), "t": shared}
+
+    node.say("activate 1 1 -1 0")
+    inside(monkeypatch, node, 1)
+    captured = state()
+    for i, tensor in enumerate(captured.values()):
+        tensor.copy_(torch.arange(tensor.numel()) % 1000 + i)
+    with everstep.Checkpointer(captured) as ck:
+        ck.step(0)
+    node.say("activate 2 1 0 0")
+    inside(monkeypatch, node, 2)
+    loaded = {name: tensor.clone() for name, tensor in state().items()}
+    with everstep.Checkpointer(loaded) as ck:
+        assert ck.restore() == 1
+        assert all(torch.equal(loaded[name], captured[name]) for name in captured)
+        tied = state()
+    with everstep.Checkpointer(tied) as ck:
+        assert ck.restore() == 1
+        assert all(torch.equal(tied[name], captured[name]) for name in captured)
+    node.say(f"flip 0 0 {3 << 20}")  # far from the table, which is at the end
+    with everstep.Checkpointer(loaded) as ck, pytest.raises(everstep.EverstepError, match="chunk 3 of") as told:
+        ck.restore()
+    assert told.value.code == _library.ECORRUPT
+    assert loaded["a"].isnan().all() and loaded["t"].isnan().all() and not loaded["n"].any()  # nobody trains on these
+
+
 def test_a_view_is_the_checkpoints_own_memory(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
     node.say("activate 1 1 -1 0")
     inside(monkeypatch, node, 1)

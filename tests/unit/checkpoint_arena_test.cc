@@ -141,6 +141,48 @@ TEST(Arena, AFlippedBitAnywhereIsFoundAndNamed) {
   EXPECT_FALSE(arena.Verify(*arena.Newest()).ok()) << "a changed header passed";
 }
 
+TEST(Arena, LoadsRangesAcrossChunksWhileItChecksThem) {
+  const std::size_t size = (3u << 20) + 777;
+  Arena arena = MakeArena(size);
+  const SlotView view = Write(&arena, 0, 5, size);
+  const auto bytes = BytesOf(5, size);
+  std::vector<unsigned char> loaded(size, 0), expected(size, 0);
+  // The first byte, nothing, one inside a chunk, one over two borders, one that follows at once.
+  const std::pair<std::size_t, std::size_t> ranges[] = {
+      {0, 1}, {5, 0}, {100, 70'001}, {1'000'000, 2'100'000}, {3'100'000, size - 3'100'000}};
+  std::vector<LoadTarget> targets;
+  for (const auto& [at, n] : ranges) {
+    targets.push_back({at, n, loaded.data() + at});
+    std::memcpy(expected.data() + at, bytes.data() + at, n);
+  }
+  for (unsigned threads : {1u, 3u}) {
+    std::fill(loaded.begin(), loaded.end(), 0);
+    const auto ok = arena.Load(view, targets, threads);
+    ASSERT_TRUE(ok.ok()) << ok.error().message;
+    EXPECT_TRUE(loaded == expected);
+  }
+  auto* payload = const_cast<unsigned char*>(arena.Payload(view));
+  for (std::size_t at : {std::size_t{50}, std::size_t{2'000'000}}) {  // between targets, inside one
+    payload[at] ^= 1;
+    const auto bad = arena.Load(view, targets, 2);
+    ASSERT_FALSE(bad.ok());
+    EXPECT_EQ(bad.error().code, ErrorCode::kCorrupt);
+    EXPECT_TRUE(arena.VerifyRange(view, 3 << 20, 777).ok()) << "it is in another chunk";
+    EXPECT_FALSE(arena.VerifyRange(view, at - at % 100, 100).ok());
+    payload[at] ^= 1;
+  }
+  const LoadTarget wrong[][2] = {{{10, 10, loaded.data()}, {19, 10, loaded.data()}},
+                                 {{0, 1, loaded.data()}, {size, 1, loaded.data()}},
+                                 {{0, 1, loaded.data()}, {5, ~std::uint64_t{0}, loaded.data()}}};
+  for (const auto& pair : wrong) {
+    const auto refused = arena.Load(view, pair, 1);
+    ASSERT_FALSE(refused.ok());
+    EXPECT_EQ(refused.error().code, ErrorCode::kInvalid);
+  }
+  EXPECT_EQ(arena.VerifyRange(view, size, 1).error().code, ErrorCode::kInvalid);
+  EXPECT_TRUE(arena.VerifyRange(view, size, 0).ok());
+}
+
 TEST(Arena, GrowsInPlaceAndKeepsTheOtherSlot) {
   Arena arena = MakeArena(0);
   EXPECT_FALSE(arena.Newest());

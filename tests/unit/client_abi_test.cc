@@ -148,6 +148,17 @@ TEST_F(ClientAbi, CapturesAndRestoresTheSameBytes) {
   const void* data = nullptr;
   ASSERT_EQ(everstep_payload(next, &slot, &data), EVERSTEP_OK);
   EXPECT_EQ(std::memcmp(static_cast<const char*>(data) + 64, "world", 5), 0);
+  ASSERT_EQ(everstep_restore_table(next, 1000, &slot), EVERSTEP_OK) << Error(next);
+  char loaded[8] = "";
+  const everstep_target targets[] = {{1, 3, loaded}, {64, 4, loaded + 3}};
+  ASSERT_EQ(everstep_load(next, &slot, targets, 2), EVERSTEP_OK) << Error(next);
+  EXPECT_STREQ(loaded, "ellworl");
+  EXPECT_EQ(everstep_load(next, &slot, nullptr, 1), EVERSTEP_EINVAL);
+  const everstep_target outside{133, 1, loaded};
+  EXPECT_EQ(everstep_load(next, &slot, &outside, 1), EVERSTEP_EINVAL);
+  auto gone = slot;
+  ++gone.sequence;
+  EXPECT_EQ(everstep_load(next, &gone, targets, 2), EVERSTEP_ESTALE);
   EXPECT_EQ(std::memcmp(static_cast<const char*>(data) + slot.table_offset, "table", 5), 0);
   EXPECT_EQ(Capture(c, 5, "late"), EVERSTEP_ESTALE);
   EXPECT_NE(Error(c).find("generation 1, the job is at 2"), std::string::npos);

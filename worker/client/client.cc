@@ -13,6 +13,7 @@
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
 #include "checkpoint/core/capture_policy.h"
 #include "checkpoint/store/arena.h"
@@ -163,10 +164,17 @@ cp::CaptureFacts Facts(const everstep_client& c, everstep::Step step, std::uint3
   return facts;
 }
 
-int Verified(everstep_client* c, const cp::SlotView& view, everstep_slot* out) {
-  // The trainer waits for it: its cores have nothing else to do.
-  const unsigned threads = std::clamp(std::thread::hardware_concurrency(), 1u, kVerifyThreads);
-  if (auto ok = c->arena.Verify(view, threads); !ok.ok()) return Fail(c, ok.error());
+// The trainer waits for it: its cores have nothing else to do.
+unsigned VerifyThreads() {
+  return std::clamp(std::thread::hardware_concurrency(), 1u, kVerifyThreads);
+}
+
+int Verified(everstep_client* c, const cp::SlotView& view, everstep_slot* out,
+             bool table_only = false) {
+  auto ok = table_only
+                ? c->arena.VerifyRange(view, view.fields.table_offset, view.fields.table_bytes)
+                : c->arena.Verify(view, VerifyThreads());
+  if (!ok.ok()) return Fail(c, ok.error());
   KillPoint("restore.verified");
   Fill(view, out);
   return EVERSTEP_OK;
@@ -274,7 +282,8 @@ int everstep_reserve(everstep_client* c, uint64_t payload_bytes) {
   return EVERSTEP_OK;
 }
 
-int everstep_restore(everstep_client* c, uint32_t timeout_ms, everstep_slot* slot) {
+static int RestoreWord(everstep_client* c, uint32_t timeout_ms, everstep_slot* slot,
+                       bool table_only) {
   if (int code = Check(c); code != EVERSTEP_OK) return code;
   if (slot == nullptr || slot->size < sizeof(uint32_t)) {
     return Fail(c, EVERSTEP_EINVAL, "everstep_restore: slot and its size must be given");
@@ -296,11 +305,11 @@ int everstep_restore(everstep_client* c, uint32_t timeout_ms, everstep_slot* slo
         if (view && view->seq == restore.slot_seq) {
           KillPoint("restore.told");
           c->base = *view;
-          return Verified(c, *view, slot);
+          return Verified(c, *view, slot, table_only);
         }
         // This process (or one before it of this generation) has captured over it since.
         if (auto newest = c->arena.Newest(); newest && newest->fields.generation == c->generation) {
-          return Verified(c, *newest, slot);
+          return Verified(c, *newest, slot, table_only);
         }
         return Fail(c, EVERSTEP_ECORRUPT,
                     fmt::format("{}: step {} was announced and its slot is not there any more",
@@ -319,6 +328,36 @@ int everstep_restore(everstep_client* c, uint32_t timeout_ms, everstep_slot* slo
     poll(nullptr, 0, pause_ms);
     pause_ms = std::min(pause_ms * 2, 20);
   }
+}
+
+int everstep_restore(everstep_client* c, uint32_t timeout_ms, everstep_slot* slot) {
+  return RestoreWord(c, timeout_ms, slot, false);
+}
+
+int everstep_restore_table(everstep_client* c, uint32_t timeout_ms, everstep_slot* slot) {
+  return RestoreWord(c, timeout_ms, slot, true);
+}
+
+int everstep_load(everstep_client* c, const everstep_slot* slot, const everstep_target* targets,
+                  uint32_t count) {
+  if (int code = Check(c); code != EVERSTEP_OK) return code;
+  if (slot == nullptr || slot->size < sizeof(everstep_slot) || slot->slot >= cp::kSlots ||
+      (targets == nullptr && count > 0)) {
+    return Fail(c, EVERSTEP_EINVAL,
+                "everstep_load: a slot from restore_table and its targets must be given");
+  }
+  const auto view = c->arena.Look(slot->slot);
+  if (!view || view->seq != slot->sequence) {
+    return Fail(c, EVERSTEP_ESTALE,
+                fmt::format("{}: step {} was overwritten", c->arena.Name(), slot->step));
+  }
+  std::vector<cp::LoadTarget> wanted;
+  wanted.reserve(count);
+  for (std::uint32_t i = 0; i < count; ++i) {
+    wanted.push_back({targets[i].offset, targets[i].bytes, targets[i].to});
+  }
+  if (auto ok = c->arena.Load(*view, wanted, VerifyThreads()); !ok.ok()) return Fail(c, ok.error());
+  return EVERSTEP_OK;
 }
 
 int everstep_find(everstep_client* c, int64_t max_step, everstep_slot* slot) {

@@ -84,6 +84,13 @@ typedef struct everstep_piece {
   uint64_t bytes;
 } everstep_piece;
 
+/* Where some bytes of a slot's payload are to go. */
+typedef struct everstep_target {
+  uint64_t offset;
+  uint64_t bytes;
+  void* to;
+} everstep_target;
+
 typedef struct everstep_stats {
   uint32_t size; /* sizeof(everstep_stats) */
   uint32_t agent_alive;
@@ -116,6 +123,13 @@ int everstep_reserve(everstep_client* client, uint64_t payload_bytes);
 /* Waits until the agent has put into the arena what this generation starts from, and checks every
  * byte. EVERSTEP_OK: *slot is what to load. EVERSTEP_NONE: start from nothing. */
 int everstep_restore(everstep_client* client, uint32_t timeout_ms, everstep_slot* slot);
+/* As everstep_restore, but of the bytes only the table's are checked; everstep_load checks all. */
+int everstep_restore_table(everstep_client* client, uint32_t timeout_ms, everstep_slot* slot);
+/* Checks every byte of the slot and copies the targets, in one pass over memory, by several
+ * threads. They must be in ascending order of offset and apart from each other. On an error (the
+ * slot is damaged, or was overwritten) what the targets hold is undefined. */
+int everstep_load(everstep_client* client, const everstep_slot* slot,
+                  const everstep_target* targets, uint32_t count);
 /* The newest whole and checked slot at or under max_step, whatever generation captured it. */
 int everstep_find(everstep_client* client, int64_t max_step, everstep_slot* slot);
 /* Address of a slot's payload, payload_bytes long, read-only by contract. Valid until the next

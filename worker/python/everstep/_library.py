@@ -63,6 +63,10 @@ class _Piece(c.Structure):
     _fields_ = [("data", c.c_void_p), ("bytes", c.c_uint64)]
 
 
+class _Target(c.Structure):
+    _fields_ = [("offset", c.c_uint64), ("bytes", c.c_uint64), ("to", c.c_void_p)]
+
+
 PieceArray = c.Array  # of _Piece
 
 
@@ -94,6 +98,11 @@ class RawStats(c.Structure):
     ]
 
 
+def address_of(view: memoryview) -> int:
+    """Where the bytes of a writable view lie."""
+    return c.addressof(c.c_ubyte.from_buffer(view))
+
+
 def library_paths() -> list[Path]:
     """Where libeverstep.so is looked for, in order."""
     given = os.environ.get("EVERSTEP_LIBRARY")
@@ -113,6 +122,8 @@ def _declare(lib: c.CDLL) -> None:
         "everstep_open": [c.POINTER(_Options), c.POINTER(handle)],
         "everstep_reserve": [handle, c.c_uint64],
         "everstep_restore": [handle, c.c_uint32, c.POINTER(Slot)],
+        "everstep_restore_table": [handle, c.c_uint32, c.POINTER(Slot)],
+        "everstep_load": [handle, c.POINTER(Slot), c.POINTER(_Target), c.c_uint32],
         "everstep_find": [handle, c.c_int64, c.POINTER(Slot)],
         "everstep_payload": [handle, c.POINTER(Slot), c.POINTER(c.c_void_p)],
         "everstep_capture_begin": [handle, c.c_int64, c.c_uint64, c.c_uint32],
@@ -211,11 +222,18 @@ class Client:
         """Takes the memory of both slots now."""
         self._check(self._lib.everstep_reserve(self._handle, payload_bytes))
 
-    def restore(self, timeout: float) -> Slot | None:
-        """Waits for what this generation starts from; None: nothing."""
+    def restore(self, timeout: float, table_only: bool = False) -> Slot | None:
+        """Waits for what this generation starts from; None: nothing. `table_only`: load() checks the rest."""
         slot = Slot(size=c.sizeof(Slot))
-        code = self._check(self._lib.everstep_restore(self._handle, int(timeout * 1000), c.byref(slot)))
+        wait = self._lib.everstep_restore_table if table_only else self._lib.everstep_restore
+        code = self._check(wait(self._handle, int(timeout * 1000), c.byref(slot)))
         return slot if code == OK else None
+
+    def load(self, slot: Slot, targets: list[tuple[int, int, int]]) -> None:
+        """Checks every byte of the slot and copies (offset, bytes, address to), ascending and apart, in one pass.
+        When it raises, what the targets hold is undefined."""
+        array = (_Target * len(targets))(*(_Target(*target) for target in targets))
+        self._check(self._lib.everstep_load(self._handle, c.byref(slot), array, len(targets)))
 
     def find(self, max_step: int) -> Slot | None:
         """The newest whole and checked slot at or under max_step."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import sys
 from array import array
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +19,8 @@ from everstep._table import ShardedLeaf
 RNG = "__rng__"  # reserved name in a state
 _PART = 16 << 20  # bytes that one thread copies at a time
 _COPY_THREADS = 4  # more do not copy any faster
+
+Loader = Callable[[list[tuple[int, int, int]]], None]
 
 
 def unwrap(value: Any) -> Any:
@@ -40,10 +43,13 @@ def gather(state: Mapping[str, Any], with_rng: bool) -> dict[str, Any]:
     return out
 
 
-def apply(state: Mapping[str, Any], saved: dict[str, Any]) -> None:
+def apply(state: Mapping[str, Any], saved: dict[str, Any], load: Loader | None = None) -> None:
     """Puts `saved` into the user's objects. Tensors of `saved` may be views: they are copied.
 
-    Raises RuntimeError when names, shapes or dtypes differ, before anything is changed where it can tell.
+    `load`: checks the memory behind `saved` and copies (address to, address from, bytes) out of it, in one pass;
+    nothing of that memory is used before. Raises RuntimeError when names, shapes or dtypes differ, before anything
+    is changed where it can tell. When `load` raises, tensors that it was to fill hold NaN (integers: 0), so that
+    nobody trains on them.
     """
     names = {k for k in saved if k != RNG}
     if names != set(state):
@@ -54,8 +60,18 @@ def apply(state: Mapping[str, Any], saved: dict[str, Any]) -> None:
                            + "; give Checkpointer the same names as the run that captured it")
     for name, value in state.items():
         _check(name, unwrap(value), saved[name])
+    pairs: list[tuple[torch.Tensor, Any]] = []
     for name, value in state.items():
-        _apply_one(state, name, unwrap(value), saved[name])
+        target = unwrap(value)
+        if isinstance(target, torch.nn.Module):
+            own = target.state_dict()
+            pairs += [(own[key], saved[name][key]) for key in own if isinstance(own[key], torch.Tensor)]
+        elif isinstance(target, torch.Tensor):
+            pairs.append((target, saved[name]))
+    _copy_all(pairs, load)
+    for name, value in state.items():
+        if not isinstance(unwrap(value), torch.Tensor):
+            _apply_one(state, name, unwrap(value), saved[name])
 
 
 def is_stateful(value: Any) -> bool:
@@ -96,13 +112,11 @@ def _match(path: str, own: torch.Tensor, saved: Any) -> None:
 
 def _apply_one(state: Mapping[str, Any], name: str, target: Any, saved: Any) -> None:
     if isinstance(target, torch.nn.Module):
-        _load_module(target, saved)
+        _load_extra(target, saved)
     elif isinstance(target, torch.optim.Optimizer):
         _load_optimizer(target, saved)
     elif is_stateful(target):
         target.load_state_dict(_owned(saved))
-    elif isinstance(target, torch.Tensor):
-        _copy(target, saved)
     elif isinstance(target, MutableMapping) and isinstance(saved, dict):
         _fill(target, saved)
     elif isinstance(state, MutableMapping):
@@ -117,18 +131,53 @@ def _copy(target: torch.Tensor, saved: Any) -> None:
         _local(target).copy_(saved.local if isinstance(saved, ShardedLeaf) else saved)
 
 
-def _copy_all(pairs: list[tuple[torch.Tensor, Any]]) -> None:
-    """_copy of each pair; large plain ones as bytes, by several threads."""
+def _copy_all(pairs: list[tuple[torch.Tensor, Any]], load: Loader | None = None) -> None:
+    """_copy of each pair; plain ones as bytes, by `load` or, large ones, by several threads."""
     plain: list[tuple[int, int, int]] = []
+    others: list[tuple[torch.Tensor, Any]] = []
     for target, saved in pairs:
         local, source = _local(target), saved.local if isinstance(saved, ShardedLeaf) else saved
         if local.device.type == "cpu" and local.dtype == source.dtype and local.shape == source.shape \
                 and local.is_contiguous() and source.is_contiguous() and not local.is_conj() and not local.is_neg():
-            size = local.numel() * local.element_size()
-            plain += [(local.data_ptr() + at, source.data_ptr() + at, min(_PART, size - at))
-                      for at in range(0, size, _PART)]
+            plain.append((local.data_ptr(), source.data_ptr(), local.numel() * local.element_size()))
         else:
-            _copy(target, saved)
+            others.append((target, saved))
+    if load is not None:
+        # Each byte of the checkpoint goes to one place, and each place takes one: what is tied comes afterwards.
+        once, plain = _apart([p for p in plain if p[2] > 0])
+        try:
+            load(once)
+        except Exception:
+            for target, _ in pairs:
+                with torch.no_grad():
+                    _local(target).fill_(math.nan if target.is_floating_point() or target.is_complex() else 0)
+            raise
+    for target, saved in others:
+        _copy(target, saved)
+    _copy_plain([(to + at, source + at, min(_PART, size - at)) for to, source, size in plain
+                 for at in range(0, size, _PART)])
+
+
+def _apart(plain: list[tuple[int, int, int]]) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """(to, from, bytes): those that share no byte with another, ascending by source; the others, in their order."""
+    shared: set[int] = set()
+    for side in (0, 1):
+        order = sorted(range(len(plain)), key=lambda i: plain[i][side])
+        last, end = -1, 0
+        for i in order:
+            begin = plain[i][side]
+            if last >= 0 and begin < end:
+                shared |= {i, last}
+            if begin + plain[i][2] > end:
+                last, end = i, begin + plain[i][2]
+    return (sorted((p for i, p in enumerate(plain) if i not in shared), key=lambda p: p[1]),
+            [p for i, p in enumerate(plain) if i in shared])
+
+
+def _copy_plain(plain: list[tuple[int, int, int]]) -> None:
+    """(to, from, bytes) each, at most _PART, by several threads where that pays."""
+    if not plain:
+        return
     copy, total = copier(), sum(size for _, _, size in plain)
     threads = min(_COPY_THREADS, os.cpu_count() or 1)
     if threads == 1 or total < _PART:
@@ -152,12 +201,12 @@ def _copy_all(pairs: list[tuple[torch.Tensor, Any]]) -> None:
         list(pool.map(copy_share, shares))
 
 
-def _load_module(module: torch.nn.Module, saved: dict[str, Any]) -> None:
+def _load_extra(module: torch.nn.Module, saved: dict[str, Any]) -> None:
+    """What get_extra_state() of its submodules gave; its tensors are there."""
     own = module.state_dict()
     extra = {k: v for k, v in saved.items() if not isinstance(own[k], torch.Tensor)}
-    if extra:  # get_extra_state() of some submodule
+    if extra:
         module.load_state_dict({**own, **_owned(extra)})
-    _copy_all([(value, saved[key]) for key, value in own.items() if key not in extra])
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -20,10 +20,10 @@ from everstep import _library
 from everstep._attach import attach, number, warn
 from everstep._files import FileTier
 from everstep._interval import Meter, best_interval, explain
-from everstep._library import Client, EverstepError, StaleGenerationError
+from everstep._library import Client, EverstepError, Slot, StaleGenerationError, address_of
 from everstep._overlap import Overlap
 from everstep._plan import Plan
-from everstep._state import RNG, apply, apply_rng, derive_rng, gather, is_stateful, unwrap
+from everstep._state import RNG, Loader, apply, apply_rng, derive_rng, gather, is_stateful, unwrap
 from everstep._table import ALIGNMENT, Decoder, Encoder
 
 _log = logging.getLogger("everstep")
@@ -166,15 +166,16 @@ class Checkpointer:
         """Loads the newest state that may be used and returns the step to do next; 0: start from nothing.
 
         Raises EverstepError when the agent cannot bring the bytes, RuntimeError when they are of another
-        model. A torn or damaged state is never loaded.
+        model. A torn or damaged state is never loaded: every byte is checked while it is copied, and when one is
+        wrong restore() raises and fills what it had begun to load with NaN (integers with 0).
         """
         began = time.monotonic()
-        found = self._newest()
+        found = self._newest(at_load=True)
         if found is None:
             self._reserve_ahead(self._guess_bytes())
             return 0
-        decoder, step, rank, size = found
-        self._load(decoder, rank, began)
+        decoder, step, rank, size, load = found
+        self._load(decoder, rank, began, load)
         self._last = step
         self._reserve_ahead(size)
         return step + 1
@@ -188,24 +189,31 @@ class Checkpointer:
         found = self._newest()
         if found is None:
             return None
-        decoder, step, _, _ = found
+        decoder, step, *_ = found
         return step, {name: value for name, value in self._saved(decoder).items() if name != RNG}
 
-    def _newest(self) -> tuple[Decoder, int, int, int] | None:
-        """The newest state that may be used, checked: itself, its step, the rank that captured it, its bytes."""
+    def _newest(self, at_load: bool = False) -> tuple[Decoder, int, int, int, Loader | None] | None:
+        """The newest state that may be used: itself, its step, the rank that captured it, its bytes, and a loader.
+        With `at_load` its tensors are checked by that loader, where there is one; else they are checked."""
         self._open()
         self.wait()
         if self._client is not None:
-            slot = self._client.restore(self._restore_timeout)
+            slot = self._client.restore(self._restore_timeout, at_load)
             if slot is not None:
                 payload = self._client.payload(slot)
                 table = bytes(payload[slot.table_offset:slot.table_offset + slot.table_bytes])
-                return Decoder(payload, table), int(slot.step), int(slot.rank), int(slot.payload_bytes)
+                load = self._loader(self._client, slot, payload) if at_load else None
+                return Decoder(payload, table), int(slot.step), int(slot.rank), int(slot.payload_bytes), load
         if self._files is not None:
             loaded = self._files.load(self._replicated is not False)
             if loaded is not None:
-                return Decoder(loaded.payload, loaded.table), loaded.step, loaded.rank, len(loaded.payload)
+                return Decoder(loaded.payload, loaded.table), loaded.step, loaded.rank, len(loaded.payload), None
         return None
+
+    @staticmethod
+    def _loader(client: Client, slot: Slot, payload: memoryview) -> Loader:
+        base = address_of(payload)
+        return lambda parts: client.load(slot, [(source - base, size, to) for to, source, size in parts])
 
     @staticmethod
     def _saved(decoder: Decoder) -> dict[str, Any]:
@@ -218,9 +226,9 @@ class Checkpointer:
             raise ValueError("a state table whose root is no dict")
         return saved
 
-    def _load(self, decoder: Decoder, captured_by: int, began: float) -> None:
+    def _load(self, decoder: Decoder, captured_by: int, began: float, load: Loader | None) -> None:
         saved = self._saved(decoder)
-        apply(self._state, saved)
+        apply(self._state, saved, load)
         if self._rng and RNG in saved:
             if captured_by == self._rank:
                 apply_rng(saved[RNG])
