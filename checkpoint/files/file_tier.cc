@@ -16,6 +16,8 @@ namespace {
 
 constexpr char kManifest[] = "manifest.json";
 constexpr char kDamagedMark[] = "damaged";
+constexpr char kGivenUpMark[] = "given-up";
+constexpr char kVerifiedMark[] = "verified";
 constexpr std::string_view kPartSuffix = ".part";
 
 bool Digits(std::string_view text, std::uint64_t* out) {
@@ -34,6 +36,7 @@ const char* FileStateName(FileCheckpoint::State state) {
   switch (state) {
     case FileCheckpoint::State::kComplete: return "complete";
     case FileCheckpoint::State::kIncomplete: return "incomplete";
+    case FileCheckpoint::State::kGivenUp: return "given up";
     case FileCheckpoint::State::kDamaged: return "damaged";
   }
   return "unknown";
@@ -215,15 +218,15 @@ Result<FileCheckpoint> FileTier::Look(const std::string& name) {
     c.why = std::move(why);
     return c;
   };
-  if (has(kDamagedMark)) {
-    std::string why(4096, '\0');
-    auto mark = disk_->Open(Folder(name) + "/" + kDamagedMark);
-    if (mark.ok()) {
-      why.resize(std::min<std::uint64_t>(why.size(), mark.value()->bytes()));
-      if (!mark.value()->Read(0, why.data(), why.size()).ok()) why.clear();
-    }
-    return damaged(mark.ok() ? why : mark.error().message);
-  }
+  const auto words = [&](const char* file) {
+    auto mark = disk_->Open(Folder(name) + "/" + file);
+    if (!mark.ok()) return mark.error().message;
+    std::string why(std::min<std::uint64_t>(4096, mark.value()->bytes()), '\0');
+    if (!mark.value()->Read(0, why.data(), why.size()).ok()) why.clear();
+    return why;
+  };
+  if (has(kDamagedMark)) return damaged(words(kDamagedMark));
+  c.verified = has(kVerifiedMark);
   if (!has(kManifest)) {
     const auto files = std::count_if(names.value().begin(), names.value().end(),
                                      [](const std::string& n) { return n.starts_with("rank-"); });
@@ -253,6 +256,10 @@ Result<FileCheckpoint> FileTier::Look(const std::string& name) {
     }
   }
   c.state = FileCheckpoint::State::kComplete;
+  if (has(kGivenUpMark)) {
+    c.state = FileCheckpoint::State::kGivenUp;
+    c.why = words(kGivenUpMark);
+  }
   return c;
 }
 
@@ -394,10 +401,30 @@ std::vector<Damage> FileTier::Verify(const FileCheckpoint& c,
   return found;
 }
 
-Outcome FileTier::MarkDamaged(const std::string& name, const std::string& why) {
+Outcome FileTier::Mark(const std::string& name, const char* mark, const std::string& why) {
   const std::string text = why.substr(0, 4095) + "\n";
-  return Replace(Folder(name), kDamagedMark,
+  return Replace(Folder(name), mark,
                  [&](DiskWriter* out) { return out->Write(text.data(), text.size()); });
+}
+
+Outcome FileTier::MarkDamaged(const std::string& name, const std::string& why) {
+  return Mark(name, kDamagedMark, why);
+}
+
+Outcome FileTier::MarkGivenUp(const std::string& name, const std::string& why) {
+  return Mark(name, kGivenUpMark, why);
+}
+
+Outcome FileTier::MarkVerified(const std::string& name) {
+  auto names = disk_->List(Folder(name));
+  if (!names.ok()) return names.error();
+  const auto has = [&names](const char* file) {
+    return std::find(names.value().begin(), names.value().end(), file) != names.value().end();
+  };
+  if (!has(kManifest)) {
+    return Error{ErrorCode::kNotFound, fmt::format("{} is no checkpoint", Folder(name))};
+  }
+  return has(kVerifiedMark) ? Outcome(Done{}) : Mark(name, kVerifiedMark, "");
 }
 
 // The manifest goes first: whoever is stopped in the middle leaves an incomplete folder.
@@ -426,6 +453,7 @@ Outcome FileTier::Prune(std::size_t keep, std::vector<std::string>* removed, boo
   if (!list.ok()) return list.error();
   const FileCheckpoint* good = nullptr;  // newest whose heads can be read
   std::size_t complete = 0;
+  bool verified = false;  // the newest such stays
   for (const FileCheckpoint& c : list.value()) {
     bool whole = c.state == FileCheckpoint::State::kComplete;
     if (good == nullptr) {
@@ -433,8 +461,10 @@ Outcome FileTier::Prune(std::size_t keep, std::vector<std::string>* removed, boo
       for (const ManifestFile& f : c.manifest.ranks) whole = whole && ReadHead(c, f.rank).ok();
       if (whole) good = &c;
       if (whole) ++complete;
+      verified = verified || (whole && c.verified);
       continue;
     }
+    if (whole && c.verified && !std::exchange(verified, true)) continue;
     if (whole && ++complete <= std::max<std::size_t>(keep, 1)) continue;
     if (!dry_run) {
       if (auto ok = RemoveFolder(c.name); !ok.ok()) return ok;

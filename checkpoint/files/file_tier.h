@@ -6,6 +6,8 @@
 //                              /...
 //                              /manifest.json                     last, by whoever finds all ranks
 //                              /damaged                           text: a file failed its checksum
+//                              /given-up                          text: a roll-back went behind it
+//                              /verified                          it stays whatever the retention
 //
 // A folder without a manifest is not a checkpoint; whoever writes its last shard seals it, so that
 // no node has to wait for another or for a controller. All of it is idempotent: the same shard
@@ -28,6 +30,7 @@ struct FileCheckpoint {
   enum class State {
     kComplete,    // sealed; its files have the sizes that the manifest says
     kIncomplete,  // no manifest yet (or never: its writers are gone)
+    kGivenUp,     // marked: a roll-back went behind it; never restored from
     kDamaged,     // a manifest that cannot be read, a file of another size, or marked
   };
   std::string name;  // "step-000000001240.gen-7"
@@ -36,6 +39,7 @@ struct FileCheckpoint {
   State state = State::kIncomplete;
   std::string why;    // not complete: what is wrong or missing
   Manifest manifest;  // of a complete one
+  bool verified = false;
 };
 const char* FileStateName(FileCheckpoint::State state);  // "complete"
 
@@ -76,7 +80,12 @@ class FileTier {
   // Writes the mark that keeps it from being restored from or counted as good.
   Outcome MarkDamaged(const std::string& name, const std::string& why);
 
-  // Removes complete checkpoints beyond the newest `keep` (at least 1), and what is incomplete or
+  Outcome MarkGivenUp(const std::string& name, const std::string& why);
+  // kNotFound: there is no such checkpoint (any more).
+  Outcome MarkVerified(const std::string& name);
+
+  // Removes complete checkpoints beyond the newest `keep` (at least 1) but for the newest verified
+  // one, and what is incomplete or
   // damaged and older than a complete one. The newest complete one always stays, and nothing goes
   // while there is none whose files are there with their sizes and readable heads. *removed:
   // names. What is newer than the newest complete one is left alone: somebody may be writing it.
@@ -87,6 +96,7 @@ class FileTier {
   Outcome Replace(const std::string& folder, const std::string& name,
                   const std::function<Outcome(DiskWriter*)>& write);
   Result<ShardHead> ReadHeadAt(const std::string& path);
+  Outcome Mark(const std::string& name, const char* mark, const std::string& why);
   Outcome RemoveFolder(const std::string& name);
 
   Disk* const disk_;

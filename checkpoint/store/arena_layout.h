@@ -58,6 +58,8 @@ struct alignas(64) SlotHeader {
   std::atomic<std::uint64_t> replicated_seq;             // ... was verified by the peer
   std::atomic<std::uint64_t> pushing_seq;                // ... is on its way; cleared when it ends
   std::atomic<std::uint64_t> released_seq;               // ... will not be committed any more
+  // ... is being put right in place: who tears the slot waits for it (checkpoint/store/mend.h).
+  std::atomic<std::uint64_t> mending_seq;
 };
 static_assert(sizeof(SlotHeader) == 192);
 

@@ -11,6 +11,7 @@
 
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
+#include "checkpoint/store/mend.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
 
@@ -94,7 +95,8 @@ Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payl
     KillPoint("slot.file_grown");
     // Torn first: no reader follows an extent that is on the move.
     const std::uint64_t seq = h.seq.load(std::memory_order_relaxed);
-    if (seq != 0 || h.extent_bytes != 0) h.seq.store(seq | 1, std::memory_order_relaxed);
+    if (seq != 0 || h.extent_bytes != 0) h.seq.store(seq | 1, std::memory_order_seq_cst);
+    AwaitMender(&h, seq);
     StoreFence();
     KillPoint("slot.torn_to_move");
     const std::uint64_t old_offset = h.extent_offset;
@@ -127,7 +129,9 @@ Result<SlotWriter> SlotWriter::Begin(Arena* arena, std::uint32_t slot,
   }
   if (auto ok = Reserve(arena, slot, payload_bytes); !ok.ok()) return ok.error();
   SlotHeader& h = arena->header()->slot[slot];
-  h.seq.store(h.seq.load(std::memory_order_relaxed) | 1, std::memory_order_relaxed);
+  const std::uint64_t was = h.seq.load(std::memory_order_relaxed);
+  h.seq.store(was | 1, std::memory_order_seq_cst);
+  AwaitMender(&h, was);
   StoreFence();
   KillPoint("slot.torn");
   const std::uint64_t capacity = ExtentCapacity(h.extent_bytes);

@@ -100,7 +100,10 @@ Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
   auto target = Reopen(local.arena);
   if (!target.ok()) return target.error();
   Arena& arena = target.value();
-  const std::uint32_t slot = ChooseSlot(arena, facts.committed_generation, facts.committed_step);
+  // These very bytes lie here, damaged: they are put right where they are.
+  const auto damaged = FindRestore(arena, want);
+  const std::uint32_t slot =
+      damaged ? damaged->slot : ChooseSlot(arena, facts.committed_generation, facts.committed_step);
 
   std::string why;
   for (const bool replica : {false, true}) {

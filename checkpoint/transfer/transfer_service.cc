@@ -14,6 +14,7 @@
 #include <thread>
 #include <utility>
 
+#include "checkpoint/store/mend.h"
 #include "checkpoint/transfer/job_table.h"
 #include "checkpoint/transfer/local_rank.h"
 #include "checkpoint/transfer/peer_client.h"
@@ -21,7 +22,7 @@
 #include "checkpoint/transfer/replica_store.h"
 #include "checkpoint/transfer/restorer.h"
 #include "checkpoint/transfer/task_pool.h"
-#include "proto/base/crc32c.h"
+#include "checkpoint/transfer/upkeep.h"
 #include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
@@ -58,7 +59,8 @@ class Service final : public TransferService {
         listener_(listener),
         traffic_(options.pacing),
         replicas_(options, host, listener, &jobs_, &traffic_),
-        pool_(std::max(1, options.push_threads)) {}
+        pool_(std::max(1, options.push_threads)),
+        upkeep_(options, host, listener, &jobs_, &traffic_, &pool_) {}
   ~Service() override { Stop(); }
 
   Outcome Open() {
@@ -71,19 +73,24 @@ class Service final : public TransferService {
     server_ = std::move(server.value());
     wake_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     watch_ = std::thread([this] { Watch(); });
+    upkeep_.Start([this] { return Jobs(); });
     return Done{};
   }
 
   std::uint16_t port() const override { return server_->port(); }
   void Begin(const JobId& job, Generation generation, const std::string& data_key) override;
-  std::vector<HeldShard> Survey(const JobId& job) override;
+  std::vector<HeldShard> Survey(const JobId& job) override { return upkeep_.Survey(job); }
   bool Activate(const Part& part, std::string* error) override;
   void MarkCommitted(const JobId& job, Generation generation, Step step) override;
   void MarkReleased(const JobId& job, Generation generation, Step step) override;
   void SetControllerAway(bool away) override;
   void Forget(const JobId& job) override;
   void KeeperGone() override;
+  void Mend(const JobId& job, const HeldShard& shard, const std::string& source) override {
+    upkeep_.Mend(job, shard, source);
+  }
   Traffic* traffic() override { return &traffic_; }
+  ScrubReport scrubbed() const override { return upkeep_.report(); }
   void Stop() override;
 
  private:
@@ -113,6 +120,8 @@ class Service final : public TransferService {
   void PushEnds(LocalRank* local, PeerPush* peer, const SlotView& view, bool done);
   void Tidy(const JobId& job, Generation generation, const std::set<Rank>& ranks);
   std::vector<LocalPtr> Locals() const;
+  std::vector<JobId> Jobs() const;
+  bool InPlace(const LocalPtr& local, const SlotView& view);
   void Wake() const {
     const std::uint64_t one = 1;
     [[maybe_unused]] const ssize_t n = write(wake_, &one, sizeof one);
@@ -125,6 +134,7 @@ class Service final : public TransferService {
   Traffic traffic_;
   ReplicaStore replicas_;
   TaskPool pool_;
+  Upkeep upkeep_;
   std::unique_ptr<PeerServer> server_;
   int wake_ = -1;
   std::thread watch_;
@@ -146,6 +156,14 @@ std::vector<LocalPtr> Service::Locals() const {
   return out;
 }
 
+std::vector<JobId> Service::Jobs() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<JobId> out;
+  out.reserve(active_.size());
+  for (const auto& [id, job] : active_) out.push_back(id);
+  return out;
+}
+
 void Service::Begin(const JobId& job, Generation generation, const std::string& data_key) {
   jobs_.Begin(job, generation, data_key);
   std::lock_guard<std::mutex> lock(mutex_);
@@ -157,38 +175,6 @@ void Service::Begin(const JobId& job, Generation generation, const std::string& 
     if (fence.load() < generation) fence.store(generation, std::memory_order_release);
   }
   active_.erase(it);
-}
-
-std::vector<HeldShard> Service::Survey(const JobId& job) {
-  std::vector<HeldShard> out;
-  auto names = host_->List(job);
-  if (!names.ok()) {
-    listener_->OnTrouble(job, names.error().message);
-    return out;
-  }
-  const std::uint32_t job_crc = Crc32c(job.data(), job.size());
-  for (const ArenaName& name : names.value()) {
-    auto fds = host_->Open(job, name, 0);
-    if (!fds.ok()) continue;
-    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-    auto arena = Arena::Open(fds.value().memfd);
-    if (!arena.ok()) {
-      listener_->OnTrouble(job, arena.error().message);
-      continue;
-    }
-    for (std::uint32_t i = 0; i < kSlots; ++i) {
-      const auto view = arena.value().Look(i);
-      if (!view || view->fields.job_crc != job_crc) continue;
-      if (name.replica && view->fields.rank != name.rank) continue;
-      if (auto ok = arena.value().Verify(*view); !ok.ok()) {
-        if (ok.error().code != ErrorCode::kStale) listener_->OnTrouble(job, ok.error().message);
-        continue;
-      }
-      out.push_back(ToShard(*view, name.replica));
-      KillPoint("switch.slot_surveyed");
-    }
-  }
-  return out;
 }
 
 Result<LocalPtr> Service::OpenLocal(const Part& part, const WorkerPart& worker) {
@@ -242,6 +228,7 @@ bool Service::Activate(const Part& part, std::string* error) {
     }
   }
   if (!AwaitRestores(part, error)) return false;
+  upkeep_.GiveUp(part.job, part.given_up);
   Job job{.generation = part.generation};
   for (const WorkerPart& worker : part.workers) {
     auto opened = OpenLocal(part, worker);
@@ -301,8 +288,9 @@ void Service::StartRestore(const LocalPtr& local) {
     local->restored = true;
     return;
   }
-  if (const auto view = FindRestore(local->arena, local->restore)) {
-    Ready(local, *view);  // in place; the worker checks every byte before it believes it
+  const auto view = FindRestore(local->arena, local->restore);
+  if (view && InPlace(local, *view)) {
+    Ready(local, *view);  // the worker checks every byte before it believes it
     return;
   }
   local->arena.SetRestore({.generation = local->generation,
@@ -312,7 +300,17 @@ void Service::StartRestore(const LocalPtr& local) {
   pool_.Submit([this, local] { Restore(local); });
 }
 
+// What lies here already will do, but not when it was found damaged, or the plan sends the rank
+// elsewhere for these very bytes and they are not whole.
+bool Service::InPlace(const LocalPtr& local, const SlotView& view) {
+  if (upkeep_.KnownDamaged(local->job, ToShard(view, false))) return false;
+  if (local->restore.source_address.empty()) return true;
+  auto mapped = Arena::Open(fcntl(local->arena.fd(), F_DUPFD_CLOEXEC, 0));
+  return mapped.ok() && mapped.value().Verify(view).ok();
+}
+
 void Service::Ready(const LocalPtr& local, const SlotView& view) {
+  upkeep_.Mended(local->job, ToShard(view, false));
   local->arena.SetRestore(ReadyWord(local->generation, view));
   KillPoint("restore.ready");
   local->restored = true;
@@ -538,6 +536,11 @@ std::optional<milliseconds> Service::Push(const LocalPtr& local, PeerPush* peer)
   const Error& error = pushed.error();
   if (!local->arena.Current(*view)) return milliseconds(0);  // a newer one has come
   peer->corrupt = error.code == ErrorCode::kCorrupt ? peer->corrupt + 1 : 0;
+  if (peer->corrupt == kSuspectAfter) {  // not the wire, then
+    if (const auto chunk = FirstDamage(&peer->sending, *view)) {
+      upkeep_.Damaged(local->job, ToShard(*view, false), *chunk, "push");
+    }
+  }
   const bool hopeless = error.code == ErrorCode::kStale || error.code == ErrorCode::kNoMemory ||
                         peer->corrupt >= kSuspectAfter;
   if (hopeless) peer->gave_up_content = view->content();
@@ -655,6 +658,7 @@ void Service::Stop() {
       for (auto& [rank, local] : job.locals) local->cancel = true;
     }
   }
+  upkeep_.Stop();
   if (watch_.joinable()) {
     Wake();
     watch_.join();

@@ -59,6 +59,11 @@ class Listener {
   virtual void OnCaptured(const JobId& job, Generation generation, Rank rank, Step step) = 0;
   // This node verified and holds a copy: its own capture or a peer's (event ShardCopied).
   virtual void OnCopied(const JobId& job, const HeldShard& shard) = 0;
+  // A copy here, its own capture or a peer's, fails its checksum (event ShardDamaged): the first
+  // bad chunk, -1 for the table of checksums. Said each time it is found so. `by`: "scrub",
+  // "survey" or "push".
+  virtual void OnDamaged(const JobId& /*job*/, const HeldShard& /*shard*/, std::int64_t /*chunk*/,
+                         const char* /*by*/) {}
   // A slot could not be pushed, fetched or verified; for the log. The service goes on by itself.
   virtual void OnTrouble(const JobId& job, const std::string& what) = 0;
 };
@@ -84,6 +89,19 @@ struct Part {
   std::vector<WorkerPart> workers;
   std::vector<std::string> peers;  // host:port each; every capture goes to all of them
   Step committed_step = kNoStep;
+  std::vector<Cut> given_up;  // slots beyond are torn before anything else
+};
+
+// The scrubber (scrubber.h).
+struct ScrubOptions {
+  std::uint64_t bytes_per_s = 64u << 20;   // read at most so fast; 0: nothing is looked over
+  std::chrono::milliseconds every{60000};  // one content is looked at once in this time
+};
+struct ScrubReport {  // since the service started
+  std::uint64_t checked_bytes = 0;
+  std::uint64_t checked_slots = 0;
+  std::uint64_t damaged = 0;   // contents found damaged, whoever looked
+  std::uint64_t repaired = 0;  // ... and put right
 };
 
 struct TransferOptions {
@@ -100,6 +118,7 @@ struct TransferOptions {
   std::chrono::milliseconds retry_last{1000};
   std::chrono::milliseconds restore_timeout{120000};  // a fetch, all attempts together
   PacerOptions pacing;
+  ScrubOptions scrub;
 };
 
 class TransferService {
@@ -126,6 +145,11 @@ class TransferService {
   // ranks alone.
   virtual bool Activate(const Part& part, std::string* error) = 0;
 
+  // Effect MendShard: a copy here is damaged, `source_address` (host:port of a data plane) has
+  // these very bytes. Listener::OnCopied follows when it is whole again.
+  virtual void Mend(const JobId& job, const HeldShard& shard,
+                    const std::string& source_address) = 0;
+
   // Effect MarkCommitted, ControllerAway, ForgetJob (the keeper's arenas are the caller's to drop).
   virtual void MarkCommitted(const JobId& job, Generation generation, Step step) = 0;
   // The controller gave up steps up to `step` of `generation` (a restore's source: its own
@@ -139,6 +163,7 @@ class TransferService {
 
   // Who else moves checkpoint bytes on this node asks it first; what was moved so far.
   virtual Traffic* traffic() = 0;
+  virtual ScrubReport scrubbed() const = 0;
 
   // Ends every connection and joins every thread; at most a second or two.
   virtual void Stop() = 0;

@@ -42,6 +42,10 @@ VerbResult Dispatch(Context& context, const std::string& called_as) {
     case Verb::kCkptSave: return RunCkptSave(context);
     case Verb::kCkptPrune: return RunCkptPrune(context);
     case Verb::kCkptExport: return RunCkptExport(context);
+    case Verb::kCkptDiff: return RunCkptDiff(context);
+    case Verb::kCkptPlan: return RunCkptPlan(context);
+    case Verb::kCkptRollback: return RunCkptRollback(context);
+    case Verb::kCkptAnomaly: return RunCkptAnomaly(context);
     default: return RunDrill(context, verb);
   }
   return CliError{ExitCode::kUsage, "INVALID_ARGUMENT", "no command", "everstep --help"};

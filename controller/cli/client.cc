@@ -235,6 +235,21 @@ Result<v1::LossForecast> AdminClient::ForetellLoss(const v1::ForetellLossRequest
       *impl_, options_, Kind::kRead, &v1::AdminService::Stub::ForetellLoss, request);
 }
 
+Result<v1::JobCheckpoints> AdminClient::GetCheckpoints(const std::string& job) {
+  v1::GetCheckpointsRequest request;
+  request.set_job(job);
+  return Call<v1::GetCheckpointsRequest, v1::JobCheckpoints>(
+      *impl_, options_, Kind::kRead, &v1::AdminService::Stub::GetCheckpoints, request);
+}
+
+Result<v1::RollBackReply> AdminClient::RollBack(const v1::RollBackRequest& request) {
+  return Call(*impl_, options_, Kind::kWrite, &v1::AdminService::Stub::RollBack, request);
+}
+
+Result<v1::ReportAnomalyReply> AdminClient::ReportAnomaly(const v1::ReportAnomalyRequest& request) {
+  return Call(*impl_, options_, Kind::kWrite, &v1::AdminService::Stub::ReportAnomaly, request);
+}
+
 Result<v1::NodeList> AdminClient::ListNodes() {
   return Call<v1::ListNodesRequest, v1::NodeList>(*impl_, options_, Kind::kRead,
                                                   &v1::AdminService::Stub::ListNodes, {});

@@ -46,6 +46,9 @@ class AdminClient {
   Result<v1::DrillReply> Drill(const v1::DrillRequest& request);
   Result<v1::CheckpointPlacement> GetPlacement(const v1::GetPlacementRequest& request);
   Result<v1::LossForecast> ForetellLoss(const v1::ForetellLossRequest& request);
+  Result<v1::JobCheckpoints> GetCheckpoints(const std::string& job);
+  Result<v1::RollBackReply> RollBack(const v1::RollBackRequest& request);
+  Result<v1::ReportAnomalyReply> ReportAnomaly(const v1::ReportAnomalyRequest& request);
 
   // Streams. `take` returns false to end the stream, which is a success.
   // Follows across a restart of the controller: after each break from the last sequence on.

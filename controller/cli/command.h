@@ -61,7 +61,11 @@ enum class Verb : std::uint8_t {
   kCkptVerify,
   kCkptSave,
   kCkptPrune,
-  kCkptExport
+  kCkptExport,
+  kCkptDiff,
+  kCkptPlan,
+  kCkptRollback,
+  kCkptAnomaly
 };
 
 // What a word completes to in a shell, besides the names of the tree.

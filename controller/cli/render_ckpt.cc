@@ -57,7 +57,8 @@ std::string RenderPlacement(const v1::CheckpointPlacement& p, const RenderOption
                {"KEEPS COPIES OF"},
                {"BYTES", Align::kRight}});
   for (const v1::NodeCopies& n : p.nodes()) {
-    nodes.Add({n.node(), OrDash(n.domain()), Ranks(n.ranks()), OrDash(fmt::format("{}", fmt::join(n.peers(), ","))), Ranks(n.keeps()),
+    nodes.Add({n.node(), OrDash(n.domain()), Ranks(n.ranks()),
+               OrDash(fmt::format("{}", fmt::join(n.peers(), ","))), Ranks(n.keeps()),
                HumanBytes(n.bytes())});
   }
   out += "\n" + nodes.Format(options.headers, options.max_width);
@@ -111,6 +112,40 @@ std::string RenderForecast(const v1::LossForecast& f, const RenderOptions& optio
     if (s.source_rank() != s.rank()) from += fmt::format(" (rank {}'s)", s.source_rank());
     sources.Add({fmt::format("{}", s.rank()), s.node(), s.tier(), from,
                  files ? "-" : HumanBytes(s.bytes())});
+  }
+  return out + "\n" + sources.Format(options.headers, options.max_width);
+}
+
+std::string RenderPlan(const v1::LossForecast& f, const RenderOptions& options) {
+  const bool goes_on = f.state() == "ACTIVATING";
+  std::vector<std::pair<std::string, std::string>> pairs = {
+      {"Job", f.job()},
+      {"Lost", fmt::format("{}", fmt::join(f.lost(), ", "))},
+      {"Step", Step(f.step())},
+      {"Why", f.why()}};
+  if (goes_on) pairs.emplace_back("Members", fmt::format("{}", fmt::join(f.members(), ", ")));
+  if (f.sources_size() > 0) {
+    pairs.emplace_back("To move", HumanBytes(f.bytes_to_move()));
+    pairs.emplace_back("To copy", fmt::format("{} afterwards, until every shard has its copies",
+                                              HumanBytes(f.bytes_to_copy())));
+    pairs.emplace_back("Takes", fmt::format("{} once the loss is seen (by {})",
+                                            HumanSeconds(f.estimated_seconds()), f.basis()));
+  }
+  std::string out = FormatPairs(pairs);
+  if (f.sources_size() == 0) return out;
+  Table sources({{"RANK", Align::kRight},
+                 {"ON"},
+                 {"TIER"},
+                 {"FROM"},
+                 {"BYTES", Align::kRight},
+                 {"SOURCES", Align::kRight},
+                 {"WHY"}});
+  for (const v1::ShardSource& s : f.sources()) {
+    std::string from = s.source_node();
+    if (s.source_rank() != s.rank()) from += fmt::format(" (rank {}'s)", s.source_rank());
+    sources.Add({fmt::format("{}", s.rank()), s.node(), s.tier(), from,
+                 s.bytes() == 0 ? "-" : HumanBytes(s.bytes()), std::to_string(s.choices()),
+                 s.why()});
   }
   return out + "\n" + sources.Format(options.headers, options.max_width);
 }

@@ -284,6 +284,9 @@ CommandSpec AllCkptCommands() {
   std::vector<CommandSpec> files = CkptFileCommands();
   all.children.insert(all.children.begin(), std::make_move_iterator(files.begin()),
                       std::make_move_iterator(files.end()));
+  std::vector<CommandSpec> trust = CkptTrustCommands();
+  all.children.insert(all.children.end(), std::make_move_iterator(trust.begin()),
+                      std::make_move_iterator(trust.end()));
   return all;
 }
 

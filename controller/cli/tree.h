@@ -11,6 +11,7 @@ const ProgramSpec& Program();
 // Children of `everstep ckpt`, each group in a file of its own (tree_ckpt_*.cc).
 CommandSpec CkptTrafficCommand();
 std::vector<CommandSpec> CkptFileCommands();
+std::vector<CommandSpec> CkptTrustCommands();
 
 // Topics of `everstep help TOPIC` that are no commands: name, one line, text.
 struct Topic {

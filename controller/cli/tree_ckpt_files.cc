@@ -21,16 +21,23 @@ std::vector<CommandSpec> CkptFileCommands() {
        .description =
            "complete: its manifest stands, and every file has its size. incomplete: some rank's "
            "file is missing, so it is no checkpoint (yet). damaged: a file failed its checksum, or "
-           "the manifest did. A directory is read as it is; no controller is asked.",
+           "the manifest did. given up: a roll-back went behind it. A directory is read as it is; "
+           "no "
+           "controller is asked.",
        .words = {JobOrDirectory()},
        .examples = {{"everstep ckpt list gpt", ""}, {"everstep ckpt list /mnt/ckpt -o json", ""}},
        .aliases = {"ls"}},
       {.name = "show",
        .verb = Verb::kCkptShow,
-       .summary = "One checkpoint: its job, step, ranks, files and checksums",
+       .summary = "One checkpoint: its job, step, ranks, files and checksums; or all of a job's",
+       .description =
+           "Of a job without --step: what its controller knows of all its checkpoints, in memory "
+           "and files: how far each is trusted, on which nodes each rank's copies lie now, and "
+           "what is damaged.",
        .words = {JobOrDirectory()},
        .options = {StepOption("the newest complete one")},
-       .examples = {{"everstep ckpt show /mnt/ckpt --step 1200", ""}}},
+       .examples = {{"everstep ckpt show gpt", ""},
+                    {"everstep ckpt show /mnt/ckpt --step 1200", ""}}},
       {.name = "verify",
        .verb = Verb::kCkptVerify,
        .summary = "Read every byte and compare every checksum",

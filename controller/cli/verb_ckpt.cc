@@ -1,4 +1,4 @@
-// `everstep ckpt placement|survive`.
+// `everstep ckpt placement|survive|plan`.
 #include <algorithm>
 
 #include <fmt/format.h>
@@ -19,6 +19,55 @@ std::vector<std::string> Parts(const std::string& list) {
     at = comma + 1;
   }
   return out;
+}
+
+// What is lost, by names, domains or number, asked of the controller.
+Result<v1::LossForecast> Foretell(Context& context, const std::string& verb) {
+  v1::ForetellLossRequest request;
+  for (const std::string& node : Parts(context.args.Get("lose"))) request.add_nodes(node);
+  for (const std::string& domain : Parts(context.args.Get("domain"))) {
+    if (domain.find('=') == std::string::npos) {
+      return CliError{ExitCode::kUsage, "INVALID_ARGUMENT",
+                      fmt::format("--domain {} is not LEVEL=NAME", domain),
+                      "the labels of the agents: everstep node show NODE"};
+    }
+    request.add_domains(domain);
+  }
+  if (context.args.Has("nodes")) {
+    const Result<std::int64_t> count =
+        ParseInteger("--nodes", context.args.Get("nodes"), 1, kMaxNodes);
+    if (!count.ok()) return count.error();
+    request.set_count(static_cast<std::uint32_t>(count.value()));
+  }
+  const bool named = request.nodes_size() + request.domains_size() > 0;
+  if (named == (request.count() > 0)) {
+    return CliError{
+        ExitCode::kUsage, "INVALID_ARGUMENT",
+        named ? "--nodes goes without --lose and --domain" : verb + " needs to know what is lost",
+        fmt::format("everstep {} {} --lose n3,n7 | --domain zone=a | --nodes 2", verb,
+                    context.args.words[0])};
+  }
+  Result<std::unique_ptr<AdminClient>> client = context.Client();
+  if (!client.ok()) return client.error();
+  const Result<v1::JobStatus> job = FindJob(client.value().get(), context.args.words[0]);
+  if (!job.ok()) return job.error();
+  request.set_job(job.value().job());
+  return client.value()->ForetellLoss(request);
+}
+
+VerbResult Tell(Context& context, const std::string& verb,
+                std::string (*render)(const v1::LossForecast&, const RenderOptions&)) {
+  const Result<v1::LossForecast> forecast = Foretell(context, verb);
+  if (!forecast.ok()) return forecast.error();
+  switch (context.output) {
+    case Output::kJson: context.Out(ToJson("LossForecast", forecast.value())); break;
+    case Output::kJsonl: context.Out(ToJsonLine(forecast.value())); break;
+    case Output::kName:
+      for (const std::string& node : forecast.value().lost()) context.Out(node + "\n");
+      break;
+    default: context.Out(render(forecast.value(), context.render));
+  }
+  return forecast.value().recoverable() ? ExitCode::kOk : ExitCode::kFailed;
 }
 
 }  // namespace
@@ -49,47 +98,11 @@ VerbResult RunCkptPlacement(Context& context) {
 }
 
 VerbResult RunCkptSurvive(Context& context) {
-  v1::ForetellLossRequest request;
-  for (const std::string& node : Parts(context.args.Get("lose"))) request.add_nodes(node);
-  for (const std::string& domain : Parts(context.args.Get("domain"))) {
-    if (domain.find('=') == std::string::npos) {
-      return CliError{ExitCode::kUsage, "INVALID_ARGUMENT",
-                      fmt::format("--domain {} is not LEVEL=NAME", domain),
-                      "the labels of the agents: everstep node show NODE"};
-    }
-    request.add_domains(domain);
-  }
-  if (context.args.Has("nodes")) {
-    const Result<std::int64_t> count =
-        ParseInteger("--nodes", context.args.Get("nodes"), 1, kMaxNodes);
-    if (!count.ok()) return count.error();
-    request.set_count(static_cast<std::uint32_t>(count.value()));
-  }
-  const bool named = request.nodes_size() + request.domains_size() > 0;
-  if (named == (request.count() > 0)) {
-    return CliError{
-        ExitCode::kUsage, "INVALID_ARGUMENT",
-        named ? "--nodes goes without --lose and --domain"
-              : "ckpt survive needs to know what is lost",
-        fmt::format("everstep ckpt survive {} --lose n3,n7 | --domain zone=a | --nodes 2",
-                    context.args.words[0])};
-  }
-  Result<std::unique_ptr<AdminClient>> client = context.Client();
-  if (!client.ok()) return client.error();
-  const Result<v1::JobStatus> job = FindJob(client.value().get(), context.args.words[0]);
-  if (!job.ok()) return job.error();
-  request.set_job(job.value().job());
-  const Result<v1::LossForecast> forecast = client.value()->ForetellLoss(request);
-  if (!forecast.ok()) return forecast.error();
-  switch (context.output) {
-    case Output::kJson: context.Out(ToJson("LossForecast", forecast.value())); break;
-    case Output::kJsonl: context.Out(ToJsonLine(forecast.value())); break;
-    case Output::kName:
-      for (const std::string& node : forecast.value().lost()) context.Out(node + "\n");
-      break;
-    default: context.Out(RenderForecast(forecast.value(), context.render));
-  }
-  return forecast.value().recoverable() ? ExitCode::kOk : ExitCode::kFailed;
+  return Tell(context, "ckpt survive", RenderForecast);
+}
+
+VerbResult RunCkptPlan(Context& context) {
+  return Tell(context, "ckpt plan", RenderPlan);
 }
 
 }  // namespace everstep::cli

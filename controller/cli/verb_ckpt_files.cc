@@ -10,6 +10,7 @@
 
 #include "checkpoint/files/file_tier.h"
 #include "checkpoint/store/memory_limit.h"
+#include "controller/cli/ckpt_where.h"
 #include "controller/cli/suggest.h"
 #include "controller/cli/table.h"
 #include "controller/cli/units.h"
@@ -24,7 +25,15 @@ namespace cp = everstep::checkpoint;
 namespace fs = std::filesystem;
 using State = cp::FileCheckpoint::State;
 
-CliError FromDisk(const cp::Error& error, std::string hint = "") {
+Result<std::vector<cp::FileCheckpoint>> Listed(cp::FileTier* tier) {
+  auto list = tier->List();
+  if (!list.ok()) return FromDisk(list.error());
+  return std::move(list.value());
+}
+
+}  // namespace
+
+CliError FromDisk(const cp::Error& error, std::string hint) {
   const bool missing = error.code == cp::ErrorCode::kNotFound;
   return {missing ? ExitCode::kNotFound : ExitCode::kFailed,
           missing                                 ? "NOT_FOUND"
@@ -34,10 +43,15 @@ CliError FromDisk(const cp::Error& error, std::string hint = "") {
 }
 
 // What looks like a path is one; anything else is a job, whose directory the controller knows.
+bool LooksLikeDirectory(const std::string& word) {
+  std::error_code error;
+  return word.find('/') != std::string::npos || word == "." || word == ".." ||
+         fs::is_directory(word, error);
+}
+
 Result<std::string> DirectoryOf(Context& context, const std::string& word) {
   std::error_code error;
-  if (word.find('/') != std::string::npos || word == "." || word == ".." ||
-      fs::is_directory(word, error)) {
+  if (LooksLikeDirectory(word)) {
     if (!fs::is_directory(word, error)) {
       return CliError{ExitCode::kNotFound, "NOT_FOUND", fmt::format("no directory {}", word),
                       "give the --ckpt-dir of a run, or the name of a job"};
@@ -63,22 +77,9 @@ Result<std::string> DirectoryOf(Context& context, const std::string& word) {
   return dir;
 }
 
-Result<std::vector<cp::FileCheckpoint>> Listed(cp::FileTier* tier) {
-  auto list = tier->List();
-  if (!list.ok()) return FromDisk(list.error());
-  return std::move(list.value());
-}
-
-// The one that --step names, else the newest complete one.
-Result<cp::FileCheckpoint> Chosen(Context& context, cp::FileTier* tier) {
+Result<cp::FileCheckpoint> ChosenCheckpoint(cp::FileTier* tier, std::int64_t wanted) {
   auto list = Listed(tier);
   if (!list.ok()) return list.error();
-  std::int64_t wanted = -1;
-  if (context.args.Has("step")) {
-    const auto step = ParseInteger("--step", context.args.Get("step"), 0, INT64_MAX);
-    if (!step.ok()) return step.error();
-    wanted = step.value();
-  }
   std::string steps;
   for (cp::FileCheckpoint& c : list.value()) {
     if (wanted < 0 ? c.state == State::kComplete : c.step == wanted) return std::move(c);
@@ -91,6 +92,16 @@ Result<cp::FileCheckpoint> Chosen(Context& context, cp::FileTier* tier) {
                   steps.empty() ? "" : "steps there: " + steps};
 }
 
+namespace {
+
+// The one that --step names, else the newest complete one.
+Result<cp::FileCheckpoint> Chosen(Context& context, cp::FileTier* tier) {
+  if (!context.args.Has("step")) return ChosenCheckpoint(tier, -1);
+  const auto step = ParseInteger("--step", context.args.Get("step"), 0, INT64_MAX);
+  if (!step.ok()) return step.error();
+  return ChosenCheckpoint(tier, step.value());
+}
+
 std::string Saved(std::uint64_t ns) {
   if (ns == 0) return "";
   const auto seconds = static_cast<std::time_t>(ns / 1'000'000'000);
@@ -98,6 +109,12 @@ std::string Saved(std::uint64_t ns) {
   if (gmtime_r(&seconds, &parts) == nullptr) return "";
   return fmt::format("{:04}-{:02}-{:02}T{:02}:{:02}:{:02}Z", parts.tm_year + 1900, parts.tm_mon + 1,
                      parts.tm_mday, parts.tm_hour, parts.tm_min, parts.tm_sec);
+}
+
+// Files are written of committed steps alone.
+std::string TrustOf(const cp::FileCheckpoint& c) {
+  if (c.state != State::kComplete) return "";
+  return c.verified ? "verified" : "committed";
 }
 
 std::string FileJson(const cp::ManifestFile& f) {
@@ -109,10 +126,10 @@ std::string FileJson(const cp::ManifestFile& f) {
 std::string CheckpointJson(const cp::FileCheckpoint& c, bool files) {
   std::string text = fmt::format(
       "{{\"checkpoint\":{},\"step\":{},\"generation\":{},\"state\":\"{}\",\"why\":{},\"job\":{},"
-      "\"worldSize\":{},\"replicatedLayout\":{},\"bytes\":{},\"saved\":{}",
+      "\"worldSize\":{},\"replicatedLayout\":{},\"bytes\":{},\"saved\":{},\"trust\":\"{}\"",
       JsonQuote(c.name), c.step, c.generation, cp::FileStateName(c.state), JsonQuote(c.why),
       JsonQuote(c.manifest.job), c.manifest.world_size, c.manifest.replicated_layout,
-      c.manifest.bytes(), JsonQuote(Saved(c.manifest.sealed_ns)));
+      c.manifest.bytes(), JsonQuote(Saved(c.manifest.sealed_ns)), TrustOf(c));
   if (files) {
     text += ",\"files\":[";
     for (const cp::ManifestFile& f : c.manifest.ranks) {
@@ -141,6 +158,7 @@ VerbResult RunCkptList(Context& context) {
     Table table({{"STEP", Align::kRight},
                  {"GENERATION", Align::kRight},
                  {"STATE"},
+                 {"TRUST"},
                  {"RANKS", Align::kRight},
                  {"SIZE", Align::kRight},
                  {"SAVED"},
@@ -149,7 +167,7 @@ VerbResult RunCkptList(Context& context) {
     for (const cp::FileCheckpoint& c : list.value()) {
       const bool known = !c.manifest.ranks.empty();
       table.Add({std::to_string(c.step), std::to_string(c.generation), cp::FileStateName(c.state),
-                 known ? std::to_string(c.manifest.world_size) : "",
+                 TrustOf(c), known ? std::to_string(c.manifest.world_size) : "",
                  known ? cp::HumanBytes(c.manifest.bytes()) : "", Saved(c.manifest.sealed_ns),
                  c.manifest.job, OneLine(c.why)});
     }
@@ -168,6 +186,12 @@ VerbResult RunCkptList(Context& context) {
 }
 
 VerbResult RunCkptShow(Context& context) {
+  if (const std::string& word = context.args.words[0];
+      !context.args.Has("step") && !LooksLikeDirectory(word)) {
+    Result<std::unique_ptr<AdminClient>> client = context.Client();
+    if (!client.ok()) return client.error();
+    return ShowJobCheckpoints(context, client.value().get(), word);
+  }
   auto dir = DirectoryOf(context, context.args.words[0]);
   if (!dir.ok()) return dir.error();
   cp::FileTier tier(cp::PosixDisk(), dir.value());
@@ -186,6 +210,7 @@ VerbResult RunCkptShow(Context& context) {
   std::vector<std::pair<std::string, std::string>> pairs = {
       {"checkpoint", tier.directory() + "/" + c.name},
       {"state", cp::FileStateName(c.state)},
+      {"trust", OrDash(TrustOf(c))},
       {"why", OrDash(OneLine(c.why))},
       {"job", OrDash(c.manifest.job)},
       {"step", std::to_string(c.step)},

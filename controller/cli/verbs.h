@@ -30,6 +30,12 @@ VerbResult RunCkptVerify(Context& context);
 VerbResult RunCkptSave(Context& context);
 VerbResult RunCkptPrune(Context& context);
 VerbResult RunCkptExport(Context& context);
+VerbResult RunCkptDiff(Context& context);
+VerbResult RunCkptPlan(Context& context);
+VerbResult RunCkptRollback(Context& context);
+VerbResult RunCkptAnomaly(Context& context);
+// `ckpt show JOB`: what the controller knows of a job's checkpoints, memory and files.
+VerbResult ShowJobCheckpoints(Context& context, AdminClient* client, const std::string& job);
 
 VerbResult RunEvents(Context& context);
 VerbResult RunLogs(Context& context);

@@ -15,8 +15,10 @@ void Controller::Impl::On(const ShardCopied& e) {
   if (Fresh(e.node, e.incarnation) == nullptr) return;
   JobStateView* job = FindJob(e.job);
   if (job == nullptr || IsTerminal(job->record.state)) return;
+  // Of what runs now, of what it started from, or of a commit whose copies are being made whole.
   const bool current =
-      (e.shard.generation == job->record.generation || IsBase(*job, e.shard)) &&
+      (e.shard.generation == job->record.generation || IsBase(*job, e.shard) ||
+       IsCommitted(*job, e.shard)) &&
       (job->record.state == JobState::kRunning || job->record.state == JobState::kActivating);
   if (!current && !Bug(kBugMissingFence)) {
     ++state_.stale_dropped;
@@ -30,7 +32,9 @@ void Controller::Impl::On(const ShardCopied& e) {
             (s.step == e.shard.step && s.generation == e.shard.generation));
   });
   held.push_back(e.shard);
+  const bool repaired = Repaired(job, e.node, e.shard);
   CountCopy(job, e.node, e.shard);
+  if (repaired || runtime_[e.job].short_since.ns != 0) WatchCopies(job);
 }
 
 void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const HeldShard& copy) {
@@ -99,6 +103,8 @@ void Controller::Impl::AddCommit(JobStateView* job, Commit commit) {
   if (commits.size() > 2) commits.resize(2);
   dirty_commits_.insert(id);
   for (const NodePlan& member : job->plan.nodes) TellCommits(job, member.node);
+  ForgetDamage(job);
+  VerifyOlder(job);
   PersistIfDue(job);
 }
 
@@ -240,6 +246,7 @@ void Controller::Impl::PlanRestore(JobStateView* job) {
     if (node == state_.nodes.end() || node->second.record.health == NodeHealth::kLost) continue;
     for (const HeldShard& shard : holds.shards) {
       if (!shard.file && shard.generation <= job->record.earlier_runs) continue;
+      if (GivenUp(job->record.given_up, shard.generation, shard.step)) continue;
       candidates[{shard.step, shard.generation, shard.world_size, !shard.file}].push_back(
           {id, shard});
     }

@@ -133,6 +133,7 @@ void Controller::Impl::RecallNodes() {
     if (it == state_.nodes.end()) continue;
     NodeState& node = it->second;
     if (line.type == "node_draining") node.drain_since = line.time;
+    if (line.type == "memory_suspect") node.memory_suspect = line.evidence;
     if (line.type == "node_lost" && node.record.health == NodeHealth::kLost) {
       node.reason = line.reason;
       node.evidence = line.evidence;

@@ -45,6 +45,9 @@ struct Options {
   Duration failed_retention = Seconds(3600);
   Duration persist_timeout = Seconds(600);  // a step must be in the checkpoint directory within
   Duration persist_retry = Seconds(10);     // after a failure; doubled up to persist_timeout
+  // Damaged copies on one node within the window: its memory is called suspect.
+  std::size_t suspect_findings = 3;
+  Duration suspect_window = Seconds(3600);
   // Seeded bugs for the simulator's own test (tests/sim/seeded_bugs_test.cc); never set elsewhere.
   std::uint32_t bugs = 0;
 };
@@ -57,6 +60,7 @@ struct Forecast {
   // kActivating: the plan with its restore. kWaiting: the plan before the loss with the restore
   // that the memory left would allow. restore_step kNoStep: nothing is left.
   GenerationPlan plan;
+  std::vector<NodeId> lost;
 };
 
 class Controller {

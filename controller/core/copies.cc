@@ -142,6 +142,14 @@ void AssignPeers(const ClusterState& state, const JobStateView& job, GenerationP
   }
 }
 
+std::size_t LeastCopies(const CopySets& copies) {
+  std::size_t least = copies.hosts.empty() ? 0 : copies.hosts.front().size();
+  for (const std::vector<std::uint32_t>& hosts : copies.hosts) {
+    least = std::min(least, hosts.size());
+  }
+  return least;
+}
+
 CopySets CopiesNow(const ClusterState& state, const JobStateView& job) {
   CopySets out;
   std::map<NodeId, std::uint32_t> index;

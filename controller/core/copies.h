@@ -57,5 +57,7 @@ struct CopySets {
   std::vector<std::vector<std::uint32_t>> hosts;  // by rank, or one; indices into nodes
 };
 CopySets CopiesNow(const ClusterState& state, const JobStateView& job);
+// Of the rank that has fewest.
+std::size_t LeastCopies(const CopySets& copies);
 
 }  // namespace everstep::controller

@@ -45,8 +45,11 @@ struct JobRecord {
   std::string data_key;
   Generation earlier_runs = 0;  // captures of generations up to this one are of runs that are over
   bool memory_freed = false;    // ended, and its nodes were told to give up what it captured
-  bool forgotten = false;       // only the id and its newest generation are still known
-  std::vector<Fault> faults;    // newest 256
+  std::uint64_t shards_damaged = 0;    // copies that failed their checksum
+  std::uint64_t shards_repaired = 0;   // ... and were put right from another one
+  std::vector<Cut> given_up;           // by roll-backs
+  bool forgotten = false;              // only the id and its newest generation are still known
+  std::vector<Fault> faults;           // newest 256
   std::vector<WorkerOnNode> failures;  // of the generation that ended the job, by error time
 };
 struct GenerationRecord {
@@ -57,7 +60,13 @@ struct CommitRecord {
   std::vector<Commit> commits;          // newest first, at most two
   Generation persisted_generation = 0;  // newest step that stands in the checkpoint directory
   Step persisted_step = kNoStep;
-  Timestamp persisted;  // when it was known to
+  Timestamp persisted;     // when it was known to
+  std::vector<Cut> files;  // checkpoints there that may yet be verified, newest first
+  Cut verified;            // newest verified checkpoint
+  Timestamp verified_at;   // ns == 0: none
+  std::uint64_t anomalies = 0;
+  Step anomaly_step = kNoStep;  // of the newest
+  std::string anomaly_why;
 };
 enum class Severity : std::uint8_t { kInfo, kWarning, kError };
 // A line of history: what a person reads in `everstep events`. `type` is a stable event name.
@@ -103,6 +112,7 @@ struct PrepareCommand {
   bool host_store = false;
   bool failed = false;  // a peer is dead already: the short grace
   std::string data_key;
+  std::vector<Cut> given_up = {};  // files beyond are marked, and not told of
 };
 struct ActivateCommand {
   // Whole, the same for every node of the generation; the shell sends each its part. Never null.
@@ -112,6 +122,7 @@ struct ActivateCommand {
   CommandSpec command;
   std::string data_key;
   Step committed_step = kNoStep;
+  std::vector<Cut> given_up = {};  // slots beyond are torn
 };
 struct StopJobCommand {
   JobId job;
@@ -133,13 +144,20 @@ struct PersistCommand {
   Generation generation = 0;  // that captured the step
   Step step = kNoStep;
   std::vector<Rank> ranks;  // whose shards this node writes
+  Cut verified = {};        // this checkpoint stays whatever the retention; step kNoStep: none
+};
+struct RepairShardCommand {
+  JobId job;
+  HeldShard shard;  // damaged on this node
+  NodeId source_node;
+  std::string source_address;  // host:port; these very bytes lie there
 };
 struct Command {
   NodeId node;
   Incarnation incarnation = 0;
   std::uint64_t sequence = 0;
   std::variant<RegisteredCommand, WarmCommand, PrepareCommand, ActivateCommand, StopJobCommand,
-               CommittedCommand, PersistCommand>
+               CommittedCommand, PersistCommand, RepairShardCommand>
       body;
 };
 

@@ -90,6 +90,15 @@ struct ShardCopied {
   JobId job;
   HeldShard shard;
 };
+// A copy that this node held fails its checksum: it holds it no longer.
+struct ShardDamaged {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobId job;
+  HeldShard shard;
+  std::int64_t chunk = 0;  // the first that fails; -1: the table of checksums itself
+  std::string found_by;    // "scrub", "survey", "push"
+};
 // This node's part of a Persist command is on the disk, or cannot be.
 struct Persisted {
   NodeId node;
@@ -158,11 +167,24 @@ struct SaveCheckpoint {
   JobId job;
 };
 
+// The job goes back to a step, and never again beyond it to what was captured before.
+struct RollBack {
+  RequestId request = 0;
+  JobId job;
+  Step step = kNoStep;  // kNoStep: the newest verified one
+};
+// Something is wrong with the training: nothing is verified until enough quiet steps have passed.
+struct ReportAnomaly {
+  RequestId request = 0;
+  JobId job;
+  std::string why;
+};
+
 struct Tick {};  // NextWakeup() has come
 
-using Event =
-    std::variant<NodeRegistered, SessionClosed, NodeProcessDead, Heartbeat, Prepared, Activated,
-                 WorkerExited, WorkerStalled, ShardCopied, Persisted, Notice, NodeWarm, KeeperLost,
-                 Stopped, SubmitJob, CancelJob, DrainNode, UndrainNode, SaveCheckpoint, Tick>;
+using Event = std::variant<NodeRegistered, SessionClosed, NodeProcessDead, Heartbeat, Prepared,
+                           Activated, WorkerExited, WorkerStalled, ShardCopied, ShardDamaged,
+                           Persisted, Notice, NodeWarm, KeeperLost, Stopped, SubmitJob, CancelJob,
+                           DrainNode, UndrainNode, SaveCheckpoint, RollBack, ReportAnomaly, Tick>;
 
 }  // namespace everstep::controller

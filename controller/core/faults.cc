@@ -195,6 +195,7 @@ void Controller::Impl::WorkerFailed(JobStateView* job, const WorkerExited& e) {
                   e.pid, ToMilliseconds(e.exit.ran));
   AddFault(job, reason, fmt::format("rank {} on {}", e.rank, e.node), evidence);
   job->record.faults.back().occurred = e.exit.occurred;
+  if (own) NoteAnomaly(job, fmt::format("rank {} failed: {}", e.rank, evidence));
   const bool charged = own || job->record.spec.strict_restarts;
   if (charged) {
     if (job->record.restarts >= static_cast<std::uint32_t>(job->record.spec.max_restarts)) {

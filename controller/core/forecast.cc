@@ -1,11 +1,22 @@
 // What would become of a job if nodes were lost now: the controller's own code, run on a copy until
 // the plan of the next generation stands, so that what is foretold and what is done cannot
 // disagree.
+#include <algorithm>
 #include <utility>
 
 #include "controller/core/impl.h"
 
 namespace everstep::controller {
+namespace {
+
+// What a node will see in the job's checkpoint directory beside what it saw when it last looked.
+void AddFiles(const JobStateView& job, std::vector<HeldShard>* shards) {
+  for (const HeldShard& file : job.files) {
+    if (std::find(shards->begin(), shards->end(), file) == shards->end()) shards->push_back(file);
+  }
+}
+
+}  // namespace
 
 Forecast Controller::Impl::IfLost(Timestamp now, const JobId& id,
                                   const std::vector<NodeId>& lost) const {
@@ -31,6 +42,7 @@ Forecast Controller::Impl::IfLost(Timestamp now, const JobId& id,
       if (const auto held = job->holdings.find(node); held != job->holdings.end()) {
         answer.holds.shards = held->second.shards;
       }
+      AddFiles(*job, &answer.holds.shards);
       answer.holds.job = id;
       answer.holds.generation = job->record.generation;
       copy.On(answer);
@@ -39,9 +51,12 @@ Forecast Controller::Impl::IfLost(Timestamp now, const JobId& id,
   }
   if (job->record.state == JobState::kWaiting) {
     job->plan = state_.jobs.at(id).plan;
+    for (const NodePlan& member : job->plan.nodes) {
+      AddFiles(*job, &job->holdings[member.node].shards);
+    }
     copy.PlanRestore(job);
   }
-  Forecast forecast{job->record.state, job->message, std::move(job->plan)};
+  Forecast forecast{job->record.state, job->message, std::move(job->plan), lost};
   if (IsTerminal(job->record.state) || job->record.state == JobState::kStopping) {
     forecast.message = job->record.end_message;
   }

@@ -223,7 +223,8 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
 void Controller::Impl::SendPrepare(JobStateView* job, const NodeId& node, bool failed) {
   const JobSpec& spec = job->record.spec;
   Send(node, PrepareCommand{spec.job, job->record.generation, spec.command, spec.nproc_per_node,
-                            job->plan.nodes.front().node == node, failed, job->record.data_key});
+                            job->plan.nodes.front().node == node, failed, job->record.data_key,
+                            job->record.given_up});
 }
 
 void Controller::Impl::On(const Prepared& e) {
@@ -320,6 +321,7 @@ void Controller::Impl::Activate(JobStateView* job) {
                                         plan.generation, plan.restore_step),
            .evidence = fmt::format("master={}:{}", plan.master_addr, plan.master_port)});
   JournalRestore(*job);
+  TrimLineage(job);
   const auto shared = std::make_shared<const GenerationPlan>(plan);
   for (const NodePlan& member : plan.nodes) {
     job->waiting_for.insert(member.node);
@@ -331,6 +333,7 @@ void Controller::Impl::Activate(JobStateView* job) {
       if (!shard.file) CountBase(job, node, shard);
     }
   }
+  WatchCopies(job);
 }
 
 void Controller::Impl::SendActivate(JobStateView* job, const NodeId& node,
@@ -341,6 +344,7 @@ void Controller::Impl::SendActivate(JobStateView* job, const NodeId& node,
   command.nproc_per_node = job->record.spec.nproc_per_node;
   command.command = job->record.spec.command;
   command.data_key = job->record.data_key;
+  command.given_up = job->record.given_up;
   if (!job->commits.commits.empty()) command.committed_step = job->commits.commits.front().step;
   Send(node, std::move(command));
 }

@@ -1,7 +1,8 @@
 // The controller's inside. Split along its seams: controller.cc (dispatch, records, recovery),
 // nodes.cc (who is alive), jobs.cc (a job's life), faults.cc (who pays for a restart), retention.cc
 // (what stays of an ended job), generation.cc (the two-phase switch), commit.cc (which step is
-// safe, where a generation starts from), forecast.cc (what if).
+// safe, where a generation starts from), repair.cc (copies that went bad), trust.cc (verified
+// checkpoints, roll-backs), forecast.cc (what if).
 #pragma once
 
 #include <map>
@@ -14,6 +15,8 @@
 #include "controller/core/controller.h"
 
 namespace everstep::controller {
+
+bool GivenUp(const std::vector<Cut>& cuts, Generation generation, everstep::Step step);
 
 class Controller::Impl {
  public:
@@ -66,10 +69,12 @@ class Controller::Impl {
       std::uint64_t bytes = 0;
       std::string trouble;
       std::vector<RequestId> requests;
+      std::vector<HeldShard> shards;  // of the commit
     };
     std::optional<Persist> persist;
     Timestamp persist_again;  // not before, after a failure
     Duration persist_retry = {};
+    Timestamp short_since;    // some shard of the newest commit lacks copies; ns == 0: none does
     Timestamp persist_since;  // when the interval began to run
   };
 
@@ -185,6 +190,25 @@ class Controller::Impl {
   };
   bool ServeFrom(JobStateView* job, const std::vector<Holder>& holders, bool replicated);
   void Progress(JobStateView* job, everstep::Step step);
+
+  // repair.cc
+  void On(const ShardDamaged& e);
+  // A shard of one of the two newest commits.
+  bool IsCommitted(const JobStateView& job, const HeldShard& shard) const;
+  NodeId RepairSource(const JobStateView& job, const NodeId& damaged, const HeldShard& shard) const;
+  void NoteMemoryFinding(NodeState* node);
+  bool Repaired(JobStateView* job, const NodeId& node, const HeldShard& shard);
+  void ForgetDamage(JobStateView* job);
+  void WatchCopies(JobStateView* job);
+
+  // trust.cc
+  void On(const RollBack& e);
+  void On(const ReportAnomaly& e);
+  void NoteAnomaly(JobStateView* job, const std::string& why);
+  void VerifyOlder(JobStateView* job);
+  void NoteFile(JobStateView* job, Generation generation, everstep::Step step);
+  void TrimLineage(JobStateView* job);
+  void GiveUpBeyond(JobStateView* job, const Cut& cut);
 
   // persist.cc
   void On(const Persisted& e);

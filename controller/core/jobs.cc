@@ -59,12 +59,19 @@ void Controller::Impl::On(const SubmitJob& e) {
   // one that failed may be handed in again to go on, for a while.
   const bool left_nothing = IsTerminal(job.record.state) && !KeepsMemory(job.record);
   record.earlier_runs = left_nothing ? job.record.generation : job.record.earlier_runs;
+  record.given_up = std::move(job.record.given_up);  // for ever
   job.record = std::move(record);
   if (job.plan.generation != 0) Forget(job.plan);  // of the job that had the id before
   job.plan = {};
   job.commits.persisted_generation = 0;
   job.commits.persisted_step = kNoStep;
   job.commits.persisted = {};
+  job.commits.files.clear();
+  job.commits.verified = {};
+  job.commits.verified_at = {};
+  job.commits.anomalies = 0;
+  job.files.clear();
+  job.damaged.clear();
   job.step = kNoStep;
   job.reason = Reason::kSubmitted;
   job.message.clear();

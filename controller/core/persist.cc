@@ -90,13 +90,15 @@ bool Controller::Impl::StartPersist(JobStateView* job, Reason reason, RequestId 
                            .began = now_,
                            .waiting_for = {},
                            .trouble = {},
-                           .requests = {}};
+                           .requests = {},
+                           .shards = commit.shards};
   if (request != 0) persist.requests.push_back(request);
   for (const auto& [node, ranks] : parts) persist.waiting_for.insert(node);
   run.persist = std::move(persist);
   run.persist_since = now_;
   for (auto& [node, ranks] : parts) {
-    Send(node, PersistCommand{spec.job, commit.generation, commit.step, ranks});
+    Send(node,
+         PersistCommand{spec.job, commit.generation, commit.step, ranks, job->commits.verified});
   }
   return true;
 }
@@ -115,6 +117,7 @@ void Controller::Impl::On(const Persisted& e) {
     commits.persisted = now_;
     dirty_commits_.insert(e.job);
   }
+  if (e.sealed) NoteFile(job, e.generation, e.step);
   if (!run.persist || run.persist->step != e.step || run.persist->generation != e.generation ||
       run.persist->waiting_for.erase(e.node) == 0) {
     return;
@@ -122,6 +125,13 @@ void Controller::Impl::On(const Persisted& e) {
   Runtime::Persist& persist = *run.persist;
   persist.bytes += e.bytes;
   persist.sealed = persist.sealed || e.sealed;
+  if (e.sealed) {
+    job->files = persist.shards;
+    for (HeldShard& shard : job->files) {
+      shard.file = true;
+      shard.replica = false;
+    }
+  }
   if (!e.error.empty() && persist.trouble.empty()) {
     persist.trouble = fmt::format("node {}: {}", e.node, e.error);
   }

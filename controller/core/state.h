@@ -1,6 +1,7 @@
 // The controller's state as others may read it: the CLI, metrics and the simulator's checkers.
 #pragma once
 
+#include <compare>
 #include <deque>
 #include <map>
 #include <set>
@@ -17,16 +18,28 @@ struct NodeState {
   Timestamp since;        // of the present health; ns == 0: unknown (older than the journal)
   Timestamp drain_since;  // meaningful when draining; ns == 0: unknown
   Timestamp last_heard;
-  Duration lease = {};              // adaptive, of this node
-  std::uint32_t reattached = 0;     // registrations that kept the keeper's workers
-  std::uint64_t next_sequence = 1;  // of commands to this incarnation
-  std::map<JobId, bool> warm;       // fork server ready
+  Duration lease = {};                    // adaptive, of this node
+  std::uint32_t reattached = 0;           // registrations that kept the keeper's workers
+  std::uint64_t next_sequence = 1;        // of commands to this incarnation
+  std::map<JobId, bool> warm;             // fork server ready
+  std::deque<Timestamp> memory_findings;  // damaged copies, within suspect_window
+  std::string memory_suspect;             // evidence; empty: it is not
 };
 
 struct WorkerState {
   NodeId node;
   WorkerOnNode worker;
   bool stopped = false;  // process state T
+};
+
+// A copy that failed its checksum and was not repaired yet.
+struct DamageKey {
+  NodeId node;
+  Rank rank = 0;
+  Generation generation = 0;
+  Step step = kNoStep;
+  bool replica = false;
+  friend auto operator<=>(const DamageKey&, const DamageKey&) = default;
 };
 
 struct JobStateView {
@@ -46,6 +59,10 @@ struct JobStateView {
   // the step every copy was there. 0: nothing was committed yet.
   std::uint64_t copied_bytes = 0;
   Duration copy_took = {};
+  std::set<DamageKey> damaged;
+  // Of the newest checkpoint that was sealed in its directory under this controller, one for each
+  // rank.
+  std::vector<HeldShard> files;
 };
 
 struct ClusterState {

@@ -96,6 +96,15 @@ std::string Members(const GenerationPlan& plan) {
   return text + "]";
 }
 
+// "g2/90,g1/50"
+std::string CutsText(const std::vector<Cut>& cuts) {
+  std::string text;
+  for (const Cut& cut : cuts) {
+    text += fmt::format("{}g{}/{}", text.empty() ? "" : ",", cut.generation, cut.step);
+  }
+  return text;
+}
+
 // The events.
 struct EventText {
   std::string From(const char* name, const NodeId& node, Incarnation incarnation) const {
@@ -141,6 +150,10 @@ struct EventText {
     return Line(From("shard_copied", e.node, e.incarnation))
         .Add("{} {}", e.job, ShardText(e.shard));
   }
+  std::string operator()(const ShardDamaged& e) const {
+    return Line(From("shard_damaged", e.node, e.incarnation))
+        .Add("{} {} chunk={} found_by={}", e.job, ShardText(e.shard), e.chunk, e.found_by);
+  }
   std::string operator()(const Persisted& e) const {
     return Line(From("persisted", e.node, e.incarnation))
         .Add("{} g={} step={} bytes={}", e.job, e.generation, e.step, e.bytes)
@@ -172,6 +185,12 @@ struct EventText {
   }
   std::string operator()(const UndrainNode& e) const { return "undrain " + e.node; }
   std::string operator()(const SaveCheckpoint& e) const { return "save_checkpoint " + e.job; }
+  std::string operator()(const RollBack& e) const {
+    return Line("roll_back " + e.job).Add("step={}", e.step);
+  }
+  std::string operator()(const ReportAnomaly& e) const {
+    return Line("anomaly " + e.job).Add("{}", Braced(e.why));
+  }
   std::string operator()(const Tick&) const { return "tick"; }
 };
 
@@ -198,6 +217,8 @@ struct RecordText {
         .If(r.end_reason != Reason::kNone, "end={} exit_code={}", ReasonName(r.end_reason),
             r.exit_code)
         .If(r.end_reason != Reason::kNone && !r.memory_freed, "memory_kept")
+        .If(r.shards_damaged != 0, "damaged={} repaired={}", r.shards_damaged, r.shards_repaired)
+        .If(!r.given_up.empty(), "given_up={}", CutsText(r.given_up))
         .If(r.forgotten, "forgotten");
   }
   std::string operator()(const GenerationRecord& r) const {
@@ -217,6 +238,9 @@ struct RecordText {
     }
     line.If(r.persisted.ns != 0, "persisted g={} step={}", r.persisted_generation,
             r.persisted_step);
+    line.If(r.verified_at.ns != 0, "verified g={} step={}", r.verified.generation, r.verified.step);
+    line.If(!r.files.empty(), "files={}", CutsText(r.files));
+    line.If(r.anomalies != 0, "anomalies={} at={}", r.anomalies, r.anomaly_step);
     return line;
   }
   std::string operator()(const JournalRecord& r) const {
@@ -239,7 +263,8 @@ struct CommandText {
   std::string operator()(const PrepareCommand& c) const {
     return Line(fmt::format("prepare {} g={}", c.job, c.generation))
         .If(c.host_store, "host_store")
-        .If(c.failed, "failed");
+        .If(c.failed, "failed")
+        .If(!c.given_up.empty(), "given_up={}", CutsText(c.given_up));
   }
   std::string operator()(const ActivateCommand& c) const {
     Line line(fmt::format("activate {} g={}", c.plan->job, c.plan->generation));
@@ -264,6 +289,9 @@ struct CommandText {
   std::string operator()(const PersistCommand& c) const {
     return fmt::format("persist {} g={} step={} ranks={}", c.job, c.generation, c.step,
                        fmt::join(c.ranks, ","));
+  }
+  std::string operator()(const RepairShardCommand& c) const {
+    return fmt::format("repair {} {} from {}", c.job, ShardText(c.shard), c.source_node);
   }
 };
 

@@ -53,7 +53,11 @@ constexpr std::array<const char*, static_cast<std::size_t>(Reason::kCount)> kRea
     "last_breath",
     "operator_save",
     "persist_failed",
-    "restored_from_files"};
+    "restored_from_files",
+    "checksum_failed",
+    "rolled_back",
+    "quiet_steps",
+    "operator_anomaly"};
 static_assert(kReasons.back() != nullptr, "every reason has a name");
 
 }  // namespace

@@ -72,6 +72,10 @@ enum class Reason : std::uint8_t {
   kOperatorSave,       // an operator asked for a checkpoint
   kPersistFailed,      // a step could not be written to the checkpoint directory
   kRestoredFromFiles,  // ranks start from files in the checkpoint directory
+  kChecksumFailed,     // a copy in a node's memory failed its checksum
+  kRolledBack,         // an operator sent the job back to a step
+  kQuietSteps,         // enough steps followed in which nothing strange was reported
+  kOperatorAnomaly,    // an operator reported an anomaly of the training
   kCount
 };
 const char* ReasonName(Reason reason);  // "worker_killed"
@@ -120,6 +124,7 @@ struct JobSpec {
   Duration ckpt_every = {};            // the newest step goes there this often; 0: not by time
   std::uint32_t copies =
       0;  // of each rank's state in memory, its own among them; 0: kDefaultCopies
+  std::uint32_t verify_after = 0;  // quiet steps that make a checkpoint a verified one; 0: never
   Timestamp submitted;
   CommandSpec command;
   friend bool operator==(const JobSpec&, const JobSpec&) = default;

@@ -46,6 +46,22 @@ constexpr std::array kEvents = {
               "The generation's plan is on disk; its workers are being "
               "started."},
     EventName{"restore", "Which step the generation starts from, and where its bytes come from."},
+    EventName{"shard_damaged",
+              "A copy in a node's memory fails its checksum: which one, who found it, who has it "
+              "whole. It is not restored from, and repaired from there."},
+    EventName{"shard_repaired", "A damaged copy is whole again."},
+    EventName{"copies_restored",
+              "Every rank's state of the newest committed step has as many copies again as the job "
+              "asks for."},
+    EventName{"memory_suspect",
+              "Copies in one node's memory failed their checksums again and again: drain it and "
+              "test its memory."},
+    EventName{"checkpoint_verified",
+              "A checkpoint in the job's directory was followed by enough quiet steps; it stays "
+              "until a newer one is verified."},
+    EventName{"anomaly", "An operator reported that something is wrong with the training."},
+    EventName{"rolled_back",
+              "The job goes back to a step; what was captured beyond is never restored from."},
     EventName{"checkpoint_persisted",
               "A committed step stands in the job's checkpoint directory, whole."},
     EventName{"checkpoint_not_persisted",
@@ -114,6 +130,10 @@ constexpr std::array kMeanings = {
     "an operator asked for a checkpoint",
     "a step could not be written to the checkpoint directory",
     "ranks start from files of the checkpoint directory",
+    "a copy in a node's memory failed its checksum",
+    "an operator sent the job back to a step",
+    "enough steps followed in which nothing strange was reported",
+    "an operator reported that something is wrong with the training",
 };
 static_assert(kMeanings.size() == static_cast<std::size_t>(Reason::kCount),
               "every reason has a meaning");

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "controller/server/checkpoint_list.h"
 #include "controller/server/checkpoint_status.h"
 #include "controller/server/queued_writes.h"
 #include "controller/server/status.h"
@@ -23,6 +24,7 @@ namespace {
 
 constexpr std::size_t kMaxCommandBytes = 4u << 20;
 constexpr std::uint32_t kMaxWorkersPerNode = 1024;
+constexpr std::size_t kMaxWhy = 1024;  // bytes of an anomaly's description
 
 grpc::Status Ending() {
   return {grpc::StatusCode::UNAVAILABLE, "the controller ends"};
@@ -231,6 +233,7 @@ grpc::ServerUnaryReactor* AdminService::ListNodes(Context* context, const v1::Li
       v1::NodeStatus* item = reply->add_items();
       *item = NodeStatusOf(brain_->state(), node, brain_->now());
       if (const auto* traffic = brain_->traffic(id)) *item->mutable_traffic() = *traffic;
+      if (const auto* scrub = brain_->scrub(id)) *item->mutable_scrub() = *scrub;
     }
     reactor->Finish(grpc::Status::OK);
   });
@@ -355,6 +358,58 @@ grpc::ServerUnaryReactor* AdminService::ForetellLoss(Context* context,
     *reply = LossForecastOf(brain_->state(), *job, lost, brain_->IfLost(job->record.spec.job, lost),
                             request->count());
     reactor->Finish(grpc::Status::OK);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::GetCheckpoints(Context* context,
+                                                       const v1::GetCheckpointsRequest* request,
+                                                       v1::JobCheckpoints* reply) {
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    const JobStateView* job = JobOrNotFound(brain_->state(), request->job(), reactor);
+    if (job == nullptr) return;
+    *reply = CheckpointsOf(brain_->state(), *job);
+    reactor->Finish(grpc::Status::OK);
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::RollBack(Context* context,
+                                                 const v1::RollBackRequest* request,
+                                                 v1::RollBackReply* reply) {
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    const JobStateView* job = JobOrNotFound(brain_->state(), request->job(), reactor);
+    if (job == nullptr) return;
+    const JobId id = job->record.spec.job;
+    reply->set_from_step(job->step);
+    const everstep::Step step = request->verified() ? kNoStep : request->step();
+    brain_->Request(
+        [id, step](RequestId r) {
+          return controller::RollBack{r, id, step};
+        },
+        [this, reactor, id, reply](const Reply* answer) {
+          const auto it = brain_->state().jobs.find(id);
+          if (it != brain_->state().jobs.end()) {
+            const JobRecord& record = it->second.record;
+            reply->set_step(record.given_up.empty() ? kNoStep : record.given_up.back().step);
+            reply->set_generation(record.generation);
+          }
+          reactor->Finish(StatusOf(answer));
+        });
+  });
+}
+
+grpc::ServerUnaryReactor* AdminService::ReportAnomaly(Context* context,
+                                                      const v1::ReportAnomalyRequest* request,
+                                                      v1::ReportAnomalyReply* reply) {
+  return OnBrain(context, [this, request, reply](Unary* reactor) {
+    const JobStateView* job = JobOrNotFound(brain_->state(), request->job(), reactor);
+    if (job == nullptr) return;
+    const JobId id = job->record.spec.job;
+    reply->set_step(job->step);
+    brain_->Request(
+        [id, why = request->why().substr(0, kMaxWhy)](RequestId r) {
+          return controller::ReportAnomaly{r, id, why};
+        },
+        [reactor](const Reply* answer) { reactor->Finish(StatusOf(answer)); });
   });
 }
 

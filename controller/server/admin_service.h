@@ -37,6 +37,9 @@ class AdminService final : public v1::AdminService::CallbackService {
   Unary* Drill(Context*, const v1::DrillRequest*, v1::DrillReply*) override;
   Unary* GetPlacement(Context*, const v1::GetPlacementRequest*, v1::CheckpointPlacement*) override;
   Unary* ForetellLoss(Context*, const v1::ForetellLossRequest*, v1::LossForecast*) override;
+  Unary* GetCheckpoints(Context*, const v1::GetCheckpointsRequest*, v1::JobCheckpoints*) override;
+  Unary* RollBack(Context*, const v1::RollBackRequest*, v1::RollBackReply*) override;
+  Unary* ReportAnomaly(Context*, const v1::ReportAnomalyRequest*, v1::ReportAnomalyReply*) override;
   Unary* Shutdown(Context*, const v1::ShutdownRequest*, v1::ShutdownReply*) override;
   grpc::ServerWriteReactor<v1::Event>* WatchEvents(Context*,
                                                    const v1::WatchEventsRequest*) override;

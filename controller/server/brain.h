@@ -96,6 +96,7 @@ class Brain {
   std::size_t sessions() const { return sessions_.size(); }
   // What the node's newest heartbeat said of its checkpoint traffic; null: nothing yet.
   const v1::CheckpointTraffic* traffic(const NodeId& node) const;
+  const v1::ScrubReport* scrub(const NodeId& node) const;  // likewise
   std::size_t watchers() const { return watchers_.size() + followers_.size() + tails_.size(); }
   // The answer comes after the batch is durable; null: the controller ends first.
   void Request(const std::function<Event(RequestId)>& make,
@@ -128,6 +129,7 @@ class Brain {
     v1::Register facts;
     bool keeper_dead = false;
     v1::CheckpointTraffic traffic;  // of its newest heartbeat
+    std::optional<v1::ScrubReport> scrub;
   };
   struct Registering {
     std::shared_ptr<AgentStream> stream;

@@ -144,6 +144,11 @@ void Brain::Take(Closed& item) {
   }
 }
 
+const v1::ScrubReport* Brain::scrub(const NodeId& node) const {
+  const auto it = bound_.find(node);
+  return it == bound_.end() || !it->second.scrub ? nullptr : &*it->second.scrub;
+}
+
 const v1::CheckpointTraffic* Brain::traffic(const NodeId& node) const {
   const auto it = bound_.find(node);
   if (it == bound_.end() || it->second.traffic.sent_bytes().empty()) return nullptr;
@@ -168,6 +173,9 @@ void Brain::Take(Report& item) {
   if (it == sessions_.end()) return;  // of a registration that is over
   Bound& bound = bound_.at(it->second);
   bound.stream->Handled();
+  if (item.message.has_heartbeat() && item.message.heartbeat().has_scrub()) {
+    bound.scrub = item.message.heartbeat().scrub();
+  }
   if (item.message.has_heartbeat() && item.message.heartbeat().has_traffic()) {
     bound.traffic.Swap(item.message.mutable_heartbeat()->mutable_traffic());
   }

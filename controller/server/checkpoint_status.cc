@@ -211,6 +211,30 @@ bool Holds(const ClusterState& state, const JobStateView& job, const NodeId& id,
                      });
 }
 
+// How many places have these bytes, and why this one is taken: own memory costs nothing, a peer's a
+// transfer, a file a disk; of several the first that serves.
+void Explain(const ClusterState& state, const JobStateView& job, const Forecast& forecast,
+             const NodeId& on, const RestorePlan& r, v1::ShardSource* to) {
+  std::uint32_t in_memory = 0;
+  bool here = false;
+  for (const auto& [id, node] : state.nodes) {
+    if (node.record.health == NodeHealth::kLost || !Holds(state, job, id, r)) continue;
+    if (std::find(forecast.lost.begin(), forecast.lost.end(), id) != forecast.lost.end()) continue;
+    ++in_memory;
+    here = here || id == on;
+  }
+  to->set_choices(in_memory + (r.file ? 1 : 0));
+  if (r.file) {
+    to->set_why("memory has no complete step as new: this rank reads its file");
+  } else if (r.source_node == on) {
+    to->set_why("in this node's own memory: nothing is moved");
+  } else {
+    to->set_why(in_memory > 1
+                    ? fmt::format("not in this node's memory; {} peers have it", in_memory)
+                    : std::string("not in this node's memory; the only copy left"));
+  }
+}
+
 void FillSources(const ClusterState& state, const JobStateView& job, const Forecast& forecast,
                  v1::LossForecast* to) {
   std::map<NodeId, std::uint64_t> in, out;
@@ -223,11 +247,12 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
       v1::ShardSource* source = to->add_sources();
       source->set_rank(worker.rank);
       source->set_node(member.node);
-      source->set_tier(r.source_node == member.node ? "local" : "peer");
-      source->set_source_node(r.source_node);
+      source->set_tier(r.file ? "file" : r.source_node == member.node ? "local" : "peer");
+      source->set_source_node(r.file ? job.record.spec.ckpt_dir : r.source_node);
       source->set_source_rank(r.shard_rank);
       source->set_bytes(r.bytes);
-      if (r.source_node != member.node) {
+      Explain(state, job, forecast, member.node, r, source);
+      if (!r.file && r.source_node != member.node) {
         in[member.node] += r.bytes;
         out[r.source_node] += r.bytes;
       }
@@ -461,10 +486,13 @@ v1::LossForecast LossForecastOf(const ClusterState& state, const JobStateView& j
   if (to.recoverable()) {
     std::size_t local = 0;
     for (const v1::ShardSource& s : to.sources()) local += s.tier() == "local";
+    std::size_t files = 0;
+    for (const v1::ShardSource& s : to.sources()) files += s.tier() == "file";
     why = fmt::format(
         "every rank's state of step {} is left: {} in the memory of the rank's own "
-        "node, {} on a peer",
-        to.step(), local, static_cast<std::size_t>(to.sources_size()) - local);
+        "node, {} on a peer{}",
+        to.step(), local, static_cast<std::size_t>(to.sources_size()) - local - files,
+        files == 0 ? "" : fmt::format(", {} in files", files));
     if (to.step() < to.committed_step()) {
       why +=
           fmt::format("; of step {}, which was committed, every copy of {} goes with these nodes",

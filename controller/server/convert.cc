@@ -74,6 +74,7 @@ struct Writer {
     to->set_host_store(c.host_store);
     to->set_failed(c.failed);
     to->set_data_key(c.data_key);
+    for (const everstep::Cut& cut : c.given_up) wire::ToProto(cut, to->add_given_up());
   }
   void operator()(const ActivateCommand& c) const {
     v1::Activate* to = m->mutable_activate();
@@ -98,6 +99,7 @@ struct Writer {
     to->set_data_key(c.data_key);
     to->set_committed_step(c.committed_step);
     to->set_plan_crc(numbers->crc);
+    for (const everstep::Cut& cut : c.given_up) wire::ToProto(cut, to->add_given_up());
   }
   void operator()(const StopJobCommand& c) const {
     v1::StopJob* to = m->mutable_stop_job();
@@ -120,6 +122,14 @@ struct Writer {
     to->set_generation(c.generation);
     to->set_step(c.step);
     for (const Rank rank : c.ranks) to->add_ranks(rank);
+    if (c.verified.step != kNoStep) wire::ToProto(c.verified, to->mutable_verified());
+  }
+  void operator()(const RepairShardCommand& c) const {
+    v1::RepairShard* to = m->mutable_repair_shard();
+    to->set_job(c.job);
+    wire::ToProto(c.shard, to->mutable_shard());
+    to->set_source_node(c.source_node);
+    to->set_source_address(c.source_address);
   }
 };
 
@@ -236,6 +246,13 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
     case v1::AgentMessage::kShardCopied:
       return ShardCopied{node, incarnation, m.shard_copied().job(),
                          wire::FromProto(m.shard_copied().shard())};
+    case v1::AgentMessage::kShardDamaged:
+      return ShardDamaged{node,
+                          incarnation,
+                          m.shard_damaged().job(),
+                          wire::FromProto(m.shard_damaged().shard()),
+                          m.shard_damaged().chunk(),
+                          Cut(m.shard_damaged().found_by(), 32)};
     case v1::AgentMessage::kPersisted: {
       const v1::Persisted& p = m.persisted();
       return Persisted{node,           incarnation,     p.job(),   p.generation(),
@@ -256,7 +273,6 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
           Cut(m.keeper_lost().message())};
     case v1::AgentMessage::kStopped:
       return Stopped{node, incarnation, m.stopped().job(), m.stopped().generation()};
-    case v1::AgentMessage::kShardDamaged:  // nobody says it yet
     case v1::AgentMessage::kRegister:
     case v1::AgentMessage::kLogLines:
     case v1::AgentMessage::BODY_NOT_SET: break;

@@ -45,12 +45,20 @@ constexpr Family kFamilies[] = {
     {"everstep_heartbeat_age_seconds", "gauge", "node", "Time since the node was last heard."},
     {"everstep_node_lease_seconds", "gauge", "node",
      "Silence after which the node is lost; adapts to the gaps between its beats."},
+    {"everstep_node_memory_suspect", "gauge", "node",
+     "1: copies in this node's memory failed their checksums again and again."},
     {"everstep_jobs", "gauge", "state", "Jobs the store remembers, by state."},
     {"everstep_job_nodes", "gauge", "job", "Nodes in the running generation of an unfinished job."},
     {"everstep_job_generation", "gauge", "job", "Newest generation of an unfinished job."},
     {"everstep_job_step", "gauge", "job", "Newest step any rank reported; -1: none."},
     {"everstep_job_committed_step", "gauge", "job",
      "Newest step with all its copies; what a restart starts from. -1: none."},
+    {"everstep_job_verified_step", "gauge", "job",
+     "Newest checkpoint that enough quiet steps followed. -1: none."},
+    {"everstep_job_shards_damaged_total", "counter", "job",
+     "Copies in nodes' memory that failed their checksum."},
+    {"everstep_job_shards_repaired_total", "counter", "job",
+     "... that were put right from another copy."},
     {"everstep_job_restarts_total", "counter", "job",
      "Restarts charged to the script's own failures (max_restarts counts these)."},
     {"everstep_job_lost_capacity_total", "counter", "job",
@@ -202,6 +210,10 @@ void WriteNodes(const ClusterState& state, Timestamp now, Page* page) {
     if (node.record.health == NodeHealth::kLost) continue;
     page->Sample({{"node", id}}, ToSeconds(node.lease));
   }
+  page->Begin("everstep_node_memory_suspect");
+  for (const auto& [id, node] : state.nodes) {
+    if (!node.memory_suspect.empty()) page->Sample({{"node", id}}, 1);
+  }
 }
 
 void WriteJobs(const ClusterState& state, Page* page) {
@@ -228,6 +240,13 @@ void WriteJobs(const ClusterState& state, Page* page) {
   each("everstep_job_committed_step", [](const JobStateView& j) {
     return j.commits.commits.empty() ? kNoStep : j.commits.commits.front().step;
   });
+  each("everstep_job_verified_step", [](const JobStateView& j) {
+    return j.commits.verified_at.ns == 0 ? kNoStep : j.commits.verified.step;
+  });
+  each("everstep_job_shards_damaged_total",
+       [](const JobStateView& j) { return j.record.shards_damaged; });
+  each("everstep_job_shards_repaired_total",
+       [](const JobStateView& j) { return j.record.shards_repaired; });
   each("everstep_job_restarts_total", [](const JobStateView& j) { return j.record.restarts; });
   each("everstep_job_lost_capacity_total",
        [](const JobStateView& j) { return j.record.lost_capacity; });

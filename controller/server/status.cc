@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "controller/core/copies.h"
 #include "controller/store/convert.h"
 #include "proto/base/clock.h"
 #include "proto/base/version.h"
@@ -239,6 +240,8 @@ v1::JobStatus JobStatusOf(const ClusterState& state, const JobStateView& job, Ti
   to.set_step(std::max(job.step, committed));
   to.set_committed_step(committed);
   to.set_ckpt_dir(r.spec.ckpt_dir);
+  to.set_copies(CopiesOf(r.spec, job.plan.nodes.size()));
+  to.set_verified_step(job.commits.verified_at.ns == 0 ? kNoStep : job.commits.verified.step);
   to.set_persisted_step(job.commits.persisted.ns == 0 ? kNoStep : job.commits.persisted_step);
   to.set_persisted(TimeText(job.commits.persisted));
   to.set_restarts(r.restarts);

@@ -131,6 +131,7 @@ void ToProto(const JobSpec& from, v1::JobSpec* to) {
   to->set_ckpt_every_steps(from.ckpt_every_steps);
   to->set_ckpt_every_ms(Milliseconds32(from.ckpt_every));
   to->set_copies(from.copies);
+  to->set_verify_after_steps(from.verify_after);
   // An unreadable command was refused at submission.
   wire::ToProto(from.command, to->mutable_command());
 }
@@ -161,6 +162,7 @@ void FromProto(const v1::JobSpec& from, JobSpec* to) {
   to->ckpt_every_steps = from.ckpt_every_steps();
   to->ckpt_every = Milliseconds(from.ckpt_every_ms());
   to->copies = from.copies();
+  to->verify_after = from.verify_after_steps();
   to->command = wire::FromProto(from.command());
 }
 
@@ -182,6 +184,9 @@ void ToProto(const JobRecord& from, v1::JobRecord* to) {
   to->set_earlier_runs(from.earlier_runs);
   to->set_memory_freed(from.memory_freed);
   to->set_forgotten(from.forgotten);
+  to->set_shards_damaged(from.shards_damaged);
+  to->set_shards_repaired(from.shards_repaired);
+  for (const Cut& cut : from.given_up) wire::ToProto(cut, to->add_given_up());
   for (const Fault& fault : from.faults) ToProto(fault, to->add_faults());
   for (const WorkerOnNode& worker : from.failures) wire::ToProto(worker, to->add_failures());
 }
@@ -202,6 +207,9 @@ bool FromProto(const v1::JobRecord& from, JobRecord* to) {
   to->earlier_runs = from.earlier_runs();
   to->memory_freed = from.memory_freed();
   to->forgotten = from.forgotten();
+  to->shards_damaged = from.shards_damaged();
+  to->shards_repaired = from.shards_repaired();
+  for (const v1::Cut& cut : from.given_up()) to->given_up.push_back(wire::FromProto(cut));
   for (const v1::FaultSummary& fault : from.faults()) {
     if (!FromProto(fault, &to->faults.emplace_back())) return false;
   }
@@ -252,6 +260,12 @@ void ToProto(const CommitRecord& from, v1::CommitRecord* to) {
   to->set_persisted_generation(from.persisted_generation);
   to->set_persisted_step(from.persisted_step);
   to->set_persisted_ns(from.persisted.ns);
+  for (const Cut& cut : from.files) wire::ToProto(cut, to->add_files());
+  if (from.verified_at.ns != 0) wire::ToProto(from.verified, to->mutable_verified());
+  to->set_verified_ns(from.verified_at.ns);
+  to->set_anomalies(from.anomalies);
+  to->set_anomaly_step(from.anomaly_step);
+  to->set_anomaly_why(from.anomaly_why);
 }
 
 bool FromProto(const v1::CommitRecord& from, CommitRecord* to) {
@@ -268,6 +282,12 @@ bool FromProto(const v1::CommitRecord& from, CommitRecord* to) {
   to->persisted_generation = from.persisted_generation();
   to->persisted_step = from.persisted_ns() == 0 ? kNoStep : from.persisted_step();
   to->persisted = {from.persisted_ns()};
+  for (const v1::Cut& cut : from.files()) to->files.push_back(wire::FromProto(cut));
+  if (from.has_verified()) to->verified = wire::FromProto(from.verified());
+  to->verified_at = {from.verified_ns()};
+  to->anomalies = from.anomalies();
+  to->anomaly_step = from.anomalies() == 0 ? kNoStep : from.anomaly_step();
+  to->anomaly_why = from.anomaly_why();
   return true;
 }
 

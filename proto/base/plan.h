@@ -64,6 +64,17 @@ struct JobOnNode {
   friend bool operator==(const JobOnNode&, const JobOnNode&) = default;
 };
 
+// A roll-back's trace: what generations up to `generation` captured beyond `step` is never restored
+// from again. Also names a checkpoint.
+struct Cut {
+  Generation generation = 0;
+  Step step = kNoStep;
+  friend bool operator==(const Cut&, const Cut&) = default;
+};
+inline bool Beyond(const Cut& cut, Generation generation, Step step) {
+  return generation <= cut.generation && step > cut.step;
+}
+
 // Why a worker that is alive will not go on by itself. The numbers are the wire's.
 enum class StallKind : std::uint8_t { kStopped = 1, kGroupNotFormed = 2 };
 

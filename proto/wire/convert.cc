@@ -128,6 +128,15 @@ JobOnNode FromProto(const v1::JobOnNode& from) {
   return to;
 }
 
+void ToProto(const Cut& from, v1::Cut* to) {
+  to->set_generation(from.generation);
+  to->set_step(from.step);
+}
+
+Cut FromProto(const v1::Cut& from) {
+  return {.generation = from.generation(), .step = from.step()};
+}
+
 void ToProto(const NodePlan& from, v1::NodePlan* to) {
   to->set_node(from.node);
   to->set_group_rank(from.group_rank);

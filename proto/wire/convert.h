@@ -29,6 +29,9 @@ HeldShard FromProto(const v1::HeldShard& from);
 void ToProto(const JobOnNode& from, v1::JobOnNode* to);
 JobOnNode FromProto(const v1::JobOnNode& from);
 
+void ToProto(const Cut& from, v1::Cut* to);
+Cut FromProto(const v1::Cut& from);
+
 // A worker without a restore starts from nothing (step kNoStep).
 void ToProto(const NodePlan& from, v1::NodePlan* to);
 NodePlan FromProto(const v1::NodePlan& from);

@@ -62,6 +62,15 @@ std::vector<std::string> Cluster::Run(const Words& c) {
       {"step", bound(&Cluster::StepReached)},
       {"captured", bound(&Cluster::Captured)},
       {"copied", bound(&Cluster::Copied)},
+      {"damaged", bound(&Cluster::Damaged)},
+      {"rollback",
+       [this, node](const Words& words) {
+         Do(RollBack{1, node, std::atoll(words.Get("step", "-1").c_str())});
+       }},
+      {"anomaly",
+       [this, node](const Words& words) {
+         Do(ReportAnomaly{1, node, words.Get("why", "")});
+       }},
       {"files", bound(&Cluster::Files)},
       {"persisted", bound(&Cluster::Written)},
       {"save",
@@ -252,6 +261,7 @@ void Cluster::Submit(const Words& c) {
   spec.max_start_failures = ParseNumber(c.Get("max_start_failures", "5"));
   spec.only_nodes = Split(c.Get("only"));
   spec.copies = ParseNumber(c.Get("copies", "0"));
+  spec.verify_after = ParseNumber(c.Get("verify_after", "0"));
   spec.ckpt_dir = c.Get("ckpt");
   spec.ckpt_every_steps = ParseNumber(c.Get("every_steps", "0"));
   spec.ckpt_every = ParseDuration(c.Get("every", "0"));

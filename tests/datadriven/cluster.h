@@ -54,6 +54,7 @@ class Cluster {
   void StepReached(const Command& c);
   void Captured(const Command& c);
   void Copied(const Command& c);
+  void Damaged(const Command& c);
   void Files(const Command& c);
   void Written(const Command& c);
   void Hold(const NodeId& id, const JobId& job, const HeldShard& shard);

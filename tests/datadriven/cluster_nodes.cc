@@ -118,6 +118,9 @@ void Cluster::Answer(const NodeId& id, const controller::Command& order) {
     Do(controller::Activated{id, incarnation, job, generation, Fork(id, &node, job, generation),
                              false, ""},
        true);
+  } else if (const auto* repair = std::get_if<RepairShardCommand>(&order.body)) {
+    Hold(id, repair->job, repair->shard);
+    Do(ShardCopied{id, incarnation, repair->job, repair->shard}, true);
   } else if (const auto* stop = std::get_if<StopJobCommand>(&order.body)) {
     const auto job = node.jobs.find(stop->job);
     if (job != node.jobs.end() && job->second.generation <= stop->generation) {
@@ -322,6 +325,27 @@ void Cluster::Copied(const Words& c) {
                   .replicated_layout = c.Has("replicated")};
   Hold(node, c.words[1], shard);
   Do(ShardCopied{node, IncarnationOf(c, node), c.words[1], shard});
+}
+
+// A copy on the node fails its checksum; it is repaired when the node answers its commands.
+void Cluster::Damaged(const Words& c) {
+  const NodeId node = First(c);
+  if (c.words.size() < 2) return Print("error: damaged NODE JOB");
+  HeldShard shard{.rank = std::atoi(c.Get("rank", "0").c_str()),
+                  .world_size = std::atoi(c.Get("world", "2").c_str()),
+                  .generation = GenerationOf(c, c.words[1]),
+                  .step = std::atoll(c.Get("step", "0").c_str()),
+                  .bytes = 64,
+                  .replica = c.Has("replica"),
+                  .replicated_layout = c.Has("replicated")};
+  shard.crc_root = static_cast<std::uint32_t>(
+      std::atoi(c.Get("crc", std::to_string(1000 + shard.rank)).c_str()));
+  std::erase_if(nodes_[node].jobs[c.words[1]].shards, [&shard](const HeldShard& s) {
+    return s.rank == shard.rank && s.step == shard.step && s.replica == shard.replica &&
+           s.generation == shard.generation && !s.file;
+  });
+  Do(ShardDamaged{node, IncarnationOf(c, node), c.words[1], shard,
+                  std::atoll(c.Get("chunk", "0").c_str()), c.Get("by", "scrub")});
 }
 
 // What these nodes see in the job's checkpoint directory, besides what they saw before.

@@ -71,7 +71,8 @@ TEST(Simulator, WorldsReachWhatTheyAreThereFor) {
        {"groups formed", "groups finished", "steps", "captures", "captures skipped", "commits",
         "committed steps lost with all copies of a shard", "controller starts", "late commands",
         "stale commands", "lost: node_lost", "lost: node_died", "lost: node_returned",
-        "lost: prepare_timeout", "restores failed", "slots corrupted", "syncs failed"}) {
+        "lost: prepare_timeout", "restores failed", "slots corrupted", "slots mended",
+        "rolled back", "syncs failed"}) {
     EXPECT_GT(counts[what], 0u) << what;
   }
 }

@@ -537,5 +537,22 @@ TEST(AgentCore, HeartbeatsCarryStepsOfTheCurrentGenerationOnly) {
   EXPECT_EQ(beat->jobs[0].running, 2u);
 }
 
+TEST(AgentCore, DamageIsToldAndARepairIsCarriedOut) {
+  Node n;
+  n.Boot();
+  n.Run(1);
+  const HeldShard shard{.rank = 1, .generation = 1, .step = 7, .crc_root = 9, .replica = true};
+  n.Do(ShardDamaged{"j", shard, 3, "scrub"});
+  ASSERT_NE(n.Find<SendShardDamaged>(), nullptr);
+  EXPECT_EQ(n.Find<SendShardDamaged>()->damaged.chunk, 3);
+  n.Do(RepairShard{n.Next(), "j", shard, "n2", "10.0.0.2:4000"});
+  ASSERT_NE(n.Find<MendShard>(), nullptr);
+  EXPECT_EQ(n.Find<MendShard>()->shard, shard);
+  EXPECT_EQ(n.Find<MendShard>()->source_address, "10.0.0.2:4000");
+  n.Do(RepairShard{n.Next(), "other", shard, "n2", "10.0.0.2:4000"});
+  EXPECT_EQ(n.Find<MendShard>(), nullptr);
+  EXPECT_NE(n.Find<Dropped>(), nullptr);
+}
+
 }  // namespace
 }  // namespace everstep::agent

@@ -7,10 +7,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <atomic>
+#include <chrono>
 #include <cstring>
+#include <thread>
 #include <vector>
 
 #include "checkpoint/store/memory_limit.h"
+#include "checkpoint/store/mend.h"
 #include "checkpoint/store/slot_writer.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/random.h"
@@ -335,6 +339,72 @@ TEST(Arena, TheRestoreWordSpeaksOfOneGeneration) {
 TEST(Arena, CannotBeMadeSmallerUnderItsReaders) {
   Arena arena = MakeArena(1 << 20);
   EXPECT_NE(ftruncate(arena.fd(), 4096), 0);
+}
+
+TEST(Mend, OneChunkIsPutRightInPlaceAndNothingElseIsTouched) {
+  Arena arena = MakeArena(4 << 20);
+  const SlotView view = Write(&arena, 0, 5, (3 << 20) + 77);
+  EXPECT_FALSE(FirstDamage(&arena, view));
+  auto* bytes = const_cast<unsigned char*>(arena.Payload(view));
+  const std::vector<unsigned char> right(bytes + kChunkBytes, bytes + 2 * kChunkBytes);
+  bytes[kChunkBytes + 9] ^= 1;
+  EXPECT_EQ(FirstDamage(&arena, view), 1);
+  EXPECT_TRUE(MendChunk(&arena, view, 1, right.data()));
+  EXPECT_FALSE(FirstDamage(&arena, view));
+  EXPECT_TRUE(arena.Verify(view).ok());
+  const std::vector<std::uint32_t> crcs(arena.ChunkCrcs(view), arena.ChunkCrcs(view) + 4);
+  const_cast<std::uint32_t*>(arena.ChunkCrcs(view))[2] ^= 1;
+  EXPECT_EQ(FirstDamage(&arena, view), kTableDamaged);
+  EXPECT_TRUE(MendTable(&arena, view, crcs));
+  EXPECT_TRUE(arena.Verify(view).ok());
+}
+
+TEST(Mend, ASlotThatIsBeingOverwrittenIsLeftAlone) {
+  Arena arena = MakeArena(4 << 20);
+  const SlotView view = Write(&arena, 0, 5, 2 << 20);
+  const std::vector<unsigned char> other(kChunkBytes, 7);
+  auto writer = SlotWriter::Begin(&arena, 0, 2 << 20);
+  ASSERT_TRUE(writer.ok());
+  const unsigned char before = arena.Payload(view)[3];
+  EXPECT_FALSE(MendChunk(&arena, view, 0, other.data()));
+  EXPECT_EQ(arena.Payload(view)[3], before);
+}
+
+TEST(Mend, AMenderThatDiedHoldsAWriterUpForAMomentOnly) {
+  Arena arena = MakeArena(4 << 20);
+  const SlotView view = Write(&arena, 0, 5, 2 << 20);
+  arena.header()->slot[0].mending_seq = view.seq;
+  const auto began = std::chrono::steady_clock::now();
+  ASSERT_TRUE(SlotWriter::Begin(&arena, 0, 2 << 20).ok());
+  EXPECT_GE(std::chrono::steady_clock::now() - began, kMendPatience);
+  EXPECT_EQ(arena.header()->slot[0].mending_seq, 0u);
+}
+
+// A trainer captures over and over while an agent mends the very slots: no capture is spoiled.
+TEST(Mend, CapturesAndMendsInEachOthersWayLeaveWholeSlots) {
+  Arena arena = MakeArena(3 << 20);
+  Arena other = Again(arena);
+  std::atomic<bool> done{false};
+  std::atomic<int> mends{0};
+  std::thread mender([&] {
+    const std::vector<unsigned char> junk(kChunkBytes, 0xAB);
+    while (!done) {
+      for (std::uint32_t i = 0; i < kSlots; ++i) {
+        const auto view = other.Look(i);
+        if (!view) continue;
+        // Its own bytes back, as far as the slot is still the one that was read.
+        std::vector<unsigned char> bytes(other.Payload(*view), other.Payload(*view) + kChunkBytes);
+        if (other.Current(*view) && MendChunk(&other, *view, 0, bytes.data())) ++mends;
+      }
+    }
+  });
+  for (Step step = 1; step <= 200; ++step) {
+    const SlotView view = Write(&arena, static_cast<std::uint32_t>(step % 2), step, 2 << 20);
+    ASSERT_TRUE(arena.Verify(view).ok()) << "step " << step;
+  }
+  done = true;
+  mender.join();
+  EXPECT_GT(mends, 0);
 }
 
 }  // namespace

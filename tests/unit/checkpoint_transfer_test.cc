@@ -404,5 +404,111 @@ TEST(Transfer, APortInUseIsNamed) {
   EXPECT_NE(second.error().message.find("choose another port"), std::string::npos);
 }
 
+// Looks over its memory many times a second.
+struct ScrubbingNode : Node {
+  ScrubbingNode() {
+    service->Stop();
+    options.scrub = {.bytes_per_s = 4u << 30, .every = milliseconds(50)};
+    Boot();
+  }
+};
+
+TEST(Scrub, AFlippedBitInAReplicaIsFoundNamedAndPutRightFromItsOwner) {
+  Node a;
+  ScrubbingNode b;
+  b.service->Begin(kJob, 1, "key");
+  b.Activate(b.PartOf(1, 5, ""));  // a member, with a rank of its own
+  a.Activate(a.PartOf(1, 0, b.address()));
+  a.Capture(1, 0, 0, 7, kSize);
+  ASSERT_TRUE(b.heard.Copied(7, true)) << a.heard.Troubles() << b.heard.Troubles();
+  ASSERT_TRUE(Becomes([&] { return b.service->scrubbed().checked_slots > 0; }));
+  b.Flip(0, true, 7, (3u << 20) + 99);
+  ASSERT_TRUE(b.heard.Until([&] { return !b.heard.damaged.empty(); }));
+  const Recorder::Damage found = b.heard.damaged.front();
+  EXPECT_EQ(found.shard.rank, 0);
+  EXPECT_EQ(found.shard.step, 7);
+  EXPECT_TRUE(found.shard.replica);
+  EXPECT_EQ(found.chunk, 3);
+  EXPECT_EQ(found.by, "scrub");
+  EXPECT_FALSE(b.Holds(0, true, 7, kSize));
+
+  const std::size_t copied = b.heard.copied.size();
+  b.service->Mend(kJob, found.shard, a.address());
+  EXPECT_TRUE(b.heard.Until([&] { return b.heard.copied.size() > copied; })) << b.heard.Troubles();
+  EXPECT_TRUE(b.Holds(0, true, 7, kSize));
+  EXPECT_EQ(b.service->scrubbed().damaged, 1u);
+  EXPECT_EQ(b.service->scrubbed().repaired, 1u);
+}
+
+TEST(Scrub, ATableOfChecksumsThatWentBadIsPutRightToo) {
+  Node a, b;
+  b.service->Begin(kJob, 1, "key");
+  a.Activate(a.PartOf(1, 0, b.address()));
+  const SlotView view = a.Capture(1, 0, 0, 7, kSize);
+  ASSERT_TRUE(b.heard.Copied(7, true));
+  Arena arena = a.Open(0, false);
+  const_cast<std::uint32_t*>(arena.ChunkCrcs(view))[1] ^= 4;
+  a.Flip(0, false, 7, 5u << 20);
+  a.service->Mend(kJob, ToShard(view, false), b.address());
+  EXPECT_TRUE(Becomes([&] { return static_cast<bool>(a.Holds(0, false, 7, kSize)); }))
+      << a.heard.Troubles();
+}
+
+TEST(Scrub, ASourceThatIsDamagedItselfMendsNothing) {
+  Node a, b;
+  b.service->Begin(kJob, 1, "key");
+  a.Activate(a.PartOf(1, 0, b.address()));
+  const SlotView view = a.Capture(1, 0, 0, 7, kSize);
+  ASSERT_TRUE(b.heard.Copied(7, true));
+  a.Flip(0, false, 7, 17);
+  b.Flip(0, true, 7, 18);
+  a.service->Mend(kJob, ToShard(view, false), b.address());
+  EXPECT_TRUE(a.heard.Complains("mending step 7 of rank 0")) << a.heard.Troubles();
+  EXPECT_FALSE(a.Holds(0, false, 7, kSize));
+}
+
+TEST(Scrub, WhatWasFoundDamagedIsNotRestoredFromInPlace) {
+  Node a, b;
+  b.service->Begin(kJob, 1, "key");
+  a.Activate(a.PartOf(1, 0, b.address()));
+  const SlotView view = a.Capture(1, 0, 0, 7, kSize);
+  ASSERT_TRUE(b.heard.Copied(7, true));
+  a.Flip(0, false, 7, 4u << 20);
+  EXPECT_TRUE(a.service->Survey(kJob).empty());
+  ASSERT_FALSE(a.heard.damaged.empty());
+  EXPECT_EQ(a.heard.damaged.front().by, "survey");
+  EXPECT_EQ(a.heard.damaged.front().chunk, 4);
+  b.service->Begin(kJob, 2, "key");
+  a.Activate(a.PartOf(2, 0, b.address(),
+                      {.step = 7,
+                       .shard_rank = 0,
+                       .shard_generation = 1,
+                       .crc_root = view.crc_root,
+                       .bytes = kSize,
+                       .source_address = b.address()}));
+  EXPECT_TRUE(Becomes([&] { return a.Open(0, false).Restore().state == RestoreState::kReady; }))
+      << a.heard.Troubles();
+  EXPECT_TRUE(a.Holds(0, false, 7, kSize));
+}
+
+TEST(Transfer, WhatARollBackGaveUpIsNotFoundAgain) {
+  Node a, b;
+  b.service->Begin(kJob, 1, "key");
+  a.Activate(a.PartOf(1, 0, b.address()));
+  a.Capture(1, 0, 0, 7, 1000);
+  const SlotView old = a.Capture(1, 0, 1, 8, 1000);
+  ASSERT_TRUE(b.heard.Copied(8, true)) << b.heard.Troubles();
+  EXPECT_EQ(a.service->Survey(kJob).size(), 2u);
+  Part part = a.PartOf(2, 0, b.address(), {.step = 7, .shard_rank = 0, .shard_generation = 1});
+  part.given_up = {{.generation = 1, .step = 7}};
+  a.Activate(part);
+  const std::vector<HeldShard> left = a.service->Survey(kJob);
+  ASSERT_EQ(left.size(), 1u);
+  EXPECT_EQ(left.front().step, 7);
+  // What the new generation captures beyond the step is its own.
+  a.Capture(2, 0, old.slot, 8, 1000);
+  EXPECT_EQ(a.service->Survey(kJob).size(), 2u);
+}
+
 }  // namespace
 }  // namespace everstep::checkpoint

@@ -106,6 +106,46 @@ v1::CheckpointPlacement Placement() {
   return p;
 }
 
+v1::JobCheckpoints Checkpoints() {
+  v1::JobCheckpoints c;
+  c.set_job("gpt-large");
+  c.set_generation(3);
+  c.set_copies(2);
+  c.set_newest_step(182442);
+  c.set_committed_step(182441);
+  c.set_verified_step(182000);
+  c.set_verify_after_steps(100);
+  c.set_ckpt_dir("/mnt/ckpt");
+  c.set_shards_damaged(3);
+  c.set_shards_repaired(2);
+  c.set_anomalies(1);
+  c.set_anomaly_step(181000);
+  c.set_anomaly_why("loss is NaN");
+  c.add_suspect_nodes("n2");
+  v1::Cut* cut = c.add_given_up();
+  cut->set_generation(2);
+  cut->set_step(180500);
+  const auto add = [&c](std::int64_t step, const char* trust, const char* tier, unsigned copies) {
+    v1::JobCheckpoint* item = c.add_items();
+    item->set_step(step);
+    item->set_generation(3);
+    item->set_trust(trust);
+    item->set_tier(tier);
+    item->set_least_copies(copies);
+    item->set_bytes(copies == 0 ? 0 : 6144);
+  };
+  add(182442, "captured", "memory", 1);
+  add(182441, "committed", "memory", 1);
+  add(182000, "verified", "files", 0);
+  v1::RankCopies* rank = c.add_ranks();
+  for (const char* node : {"n0", "n2"}) rank->add_nodes(node);
+  rank = c.add_ranks();
+  rank->set_rank(1);
+  rank->add_nodes("n1");
+  rank->add_damaged("n3");
+  return c;
+}
+
 v1::LossForecast Loss(bool all) {
   v1::LossForecast f;
   f.set_job("gpt-large");
@@ -133,6 +173,9 @@ v1::LossForecast Loss(bool all) {
     s->set_source_node(rank == 1 ? "n3" : f.members(rank));
     s->set_source_rank(rank == 1 ? 3 : rank);
     s->set_bytes(1536);
+    s->set_choices(rank == 1 ? 1 : 2);
+    s->set_why(rank == 1 ? "not in this node's memory; the only copy left"
+                         : "in this node's own memory: nothing is moved");
   }
   f.set_bytes_to_move(1536);
   f.set_bytes_to_copy(3072);
@@ -387,6 +430,28 @@ class FixedController final : public v1::AdminService::Service {
     while (reply->by_nodes_size() > static_cast<int>(request->max_lost())) {
       reply->mutable_by_nodes()->RemoveLast();
     }
+    return grpc::Status::OK;
+  }
+  grpc::Status GetCheckpoints(Context*, const v1::GetCheckpointsRequest*,
+                              v1::JobCheckpoints* reply) override {
+    *reply = Checkpoints();
+    return grpc::Status::OK;
+  }
+  grpc::Status RollBack(Context*, const v1::RollBackRequest* request,
+                        v1::RollBackReply* reply) override {
+    if (!request->verified() && request->step() != 182000) {
+      return {grpc::StatusCode::FAILED_PRECONDITION,
+              "step 7 of job 'gpt-large' is neither whole in memory nor in a checkpoint directory\n"
+              "hint: there are: 182000"};
+    }
+    reply->set_step(182000);
+    reply->set_from_step(182442);
+    reply->set_generation(4);
+    return grpc::Status::OK;
+  }
+  grpc::Status ReportAnomaly(Context*, const v1::ReportAnomalyRequest*,
+                             v1::ReportAnomalyReply* reply) override {
+    reply->set_step(182442);
     return grpc::Status::OK;
   }
   grpc::Status ForetellLoss(Context*, const v1::ForetellLossRequest* request,

@@ -211,6 +211,29 @@ TEST(FileTier, PruneKeepsTheNewestAndNeverTheDamagedInstead) {
   EXPECT_TRUE(LoadsAs(&tier, list[1], 1));
 }
 
+TEST(FileTier, TheNewestVerifiedStaysAndWhatWasGivenUpDoesNotCount) {
+  MemoryDisk disk;
+  FileTier tier(&disk, kDir);
+  for (Step step = 1; step <= 5; ++step) Save(&tier, step, 1, 1);
+  ASSERT_TRUE(tier.MarkVerified(CheckpointName(1, 1)).ok());
+  ASSERT_TRUE(tier.MarkVerified(CheckpointName(2, 1)).ok());
+  ASSERT_TRUE(tier.MarkVerified(CheckpointName(2, 1)).ok()) << "twice is once";
+  EXPECT_EQ(tier.MarkVerified(CheckpointName(9, 1)).error().code, ErrorCode::kNotFound);
+  ASSERT_TRUE(tier.MarkGivenUp(CheckpointName(5, 1), "rolled back to step 4").ok());
+  const auto list = tier.List().value();
+  EXPECT_EQ(list[0].state, State::kGivenUp);
+  EXPECT_EQ(list[0].why, "rolled back to step 4\n");
+  EXPECT_EQ(list[1].state, State::kComplete);
+  EXPECT_TRUE(list[3].verified);
+  std::vector<std::string> removed;
+  ASSERT_TRUE(tier.Prune(1, &removed).ok());
+  // 4 is the newest good one, 2 the newest verified; 5 is newer than 4 and goes with the next.
+  EXPECT_EQ(removed, (std::vector<std::string>{CheckpointName(3, 1), CheckpointName(1, 1)}));
+  Save(&tier, 6, 2, 1);
+  ASSERT_TRUE(tier.Prune(1, &removed).ok());
+  EXPECT_EQ(removed, (std::vector<std::string>{CheckpointName(5, 1), CheckpointName(4, 1)}));
+}
+
 TEST(FileTier, PruneRemovesNothingWhenNoneIsGood) {
   MemoryDisk disk;
   FileTier tier(&disk, kDir);

@@ -45,6 +45,10 @@ class Recorder final : public Listener {
   void OnTrouble(const JobId&, const std::string& what) override {
     Note([&] { trouble.push_back(what); });
   }
+  void OnDamaged(const JobId&, const HeldShard& shard, std::int64_t chunk,
+                 const char* by) override {
+    Note([&] { damaged.push_back({shard, chunk, by}); });
+  }
   // False: `truth` did not come true within kPatience.
   bool Until(const std::function<bool()>& truth) {
     std::unique_lock<std::mutex> lock(mutex_);
@@ -73,6 +77,12 @@ class Recorder final : public Listener {
   std::vector<Step> captured;
   std::vector<HeldShard> copied;
   std::vector<std::string> trouble;
+  struct Damage {
+    HeldShard shard;
+    std::int64_t chunk;
+    std::string by;
+  };
+  std::vector<Damage> damaged;
 
  private:
   void Note(const std::function<void()>& f) {
@@ -128,6 +138,17 @@ struct Node {
     close(fds.value().eventfd);
     auto arena = Arena::Open(fds.value().memfd);
     return arena.ok() ? std::move(arena.value()) : Arena();
+  }
+  // One bit of a finished slot's payload.
+  void Flip(Rank rank, bool replica, Step step, std::uint64_t at) {
+    Arena arena = Open(rank, replica);
+    ASSERT_TRUE(arena.open());
+    for (std::uint32_t i = 0; i < kSlots; ++i) {
+      const auto view = arena.Look(i);
+      if (view && view->step() == step) {
+        const_cast<unsigned char*>(arena.Payload(*view))[at] ^= 16;
+      }
+    }
   }
   // As libeverstep.so does it, into `slot`.
   SlotView Capture(Generation generation, Rank rank, std::uint32_t slot, Step step,

@@ -14,6 +14,13 @@ Duration Grace(const v1::Command& command, bool failed) {
   return Milliseconds(failed ? command.restart_grace_ms() : command.stop_grace_ms());
 }
 
+std::vector<Cut> CutsOf(const google::protobuf::RepeatedPtrField<v1::Cut>& from) {
+  std::vector<Cut> cuts;
+  cuts.reserve(static_cast<std::size_t>(from.size()));
+  for (const v1::Cut& cut : from) cuts.push_back(wire::FromProto(cut));
+  return cuts;
+}
+
 // The job a command is about; null: it is about none.
 const std::string* JobOf(const v1::ControllerMessage& m) {
   switch (m.body_case()) {
@@ -24,6 +31,7 @@ const std::string* JobOf(const v1::ControllerMessage& m) {
     case v1::ControllerMessage::kCommitted: return &m.committed().job();
     case v1::ControllerMessage::kTailLogs: return &m.tail_logs().job();
     case v1::ControllerMessage::kPersist: return &m.persist().job();
+    case v1::ControllerMessage::kRepairShard: return &m.repair_shard().job();
     case v1::ControllerMessage::kKillForDrill: return &m.kill_for_drill().job();
     default: return nullptr;
   }
@@ -45,6 +53,7 @@ Activate ActivateFromWire(const v1::Activate& m) {
   e.data_key = m.data_key();
   e.committed_step = m.committed_step();
   e.plan = wire::FromProto(m.plan());
+  e.given_up = CutsOf(m.given_up());
   return e;
 }
 
@@ -62,6 +71,7 @@ v1::Activate ToWire(const Activate& e) {
   m.set_data_key(e.data_key);
   m.set_committed_step(e.committed_step);
   wire::ToProto(e.plan, m.mutable_plan());
+  for (const Cut& cut : e.given_up) wire::ToProto(cut, m.add_given_up());
   return m;
 }
 
@@ -87,7 +97,7 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
       return Prepare{header,         p.job(),
                      p.generation(), wire::FromProto(p.command()),
                      p.host_store(), Grace(p.command(), p.failed()),
-                     p.data_key()};
+                     p.data_key(),   CutsOf(p.given_up())};
     }
     case v1::ControllerMessage::kActivate: {
       Activate e = ActivateFromWire(m.activate());
@@ -106,8 +116,17 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
     }
     case v1::ControllerMessage::kPersist: {
       const v1::Persist& p = m.persist();
-      return Persist{
-          header, p.job(), p.generation(), p.step(), {p.ranks().begin(), p.ranks().end()}};
+      return Persist{header,
+                     p.job(),
+                     p.generation(),
+                     p.step(),
+                     {p.ranks().begin(), p.ranks().end()},
+                     p.has_verified() ? wire::FromProto(p.verified()) : Cut{}};
+    }
+    case v1::ControllerMessage::kRepairShard: {
+      const v1::RepairShard& r = m.repair_shard();
+      return RepairShard{header, r.job(), wire::FromProto(r.shard()), r.source_node(),
+                         r.source_address()};
     }
     case v1::ControllerMessage::kTailLogs: {
       const v1::TailLogs& t = m.tail_logs();
@@ -118,7 +137,6 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
       return KillForDrill{header, m.kill_for_drill().job(), m.kill_for_drill().rank(),
                           m.kill_for_drill().signal()};
     case v1::ControllerMessage::kHeard: return Heard{header};
-    case v1::ControllerMessage::kRepairShard:  // nobody says it yet
     case v1::ControllerMessage::BODY_NOT_SET: break;
   }
   *error = "a command this agent does not know; is the controller newer? upgrade the agent";
@@ -192,6 +210,16 @@ v1::AgentMessage ToWire(const SendShardCopied& e) {
   v1::AgentMessage m;
   m.mutable_shard_copied()->set_job(e.job);
   wire::ToProto(e.shard, m.mutable_shard_copied()->mutable_shard());
+  return m;
+}
+
+v1::AgentMessage ToWire(const SendShardDamaged& e) {
+  v1::AgentMessage m;
+  v1::ShardDamaged* d = m.mutable_shard_damaged();
+  d->set_job(e.damaged.job);
+  wire::ToProto(e.damaged.shard, d->mutable_shard());
+  d->set_chunk(e.damaged.chunk);
+  d->set_found_by(e.damaged.found_by);
   return m;
 }
 

@@ -237,6 +237,8 @@ void Engine::StartTransfer() {
   checkpoint::TransferOptions o;
   o.bind_address = IsLoopback(address_) ? "127.0.0.1" : address_;
   o.streams = static_cast<int>(options_.ckpt_streams);
+  o.scrub = {.bytes_per_s = static_cast<std::uint64_t>(options_.scrub_mib_per_s * (1 << 20)),
+             .every = std::chrono::milliseconds(ToMilliseconds(options_.scrub_every))};
   if (!options_.ckpt_gap_trace.empty()) {
     std::ifstream file(options_.ckpt_gap_trace);
     const std::string text(std::istreambuf_iterator<char>(file), {});
@@ -431,6 +433,14 @@ void Engine::OnCopied(const JobId& job, const HeldShard& shard) {
   Post([this, job, shard] {
     held_.Note(job, shard);
     Feed(ShardCopied{job, shard});
+  });
+}
+
+void Engine::OnDamaged(const JobId& job, const HeldShard& shard, std::int64_t chunk,
+                       const char* by) {
+  Post([this, job, shard, chunk, by] {
+    held_.Drop(job, shard);
+    Feed(ShardDamaged{job, shard, chunk, by});
   });
 }
 

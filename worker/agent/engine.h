@@ -116,6 +116,7 @@ class Engine final : private checkpoint::Listener {
   void On(const SendWorkerExited& e);
   void On(const SendWorkerStalled& e);
   void On(const SendShardCopied& e);
+  void On(const SendShardDamaged& e);
   void On(const SendPersisted& e);
   void On(const SendNotice& e);
   void On(const SendNodeWarm& e);
@@ -132,6 +133,7 @@ class Engine final : private checkpoint::Listener {
   void On(const RememberPrepared& e);
   void On(const RememberActivated& e);
   void On(const Survey& e);
+  void On(const MendShard& e);
   void On(const MarkCommitted& e);
   void On(const PersistStep& e);
   void On(const ControllerAway& e);
@@ -143,7 +145,8 @@ class Engine final : private checkpoint::Listener {
                  const std::string& error);
   static CheckpointDir DirOf(const CommandSpec& command);
   // Files in the job's directory; empty when it does not answer within kFileSurvey.
-  std::vector<HeldShard> SurveyFiles(const CheckpointDir& dir, const JobId& job);
+  std::vector<HeldShard> SurveyFiles(const CheckpointDir& dir, const JobId& job,
+                                     const std::vector<Cut>& given_up);
   std::string LogRoot(const JobId& job, const CommandSpec& command) const;
   std::vector<TailFile> TailFiles(const TailLogs& request, Generation generation,
                                   const std::vector<WorkerOnNode>& workers) const;
@@ -151,6 +154,8 @@ class Engine final : private checkpoint::Listener {
   // checkpoint::Listener, on the service's threads.
   void OnCaptured(const JobId& job, Generation generation, Rank rank, Step step) override;
   void OnCopied(const JobId& job, const HeldShard& shard) override;
+  void OnDamaged(const JobId& job, const HeldShard& shard, std::int64_t chunk,
+                 const char* by) override;
   void OnTrouble(const JobId& job, const std::string& what) override;
 
   const AgentOptions options_;

@@ -56,6 +56,7 @@ void Engine::On(const SendHeartbeat& e) {
   v1::AgentMessage m = ToWire(e);
   if (transfer_ != nullptr) {
     ToWire(transfer_->traffic()->Report(), m.mutable_heartbeat()->mutable_traffic());
+    ToWire(transfer_->scrubbed(), m.mutable_heartbeat()->mutable_scrub());
   }
   Send(std::move(m));
 }
@@ -86,6 +87,9 @@ void Engine::On(const SendShardCopied& e) {
   KillPoint("commit.reporting");
   Send(ToWire(e));
   KillPoint("commit.reported");
+}
+void Engine::On(const SendShardDamaged& e) {
+  Send(ToWire(e));
 }
 void Engine::On(const SendPersisted& e) {
   KillPoint("persist.reporting");
@@ -332,7 +336,7 @@ void Engine::On(const RememberActivated& e) {
 void Engine::On(const Survey& e) {
   if (transfer_ == nullptr) return Feed(Surveyed{e.job, e.generation, {}});
   const bool posted = memory_.Post([this, e] {
-    const std::vector<HeldShard> files = SurveyFiles(DirOf(e.command), e.job);
+    const std::vector<HeldShard> files = SurveyFiles(DirOf(e.command), e.job, e.given_up);
     Post([this, e, files, shards = transfer_->Survey(e.job)]() mutable {
       held_.Set(e.job, shards);
       shards.insert(shards.end(), files.begin(), files.end());
@@ -342,18 +346,24 @@ void Engine::On(const Survey& e) {
   if (!posted) LogWarning("survey_dropped", {{"job", e.job}, {"generation", e.generation}});
 }
 
+void Engine::On(const MendShard& e) {
+  if (transfer_ != nullptr) transfer_->Mend(e.job, e.shard, e.source_address);
+}
+
 CheckpointDir Engine::DirOf(const CommandSpec& spec) {
   v1::Command command;
   if (!wire::ToProto(spec, &command)) return {};
   return {command.checkpoint_dir(), command.checkpoint_keep()};
 }
 
-std::vector<HeldShard> Engine::SurveyFiles(const CheckpointDir& dir, const JobId& job) {
+std::vector<HeldShard> Engine::SurveyFiles(const CheckpointDir& dir, const JobId& job,
+                                           const std::vector<Cut>& given_up) {
   if (dir.path.empty()) return {};
   auto answer = std::make_shared<std::promise<std::vector<HeldShard>>>();
   std::future<std::vector<HeldShard>> found = answer->get_future();
-  const bool posted = disk_look_.Post(
-      [this, dir, job, answer] { answer->set_value(file_plane_->Survey(dir, job)); });
+  const bool posted = disk_look_.Post([this, dir, job, given_up, answer] {
+    answer->set_value(file_plane_->Survey(dir, job, given_up));
+  });
   if (posted && found.wait_for(kFileSurvey) == std::future_status::ready) return found.get();
   LogWarning("checkpoint_dir_silent",
              {{"job", job},
@@ -400,7 +410,7 @@ void Engine::On(const PersistStep& e) {
     Persisted done{.job = e.job, .generation = e.generation, .step = e.step, .error = why};
     if (!copied) return tell(std::move(done));
     const bool queued = disk_.Post([this, e, dir, slots, tell] {
-      tell(file_plane_->Write(dir, e.job, e.generation, e.step, std::move(*slots)));
+      tell(file_plane_->Write(dir, e.job, e.generation, e.step, std::move(*slots), e.verified));
     });
     if (queued) return;
     done.error = "the agent's queue for its disk is full";

@@ -102,7 +102,7 @@ bool FilePlane::Copy(const JobId& job, Generation generation, Step step,
 }
 
 Persisted FilePlane::Write(const CheckpointDir& dir, const JobId& job, Generation generation,
-                           Step step, std::vector<SlotCopy> slots) {
+                           Step step, std::vector<SlotCopy> slots, const Cut& verified) {
   Persisted done{.job = job, .generation = generation, .step = step};
   cp::FileTier tier(disk_, dir.path);
   for (SlotCopy& slot : slots) {
@@ -132,6 +132,14 @@ Persisted FilePlane::Write(const CheckpointDir& dir, const JobId& job, Generatio
     std::this_thread::sleep_for(kSealPause);
   }
   KillPoint("persist.sealed");
+  if (done.sealed && verified.step != kNoStep) {
+    const std::string name = cp::CheckpointName(verified.step, verified.generation);
+    const auto marked = tier.MarkVerified(name);
+    if (!marked.ok() && marked.error().code != cp::ErrorCode::kNotFound) {
+      LogWarning("checkpoint_not_marked",
+                 {{"job", job}, {"checkpoint", name}, {"why", marked.error().message}});
+    }
+  }
   if (done.sealed && dir.keep > 0) {
     std::vector<std::string> removed;
     if (auto ok = tier.Prune(dir.keep, &removed); !ok.ok()) {
@@ -141,7 +149,8 @@ Persisted FilePlane::Write(const CheckpointDir& dir, const JobId& job, Generatio
   return done;
 }
 
-std::vector<HeldShard> FilePlane::Survey(const CheckpointDir& dir, const JobId& job) {
+std::vector<HeldShard> FilePlane::Survey(const CheckpointDir& dir, const JobId& job,
+                                         const std::vector<Cut>& given_up) {
   std::vector<HeldShard> out;
   cp::FileTier tier(disk_, dir.path);
   auto list = tier.List();
@@ -157,6 +166,18 @@ std::vector<HeldShard> FilePlane::Survey(const CheckpointDir& dir, const JobId& 
       LogWarning("checkpoint_damaged", {{"job", job}, {"checkpoint", c.name}, {"why", c.why}});
     }
     if (c.state != cp::FileCheckpoint::State::kComplete) continue;
+    const auto cut = std::find_if(given_up.begin(), given_up.end(), [&c, &job](const Cut& g) {
+      return c.manifest.job == job && Beyond(g, c.generation, c.step);
+    });
+    if (cut != given_up.end()) {
+      const auto marked = tier.MarkGivenUp(
+          c.name, fmt::format("job {} was rolled back to step {}", job, cut->step));
+      if (!marked.ok()) {
+        LogWarning("checkpoint_not_marked",
+                   {{"job", job}, {"checkpoint", c.name}, {"why", marked.error().message}});
+      }
+      continue;
+    }
     {
       std::lock_guard<std::mutex> lock(mutex_);
       const auto bad = bad_.find(dir.path + "/" + c.name);

@@ -49,14 +49,17 @@ class FilePlane {
   bool Copy(const JobId& job, Generation generation, Step step, const std::vector<Rank>& ranks,
             std::vector<SlotCopy>* out, std::string* error);
 
-  // Writes them, seals the checkpoint when all ranks' files are there, prunes. Blocks on the disk.
+  // Writes them, seals the checkpoint when all ranks' files are there, marks the verified one (step
+  // kNoStep: none), prunes. Blocks on the disk.
   // The answer lacks only `took`.
   Persisted Write(const CheckpointDir& dir, const JobId& job, Generation generation, Step step,
-                  std::vector<SlotCopy> slots);
+                  std::vector<SlotCopy> slots, const Cut& verified);
 
   // What the directory holds, newest complete checkpoints first, as shards of `job`; heads are
-  // looked at, not the data. Blocks on the disk.
-  std::vector<HeldShard> Survey(const CheckpointDir& dir, const JobId& job);
+  // looked at, not the data. What lies beyond a cut is marked as given up, for this job and whoever
+  // comes after it, and not told of. Blocks on the disk.
+  std::vector<HeldShard> Survey(const CheckpointDir& dir, const JobId& job,
+                                const std::vector<Cut>& given_up);
 
   // Brings every file source of this node's part into its rank's arena, verified. Blocks on the
   // disk. False with *error; a checkpoint that fails its checksums is marked, so that no survey

@@ -21,6 +21,13 @@ void HeldShards::Note(const JobId& job, const HeldShard& shard) {
   if (slots.size() > kSlots) slots.resize(kSlots);
 }
 
+void HeldShards::Drop(const JobId& job, const HeldShard& shard) {
+  const auto found = jobs_.find(job);
+  if (found == jobs_.end()) return;
+  std::erase_if(found->second[{shard.replica, shard.rank}],
+                [&](const HeldShard& s) { return Age(s) == Age(shard); });
+}
+
 void HeldShards::Set(const JobId& job, const std::vector<HeldShard>& shards) {
   jobs_.erase(job);
   for (const HeldShard& s : shards) Note(job, s);

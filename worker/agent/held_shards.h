@@ -19,6 +19,8 @@ class HeldShards {
   void Note(const JobId& job, const HeldShard& shard);
   // All of the job's, as surveyed.
   void Set(const JobId& job, const std::vector<HeldShard>& shards);
+  // It fails its checksum.
+  void Drop(const JobId& job, const HeldShard& shard);
   void Forget(const JobId& job) { jobs_.erase(job); }
   void Clear() { jobs_.clear(); }
   std::vector<HeldShard> Of(const JobId& job) const;

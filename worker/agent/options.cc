@@ -43,6 +43,7 @@ ParseOutcome ParseOptions(int argc, const char* const* argv, AgentOptions* o) {
   std::vector<std::string> labels;
   std::string level = "info";
   double leave = ToSeconds(o->leave_timeout);
+  double scrub_every = ToSeconds(o->scrub_every);
   double grace = ToSeconds(o->stop_grace);
   app.add_option(
          "--controller", controllers,
@@ -71,6 +72,14 @@ ParseOutcome ParseOptions(int argc, const char* const* argv, AgentOptions* o) {
       ->capture_default_str();
   app.add_option("--ckpt-gap-trace", o->ckpt_gap_trace,
                  "File of an iteration's busy and idle network spans, which checkpoints then fill");
+  app.add_option("--ckpt-scrub-rate", o->scrub_mib_per_s,
+                 "MiB/s at which checkpoint memory is checked in idle time at most; 0: never")
+      ->check(CLI::Range(0.0, 1048576.0))
+      ->capture_default_str();
+  app.add_option("--ckpt-scrub-every", scrub_every,
+                 "Seconds within which each copy is checked once")
+      ->check(CLI::Range(0.01, 86400.0))
+      ->capture_default_str();
   app.add_option("--keeper", o->keeper_program,
                  "Path of everstep-keeper (default: beside this program)");
   app.add_option("--keeper-socket", o->keeper_socket, "Default: STATE/nodes/NAME/keeper.sock");
@@ -129,6 +138,7 @@ ParseOutcome ParseOptions(int argc, const char* const* argv, AgentOptions* o) {
                  : level == "warning" ? LogLevel::kWarning
                  : level == "error"   ? LogLevel::kError
                                       : LogLevel::kInfo;
+  o->scrub_every = Milliseconds(static_cast<std::int64_t>(scrub_every * 1000));
   o->leave_timeout = Milliseconds(static_cast<std::int64_t>(leave * 1000));
   o->stop_grace = Milliseconds(static_cast<std::int64_t>(grace * 1000));
   if (error.empty()) error = CheckOptions(*o);

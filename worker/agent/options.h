@@ -25,6 +25,8 @@ struct AgentOptions {
   std::uint32_t data_port = 0;     // 0: any
   std::uint32_t ckpt_streams = 2;  // connections for one slot at most
   std::string ckpt_gap_trace;      // file; empty: none
+  double scrub_mib_per_s = 64;     // checkpoint memory is looked over so fast at most; 0: never
+  Duration scrub_every = Seconds(60);  // ... and each copy once in this time
   std::string log_dir;  // workers' logs, when the submitter named none; empty: NODE_DIR/jobs
   LogOptions log;
   std::string local_command;  // a file with this node's own command line; empty: the job's

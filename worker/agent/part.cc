@@ -13,6 +13,7 @@ checkpoint::Part PartOf(const Activate& a) {
   part.peers.reserve(a.plan.peers.size());
   for (const PeerPlan& peer : a.plan.peers) part.peers.push_back(peer.address);
   part.committed_step = a.committed_step;
+  part.given_up = a.given_up;
   for (const WorkerPlan& w : a.plan.workers) {
     checkpoint::WorkerPart worker;
     worker.rank = w.rank;

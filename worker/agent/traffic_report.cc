@@ -28,4 +28,11 @@ void ToWire(const checkpoint::TrafficReport& report, v1::CheckpointTraffic* to) 
   to->set_held_class(report.held_class);
 }
 
+void ToWire(const checkpoint::ScrubReport& report, v1::ScrubReport* to) {
+  to->set_checked_bytes(report.checked_bytes);
+  to->set_checked_slots(report.checked_slots);
+  to->set_damaged(report.damaged);
+  to->set_repaired(report.repaired);
+}
+
 }  // namespace everstep::agent

@@ -8,5 +8,6 @@ namespace everstep::agent {
 
 // Leaves *to empty while nothing was sent or received.
 void ToWire(const checkpoint::TrafficReport& report, v1::CheckpointTraffic* to);
+void ToWire(const checkpoint::ScrubReport& report, v1::ScrubReport* to);
 
 }  // namespace everstep::agent

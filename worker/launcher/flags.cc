@@ -289,6 +289,10 @@ class Parser {
         wrong = ReadInteger(value, 1, kMaxNodes, &number);
         f.copies = static_cast<std::uint32_t>(number);
         return wrong;
+      case FlagId::kVerifyAfter:
+        wrong = ReadInteger(value, 0, 1'000'000'000, &number);
+        f.verify_after = static_cast<std::uint32_t>(number);
+        return wrong;
       case FlagId::kCkptDir:
         f.ckpt_dir = value;
         return value.empty() ? "must name a directory" : "";

@@ -58,6 +58,16 @@ bool IsBase(const controller::JobStateView& job, const controller::Event& event)
   const auto* copied = std::get_if<controller::ShardCopied>(&event);
   return copied != nullptr && IsBase(job, copied->shard.generation, copied->shard.step);
 }
+// A copy went bad, or one that was bad or missing is whole: news, whatever generation captured it.
+bool IsOfRepair(const controller::JobStateView& job, const controller::Event& event) {
+  if (std::holds_alternative<controller::ShardDamaged>(event)) return true;
+  const auto* copied = std::get_if<controller::ShardCopied>(&event);
+  return copied != nullptr && std::any_of(job.commits.commits.begin(), job.commits.commits.end(),
+                                          [copied](const controller::Commit& c) {
+                                            return c.generation == copied->shard.generation &&
+                                                   c.step == copied->shard.step;
+                                          });
+}
 
 }  // namespace
 
@@ -65,6 +75,10 @@ void Checkers::BeforeStep(const ClusterState& state, const controller::Event& ev
   stale_.clear();
   heard_before_.reset();
   ended_run_ = 0;
+  if (const auto* back = std::get_if<controller::RollBack>(&event)) {
+    const auto job = state.jobs.find(back->job);
+    rolled_back_ = job == state.jobs.end() ? 0 : job->second.record.generation;
+  }
   if (const auto* submit = std::get_if<controller::SubmitJob>(&event)) {
     const auto job = state.jobs.find(submit->spec.job);
     if (job != state.jobs.end() && (job->second.record.state == controller::JobState::kSucceeded ||
@@ -89,7 +103,8 @@ void Checkers::BeforeStep(const ClusterState& state, const controller::Event& ev
     const auto job = state.jobs.find(origin->job);
     if (job == state.jobs.end()) {
       stale_ = "an unknown job";
-    } else if (job->second.record.generation != origin->generation && !IsBase(job->second, event)) {
+    } else if (job->second.record.generation != origin->generation && !IsBase(job->second, event) &&
+               !IsOfRepair(job->second, event)) {
       stale_ =
           fmt::format("generation {} of {}", origin->generation, job->second.record.generation);
     }
@@ -114,6 +129,12 @@ void Checkers::AfterStep(Timestamp now, const ClusterState& state, const control
       submit != nullptr && ended_run_ != 0 && !decisions.records.empty()) {
     forgotten_[submit->spec.job] = ended_run_;
     commits_.erase(submit->spec.job);
+  }
+  if (const auto* back = std::get_if<controller::RollBack>(&event);
+      back != nullptr && !decisions.records.empty()) {
+    env_.truth->Count("rolled back");
+    cuts_[back->job].push_back({rolled_back_, back->step});
+    commits_.erase(back->job);
   }
   for (const controller::Record& record : decisions.records) {
     if (const auto* generation = std::get_if<controller::GenerationRecord>(&record)) {
@@ -203,6 +224,14 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
         return;
       }
       start = state_of;
+      for (const Cut& cut : cuts_[plan.job]) {
+        if (worker.restore.step != kNoStep &&
+            Beyond(cut, worker.restore.shard_generation, worker.restore.step)) {
+          Violate(now, "given_up",
+                  fmt::format("{} starts from step {} of generation {}, given up at step {}", name,
+                              worker.restore.step, worker.restore.shard_generation, cut.step));
+        }
+      }
       const auto forgotten = forgotten_.find(plan.job);
       if (worker.restore.step != kNoStep && forgotten != forgotten_.end() &&
           worker.restore.shard_generation <= forgotten->second) {

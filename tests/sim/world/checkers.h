@@ -10,6 +10,7 @@
 // - commit_kept: a generation starts from the newest committed step or a later one, unless every
 // copy
 //   of some shard it needs is dead or out of reach
+// - given_up: nothing is restored from what a roll-back went behind
 // - runs_apart: a run starts from nothing of an earlier run under its name that succeeded or was
 // cancelled
 // - commits_live: while a job steps in peace, its steps are committed
@@ -80,13 +81,15 @@ class Checkers {
   // of the event in hand
   std::string stale_;  // why it is stale; empty: it is not
   std::optional<Timestamp> heard_before_;
-  Generation ended_run_ = 0;  // of the job that is submitted once more, when it leaves nothing
+  Generation rolled_back_ = 0;  // of the job that an operator sends back
+  Generation ended_run_ = 0;    // of the job that is submitted once more, when it leaves nothing
   // over the whole run
   std::map<NodeId, Incarnation> incarnations_;            // newest said to a node
   std::map<JobId, Generation> generations_;               // newest said to any node
   std::map<JobId, std::pair<Generation, Step>> commits_;  // newest said to any node
   std::map<JobId, Generation> planned_;                   // newest decided
   std::set<JobId> acknowledged_;
+  std::map<JobId, std::vector<Cut>> cuts_;
   std::map<JobId, Generation> forgotten_;  // runs up to this generation ended and left nothing
 };
 

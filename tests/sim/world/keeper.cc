@@ -12,6 +12,7 @@ namespace {
 constexpr Duration kRestoreTimeout = Seconds(20);
 constexpr Duration kFormTimeout = Seconds(20);
 constexpr Duration kCaptureWait = Milliseconds(500);
+constexpr Duration kScrubEvery = Milliseconds(1500);
 constexpr Duration kAgentSilence = Seconds(3);  // then a trainer takes its agent for dead
 
 }  // namespace
@@ -56,6 +57,7 @@ void SimNode::CarryOutInKeeper(const agent::Effect& effect) {
   } else if (const auto* a = std::get_if<agent::RememberActivated>(&effect)) {
     KeeperJob& job = keeper_->jobs[a->activate.job];
     job.generation = a->activate.generation;
+    job.memory.GiveUp(a->activate.given_up);
     job.activate = a->activate;
     job.exited.clear();
   } else if (const auto* v = std::get_if<agent::Survey>(&effect)) {
@@ -67,6 +69,8 @@ void SimNode::CarryOutInKeeper(const agent::Effect& effect) {
       job->memory.MarkCommitted(m->generation, m->step);
       job->memory.MarkReleased(m->generation, m->released);
     }
+  } else if (const auto* mend = std::get_if<agent::MendShard>(&effect)) {
+    Mend(*mend);
   } else if (const auto* c = std::get_if<agent::ControllerAway>(&effect)) {
     keeper_->controller_away = controller_away_ = c->away;
   }
@@ -441,6 +445,42 @@ void SimNode::PushAll() {
     for (const auto& [key, process] : job.processes) all.emplace_back(id, key);
   }
   for (const auto& [id, key] : all) Push(id, key.second, key.first);
+}
+
+// The agent's scrubber: says what is damaged, again and again while it is.
+void SimNode::Scrub() {
+  AfterKeeper(kScrubEvery, "scrub", [this] {
+    if (agent_) {
+      for (const auto& [id, job] : keeper_->jobs) {
+        for (const HeldShard& shard : job.memory.Damaged()) {
+          env_.truth->Count("damage found");
+          Tell(agent::ShardDamaged{id, shard, 0, "scrub"});
+        }
+      }
+    }
+    Scrub();
+  });
+}
+
+// Asks the source for the very bytes; either message may be lost, the next scrub finds it again.
+void SimNode::Mend(const agent::MendShard& mend) {
+  SimNode* source = env_.peer(mend.source_node);
+  if (source == nullptr || source == this) return;
+  RestorePlan wanted;
+  wanted.step = mend.shard.step;
+  wanted.shard_rank = mend.shard.rank;
+  wanted.shard_generation = mend.shard.generation;
+  wanted.crc_root = mend.shard.crc_root;
+  env_.network->Send(name_, source->name_, name_ + " mends", [this, source, mend, wanted] {
+    if (!source->Offer(mend.job, wanted)) return;
+    env_.network->Send(source->name_, name_, "mended", [this, mend] {
+      KeeperJob* job = FindJob(mend.job);
+      if (job == nullptr || !agent_ || !job->memory.Mend(mend.shard)) return;
+      env_.truth->Count("slots mended");
+      env_.truth->Copied(name_, keeper_->id, mend.job, mend.shard);
+      Tell(agent::ShardCopied{mend.job, mend.shard});
+    });
+  });
 }
 
 bool SimNode::Receive(const JobId& job, Generation generation, HeldShard shard,

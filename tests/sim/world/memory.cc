@@ -160,6 +160,16 @@ void Memory::MarkPushing(const HeldShard& shard, const NodeId& peer, bool pushin
   }
 }
 
+void Memory::GiveUp(const std::vector<Cut>& cuts) {
+  for (auto& [key, arena] : arenas_) {
+    for (Slot& slot : arena.slots) {
+      for (const Cut& cut : cuts) {
+        if (slot.whole && Beyond(cut, slot.shard.generation, slot.shard.step)) slot = Slot{};
+      }
+    }
+  }
+}
+
 std::vector<HeldShard> Memory::Verified() const {
   std::vector<HeldShard> all;
   for (const auto& [key, arena] : arenas_) {
@@ -216,6 +226,29 @@ std::string Memory::Describe() const {
     }
   }
   return text;
+}
+
+std::vector<HeldShard> Memory::Damaged() const {
+  std::vector<HeldShard> all;
+  for (const auto& [key, arena] : arenas_) {
+    for (const Slot& slot : arena.slots) {
+      if (!slot.whole || !slot.corrupt) continue;
+      all.push_back(slot.shard);
+      all.back().replica = key.second;
+    }
+  }
+  return all;
+}
+
+bool Memory::Mend(const HeldShard& shard) {
+  const auto it = arenas_.find({shard.rank, shard.replica});
+  if (it == arenas_.end()) return false;
+  for (Slot& slot : it->second.slots) {
+    if (!Same(slot, shard) || !slot.corrupt) continue;
+    slot.corrupt = false;
+    return true;
+  }
+  return false;
 }
 
 std::optional<HeldShard> Memory::Corrupt(std::uint64_t n) {

@@ -50,6 +50,9 @@ class Memory {
   void MarkReplicated(const HeldShard& shard, const NodeId& peer);
   void MarkPushing(const HeldShard& shard, const NodeId& peer, bool pushing);
 
+  // Slots beyond a cut are torn.
+  void GiveUp(const std::vector<Cut>& cuts);
+
   // Every slot whose bytes verify.
   std::vector<HeldShard> Verified() const;
   std::optional<HeldShard> Find(Step step, Generation generation, Rank rank,
@@ -59,6 +62,9 @@ class Memory {
   // What a rank of this generation has to send its peer: its newest capture, else what it restored.
   const Slot* ToPush(Rank rank, Generation generation) const;
   std::string Describe() const;
+  std::vector<HeldShard> Damaged() const;
+  // The slot has its right bytes again. False: it was overwritten, or was never damaged.
+  bool Mend(const HeldShard& shard);
   // Spoils the n-th slot, counted over all, and says what lay there. None: there is no slot.
   std::optional<HeldShard> Corrupt(std::uint64_t n);
 

@@ -102,6 +102,7 @@ void SimNode::AttachKeeper() {
     Digest digest;
     digest.Add(fmt::format("{}/{}", name_, keeper_life_));
     keeper_->id = digest.value() | 1;
+    Scrub();
   }
   keeper_->controller_away = controller_away_;
   Tell(agent::KeeperAttached{fresh, keeper_->remembered, Adopted()});
@@ -153,8 +154,8 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
   } else if (const auto* w = std::get_if<controller::WarmCommand>(&command.body)) {
     Tell(agent::Warm{header, w->job, w->command});
   } else if (const auto* p = std::get_if<controller::PrepareCommand>(&command.body)) {
-    Tell(
-        agent::Prepare{header, p->job, p->generation, p->command, p->host_store, Grace(p->failed)});
+    Tell(agent::Prepare{header, p->job, p->generation, p->command, p->host_store, Grace(p->failed),
+                        p->data_key, p->given_up});
   } else if (const auto* a = std::get_if<controller::ActivateCommand>(&command.body)) {
     agent::Activate activate;
     activate.header = header;
@@ -172,11 +173,14 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
     activate.restart_count = a->plan->restart_count;
     activate.data_key = a->data_key;
     activate.committed_step = a->committed_step;
+    activate.given_up = a->given_up;
     Tell(std::move(activate));
   } else if (const auto* s = std::get_if<controller::StopJobCommand>(&command.body)) {
     Tell(agent::StopJob{header, s->job, s->generation, s->forget, Grace(s->failed)});
   } else if (const auto* m = std::get_if<controller::CommittedCommand>(&command.body)) {
     Tell(agent::Committed{header, m->job, m->generation, m->step, m->released});
+  } else if (const auto* r = std::get_if<controller::RepairShardCommand>(&command.body)) {
+    Tell(agent::RepairShard{header, r->job, r->shard, r->source_node, r->source_address});
   }
 }
 
@@ -312,6 +316,10 @@ void SimNode::CarryOut(const agent::Effect& effect) {
                                   s->stalled.evidence, s->stalled.stalled});
   } else if (const auto* c = std::get_if<agent::SendShardCopied>(&effect)) {
     Say("shard_copied", controller::ShardCopied{name_, incarnation, c->job, c->shard});
+  } else if (const auto* d = std::get_if<agent::SendShardDamaged>(&effect)) {
+    Say("shard_damaged",
+        controller::ShardDamaged{name_, incarnation, d->damaged.job, d->damaged.shard,
+                                 d->damaged.chunk, d->damaged.found_by});
   } else if (const auto* n = std::get_if<agent::SendNotice>(&effect)) {
     Say("notice", controller::Notice{name_, incarnation, n->notice.source, n->notice.deadline});
   } else if (const auto* w = std::get_if<agent::SendNodeWarm>(&effect)) {

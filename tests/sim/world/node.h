@@ -154,6 +154,8 @@ class SimNode {
   void Push(const JobId& job, Rank rank, Generation generation);
   void PushTo(const JobId& job, Rank rank, Generation generation, const NodeId& to);
   void PushAll();
+  void Scrub();  // every so often, as long as this keeper lives
+  void Mend(const agent::MendShard& mend);
   void DropKeeper();
   std::optional<std::pair<JobId, ProcessKey>> Pick(std::int32_t local_rank) const;
 

@@ -243,6 +243,17 @@ void World::Apply(const Fault& fault) {
       timeline_.After(Milliseconds(timeline_.random().Between(200, 4000)), "boots",
                       [n] { n->Boot(); });
     });
+  } else if (kind == "rollback") {
+    const controller::ClusterState* state = controller_.state();
+    if (state == nullptr) return;
+    const auto job = state->jobs.find("j1");
+    if (job == state->jobs.end() || job->second.commits.commits.empty()) return;
+    const Step step = job->second.commits.commits.back().step;
+    controller_.Request(
+        [step](controller::RequestId id) {
+          return controller::RollBack{id, "j1", step};
+        },
+        [](const controller::Reply&) {});
   } else if (kind == "corrupt") {
     node->Corrupt(timeline_.random().Below(64));
   } else if (kind == "fork_fail") {

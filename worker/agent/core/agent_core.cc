@@ -139,7 +139,7 @@ void AgentCore::ResumeAnswers(Effects* out) {
     if (job.phase == JobView::Phase::kPrepared) {
       job.phase = JobView::Phase::kSurveying;  // replicas may have come since
       job.survey_done = false;
-      out->push_back(Survey{id, job.generation, job.command});
+      out->push_back(Survey{id, job.generation, job.command, job.given_up});
     } else if (!job.trouble.empty() && job.trouble_in_activate) {
       AnswerActivate(id, job, out);
     } else if (!job.trouble.empty()) {

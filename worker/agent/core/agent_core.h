@@ -59,6 +59,7 @@ class AgentCore {
   void On(Timestamp now, const StopJob& e, Effects* out);
   void On(Timestamp now, const Committed& e, Effects* out);
   void On(Timestamp now, const Persist& e, Effects* out);
+  void On(Timestamp now, const RepairShard& e, Effects* out);
   void On(Timestamp now, const TailLogs& e, Effects* out);
   void On(Timestamp now, const KillForDrill& e, Effects* out);
   void On(Timestamp now, const KeeperAttached& e, Effects* out);
@@ -72,6 +73,7 @@ class AgentCore {
   void On(Timestamp now, const StoreFailed& e, Effects* out);
   void On(Timestamp now, const Surveyed& e, Effects* out);
   void On(Timestamp now, const ShardCopied& e, Effects* out);
+  void On(Timestamp now, const ShardDamaged& e, Effects* out);
   void On(Timestamp now, const Persisted& e, Effects* out);
   void On(Timestamp now, const StepCaptured& e, Effects* out);
   void On(Timestamp now, const Notice& e, Effects* out);

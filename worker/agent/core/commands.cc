@@ -57,6 +57,7 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
   job->command = e.command;
   job->step = kNoStep;
   job->host_store = e.host_store;
+  job->given_up = e.given_up;
   job->store_port = 0;
   job->trouble.clear();
   job->survey_done = false;
@@ -71,7 +72,7 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
 void AgentCore::AdvancePrepare(const JobId& id, JobView* job, Effects* out) {
   if (job->phase == JobView::Phase::kDraining && job->old_workers.empty()) {
     job->phase = JobView::Phase::kSurveying;
-    out->push_back(Survey{id, job->generation, job->command});
+    out->push_back(Survey{id, job->generation, job->command, job->given_up});
   }
   if (job->phase == JobView::Phase::kSurveying && job->survey_done &&
       (!job->host_store || job->store_port != 0)) {
@@ -230,7 +231,16 @@ void AgentCore::On(Timestamp, const Persist& e, Effects* out) {
     return;
   }
   ++job->persisting;
-  out->push_back(PersistStep{e.job, job->command, e.generation, e.step, e.ranks});
+  out->push_back(PersistStep{e.job, job->command, e.generation, e.step, e.ranks, e.verified});
+}
+
+void AgentCore::On(Timestamp, const RepairShard& e, Effects* out) {
+  if (!Current(e.header, "repair_shard", out)) return;
+  if (Find(e.job) == nullptr) {
+    out->push_back(Dropped{"repair_shard", fmt::format("job {} is not here", e.job)});
+    return;
+  }
+  out->push_back(MendShard{e.job, e.shard, e.source_node, e.source_address});
 }
 
 void AgentCore::On(Timestamp, const TailLogs& e, Effects* out) {

@@ -55,6 +55,9 @@ struct SendShardCopied {
   JobId job;
   HeldShard shard;
 };
+struct SendShardDamaged {
+  ShardDamaged damaged;
+};
 struct SendPersisted {
   Persisted persisted;
 };
@@ -135,6 +138,14 @@ struct Survey {
   JobId job;
   Generation generation = 0;
   CommandSpec command;
+  std::vector<Cut> given_up = {};  // files beyond are marked and not told of
+};
+// -> ShardCopied when it is whole again; else nothing: whoever finds it damaged says so again.
+struct MendShard {
+  JobId job;
+  HeldShard shard;
+  NodeId source_node;
+  std::string source_address;
 };
 struct MarkCommitted {
   JobId job;
@@ -150,6 +161,7 @@ struct PersistStep {
   Generation generation = 0;
   Step step = kNoStep;
   std::vector<Rank> ranks;
+  Cut verified = {};
 };
 // Whether commits can be had: set in the arenas' headers, so that trainers need not wait for one.
 struct ControllerAway {
@@ -166,12 +178,13 @@ struct Dropped {
   std::string why;
 };
 
-using Effect = std::variant<SendRegister, SendHeartbeat, SendPrepared, SendActivated,
-                            SendWorkerExited, SendWorkerStalled, SendShardCopied, SendPersisted,
-                            SendNotice, SendNodeWarm, SendKeeperLost, SendStopped, CloseSession,
-                            StartForkServer, StartStore, StartWorkers, KillWorkers, KillRank,
-                            ForgetJob, RememberIncarnation, RememberPrepared, RememberActivated,
-                            Survey, MarkCommitted, PersistStep, ControllerAway, Tail, Dropped>;
+using Effect =
+    std::variant<SendRegister, SendHeartbeat, SendPrepared, SendActivated, SendWorkerExited,
+                 SendWorkerStalled, SendShardCopied, SendShardDamaged, SendPersisted, SendNotice,
+                 SendNodeWarm, SendKeeperLost, SendStopped, CloseSession, StartForkServer,
+                 StartStore, StartWorkers, KillWorkers, KillRank, ForgetJob, RememberIncarnation,
+                 RememberPrepared, RememberActivated, Survey, MendShard, MarkCommitted, PersistStep,
+                 ControllerAway, Tail, Dropped>;
 using Effects = std::vector<Effect>;
 
 }  // namespace everstep::agent

@@ -52,6 +52,7 @@ struct Prepare {
   bool host_store = false;
   Duration grace = {};   // SIGTERM to SIGKILL
   std::string data_key;  // authenticates this job's checkpoint sessions
+  std::vector<Cut> given_up = {};
 };
 struct Activate {
   Header header;
@@ -67,6 +68,7 @@ struct Activate {
   std::uint32_t restart_count = 0;
   std::string data_key;
   Step committed_step = kNoStep;
+  std::vector<Cut> given_up = {};  // slots beyond are torn before anything else is done
 };
 struct StopJob {
   Header header;
@@ -88,6 +90,15 @@ struct Persist {
   Generation generation = 0;  // that captured the step
   Step step = kNoStep;
   std::vector<Rank> ranks;  // whose shards this node writes
+  Cut verified = {};        // stays whatever the retention; step kNoStep: none
+};
+// A damaged copy here: its bytes lie whole at source_address.
+struct RepairShard {
+  Header header;
+  JobId job;
+  HeldShard shard;
+  NodeId source_node;
+  std::string source_address;
 };
 struct TailLogs {
   Header header;
@@ -186,6 +197,13 @@ struct ShardCopied {
   JobId job;
   HeldShard shard;
 };
+// A copy here fails its checksum. Said again as long as it is found so.
+struct ShardDamaged {
+  JobId job;
+  HeldShard shard;
+  std::int64_t chunk = 0;  // the first that fails; -1: the table of checksums itself
+  std::string found_by;
+};
 // Answer to effect PersistStep: what Persist asked for is on the disk, or cannot be.
 struct Persisted {
   JobId job;
@@ -212,10 +230,11 @@ struct Notice {
 };
 struct Tick {};  // NextWakeup() has come
 
-using Event = std::variant<SessionOpened, SessionLost, Registered, Heard, Warm, Prepare, Activate,
-                           StopJob, Committed, Persist, TailLogs, KillForDrill, KeeperAttached,
-                           KeeperGone, WorkerStarted, WorkerStartFailed, WorkerExited,
-                           WorkerStalled, ForkServerState, StoreReady, StoreFailed, Surveyed,
-                           ShardCopied, Persisted, StepCaptured, Notice, Tick>;
+using Event =
+    std::variant<SessionOpened, SessionLost, Registered, Heard, Warm, Prepare, Activate, StopJob,
+                 Committed, Persist, RepairShard, TailLogs, KillForDrill, KeeperAttached,
+                 KeeperGone, WorkerStarted, WorkerStartFailed, WorkerExited, WorkerStalled,
+                 ForkServerState, StoreReady, StoreFailed, Surveyed, ShardCopied, ShardDamaged,
+                 Persisted, StepCaptured, Notice, Tick>;
 
 }  // namespace everstep::agent

@@ -41,6 +41,7 @@ struct JobView {
   bool trouble_in_activate = false;
   bool survey_done = false;
   std::vector<HeldShard> surveyed;
+  std::vector<Cut> given_up;              // as of the newest Prepare
   std::optional<Timestamp> deadline;      // of draining, surveying, starting, stopping
   std::optional<Generation> stop_answer;  // Stopped is owed for this generation
   bool forget = false;                    // ... and then nothing of the job stays

@@ -163,6 +163,10 @@ void AgentCore::On(Timestamp, const ShardCopied& e, Effects* out) {
   if (Find(e.job) != nullptr) Say(SendShardCopied{e.job, e.shard}, out);
 }
 
+void AgentCore::On(Timestamp, const ShardDamaged& e, Effects* out) {
+  if (Find(e.job) != nullptr) Say(SendShardDamaged{e}, out);
+}
+
 void AgentCore::On(Timestamp, const Persisted& e, Effects* out) {
   Say(SendPersisted{e}, out);
   JobView* job = Find(e.job);
