@@ -300,6 +300,13 @@ TEST_F(ClientAbi, WrongCallsAreToldAndHarmless) {
   EXPECT_NE(Error(c).find("8.1 TiB"), std::string::npos) << Error(c);
 }
 
+TEST_F(ClientAbi, AChecksumOfTwoPiecesIsThatOfTheWhole) {
+  const char digits[] = "123456789";
+  EXPECT_EQ(everstep_crc32c(0, digits, 9), 0xE3069283u);  // the check value of CRC-32C
+  EXPECT_EQ(everstep_crc32c(everstep_crc32c(0, digits, 4), digits + 4, 5), 0xE3069283u);
+  EXPECT_EQ(everstep_crc32c(7, nullptr, 0), 7u);
+}
+
 TEST_F(ClientAbi, AnOlderCallersStructIsFilledNoFurther) {
   StartNode();
   Activate(1);
