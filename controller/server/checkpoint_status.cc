@@ -188,6 +188,11 @@ void FromFiles(const JobStateView& job, const Forecast& forecast, v1::LossForeca
       source->set_tier("file");
       source->set_source_node(job.record.spec.ckpt_dir);
       source->set_source_rank(worker.rank);
+      source->set_choices(1);
+      source->set_why("memory has no complete step as new: this rank reads its file");
+      for (const HeldShard& file : job.files) {  // unknown after a restart of the controller
+        if (file.rank == worker.rank) source->set_bytes(file.bytes);
+      }
     }
   }
   const std::string memory = to->step() == kNoStep
