@@ -34,11 +34,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ledger
-from cluster import EVERSTEP, ROOT, SCRIPT, Cluster, Failure, cluster_processes, send, shared_memory
+from cluster import EVERSTEP, ROOT, Cluster, Failure, cluster_processes, send, shared_memory
 
 START_LIMIT = 240.0  # seconds: four nodes import torch at once, and other programs may want the processors, too
 FIRE_LIMIT = 30.0  # seconds until an armed point is reached, once its fault has happened
 PAIR_TRIES = 6
+UNDISTURBED = ROOT / "tests/integration/scripts/undisturbed.py"
+UNDISTURBED_LIMIT = 900.0  # seconds
 GROWS_IN = 15  # steps
 TRAINER, AGENT, KEEPER, CONTROLLER = "python", "everstep-agent", "everstep-keeper", "everstep-control"
 
@@ -294,20 +296,15 @@ class Job:
             self.compare()
 
     def compare(self) -> None:
-        """Each step's weights with those of a run that nobody disturbs."""
+        """Each step's weights with those that nobody disturbed (scripts/undisturbed.py)."""
         entries = ledger.read(self.cluster.ledger)
         last = max(e.step for e in entries)
-        undisturbed = self.cluster.work / f"{self.name}.undisturbed"
-        undisturbed.mkdir()
-        env = {k: v for k, v in self.cluster.env.items() if not k.startswith("EVERSTEP")} | {
-            **self.env, "LEDGER": str(undisturbed), "STEPS": str(last + 1), "STEP_SECONDS": "0"}
-        command = [EVERSTEP, "run", "--standalone", "--nproc-per-node", "2", "--state-dir", str(self.cluster.work / f"{self.name}.s"), str(SCRIPT)]
-        done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600, env=env)
+        env = {k: v for k, v in self.cluster.env.items() if not k.startswith("EVERSTEP")} | self.env
+        done = subprocess.run([sys.executable, str(UNDISTURBED), str(self.cluster.world), str(last + 1)], check=False, capture_output=True,
+                              text=True, timeout=UNDISTURBED_LIMIT, env=env)
         if done.returncode:
-            raise Failure(f"the undisturbed run ended with {done.returncode}: {done.stderr[-500:]}")
-        right = {e.step: e.crc for e in ledger.read(undisturbed)}
-        if sorted(right) != list(range(last + 1)):
-            raise Failure(f"the undisturbed run made {len(right)} of {last + 1} steps")
+            raise Failure(f"{UNDISTURBED.name} ended with {done.returncode}: {done.stderr[-500:]}")
+        right = {int(step): int(crc) for step, crc in map(str.split, done.stdout.splitlines())}
         differ = [e for e in entries if e.crc != right[e.step]]
         if differ:
             raise Failure(f"{self.name}: the weights after step {differ[0].step} of rank {differ[0].rank}, generation {differ[0].generation}, are "
