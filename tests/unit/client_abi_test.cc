@@ -265,6 +265,19 @@ TEST_F(ClientAbi, AnOverlappedCaptureCanBeGivenUpAtAnyMoment) {
   EXPECT_EQ(everstep_capture_wait(c, 20'000), EVERSTEP_OK);
 }
 
+TEST_F(ClientAbi, AnOverlappedCaptureBeyondMemoryIsRefusedAndNothingIsThrown) {
+  StartNode();
+  Activate(1);
+  everstep_client* c = nullptr;
+  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK) << Error(c);
+  ASSERT_EQ(everstep_capture_begin(c, 1, 100, 0), EVERSTEP_OK) << Error(c);
+  const everstep_piece early{"x", std::uint64_t{1} << 63};
+  EXPECT_EQ(everstep_capture_start(c, nullptr, 0, &early, 1, "{}", 2, nullptr), EVERSTEP_ENOMEM);
+  EXPECT_NE(Error(c).find("no memory"), std::string::npos) << Error(c);
+  everstep_capture_abort(c);
+  EXPECT_EQ(Capture(c, 1, "one"), EVERSTEP_OK) << Error(c);
+}
+
 TEST_F(ClientAbi, WrongCallsAreToldAndHarmless) {
   everstep_client* c = nullptr;
   EXPECT_EQ(everstep_open(nullptr, nullptr), EVERSTEP_EINVAL);

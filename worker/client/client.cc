@@ -486,9 +486,13 @@ int everstep_capture_start(everstep_client* c, const everstep_piece* late, uint3
     if (!copier.ok()) return Fail(c, copier.error());
     c->copier = std::move(copier.value());
   }
+  if (auto ok = c->copier->Copy(&*c->writer, late, late_count, early, early_count, table,
+                                table_bytes, offsets);
+      !ok.ok()) {
+    return Fail(c, ok.error());
+  }
   c->table_bytes = table_bytes;
   c->copying = true;
-  c->copier->Copy(&*c->writer, late, late_count, early, early_count, table, table_bytes, offsets);
   return EVERSTEP_OK;
 }
 

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <string>
 
 #include "proto/base/errno_text.h"
@@ -56,9 +57,10 @@ Copier::~Copier() {
   pthread_join(thread_, nullptr);
 }
 
-void Copier::Copy(checkpoint::SlotWriter* writer, const everstep_piece* late,
-                  std::uint32_t late_count, const everstep_piece* early, std::uint32_t early_count,
-                  const void* tail, std::uint64_t tail_bytes, std::uint64_t* offsets) {
+Outcome Copier::Copy(checkpoint::SlotWriter* writer, const everstep_piece* late,
+                     std::uint32_t late_count, const everstep_piece* early,
+                     std::uint32_t early_count, const void* tail, std::uint64_t tail_bytes,
+                     std::uint64_t* offsets) try {
   writer_ = writer;
   late_.assign(late, late + late_count);
   std::uint64_t at = writer->offset();
@@ -93,6 +95,10 @@ void Copier::Copy(checkpoint::SlotWriter* writer, const everstep_piece* late,
     busy_ = true;
   }
   begin_.notify_one();
+  return checkpoint::Done{};
+} catch (const std::exception&) {  // the vectors': callers are of C
+  return Error{ErrorCode::kNoMemory,
+               "an overlapped capture: no memory to stage the early pieces and the table in"};
 }
 
 bool Copier::Wait(std::chrono::milliseconds timeout) {
