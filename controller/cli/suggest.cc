@@ -34,6 +34,10 @@ std::string Nearest(std::string_view typed, const std::vector<std::string>& name
       found = name;
     }
   }
+  if (!found.empty()) return found;
+  for (const std::string& name : names) {
+    if (name.starts_with(typed) && (found.empty() || name.size() < found.size())) found = name;
+  }
   return found;
 }
 

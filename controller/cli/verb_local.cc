@@ -37,6 +37,22 @@ std::string CalledFolder(const std::string& called_as, const Environment& enviro
   return "";
 }
 
+// The words of `everstep run` ask for help, or for a node of their own: EVERSTEP_CLUSTER, which may
+// name one that is gone, is not looked at then. Flags end where the script begins: at a word that
+// is no flag and may be no flag's value.
+bool AsksNoCluster(const std::vector<std::string>& words) {
+  bool value = false;  // the word before may take this one
+  for (const std::string& word : words) {
+    const bool flag = word.size() > 1 && word[0] == '-';
+    if (word == "--" || word.ends_with(".py") || (!flag && !value)) return false;
+    if (word == "--help" || word == "-h" || word == "--version" || word == "--standalone") {
+      return true;
+    }
+    value = flag && word.find('=') == std::string::npos;
+  }
+  return false;
+}
+
 }  // namespace
 
 VerbResult RunVersion(Context& context) {
@@ -133,7 +149,8 @@ VerbResult RunProgramBeside(Context& context, const std::string& called_as) {
   Environment environment = context.env;
   const bool named =
       context.args.Has("controller") || context.args.Has("cluster") ||
-      (context.env.count("EVERSTEP_CLUSTER") > 0 && context.env.count("EVERSTEP_CONTROLLER") == 0);
+      (context.env.count("EVERSTEP_CLUSTER") > 0 && context.env.count("EVERSTEP_CONTROLLER") == 0 &&
+       !AsksNoCluster(context.args.words));
   if (named) {
     const Result<std::string> address = context.ControllerAddress();
     if (!address.ok()) return address.error();

@@ -170,6 +170,10 @@ def test_a_stale_cluster_is_named_and_cleaned(cluster: Shell) -> None:
     refused = cluster.run("cluster", "up")
     assert refused.returncode == 6 and "stale" in refused.stderr
     assert cluster.ok("cluster", "down") == "cluster local is down (it was stale)\n"
+    cluster.env["EVERSTEP_CLUSTER"] = "local"  # gone, and the shell still names it
+    assert "usage" in cluster.ok("run", "--help").lower()
+    refused = cluster.run("run", "train.py", "--help")
+    assert refused.returncode != 0 and "no local cluster" in refused.stderr
     assert cluster.processes() == {}
 
 

@@ -102,6 +102,8 @@ TEST(CliSuggest, FindsTheNearestNameAndNotAFarOne) {
   EXPECT_EQ(Nearest("banana", {"events", "node"}), "");
   EXPECT_EQ(Nearest("x", {"y"}), "") << "one letter is near everything";
   EXPECT_EQ(Nearest("", {"a"}), "");
+  EXPECT_EQ(Nearest("ok", {"ok-bfea0d-2", "ok-bfea0d", "no"}), "ok-bfea0d") << "it goes on so";
+  EXPECT_EQ(Nearest("o", {"ok-bfea0d"}), "");
 }
 
 }  // namespace
