@@ -329,8 +329,25 @@ const std::uint32_t* Arena::ChunkCrcs(const SlotView& view) {
   return reinterpret_cast<const std::uint32_t*>(data + ExtentCapacity(view.extent_bytes));
 }
 
+bool Arena::Damaged(const SlotView& view) const {
+  return header_->slot[view.slot].damaged_seq.load(std::memory_order_acquire) == view.seq;
+}
+
+void Arena::MarkDamaged(const SlotView& view) const {
+  if (!Current(view)) return;
+  header_->slot[view.slot].damaged_seq.store(view.seq, std::memory_order_release);
+}
+
+Outcome Arena::Noted(const SlotView& view, Outcome found, bool all) const {
+  if (!found.ok() && found.error().code == ErrorCode::kCorrupt) MarkDamaged(view);
+  if (found.ok() && all && Damaged(view)) {  // put right since
+    header_->slot[view.slot].damaged_seq.store(0, std::memory_order_release);
+  }
+  return found;
+}
+
 Outcome Arena::Verify(const SlotView& view, unsigned threads) {
-  return Check(view, 0, view.chunks(), {}, threads);
+  return Noted(view, Check(view, 0, view.chunks(), {}, threads), true);
 }
 
 Outcome Arena::VerifyRange(const SlotView& view, std::uint64_t offset, std::uint64_t bytes) {
@@ -339,7 +356,7 @@ Outcome Arena::VerifyRange(const SlotView& view, std::uint64_t offset, std::uint
     return Error{ErrorCode::kInvalid,
                  fmt::format("{}: {} bytes at {} of a payload of {}", Name(), bytes, offset, size)};
   }
-  return Check(view, offset / kChunkBytes, ChunkCount(offset + bytes), {}, 1);
+  return Noted(view, Check(view, offset / kChunkBytes, ChunkCount(offset + bytes), {}, 1), false);
 }
 
 Outcome Arena::Load(const SlotView& view, std::span<const LoadTarget> targets, unsigned threads) {
@@ -354,7 +371,7 @@ Outcome Arena::Load(const SlotView& view, std::span<const LoadTarget> targets, u
     }
     end = t.offset + t.bytes;
   }
-  return Check(view, 0, view.chunks(), targets, threads);
+  return Noted(view, Check(view, 0, view.chunks(), targets, threads), true);
 }
 
 // Chunks [first, end) of the slot, and its root.

@@ -66,7 +66,7 @@ struct RestoreView {
   Generation generation = 0;
   RestoreState state = RestoreState::kNone;
   std::uint32_t slot = 0;
-  std::uint64_t slot_seq = 0;
+  std::uint64_t slot_seq = 0;  // kPending: payload bytes on their way
   Step step = kNoStep;
   std::string message;
 };
@@ -103,13 +103,17 @@ class Arena {
   // The slot was not touched since the view was taken.
   bool Current(const SlotView& view) const;
   // Every chunk and the root, by `threads` threads at most (a caller that has nothing better to do
-  // takes several). kCorrupt names the first bad chunk; kStale: overwritten meanwhile.
+  // takes several). kCorrupt names the first bad chunk; kStale: overwritten meanwhile. Leaves its
+  // finding in the slot, for Damaged.
   Outcome Verify(const SlotView& view, unsigned threads = 1);
   // The same for those chunks alone in which `bytes` from `offset` of the payload lie.
   Outcome VerifyRange(const SlotView& view, std::uint64_t offset, std::uint64_t bytes);
   // As Verify, and copies `targets` in the same pass over the slot's memory. On an error what they
   // hold is undefined. kInvalid: they are not in ascending order, overlap, or leave the payload.
   Outcome Load(const SlotView& view, std::span<const LoadTarget> targets, unsigned threads);
+  // Somebody found these very bytes damaged: by Verify, or while they were copied or sent.
+  bool Damaged(const SlotView& view) const;
+  void MarkDamaged(const SlotView& view) const;
 
   // Mapped bytes of a view; null when they cannot be mapped. Valid until the slot's extent moves.
   const unsigned char* Payload(const SlotView& view);
@@ -127,6 +131,7 @@ class Arena {
   };
   Outcome Check(const SlotView& view, std::uint64_t first, std::uint64_t end,
                 std::span<const LoadTarget> targets, unsigned threads);
+  Outcome Noted(const SlotView& view, Outcome found, bool all) const;
   unsigned char* Map(std::uint32_t slot, std::uint64_t offset, std::uint64_t bytes);
   void Close();
 

@@ -60,6 +60,8 @@ struct alignas(64) SlotHeader {
   std::atomic<std::uint64_t> released_seq;               // ... will not be committed any more
   // ... is being put right in place: who tears the slot waits for it (checkpoint/store/mend.h).
   std::atomic<std::uint64_t> mending_seq;
+  // Whoever checks it, trainer or agent: equal to seq when the bytes failed (Arena::Verify).
+  std::atomic<std::uint64_t> damaged_seq;
 };
 static_assert(sizeof(SlotHeader) == 192);
 
@@ -76,7 +78,7 @@ struct alignas(64) RestoreWord {  // agent, under seq
   std::uint64_t generation;  // that it is meant for; a worker of another one waits
   std::uint32_t state;       // RestoreState
   std::uint32_t slot;
-  std::uint64_t slot_seq;
+  std::uint64_t slot_seq;  // kPending: payload bytes on their way
   std::int64_t step;
   char message[216];
 };
@@ -124,6 +126,13 @@ struct ArenaHeader {
 static_assert(sizeof(ArenaHeader) == 192 + 64 + 64 + 256 + 2 * 192);
 static_assert(sizeof(ArenaHeader) <= kArenaHeaderBytes);
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
+
+// How much longer a restore may take than an empty one (120 s; TransferOptions, everstep_restore):
+// 100 MB/s, what a slow network moves. Both the agent that fetches and the trainer that waits go by
+// it.
+constexpr std::uint64_t RestoreMillis(std::uint64_t payload_bytes) {
+  return payload_bytes / 100'000;
+}
 
 constexpr std::uint64_t RoundUp(std::uint64_t n, std::uint64_t to) {
   return (n + to - 1) / to * to;

@@ -87,7 +87,7 @@ Outcome Fetcher::Begin(const PeerConversation& talk) {
 
 Outcome Fetcher::Bring(Range range) {
   auto talk = Converse(task_,
-                       {.op = Op::kFetch,
+                       {.op = task_.checked ? Op::kFetchChecked : Op::kFetch,
                         .first_chunk = range.first,
                         .end_chunk = range.end,
                         .fields = wanted_,

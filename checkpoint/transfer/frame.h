@@ -30,7 +30,12 @@ inline constexpr std::uint32_t kTransferVersion = 2;
 inline constexpr std::uint32_t kNoBase = 0xFFFFFFFF;
 inline constexpr std::uint32_t kEndOfChunks = 0xFFFFFFFF;
 
-enum class Op : std::uint32_t { kPush = 1, kFetch = 2, kJoin = 3 };
+enum class Op : std::uint32_t {
+  kPush = 1,
+  kFetch = 2,
+  kJoin = 3,
+  kFetchChecked = 5,  // once a chunk came damaged: was it the wire, or the source's memory?
+};
 
 // 0: go on. Others end the connection.
 enum class Status : std::uint32_t {

@@ -35,6 +35,7 @@ struct PeerTask {
   PeerLimits limits;
   const std::atomic<bool>* cancel = nullptr;  // set: the attempt ends soon, with kStale
   int streams = 1;                            // at most so many connections; small slots take fewer
+  bool checked = false;                       // fetch: the source checks each chunk before it goes
   TrafficClass traffic_class = TrafficClass::kCommit;
   Traffic* traffic = nullptr;  // who says when bytes may go; null: at once
 };

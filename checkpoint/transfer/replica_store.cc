@@ -22,14 +22,22 @@ bool SameBytes(const SlotView& view, const SlotFields& fields, std::uint32_t roo
   return view.crc_root == root && std::memcmp(&view.fields, &fields, sizeof fields) == 0;
 }
 
-// The table, and chunks [first, end).
+// The table, and chunks [first, end). `checked`: kCorrupt, and the mark, at the first bad one.
 Outcome SendRange(Connection* connection, Arena* arena, const SlotView& view,
-                  const std::vector<std::uint32_t>& crcs, std::uint64_t first, std::uint64_t end) {
+                  const std::vector<std::uint32_t>& crcs, std::uint64_t first, std::uint64_t end,
+                  bool checked) {
   if (auto ok = SendTable(connection, crcs); !ok.ok()) return ok;
-  const unsigned char* data = MappingPays(*connection) ? arena->Payload(view) : nullptr;
+  const bool map = checked || MappingPays(*connection);
+  const unsigned char* data = map ? arena->Payload(view) : nullptr;
   if (end == 0 || end > crcs.size()) end = crcs.size();
   for (std::uint64_t i = first; i < end; ++i) {
     if (connection->Readable()) return Done{};  // it has left
+    if (checked && data != nullptr &&
+        Crc32c(data + i * kChunkBytes, view.chunk_size(i)) != crcs[i]) {
+      arena->MarkDamaged(view);
+      return Error{ErrorCode::kCorrupt, fmt::format("{}: chunk {} of {} is damaged in this memory",
+                                                    arena->Name(), i, view.chunks())};
+    }
     if (auto ok = SendChunk(connection, *arena, view, data, i, crcs[i]); !ok.ok()) return ok;
     KillPoint("serve.chunk_sent");
   }
@@ -48,7 +56,7 @@ std::uint32_t ChooseSlot(const Arena& arena, Generation committed_generation, St
   bool committed[kSlots] = {};
   for (std::uint32_t i = 0; i < kSlots; ++i) {
     views[i] = arena.Look(i);
-    if (!views[i]) return i;
+    if (!views[i] || arena.Damaged(*views[i])) return i;
     const SlotFields& f = views[i]->fields;
     age[i] = {f.step, f.generation};
     committed[i] = (f.generation == committed_generation && f.step == committed_step) ||
@@ -93,7 +101,8 @@ void ReplicaStore::Serve(PeerSession* session) {
   switch (request.op) {
     case Op::kPush: return Push(session, *facts);
     case Op::kJoin: return Join(session);
-    case Op::kFetch: return Fetch(session);
+    case Op::kFetch:
+    case Op::kFetchChecked: return Fetch(session);
   }
 }
 
@@ -383,6 +392,7 @@ void ReplicaStore::Join(PeerSession* session) {
 void ReplicaStore::Fetch(PeerSession* session) {
   const RequestFrame& request = session->request();
   const JobId job = session->job();
+  bool damaged = false;
   for (const bool replica : {false, true}) {
     auto fds = host_->Open(job, {.rank = request.fields.rank, .replica = replica}, 0);
     if (!fds.ok()) continue;
@@ -397,14 +407,19 @@ void ReplicaStore::Fetch(PeerSession* session) {
           view->crc_root != request.crc_root) {
         continue;
       }
+      if (arena.Damaged(*view)) {
+        damaged = true;
+        continue;
+      }
       auto crcs = ReadChunkCrcs(arena, *view);
       if (!crcs.ok() || CrcRoot(view->fields, crcs.value().data()) != view->crc_root) continue;
       if (!session->Respond({.fields = view->fields, .crc_root = view->crc_root}).ok()) return;
       session->connection()->set_deadline(
           DeadlineFor(Limits(options_), view->fields.payload_bytes));
       KillPoint("serve.responded");
-      const auto sent = SendRange(session->connection(), &arena, *view, crcs.value(),
-                                  request.first_chunk, request.end_chunk);
+      const auto sent =
+          SendRange(session->connection(), &arena, *view, crcs.value(), request.first_chunk,
+                    request.end_chunk, request.op == Op::kFetchChecked);
       if (!sent.ok()) {
         listener_->OnTrouble(job, fmt::format("sending step {} of rank {}: {}", view->step(),
                                               view->fields.rank, sent.error().message));
@@ -413,9 +428,10 @@ void ReplicaStore::Fetch(PeerSession* session) {
     }
   }
   (void)session->Refuse(
-      Status::kUnknown,
-      fmt::format("step {} of rank {} with checksum {:08x} is not here (any more)",
-                  request.fields.step, request.fields.rank, request.crc_root));
+      damaged ? Status::kCorrupt : Status::kUnknown,
+      fmt::format("step {} of rank {} with checksum {:08x} is {}", request.fields.step,
+                  request.fields.rank, request.crc_root,
+                  damaged ? "damaged in this node's memory" : "not here (any more)"));
 }
 
 void ReplicaStore::MarkCommitted(const JobId& job, Generation generation, Step step) {

@@ -64,6 +64,7 @@ Result<SlotView> CopySlot(Arena* from, const SlotView& view, Arena* to, std::uin
     writer.value().SetChunkCrc(i, crc);
     KillPoint("restore.chunk_copied");
     if (crc == crcs[i]) continue;
+    from->MarkDamaged(view);
     return Error{ErrorCode::kCorrupt,
                  fmt::format("{}: slot {}, step {}: chunk {} of {} has CRC {:08x}, not {:08x}",
                              from->Name(), view.slot, view.step(), i, view.chunks(), crc, crcs[i])};
@@ -84,7 +85,7 @@ Result<SlotView> CopySlot(Arena* from, const SlotView& view, Arena* to, std::uin
 std::optional<SlotView> FindRestore(const Arena& arena, const RestorePart& restore) {
   for (std::uint32_t i = 0; i < kSlots; ++i) {
     const auto view = arena.Look(i);
-    if (view && view->fields.step == restore.step &&
+    if (view && !arena.Damaged(*view) && view->fields.step == restore.step &&
         view->fields.generation == restore.shard_generation &&
         view->fields.rank == restore.shard_rank && view->crc_root == restore.crc_root) {
       return view;
@@ -145,7 +146,8 @@ Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
   wanted.payload_bytes = want.bytes;
   SlotSink sink(&arena, slot);
   FetchProgress progress;
-  const auto deadline = std::chrono::steady_clock::now() + options.restore_timeout;
+  const auto deadline = std::chrono::steady_clock::now() + options.restore_timeout +
+                        std::chrono::milliseconds(RestoreMillis(want.bytes));
   auto pause = options.retry_first;
   int gone = 0, corrupt = 0;
   for (int attempt = 1;; ++attempt) {
@@ -156,6 +158,7 @@ Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
     // time.
     if (code == ErrorCode::kNotFound) ++gone;
     if (code == ErrorCode::kCorrupt) ++corrupt;  // once may be the wire, three times is its memory
+    task.checked = corrupt > 0;
     if (code == ErrorCode::kStale || code == ErrorCode::kNoMemory || gone >= 5 || corrupt >= 3 ||
         std::chrono::steady_clock::now() + pause >= deadline) {
       return Error{code, fmt::format("{} (attempt {})", view.error().message, attempt)};

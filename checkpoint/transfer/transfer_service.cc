@@ -80,6 +80,7 @@ class Service final : public TransferService {
   std::uint16_t port() const override { return server_->port(); }
   void Begin(const JobId& job, Generation generation, const std::string& data_key) override;
   std::vector<HeldShard> Survey(const JobId& job) override { return upkeep_.Survey(job); }
+  bool RestoreFailed(const JobId& job, Generation generation, Rank rank) const override;
   bool Activate(const Part& part, std::string* error) override;
   void MarkCommitted(const JobId& job, Generation generation, Step step) override;
   void MarkReleased(const JobId& job, Generation generation, Step step) override;
@@ -175,6 +176,21 @@ void Service::Begin(const JobId& job, Generation generation, const std::string& 
     if (fence.load() < generation) fence.store(generation, std::memory_order_release);
   }
   active_.erase(it);
+}
+
+bool Service::RestoreFailed(const JobId& job, Generation generation, Rank rank) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = active_.find(job);
+  if (it == active_.end() || it->second.generation != generation) return false;
+  const auto local = it->second.locals.find(rank);
+  if (local == it->second.locals.end()) return false;
+  const Arena& arena = local->second->arena;
+  const RestoreView word = arena.Restore();
+  if (word.generation != generation) return false;
+  if (word.state == RestoreState::kFailed) return true;
+  if (word.state != RestoreState::kReady || word.slot >= kSlots) return false;
+  const auto view = arena.Look(word.slot);
+  return view && view->seq == word.slot_seq && arena.Damaged(*view);
 }
 
 Result<LocalPtr> Service::OpenLocal(const Part& part, const WorkerPart& worker) {
@@ -295,6 +311,7 @@ void Service::StartRestore(const LocalPtr& local) {
   }
   local->arena.SetRestore({.generation = local->generation,
                            .state = RestoreState::kPending,
+                           .slot_seq = local->restore.bytes,
                            .step = local->restore.step});
   KillPoint("restore.pending");
   pool_.Submit([this, local] { Restore(local); });

@@ -2,7 +2,7 @@
 // peer, receives peers' slots, fetches what a restore lacks, and tells the agent what happened.
 //
 // The agent's shell owns one. Every method is thread-safe and returns at once, but Survey (reads
-// memory, about 10 GB/s) and Stop. What happens is told through Listener, from the service's own
+// survey_bytes at most) and Stop. What happens is told through Listener, from the service's own
 // threads: a listener only pushes to a mailbox.
 //
 //   trainer --slot, eventfd--> [watch] --Captured, Copied--> agent
@@ -116,7 +116,12 @@ struct TransferOptions {
       5000};  // no byte moved for so long: the connection is given up
   std::chrono::milliseconds retry_first{50};  // doubles up to retry_last
   std::chrono::milliseconds retry_last{1000};
-  std::chrono::milliseconds restore_timeout{120000};  // a fetch, all attempts together
+  // A fetch, all attempts together: so long, and RestoreMillis of its bytes.
+  std::chrono::milliseconds restore_timeout{120000};
+  // A survey reads the payloads of so many bytes of slots, in all; of what lies there beyond,
+  // headers and tables of checksums alone, or gigabytes would outlast the controller's patience
+  // with a node.
+  std::uint64_t survey_bytes = 256u << 20;
   PacerOptions pacing;
   ScrubOptions scrub;
 };
@@ -134,8 +139,14 @@ class TransferService {
   // is pushed. data_key: what peers must prove to know.
   virtual void Begin(const JobId& job, Generation generation, const std::string& data_key) = 0;
 
-  // What lies verified in this node's memory of the job (effect Survey).
+  // What lies whole in this node's memory of the job (effect Survey). Payloads beyond survey_bytes
+  // are not read: they were checked as they came, and whoever takes them checks them again. What
+  // turns out damaged then is left out from then on.
   virtual std::vector<HeldShard> Survey(const JobId& job) = 0;
+
+  // The rank's worker of this generation had no chance: what it was to start from could not be
+  // brought here, or failed its check in its hands. False as well when that is not known.
+  virtual bool RestoreFailed(const JobId& job, Generation generation, Rank rank) const = 0;
 
   // At Activate, before the workers are forked: marks each local rank's arena as "restore pending"
   // of this generation (so that a worker waits for its bytes), fetches in the background, then

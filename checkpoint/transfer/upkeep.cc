@@ -39,6 +39,7 @@ std::vector<HeldShard> Upkeep::Survey(const JobId& job) {
     listener_->OnTrouble(job, names.error().message);
     return out;
   }
+  std::uint64_t unread = options_.survey_bytes;
   const std::uint32_t job_crc = Crc32c(job.data(), job.size());
   for (const ArenaName& name : names.value()) {
     auto fds = host_->Open(job, name, 0);
@@ -53,14 +54,23 @@ std::vector<HeldShard> Upkeep::Survey(const JobId& job) {
       const auto view = arena.value().Look(i);
       if (!view || view->fields.job_crc != job_crc) continue;
       if (name.replica && view->fields.rank != name.rank) continue;
-      if (auto ok = arena.value().Verify(*view); !ok.ok()) {
+      const HeldShard shard = ToShard(*view, name.replica);
+      const bool all = view->fields.payload_bytes <= unread;
+      if (all) unread -= view->fields.payload_bytes;
+      if (!all && (arena.value().Damaged(*view) || KnownDamaged(job, shard))) {
+        listener_->OnTrouble(job, fmt::format("{}: slot {}, step {}: was found damaged; left out",
+                                              arena.value().Name(), i, view->step()));
+        continue;
+      }
+      const auto ok = all ? arena.value().Verify(*view) : CheckTable(&arena.value(), *view);
+      if (!ok.ok()) {
         if (ok.error().code != ErrorCode::kStale) listener_->OnTrouble(job, ok.error().message);
         if (const auto chunk = FirstDamage(&arena.value(), *view)) {
-          Damaged(job, ToShard(*view, name.replica), *chunk, "survey");
+          Damaged(job, shard, *chunk, "survey");
         }
         continue;
       }
-      out.push_back(ToShard(*view, name.replica));
+      out.push_back(shard);
       KillPoint("switch.slot_surveyed");
     }
   }

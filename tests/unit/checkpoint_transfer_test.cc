@@ -264,6 +264,19 @@ TEST(Transfer, ARestoreThatWasGivenUpWritesNoMoreOnceTheNextGenerationStarts) {
   }
 }
 
+// 100 MB/s beside the fixed part: what is large is not given up for being large.
+TEST(Transfer, ARestoresPatienceGrowsWithItsBytes) {
+  Node a;
+  a.service.reset();
+  a.options.restore_timeout = milliseconds(0);
+  a.Boot();
+  const auto began = steady_clock::now();
+  a.Activate(a.PartOf(1, 0, "", {7, 0, 1, 99, 40'000'000, "127.0.0.1:1"}));
+  EXPECT_EQ(a.Open(0, false).Restore().slot_seq, 40'000'000u) << "the trainer does not know";
+  ASSERT_TRUE(Becomes([&] { return a.Open(0, false).Restore().state == RestoreState::kFailed; }));
+  EXPECT_GE(steady_clock::now() - began, milliseconds(300));
+}
+
 TEST(Transfer, ARestoreThatCannotBeHadSaysWhy) {
   Node a, b;
   b.service->Begin(kJob, 2, "key");
@@ -288,7 +301,30 @@ TEST(Transfer, AFreshStartIsSaidAtOnceAndALocalSlotIsReadyAtOnce) {
 }
 
 TEST(Transfer, SurveyReportsWholeSlotsAndLeavesOutADamagedOne) {
+  Node a;
+  a.Activate(a.PartOf(1, 2, ""));
+  a.Capture(1, 2, 0, 7, kSize);
+  const SlotView newer = a.Capture(1, 2, 1, 8, kSize);
+  EXPECT_EQ(a.service->Survey(kJob).size(), 2u);
+  Arena arena = a.Open(2, false);
+  const_cast<unsigned char*>(arena.Payload(newer))[kSize - 1] ^= 1;
+  const auto left = a.service->Survey(kJob);
+  ASSERT_EQ(left.size(), 1u);
+  EXPECT_EQ(left[0].step, 7);
+  EXPECT_TRUE(a.heard.Complains("slot 1, step 8: chunk 5 of 6"));
+}
+
+void SurveyNoPayloads(Node* node) {
+  node->service.reset();
+  node->options.survey_bytes = 0;
+  node->Boot();
+}
+
+// Beyond survey_bytes payloads are not looked at: 40 GB would outlast the controller's patience.
+// Whoever takes the bytes finds the damage, and from then on nobody is told of them.
+TEST(Transfer, SurveyOfMuchMemoryReadsNoPayloadsAndLeavesOutWhatWasFoundDamaged) {
   Node a, b;
+  SurveyNoPayloads(&a);
   b.service->Begin(kJob, 1, "key");
   a.Activate(a.PartOf(1, 2, b.address()));
   a.Capture(1, 2, 0, 7, kSize);
@@ -301,12 +337,80 @@ TEST(Transfer, SurveyReportsWholeSlotsAndLeavesOutADamagedOne) {
   EXPECT_TRUE(held[0].replica);
   EXPECT_EQ(held[0].rank, 2);
   Arena arena = a.Open(2, false);
-  const_cast<unsigned char*>(arena.Payload(newer))[kSize - 1] ^= 1;
+  unsigned char* payload = const_cast<unsigned char*>(arena.Payload(newer));
+  payload[kSize - 1] ^= 1;
+  EXPECT_EQ(a.service->Survey(kJob).size(), 2u) << "the payload was read";
+  EXPECT_FALSE(arena.Verify(newer).ok());
   const auto left = a.service->Survey(kJob);
   ASSERT_EQ(left.size(), 1u);
   EXPECT_EQ(left[0].step, 7);
-  EXPECT_TRUE(a.heard.Complains("slot 1, step 8: chunk 5 of 6"));
+  EXPECT_TRUE(a.heard.Complains("slot 1, step 8: was found damaged"));
+  payload[kSize - 1] ^= 1;
+  EXPECT_TRUE(arena.Verify(newer).ok());
+  EXPECT_EQ(a.service->Survey(kJob).size(), 2u) << "it was put right";
+  const_cast<std::uint32_t*>(arena.ChunkCrcs(newer))[2] ^= 1;
+  EXPECT_EQ(a.service->Survey(kJob).size(), 1u);
+  EXPECT_TRUE(a.heard.Complains("its chunk checksums give"));
   EXPECT_TRUE(a.service->Survey("no such job").empty());
+}
+
+// Both of a restore's ways outside the worker: a copy from the node's own memory, then a peer's.
+TEST(Transfer, ASourceThatFailsItsCheckIsLeftOutAndTheNextOneIsTaken) {
+  Node a, b;
+  SurveyNoPayloads(&a);
+  SurveyNoPayloads(&b);
+  b.service->Begin(kJob, 1, "key");
+  a.Activate(a.PartOf(1, 2, b.address()));
+  const SlotView view = a.Capture(1, 2, 0, 7, kSize);
+  ASSERT_TRUE(b.heard.Copied(7, true));
+  a.service->Begin(kJob, 2, "key");
+  const auto spoil = [&](Node* node, bool replica, std::uint64_t at) {
+    Arena arena = node->Open(2, replica);
+    for (std::uint32_t i = 0; i < kSlots; ++i) {
+      if (const auto v = arena.Look(i)) const_cast<unsigned char*>(arena.Payload(*v))[at] ^= 1;
+    }
+  };
+  spoil(&b, true, kSize / 2);
+  b.Activate(b.PartOf(2, 3, "", {7, 2, 1, view.crc_root, kSize, a.address()}));
+  ASSERT_TRUE(Becomes([&] { return b.Open(3, false).Restore().state == RestoreState::kReady; }));
+  EXPECT_TRUE(b.Holds(3, false, 7, kSize)) << "not from the peer";
+  EXPECT_FALSE(b.service->RestoreFailed(kJob, 2, 3));
+  for (const HeldShard& s : b.service->Survey(kJob)) EXPECT_FALSE(s.replica) << "still named";
+
+  // The peer's own bytes go bad, too: it is told apart from the wire, and its survey knows.
+  spoil(&a, false, kSize / 3);
+  EXPECT_EQ(a.service->Survey(kJob).size(), 1u);
+  Node c;
+  c.Activate(c.PartOf(2, 4, "", {7, 2, 1, view.crc_root, kSize, a.address()}));
+  ASSERT_TRUE(Becomes([&] { return c.Open(4, false).Restore().state == RestoreState::kFailed; }));
+  EXPECT_NE(c.Open(4, false).Restore().message.find("damaged in this node's memory"),
+            std::string::npos)
+      << c.Open(4, false).Restore().message;
+  EXPECT_TRUE(c.service->RestoreFailed(kJob, 2, 4));
+  EXPECT_FALSE(c.service->RestoreFailed(kJob, 1, 4));
+  EXPECT_TRUE(a.service->Survey(kJob).empty());
+}
+
+// In place nobody but the worker reads: what it finds, its agent knows.
+TEST(Transfer, ASlotThatFailsInItsWorkersHandsIsLeftOutAndThatRestoreHasFailed) {
+  Node a;
+  SurveyNoPayloads(&a);
+  a.Activate(a.PartOf(1, 0, ""));
+  a.Capture(1, 0, 0, 6, kSize);
+  const SlotView view = a.Capture(1, 0, 1, 7, kSize);
+  a.Activate(a.PartOf(2, 0, "", {7, 0, 1, view.crc_root, kSize, ""}));
+  Arena arena = a.Open(0, false);
+  ASSERT_EQ(arena.Restore().state, RestoreState::kReady);
+  EXPECT_FALSE(a.service->RestoreFailed(kJob, 2, 0));
+  const_cast<unsigned char*>(arena.Payload(view))[9] ^= 1;
+  EXPECT_FALSE(arena.Verify(view).ok());
+  EXPECT_TRUE(a.service->RestoreFailed(kJob, 2, 0));
+  const auto left = a.service->Survey(kJob);
+  ASSERT_EQ(left.size(), 1u);
+  EXPECT_EQ(left[0].step, 6);
+  a.Activate(a.PartOf(3, 0, "", {7, 0, 1, view.crc_root, kSize, ""}));
+  ASSERT_TRUE(Becomes([&] { return arena.Restore().state == RestoreState::kFailed; }))
+      << "the damaged slot was announced again";
 }
 
 TEST(Transfer, ARestartedAgentGoesOnWithTheSamePart) {

@@ -366,6 +366,46 @@ TEST_F(ClientAbi, FindTakesTheOlderStepWhenTheNewestIsDamaged) {
   ASSERT_EQ(everstep_find(c, 0, &slot), EVERSTEP_NONE);
 }
 
+// Its agent leaves it out of the next survey, and knows that the worker had no chance.
+TEST_F(ClientAbi, ADamagedRestoreIsMarkedAndPatienceGrowsWithTheBytesToCome) {
+  StartNode();
+  Activate(1);
+  everstep_client* c = nullptr;
+  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK) << Error(c);
+  ASSERT_EQ(Capture(c, 3, "older"), EVERSTEP_OK);
+  ASSERT_TRUE(UntilCopied(1));
+  ASSERT_EQ(Capture(c, 4, "newer"), EVERSTEP_OK);
+  ASSERT_TRUE(UntilCopied(2));
+  Activate(2, 4);
+  everstep_client* next = nullptr;
+  ASSERT_EQ(Open(Options(2), &next), EVERSTEP_OK) << Error(next);
+  auto fds = host->Open("job", {.rank = 0, .replica = false}, 0);
+  ASSERT_TRUE(fds.ok()) << fds.error().message;
+  close(fds.value().eventfd);
+  auto opened = checkpoint::Arena::Open(fds.value().memfd);
+  ASSERT_TRUE(opened.ok());
+  checkpoint::Arena& arena = opened.value();
+  const auto newer = arena.Newest();
+  ASSERT_TRUE(newer);
+  const_cast<unsigned char*>(arena.Payload(*newer))[1] ^= 1;
+  EXPECT_FALSE(service->RestoreFailed("job", 2, 0));
+  auto slot = Sized<everstep_slot>();
+  EXPECT_EQ(everstep_restore(next, 1000, &slot), EVERSTEP_ECORRUPT);
+  EXPECT_TRUE(service->RestoreFailed("job", 2, 0));
+  const auto held = service->Survey("job");
+  ASSERT_EQ(held.size(), 1u);
+  EXPECT_EQ(held[0].step, 3);
+
+  arena.SetRestore({.generation = 2,
+                    .state = checkpoint::RestoreState::kPending,
+                    .slot_seq = 20'000'000,
+                    .step = 4,
+                    .message = {}});
+  const auto began = std::chrono::steady_clock::now();
+  EXPECT_EQ(everstep_restore(next, 1, &slot), EVERSTEP_ETIMEDOUT);
+  EXPECT_GE(std::chrono::steady_clock::now() - began, std::chrono::milliseconds(200));
+}
+
 // The other ranks start from the step that was announced: an older one would mix two.
 TEST_F(ClientAbi, ARestoreWhoseSlotIsGoneTakesNoOtherStep) {
   StartNode();

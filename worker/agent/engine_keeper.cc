@@ -222,6 +222,14 @@ void Engine::OnWorkerExit(const v1::KeeperExited& exited) {
                             {"oom_killed", e.exit.oom_killed},
                             {"ran_ms", ToMilliseconds(e.exit.ran)}});
   if (e.exit.code == 0 || e.exit.by_everstep) return Feed(std::move(e));
+  // No fault of the script: its generation did not come about, and the next one starts elsewhere.
+  if (e.exit.code > 0 && transfer_ != nullptr &&
+      transfer_->RestoreFailed(e.job, e.generation, e.rank)) {
+    LogWarning("restore_failed",
+               {{"job", e.job}, {"generation", e.generation}, {"rank", e.rank}, {"pid", e.pid}});
+    Feed(WorkerStalled{e.job, e.generation, e.rank, StallKind::kGroupNotFormed,
+                       "what it was to start from is damaged or could not be had", e.exit.ran});
+  }
   // Its error file and the end of its stderr, off this thread: they may lie on a slow disk.
   const auto job = core_.jobs().find(e.job);
   LogPaths paths;

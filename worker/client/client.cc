@@ -147,7 +147,7 @@ cp::CaptureFacts Facts(const everstep_client& c, everstep::Step step, std::uint3
       .waited = waited};
   for (std::uint32_t i = 0; i < cp::kSlots; ++i) {
     const auto view = c.arena.Look(i);
-    if (!view) continue;
+    if (!view || c.arena.Damaged(*view)) continue;
     const cp::SlotHeader& h = header.slot[i];
     facts.slots[i] = {
         .whole = true,
@@ -288,7 +288,7 @@ static int RestoreWord(everstep_client* c, uint32_t timeout_ms, everstep_slot* s
   if (slot == nullptr || slot->size < sizeof(uint32_t)) {
     return Fail(c, EVERSTEP_EINVAL, "everstep_restore: slot and its size must be given");
   }
-  const std::uint64_t deadline = Nanos(CLOCK_MONOTONIC) + std::uint64_t{timeout_ms} * 1'000'000;
+  const std::uint64_t began = Nanos(CLOCK_MONOTONIC);
   int pause_ms = 1;
   for (;;) {
     if (int code = Fence(c); code != EVERSTEP_OK) return code;
@@ -316,14 +316,17 @@ static int RestoreWord(everstep_client* c, uint32_t timeout_ms, everstep_slot* s
                                 c->arena.Name(), restore.step));
       }
     }
-    if (Nanos(CLOCK_MONOTONIC) >= deadline) {
+    const bool pending =
+        restore.generation == c->generation && restore.state == cp::RestoreState::kPending;
+    const std::uint64_t patience_ms =
+        timeout_ms + (pending ? cp::RestoreMillis(restore.slot_seq) : 0);
+    if (Nanos(CLOCK_MONOTONIC) - began >= patience_ms * 1'000'000) {
       return Fail(
           c, EVERSTEP_ETIMEDOUT,
-          fmt::format(
-              "{}: the agent did not say within {} ms what generation {} starts from "
-              "({}); is it running?",
-              c->arena.Name(), timeout_ms, c->generation,
-              restore.generation == c->generation ? "bytes are on their way" : "no word for it"));
+          fmt::format("{}: the agent did not say within {} ms what generation {} starts from "
+                      "({}); is it running?",
+                      c->arena.Name(), patience_ms, c->generation,
+                      pending ? "bytes are on their way" : "no word for it"));
     }
     poll(nullptr, 0, pause_ms);
     pause_ms = std::min(pause_ms * 2, 20);

@@ -121,7 +121,8 @@ const char* everstep_last_error(const everstep_client* client);
 int everstep_reserve(everstep_client* client, uint64_t payload_bytes);
 
 /* Waits until the agent has put into the arena what this generation starts from, and checks every
- * byte. EVERSTEP_OK: *slot is what to load. EVERSTEP_NONE: start from nothing. */
+ * byte. EVERSTEP_OK: *slot is what to load. EVERSTEP_NONE: start from nothing. It waits timeout_ms,
+ * and 10 s more for each GB that the agent says is on its way. */
 int everstep_restore(everstep_client* client, uint32_t timeout_ms, everstep_slot* slot);
 /* As everstep_restore, but of the bytes only the table's are checked; everstep_load checks all. */
 int everstep_restore_table(everstep_client* client, uint32_t timeout_ms, everstep_slot* slot);

@@ -95,7 +95,7 @@ class Checkpointer:
             serves any other, and the world may change its size. None: it is, unless some tensor is a DTensor.
             Say False when ranks hold different plain tensors (pipeline or hand-made tensor parallelism).
         rng: Python's, numpy's, torch's and CUDA's random streams are part of the state.
-        restore_timeout: seconds that restore() waits for the agent.
+        restore_timeout: seconds that restore() waits for the agent, and 10 more for each GB that is on its way.
         commit_wait: seconds that step() waits at most until the step before is held by enough nodes; then it
             skips or replaces it, and waits less the next time.
 
