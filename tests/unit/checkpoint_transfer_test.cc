@@ -512,7 +512,7 @@ TEST(Transfer, APortInUseIsNamed) {
 struct ScrubbingNode : Node {
   ScrubbingNode() {
     service->Stop();
-    options.scrub = {.bytes_per_s = 4u << 30, .every = milliseconds(50)};
+    options.scrub = {.bytes_per_s = std::uint64_t{4} << 30, .every = milliseconds(50)};
     Boot();
   }
 };
