@@ -23,6 +23,15 @@ namespace {
 
 constexpr std::size_t kMostFiles = 16;  // checkpoints that may yet be verified
 
+bool FromFiles(const GenerationPlan& plan) {
+  for (const NodePlan& member : plan.nodes) {
+    for (const WorkerPlan& worker : member.workers) {
+      if (!worker.restore.file) return false;
+    }
+  }
+  return true;
+}
+
 }  // namespace
 
 bool GivenUp(const std::vector<Cut>& cuts, Generation generation, everstep::Step step) {
@@ -161,17 +170,23 @@ void Controller::Impl::On(const RollBack& e) {
   for (int i = 0; i < 8; ++i) {  // every complete cut, newest first
     copy.PlanRestore(&trial);
     if (trial.plan.restore_step == kNoStep) break;
-    at_hand.insert(trial.plan.restore_step);
+    // While workers run, they overwrite what is not the newest commit before they have stopped.
+    const bool newest = !job->commits.commits.empty() &&
+                        trial.plan.restore_step == job->commits.commits.front().step;
+    if (newest || s == JobState::kWaiting || FromFiles(trial.plan)) {
+      at_hand.insert(trial.plan.restore_step);
+    }
     trial.record.given_up.push_back({cut.generation, trial.plan.restore_step - 1});
   }
   if (at_hand.count(target) == 0) {
     const std::set<everstep::Step> older(at_hand.begin(), at_hand.upper_bound(target));
-    Answer(e.request, ReplyCode::kFailedPrecondition,
-           fmt::format("step {} of job '{}' is neither whole in memory nor in a checkpoint "
-                       "directory",
-                       target, e.job),
-           older.empty() ? "everstep ckpt show " + e.job
-                         : fmt::format("there are: {}", fmt::join(older, ", ")));
+    Answer(
+        e.request, ReplyCode::kFailedPrecondition,
+        fmt::format("step {} of job '{}' is neither its newest committed one nor in a checkpoint "
+                    "directory",
+                    target, e.job),
+        older.empty() ? "everstep ckpt show " + e.job
+                      : fmt::format("there are: {}", fmt::join(older, ", ")));
     return;
   }
   const everstep::Step from = job->step;

@@ -139,8 +139,9 @@ void Checkers::AfterStep(Timestamp now, const ClusterState& state, const control
   for (const controller::Record& record : decisions.records) {
     if (const auto* generation = std::get_if<controller::GenerationRecord>(&record)) {
       CheckPlan(now, state, generation->plan);
-    } else if (const auto* commit = std::get_if<controller::CommitRecord>(&record)) {
-      CheckCommit(now, state, *commit);
+    } else if (const auto* commit = std::get_if<controller::CommitRecord>(&record);
+               commit != nullptr && !std::holds_alternative<controller::RollBack>(event)) {
+      CheckCommit(now, state, *commit);  // a roll-back only takes some away
     }
   }
 }

@@ -39,7 +39,7 @@ constexpr Kind kKinds[] = {
     {"drain", 3, 6000, Target::kNode},   // and undrain
     {"notice", 3, 5000, Target::kNode},  // the node goes away after `lasts`
     {"corrupt", 4, 0, Target::kNode},    // one slot's bytes
-    {"rollback", 3, 0, Target::kNone},   // an operator sends j1 back to the older of its commits
+    {"rollback", 3, 0, Target::kNone},   // an operator sends j1 back to its newest commit
     {"fork_fail", 3, 2000, Target::kNode},
     {"store_host_fail", 2, 2000, Target::kNode},  // the TCPStore does not come up
     {"slow_disk", 4, 4000, Target::kNone},        // the controller's syncs take up to 400 ms

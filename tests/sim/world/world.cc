@@ -248,7 +248,7 @@ void World::Apply(const Fault& fault) {
     if (state == nullptr) return;
     const auto job = state->jobs.find("j1");
     if (job == state->jobs.end() || job->second.commits.commits.empty()) return;
-    const Step step = job->second.commits.commits.back().step;
+    const Step step = job->second.commits.commits.front().step;
     controller_.Request(
         [step](controller::RequestId id) {
           return controller::RollBack{id, "j1", step};
