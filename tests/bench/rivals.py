@@ -20,7 +20,7 @@ from typing import Any
 
 import environments
 from common import Results, command, figure, machine
-from launch import Failed, Job, version
+from launch import Failed, Job, end_in_order, version
 
 SIZES = {"4MiB": 4 << 20, "16MiB": 16 << 20, "64MiB": 64 << 20, "1GiB": 1 << 30}
 SYSTEMS = ["everstep", "everstep:overlapped", "torch_save", "dcp:thread", "dcp:process", "torchsnapshot", "dlrover", "lm_resiliency", "nvrx"]
@@ -93,6 +93,7 @@ def main() -> None:
     parser.add_argument("--realtime", action="store_true", help="before all other processes of a busy machine (as root)")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for one job")
     args = parser.parse_args()
+    end_in_order()
     results, notes, versions = Results("rivals"), Notes(), {}
     systems: list[Any] = []
     cases = [(f"{size}-w{ranks}", SIZES[size], int(ranks)) for size in args.sizes.split(",") for ranks in args.ranks.split(",")]

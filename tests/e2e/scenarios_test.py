@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT / "tests/bench"))
 
 from scenarios import SAVES, Case, verdict  # noqa: E402
 
-ARGS = argparse.Namespace(size="4MiB", steps=8, limit=90.0)
+ARGS = argparse.Namespace(size="4MiB", steps=8, limit=90.0, realtime=False)
 
 
 @pytest.mark.parametrize("plan", ["midsave", "shrink"])

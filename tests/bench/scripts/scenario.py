@@ -27,6 +27,7 @@ TENSORS = 64
 NAME, PLAN, FOLDER = os.environ["RIVAL_SYSTEM"], os.environ["RIVAL_PLAN"], Path(os.environ["RIVAL_FOLDER"])
 BYTES, SAVES, RANK, WORLD = (int(os.environ[name]) for name in ("RIVAL_BYTES", "RIVAL_SAVES", "RANK", "WORLD_SIZE"))
 BEGAN = FOLDER / "began"
+AGAIN = BEGAN.exists()  # nobody makes it before all ranks have come this far
 OWNER = 0 if "RIVAL_REPLICATED" in os.environ else RANK  # whose values this rank's tensors hold
 
 
@@ -127,7 +128,6 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     tensors = [torch.full((BYTES // TENSORS // 4,), -1.0) for _ in range(TENSORS)]
-    again = BEGAN.exists()
     store, node = FOLDER / "store", FOLDER / f"node{RANK}"
     store.mkdir(exist_ok=True)
     node.mkdir(exist_ok=True)
@@ -137,7 +137,7 @@ def main() -> None:
     dist.barrier()
     system = systems.make(NAME, tensors, store, node)
     dist.barrier()
-    if not again:
+    if not AGAIN:
         if system.restore() is not None:
             raise RuntimeError("a fresh start restored something")
         if RANK == 0:
@@ -155,5 +155,5 @@ if __name__ == "__main__":  # a system's own processes may import this file anew
     try:
         main()
     except Exception as error:
-        tell(error=f"{type(error).__name__}: {error}", trace=traceback.format_exc(), rank=RANK)
+        tell(error=f"{type(error).__name__}: {error}", trace=traceback.format_exc(), rank=RANK, again=AGAIN)
         raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from pathlib import Path
 
 import torch
@@ -44,12 +45,17 @@ class System(Base):
     def close(self) -> None:
         if self.newest >= 0:
             self.checkpointer.save_checkpoint(self.newest, {"step": self.newest, **self.state()}, storage_type=StorageType.DISK)
+            deadline = time.monotonic() + 60  # its own wait raises when nothing was ever written
+            while not (self.store / "dlrover/dlrover_latest.txt").exists() and time.monotonic() < deadline:
+                time.sleep(0.1)
             self.checkpointer.wait_latest_checkpoint(timeout=60)
 
     def damage(self, step: int) -> str:
         memory = self.checkpointer._engine._shm_handler.shared_memory
         data = memory.buf
-        pattern = torch.tensor([value(1, step, 1)] * 64).numpy().tobytes()
-        at = bytes(data).find(pattern, len(data) // 2) + 128
+        found = bytes(data).find(torch.tensor([value(1, step, 1)] * 64).numpy().tobytes())
+        if found < 0:
+            raise RuntimeError(f"{memory.name}: rank 1's step {step} is not there")
+        at = found + 128
         data[at] ^= 1
         return f"{memory.name} at byte {at} of {len(data)}"

@@ -44,4 +44,9 @@ class System(Base):
 
     def damage(self, step: int) -> str:
         newest = sorted(self.store.glob("step-*"))[-1]
-        return flip_in_file(next(newest.rglob("*rank1.1")), value(1, step, 1))
+        for path in (p for p in newest.rglob("*") if p.is_file()):  # small tensors share files
+            try:
+                return flip_in_file(path, value(1, step, 1))
+            except RuntimeError:
+                continue
+        raise RuntimeError(f"rank 1's step {step} is not in {newest}")
