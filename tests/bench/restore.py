@@ -140,7 +140,7 @@ def swarm(results: Results, args: argparse.Namespace) -> None:
             sh("ip", "netns", "exec", network.hub, "tc", "qdisc", "add", "dev", f"v{i}", *shape)
         inside = [network.inside(name) for name in network.names]
         addresses = [network.address(i) for i in range(max(counts) + 1)]
-        rate = iperf_rate(addresses[0], size, 1, server=inside[0], client=inside[1])
+        rate = iperf_rate(addresses[0], size, 1, server=inside[0], client=inside[1], realtime=args.realtime)
         print(f"swarm: one link carries {rate / 2**20:.0f} MiB/s by iperf3", flush=True)
         with nodes(addresses, args.streams, inside, args.realtime) as (holder, *takers):
             restores = Restores(holder, takers, size)
