@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
+from typing import Any
 
 from everstep._attach import attach, number
 from everstep._library import Client, Slot
@@ -42,7 +44,7 @@ class Arena:
         """The number of the next save: the one that its id ends with, if steps grow with it. The same on every
         rank without asking, since all begin with the same step and save in the same order."""
         with self.lock:
-            if self._last is None:
+            if self._last is None and self.catalog() is None:
                 self.newest()
             assert self._last is not None
             self._last = named if named is not None and named > self._last else self._last + 1
@@ -51,6 +53,22 @@ class Arena:
     def saved(self) -> None:
         """A slot was written."""
         self._saved = True
+
+    def catalog(self) -> Slot | None:
+        """What another number of ranks saved, all their tables, until this rank has asked for its part."""
+        ask: Callable[[float], Slot | None] | None = getattr(self.client, "catalog", None)
+        with self.lock:
+            found = None if ask is None or self._saved else ask(_RESTORE_TIMEOUT)
+            if found is not None and self._last is None:
+                self._last = int(found.step)
+            return found
+
+    def take(self, catalog: Slot, part: Any, table: bytes) -> Slot | None:
+        """Has the agent bring this rank's part. None: it offers other shards by now, since some are gone."""
+        client: Any = self.client
+        with self.lock:
+            client.request(catalog, part.ranges, part.data_bytes, 0, table)
+            return None if self.catalog() is not None else self.client.restore(_RESTORE_TIMEOUT)
 
 
 _arena: Arena | None = None

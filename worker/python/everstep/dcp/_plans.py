@@ -168,6 +168,19 @@ class Table:
         self.values: dict[str, list[int]] = dict(told["values"])
         self.tensors = {tensor[0] for tensor in self._tensors}
 
+    def of_another_world(self, parts: list[list[tuple[str, list[int], list[int]]]]) -> str:
+        """The table of the same checkpoint once it lies as `parts` say: by rank, (fqn, offset, size) of each."""
+        where: dict[str, dict[tuple[int, ...], list[Any]]] = {}
+        for rank, mine in enumerate(parts):
+            for fqn, offset, size in mine:
+                where.setdefault(fqn, {}).setdefault(tuple(offset), [rank, offset, size])
+        tensors = [[*tensor[:4], list(where.get(tensor[0], {}).values())] for tensor in self._tensors]
+        replicated = all(size == tensor[2] for tensor in tensors for _, _, size in tensor[4])
+        everyone = list(range(len(parts)))
+        told = {"world": len(parts), "replicated": replicated, "planner": self._planner, "tensors": tensors,
+                "values": [[fqn, everyone] for fqn in self.values]}
+        return json.dumps(told, separators=(",", ":"))
+
     def metadata(self, checkpoint_id: str | None) -> Metadata:
         """What DCP plans a load with."""
         state: dict[str, Any] = {}

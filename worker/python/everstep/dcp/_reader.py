@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,15 +43,17 @@ class StorageReader(_Base):
         memory: False: folders alone, as in a script that looks at checkpoints beside the job.
 
     Memory comes first: under `everstep run` that is the newest committed step, the same on every rank, or the
-    newest save of this run. An id that memory does not have is looked for as a folder, one that a StorageWriter
-    wrote without Everstep, or one of `--ckpt-dir`. A folder loads into any number of ranks, and reads but what
-    they need of it; every tensor that is read is checked against its CRC32C.
+    newest save of this run. When another number of ranks saved it and the agent offers its shards, each rank takes
+    the ranges of bytes that its own layout wants; as many ranks in another layout read a folder. An id that memory
+    does not have is looked for as a folder, one that a StorageWriter wrote without Everstep, or one of `--ckpt-dir`.
+    A folder loads into any number of ranks, which read but what they need of it; every tensor that is read is
+    checked against its CRC32C.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None = None, *, memory: bool = True) -> None:
         self._memory = memory
         self._default = self._id = None if path is None else os.fspath(path)
-        self._source: _Memory | _Files | None = None
+        self._source: _Memory | _Catalog | _Files | None = None
 
     def newest(self) -> Found | None:
         """What a load would take now; None: nothing, start afresh. Waits for what the agent brings."""
@@ -77,22 +80,29 @@ class StorageReader(_Base):
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Every rank: says which checkpoint it is about to read."""
         assert self._source is not None
-        return dataclasses.replace(plan, storage_data=(self._source.found, self._source.generation))
+        parts = _parts(plan) if isinstance(self._source, _Catalog) else None
+        return dataclasses.replace(plan, storage_data=(self._source.found, self._source.generation, parts))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Coordinator: no load mixes steps."""
         found = [plan.storage_data for plan in plans]
-        if len({(f.step, f.where, generation) for f, generation in found}) > 1:
+        if len({(f.step, f.where, generation) for f, generation, _ in found}) > 1:
             told = ", ".join(f"rank {rank}: step {f.step} of generation {generation} in {f.where}"
-                             for rank, (f, generation) in enumerate(found[:8]))
+                             for rank, (f, generation, _) in enumerate(found[:8]))
             raise RuntimeError(f"everstep.dcp: the ranks found different checkpoints ({told}); load on all of them, "
                                "with one and the same id, before the first save or after one that all have ended")
-        return plans
+        if not isinstance(self._source, _Catalog):
+            return plans
+        table = self._source.table.of_another_world([parts for _, _, parts in found])
+        return [dataclasses.replace(plan, storage_data=table) for plan in plans]
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Every rank: copies what it needs, straight from memory or the mapped file."""
         source = self._source
         assert source is not None
+        anew = isinstance(source, _Catalog)
+        if isinstance(source, _Catalog):
+            source = source.taken(planner, plan.storage_data)
         with source:
             pairs: list[tuple[torch.Tensor, Any]] = []
             tensors: list[tuple[Any, torch.Tensor]] = []
@@ -101,8 +111,11 @@ class StorageReader(_Base):
                 if item.type == LoadItemType.BYTE_IO:
                     planner.load_bytes(item, _pickled(source.value(fqn)))
                     continue
-                chunk = source.tensor(fqn, tuple(item.storage_index.offset or ()))
-                part = chunk[tuple(slice(at, at + n) for at, n in zip(item.storage_offsets, item.lengths))]
+                # What was put together for this rank lies as the rank wants it.
+                index, begin = (item.dest_index, item.dest_offsets) if anew \
+                    else (item.storage_index, item.storage_offsets)
+                chunk = source.tensor(fqn, tuple(index.offset or ()))
+                part = chunk[tuple(slice(at, at + n) for at, n in zip(begin, item.lengths))]
                 target = planner.resolve_tensor(item)
                 if target.shape != part.shape:
                     raise RuntimeError(f"{fqn}: a part of {tuple(part.shape)} for {tuple(target.shape)}")
@@ -122,10 +135,16 @@ class StorageReader(_Base):
 
     # --- and what it does ---
 
-    def _find(self) -> _Memory | _Files:
+    def _find(self) -> _Memory | _Catalog | _Files:
         arena, why = _arena.arena() if self._memory else (None, "memory=False")
         asked, held = self._id, ""
         if arena is not None:
+            shards = arena.catalog()
+            if shards is not None:
+                catalog = _Catalog(arena, shards)
+                if asked is None or _names(asked, catalog.found.id):
+                    return catalog
+                held = f" step {shards.step}, {catalog.found.id!r},"
             slot = arena.newest()
             while slot is not None:
                 memory = _Memory(arena, slot)
@@ -203,6 +222,43 @@ class _Memory:
         return self._decoder._node(self._index.values[fqn])
 
 
+class _Catalog:
+    """What another number of ranks saved: this rank has their tables, and asks for its part of their bytes."""
+
+    def __init__(self, arena: _arena.Arena, slot: Slot) -> None:
+        self._arena = arena
+        self._ranges: Any = import_module("everstep._reshard")
+        self._look(slot)
+
+    def _look(self, slot: Slot) -> None:
+        with self._arena.lock:
+            self._slot, self._shards = slot, self._ranges.read_catalog(self._arena.client.payload(slot))
+        told = _told(json.loads(self._shards[0].table), f"the memory of {len(self._shards)} ranks")
+        self.found = Found(told["id"], int(slot.step), "memory")
+        self.generation = int(slot.generation)
+        self.table = Table(told["table"])
+
+    def taken(self, planner: LoadPlanner, table: str) -> _Memory:
+        """This rank's part, in its arena. `table`: of the checkpoint as it lies from now on."""
+        state = getattr(planner, "state_dict", None)
+        if not isinstance(state, dict):
+            raise TypeError(f"everstep.dcp: {len(self._shards)} ranks saved, {self._arena.world_size} load, and the "
+                            f"planner {type(planner).__name__} does not tell what for; use a DefaultLoadPlanner")
+        while True:
+            part = self._ranges.reshard(self._shards, state, self._arena.rank)
+            document = json.loads(part.table)
+            document["meta"]["dcp"]["table"] = json.loads(table)
+            text = json.dumps(document, separators=(",", ":"), allow_nan=False).encode()
+            slot = self._arena.take(self._slot, part, text)
+            if slot is not None:
+                return _Memory(self._arena, slot)
+            offered = self._arena.catalog()
+            if offered is None or int(offered.step) != self.found.step:
+                raise RuntimeError(f"everstep.dcp: step {self.found.step} is not whole any more; its last holder was "
+                                   "lost while it was being loaded")
+            self._look(offered)
+
+
 class _Files:
     """A folder of the file tier."""
 
@@ -257,6 +313,17 @@ class _Index:
             for part in node.get("l", [node]):
                 body = part["T"]
                 self.tensors[fqn, tuple(body[3]["offsets"] if len(body) > 3 else [0] * len(body[1]))] = body
+
+
+def _parts(plan: LoadPlan) -> list[tuple[str, list[int], list[int]]]:
+    """Of each tensor that a rank loads: name, where in the whole its part begins, and how large that is."""
+    parts: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+    for item in plan.items:
+        if item.type == LoadItemType.TENSOR:
+            ends = [at + n for at, n in zip(item.dest_offsets, item.lengths)]
+            size = parts.setdefault((item.dest_index.fqn, tuple(item.dest_index.offset or ())), ends)
+            size[:] = map(max, size, ends)
+    return [(fqn, list(offset), size) for (fqn, offset), size in parts.items()]
 
 
 def _told(document: dict[str, Any], where: str) -> dict[str, Any]:
