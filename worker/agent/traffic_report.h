@@ -3,6 +3,7 @@
 
 #include "agent.pb.h"
 #include "checkpoint/transfer/traffic.h"
+#include "checkpoint/transfer/transfer_service.h"
 
 namespace everstep::agent {
 
