@@ -308,6 +308,20 @@ TEST_F(AgentTest, AFailedWorkersOwnWordsAreTold) {
   EXPECT_EQ(exit->worker_exited().exit().error_file(), Log(1, 0, "error.json").string());
 }
 
+// A directory on a disk that hangs, as a pipe that nobody writes to.
+TEST_F(AgentTest, AnExitIsToldWhileItsLogDirectoryHangs) {
+  StartAgent();
+  ASSERT_TRUE(Registration());
+  ASSERT_TRUE(RunGeneration(1, Shell("mkfifo $TORCHELASTIC_ERROR_FILE; exit 3"), 1));
+  const auto exit = Exit(0);
+  const int freed = open(Log(1, 0, "error.json").c_str(), O_WRONLY | O_NONBLOCK | O_CLOEXEC);
+  EXPECT_GE(freed, 0) << "the agent did not read there";
+  if (freed >= 0) close(freed);
+  ASSERT_TRUE(exit) << "a disk that hangs held the report back";
+  EXPECT_EQ(exit->worker_exited().exit().code(), 3);
+  EXPECT_TRUE(exit->worker_exited().exit().error_json().empty());
+}
+
 TEST_F(AgentTest, AGroupThatCouldNotConnectIsToldApartFromACrash) {
   StartAgent();
   ASSERT_TRUE(Registration());

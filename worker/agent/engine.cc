@@ -200,6 +200,7 @@ std::optional<Timestamp> Engine::NextTimer() const {
   Earliest(&next, keeper_look_at_);
   Earliest(&next, leave_by_);
   Earliest(&next, shutdown_by_);
+  if (!exits_.empty()) Earliest(&next, exits_.begin()->second.tell_by);
   return next;
 }
 
@@ -229,6 +230,7 @@ void Engine::CheckTimers(Timestamp now) {
     dial_at_.reset();
     Dial();
   }
+  TellLateExits(now);
   CheckLeave(now);
 }
 

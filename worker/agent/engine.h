@@ -101,6 +101,7 @@ class Engine final : private checkpoint::Listener {
   void OnKeeperLost(std::uint64_t link, const std::string& why);
   void OnKeeperFailed(const std::string& why, bool hopeless);
   void OnWorkerExit(const everstep::v1::KeeperExited& exited);
+  void TellLateExits(Timestamp now);
   void ResumeCheckpoints(const Adopted& adopted);
   void Ask(everstep::v1::KeeperRequest request,
            std::function<void(everstep::v1::KeeperReply)> done);
@@ -202,6 +203,14 @@ class Engine final : private checkpoint::Listener {
   std::optional<Timestamp> keeper_stopped_since_;
   std::map<std::uint64_t, std::vector<everstep::v1::KeeperReply>> early_events_;
   std::string last_trouble_;
+
+  // Exits whose details are being read, in the order they came. Told without them at tell_by.
+  struct DetailedExit {
+    WorkerExited exit;
+    Timestamp tell_by;
+  };
+  std::map<std::uint64_t, DetailedExit> exits_;
+  std::uint64_t exits_seen_ = 0;
 
   // Workers a node by job, from its Warm: a fork server needs its workers' environment ahead of
   // them.

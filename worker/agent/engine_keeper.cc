@@ -22,6 +22,8 @@ constexpr Duration kAttachFirst = Milliseconds(100);
 constexpr Duration kAttachMax = Seconds(2);
 constexpr Duration kKeeperLook = Milliseconds(500);
 constexpr Duration kKeeperStopLimit = Milliseconds(1500);
+// For a worker's error file and the end of its stderr.
+constexpr Duration kExitDetails = Seconds(5);
 constexpr std::uint32_t kGiveUpAfter = 3;  // hopeless failures before a keeper was ever attached
 
 }  // namespace
@@ -236,10 +238,13 @@ void Engine::OnWorkerExit(const v1::KeeperExited& exited) {
   if (job != core_.jobs().end()) {
     paths = WorkerLogPaths(LogRoot(e.job, job->second.command), e.generation, exited.local_rank());
   }
-  const bool posted = files_.Post([this, e, paths]() mutable {
+  const std::uint64_t told = ++exits_seen_;
+  exits_[told] = {e, clock_->Now() + kExitDetails};
+  const bool posted = files_.Post([this, told, e, paths]() mutable {
     FillError(paths.error_json, &e.exit);
     const std::string trouble = StartTrouble(e.exit, paths.stderr_log);
-    Post([this, e = std::move(e), trouble] {
+    Post([this, told, e = std::move(e), trouble] {
+      if (exits_.erase(told) == 0) return;  // it took too long, the exit is told
       if (!trouble.empty()) {
         LogWarning("group_not_formed", {{"job", e.job},
                                         {"generation", e.generation},
@@ -251,7 +256,25 @@ void Engine::OnWorkerExit(const v1::KeeperExited& exited) {
       Feed(e);
     });
   });
-  if (!posted) Feed(std::move(e));
+  if (!posted) {
+    exits_.erase(told);
+    Feed(std::move(e));
+  }
+}
+
+// A log directory that hangs must not keep a death from the controller.
+void Engine::TellLateExits(Timestamp now) {
+  while (!exits_.empty() && exits_.begin()->second.tell_by <= now) {
+    const WorkerExited e = exits_.begin()->second.exit;
+    exits_.erase(exits_.begin());
+    LogWarning("exit_without_details",
+               {{"job", e.job},
+                {"generation", e.generation},
+                {"rank", e.rank},
+                {"why", fmt::format("its log directory does not answer within {} ms",
+                                    ToMilliseconds(kExitDetails))}});
+    Feed(e);
+  }
 }
 
 void Engine::Ask(v1::KeeperRequest request, std::function<void(v1::KeeperReply)> done) {
