@@ -20,7 +20,9 @@ class System(Base):
         super().__init__(tensors, store, node)
         self.config = self.config.format(repr(mode))
         self.place = "memory of the node" + (", and checked in a second node's" if self.world > 1 else "")
-        self.checkpointer = everstep.Checkpointer({"state": dict(enumerate(tensors))}, mode=mode, replicated=self.replicated,
+        model = torch.nn.ParameterList(torch.nn.Parameter(t, requires_grad=False) for t in tensors)  # the same memory
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)  # so that it is known who changes parameters, and when
+        self.checkpointer = everstep.Checkpointer({"model": model, "optimizer": optimizer}, mode=mode, replicated=self.replicated,
                                                   rng=False, commit_wait=60.0)
 
     def save(self, step: int) -> None:
