@@ -20,7 +20,7 @@ from typing import Any
 
 import environments
 from common import Results, command, figure, machine
-from launch import Failed, Job, end_in_order, version
+from launching import Failed, Job, end_in_order, version
 
 SIZES = {"4MiB": 4 << 20, "16MiB": 16 << 20, "64MiB": 64 << 20, "1GiB": 1 << 30}
 SYSTEMS = ["everstep", "everstep:overlapped", "torch_save", "dcp:thread", "dcp:process", "torchsnapshot", "dlrover", "lm_resiliency", "nvrx"]

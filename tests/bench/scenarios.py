@@ -29,7 +29,7 @@ from pathlib import Path
 
 import environments
 from common import command, figure, free_port, machine
-from launch import Failed, Job, Late, end_in_order, version
+from launching import Failed, Job, Late, end_in_order, version
 from rivals import SIZES, SYSTEMS
 
 SAVES = 3
