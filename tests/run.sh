@@ -55,7 +55,7 @@ simulate() {
   [ -x build/release/tests/everstep_sim ] || { echo "error: no simulator in build/release/tests: run tests/run.sh once" >&2; exit 1; }
   build/release/tests/everstep_sim "$@"
 }
-integration() { labelled integration integration "$@"; }
+integration() { labelled integration integration -j 2 "$@"; }
 e2e() { pytests e2e tests/e2e "$@"; }
 
 # sanitizer PRESET LABELS: builds with it, runs the ctest entries with one of LABELS, for asan also whole jobs under
