@@ -43,12 +43,28 @@ TEST_F(LauncherLogs, BytesPassAsTheyAreWritten) {
   Write(1, 0, "stdout", "step 1\rste");
   Write(1, 0, "stderr", "warning\n");
   EXPECT_GT(follower.Poll(), 0U);
-  EXPECT_EQ(out_, "step 1\rste");
+  EXPECT_EQ(out_, "") << "its end may be on the way, and nobody else's line may come before it";
+  EXPECT_EQ(follower.Poll(), 0U);
+  EXPECT_EQ(out_, "step 1\rste") << "a progress bar has no end of line";
   EXPECT_EQ(err_, "warning\n");
   Write(1, 0, "stdout", "p 2\n");
   follower.Poll();
   EXPECT_EQ(out_, "step 1\rstep 2\n");
   EXPECT_EQ(follower.Poll(), 0U);
+}
+
+// Python writes a line and its end with two calls when it is unbuffered.
+TEST_F(LauncherLogs, ALineInTwoPiecesIsNotMixedWithAnothers) {
+  LogFollower follower = Follow({.workers = 2});
+  follower.Poll();
+  Write(1, 0, "stdout", "rank 0");
+  Write(1, 1, "stdout", "rank 1");
+  follower.Poll();
+  Write(1, 0, "stdout", " ends\n");
+  Write(1, 1, "stdout", " ends\nand");
+  follower.Poll();
+  follower.Finish();
+  EXPECT_EQ(out_, "rank 0 ends\nrank 1 ends\nand");
 }
 
 TEST_F(LauncherLogs, TeeShowsWholePrefixedLines) {

@@ -119,7 +119,13 @@ void LogFollower::ShowLine(File* file, std::string_view line, std::string* lines
 
 void LogFollower::Emit(File* file, std::string_view bytes) {
   if (!file->tee) {
-    sink_(file->from_stderr, bytes);
+    // Python writes a line and its end apart: another worker's line must not come between.
+    file->line += bytes;
+    const std::size_t end = file->line.rfind('\n');
+    if (end == std::string::npos && file->line.size() < kMaxLine) return;
+    const std::size_t whole = end == std::string::npos ? file->line.size() : end + 1;
+    sink_(file->from_stderr, std::string_view(file->line).substr(0, whole));
+    file->line.erase(0, whole);
     return;
   }
   std::string lines;
@@ -151,6 +157,17 @@ std::size_t LogFollower::Read(File* file) {
   return total;
 }
 
+void LogFollower::ShowBegunLine(File* file) {
+  if (file->line.empty()) return;
+  std::string lines = file->line;
+  if (file->tee) {
+    lines.clear();
+    ShowLine(file, file->line, &lines);
+  }
+  sink_(file->from_stderr, lines);
+  file->line.clear();
+}
+
 void LogFollower::Close(File* file) {
   // No more than there is by now: a process that got away from its worker may write for ever.
   struct stat now = {};
@@ -161,12 +178,7 @@ void LogFollower::Close(File* file) {
     if (count == 0) break;
     left -= std::min(left, count);
   }
-  if (!file->line.empty()) {
-    std::string lines;
-    ShowLine(file, file->line, &lines);
-    sink_(file->from_stderr, lines);
-    file->line.clear();
-  }
+  ShowBegunLine(file);
   if (file->descriptor >= 0) ::close(file->descriptor);
   file->descriptor = -1;
 }
@@ -180,7 +192,12 @@ std::size_t LogFollower::Poll() {
       it = attempts_.erase(it);
       continue;
     }
-    for (File& file : it->second) total += Read(&file);
+    for (File& file : it->second) {
+      const std::size_t count = Read(&file);
+      // A prompt or a progress bar: no end of line comes.
+      if (count == 0 && !file.tee) ShowBegunLine(&file);
+      total += count;
+    }
     ++it;
   }
   return total;

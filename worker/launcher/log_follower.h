@@ -46,7 +46,8 @@ struct FollowOptions {
 
 class LogFollower {
  public:
-  // Whole prefixed lines where tee is on; bytes as they were written elsewhere.
+  // Whole prefixed lines where tee is on. Elsewhere bytes as they were written, whole lines if
+  // their end comes before the next Poll that finds nothing new.
   using Sink = std::function<void(bool from_stderr, std::string_view bytes)>;
 
   LogFollower(FollowOptions options, Sink sink);
@@ -65,6 +66,8 @@ class LogFollower {
   void Open(std::uint64_t attempt);
   std::size_t Read(File* file);
   void Emit(File* file, std::string_view bytes);
+  // What of a line is there, with no end yet.
+  void ShowBegunLine(File* file);
   void ShowLine(File* file, std::string_view line, std::string* lines);
   const std::string& Prefix(File* file);
   void Close(File* file);
