@@ -17,7 +17,8 @@ from checkpoint_test import KILLED_AT, Training, work  # noqa: F401
 from launch import PROGRAMS, PYTHON, clean_environment
 
 SCRIPT = Path(__file__).parent / "scripts/fsdp2_dcp.py"
-TORCHRUN = [str(PYTHON.parent / "torchrun"), "--standalone", "--nproc-per-node", "2", "--max-restarts", "3"]
+# Restarted by torchrun, workers often dial those of the attempt before, and the attempt after that may do, too.
+TORCHRUN = [str(PYTHON.parent / "torchrun"), "--standalone", "--nproc-per-node", "2", "--max-restarts", "20"]
 
 
 def everstep_run(work: Path, name: str, *flags: object) -> list[str]:  # noqa: F811
