@@ -22,10 +22,10 @@ struct AgentOptions {
   std::string address;  // by which other nodes reach this one; empty: the route's to the controller
   std::uint32_t slots = 0;  // 0: no limit
   std::map<std::string, std::string> labels;
-  std::uint32_t data_port = 0;     // 0: any
-  std::uint32_t ckpt_streams = 2;  // connections for one slot at most
-  std::string ckpt_gap_trace;      // file; empty: none
-  double scrub_mib_per_s = 64;     // checkpoint memory is looked over so fast at most; 0: never
+  std::uint32_t data_port = 0;         // 0: any
+  std::uint32_t ckpt_streams = 2;      // connections for one slot at most
+  std::string ckpt_gap_trace;          // file; empty: none
+  double scrub_mib_per_s = 64;         // checkpoint memory is looked over so fast at most; 0: never
   Duration scrub_every = Seconds(60);  // ... and each copy once in this time
   std::string log_dir;  // workers' logs, when the submitter named none; empty: NODE_DIR/jobs
   LogOptions log;
