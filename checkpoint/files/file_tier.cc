@@ -307,7 +307,7 @@ Result<ShardHead> FileTier::ReadHead(const FileCheckpoint& c, Rank rank) {
 }
 
 Outcome FileTier::ReadPayload(const FileCheckpoint& c, Rank rank, const ShardHead& head,
-                              unsigned char* payload) {
+                              unsigned char* payload, const std::atomic<bool>* over) {
   const std::string path =
       Folder(c.name) + "/" + c.manifest.ranks[static_cast<std::size_t>(rank)].file;
   auto file = disk_->Open(path);
@@ -318,9 +318,14 @@ Outcome FileTier::ReadPayload(const FileCheckpoint& c, Rank rank, const ShardHea
     if (e.bytes() == 0) continue;
     std::memset(payload + at, 0, head.offsets[i] - at);
     at = head.offsets[i] + e.bytes();
-    auto ok =
-        file.value()->Read(head.file.head_bytes + e.begin, payload + head.offsets[i], e.bytes());
-    if (!ok.ok()) return ok;
+    for (std::uint64_t done = 0; done < e.bytes();) {
+      if (over != nullptr && *over) return Error{ErrorCode::kStale, path + ": given up"};
+      const std::uint64_t piece = std::min<std::uint64_t>(kChunkBytes, e.bytes() - done);
+      auto ok = file.value()->Read(head.file.head_bytes + e.begin + done,
+                                   payload + head.offsets[i] + done, piece);
+      if (!ok.ok()) return ok;
+      done += piece;
+    }
   }
   std::memset(payload + at, 0, head.fields.table_offset - at);
   std::copy_n(head.table.data(), head.table.size(), payload + head.fields.table_offset);

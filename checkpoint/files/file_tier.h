@@ -15,6 +15,7 @@
 // several processes and nodes may use one directory.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -71,9 +72,10 @@ class FileTier {
   // The head of one rank's file, checked against the manifest.
   Result<ShardHead> ReadHead(const FileCheckpoint& checkpoint, Rank rank);
   // Fills `payload` (head.fields.payload_bytes) and checks it chunk by chunk. kCorrupt names the
-  // file and the tensor; nothing of the payload may be used then.
+  // file and the tensor; nothing of the payload may be used then. kStale: *over was set, which is
+  // looked at before each MiB.
   Outcome ReadPayload(const FileCheckpoint& checkpoint, Rank rank, const ShardHead& head,
-                      unsigned char* payload);
+                      unsigned char* payload, const std::atomic<bool>* over = nullptr);
   // Reads every byte of every file. Empty: it is whole. `progress`: bytes read so far, may be null.
   std::vector<Damage> Verify(const FileCheckpoint& checkpoint,
                              const std::function<void(std::uint64_t)>& progress = nullptr);

@@ -74,6 +74,7 @@ class Engine final : private checkpoint::Listener {
   static constexpr std::size_t kKeepJobs = 100;     // ... and of jobs that are over
   static constexpr std::size_t kMaxNewestLogs = 256;
   static constexpr Duration kFileSurvey = Seconds(5);
+  static constexpr std::chrono::milliseconds kReadEnds{10'000};  // one read of a MiB, at most
 
  private:
   // --- engine.cc: the loop, the session, the node's end ---

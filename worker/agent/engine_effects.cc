@@ -220,6 +220,7 @@ void Engine::On(const StartWorkers& e) {
         for (const WorkerSpawn& s : *shared) {
           if (why.empty()) MakeLogDirectory(s.paths, &why);
         }
+        if (why.empty()) file_plane_->AwaitEarlier(a.job, a.generation, kReadEnds, &why);
         if (why.empty() && from_files) file_plane_->Load(DirOf(a.command), a, &why);
         if (why.empty() && transfer_ != nullptr) transfer_->Activate(part, &why);
         Post([this, shared, why, job = part.job, generation = part.generation] {
@@ -297,6 +298,7 @@ void Engine::On(const KillRank& e) {
 }
 
 void Engine::On(const ForgetJob& e) {
+  if (file_plane_ != nullptr) file_plane_->Forget(e.job);
   if (transfer_ != nullptr) transfer_->Forget(e.job);
   held_.Forget(e.job);
   local_world_.erase(e.job);
@@ -319,6 +321,7 @@ void Engine::On(const RememberIncarnation& e) {
 }
 void Engine::On(const RememberPrepared& e) {
   KillPoint("switch.begun");
+  if (file_plane_ != nullptr) file_plane_->Begin(e.job, e.generation);
   if (transfer_ != nullptr) transfer_->Begin(e.job, e.generation, e.data_key);
   v1::KeeperRequest request;
   *request.mutable_remember() = Remember(e);

@@ -208,7 +208,8 @@ std::vector<HeldShard> FilePlane::Survey(const CheckpointDir& dir, const JobId& 
   return out;
 }
 
-cp::Outcome FilePlane::LoadOne(cp::FileTier* tier, const JobId& job, const WorkerPlan& worker) {
+cp::Outcome FilePlane::LoadOne(cp::FileTier* tier, const JobId& job, const WorkerPlan& worker,
+                               const std::atomic<bool>& over) {
   const RestorePlan& want = worker.restore;
   auto arena = OpenArena(host_, job, {.rank = worker.rank, .replica = false}, want.bytes);
   if (!arena.ok()) return arena.error();
@@ -244,26 +245,84 @@ cp::Outcome FilePlane::LoadOne(cp::FileTier* tier, const JobId& job, const Worke
   auto writer = cp::SlotWriter::Begin(&arena.value(), slot, fields.payload_bytes);
   if (!writer.ok()) return writer.error();
   KillPoint("restore.file_slot_begun");
-  auto read = tier->ReadPayload(c, want.shard_rank, head.value(), writer.value().Chunk(0));
+  auto read = tier->ReadPayload(c, want.shard_rank, head.value(), writer.value().Chunk(0), &over);
   if (!read.ok()) return read;
   for (std::size_t i = 0; i < head.value().chunk_crcs.size(); ++i) {
     writer.value().SetChunkCrc(i, head.value().chunk_crcs[i]);
   }
   KillPoint("restore.file_read");
+  if (over) return cp::Error{cp::ErrorCode::kStale, "the generation is over"};
   auto published = writer.value().Publish(fields, want.crc_root);
   if (!published.ok()) return published.error();
   KillPoint("restore.file_published");
   return cp::Done{};
 }
 
+void FilePlane::Begin(const JobId& job, Generation generation) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Generation& newest = begun_[job];
+  newest = std::max(newest, generation);
+  for (Loading& l : loading_) {
+    if (l.job == job && l.generation < generation) l.over = true;
+  }
+}
+
+bool FilePlane::AwaitEarlier(const JobId& job, Generation generation,
+                             std::chrono::milliseconds patience, std::string* error) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  const bool ended = load_ended_.wait_for(lock, patience, [&] {
+    return std::none_of(loading_.begin(), loading_.end(), [&](const Loading& l) {
+      return l.job == job && l.generation < generation;
+    });
+  });
+  if (!ended) {
+    *error = fmt::format(
+        "a restore of an earlier generation is still in a read of the checkpoint directory after "
+        "{} ms; look at its file system",
+        patience.count());
+  }
+  return ended;
+}
+
+void FilePlane::Forget(const JobId& job) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (Loading& l : loading_) {
+    if (l.job == job) l.over = true;
+  }
+  begun_.erase(job);
+}
+
 bool FilePlane::Load(const CheckpointDir& dir, const Activate& a, std::string* error) {
+  std::list<Loading>::iterator mine;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    const auto newest = begun_.find(a.job);
+    if (newest != begun_.end() && newest->second > a.generation) {
+      *error = "the generation is over";
+      return false;
+    }
+    mine = loading_.emplace(loading_.end());
+    mine->job = a.job;
+    mine->generation = a.generation;
+  }
+  const bool done = LoadAll(dir, a, mine->over, error);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    loading_.erase(mine);
+  }
+  load_ended_.notify_all();
+  return done;
+}
+
+bool FilePlane::LoadAll(const CheckpointDir& dir, const Activate& a, const std::atomic<bool>& over,
+                        std::string* error) {
   cp::FileTier tier(disk_, dir.path);
   for (const WorkerPlan& worker : a.plan.workers) {
     if (!worker.restore.file) continue;
     const std::string name =
         cp::CheckpointName(worker.restore.step, worker.restore.shard_generation);
     const auto began = std::chrono::steady_clock::now();
-    const auto ok = LoadOne(&tier, a.job, worker);
+    const auto ok = LoadOne(&tier, a.job, worker, over);
     if (ok.ok()) {
       const std::chrono::duration<double> took = std::chrono::steady_clock::now() - began;
       LogInfo("restored_from_files", {{"job", a.job},

@@ -6,11 +6,15 @@
 //
 // A slot lives for a step or two only, a disk may take minutes: so the slot is copied first (one
 // rank's size of memory each, given back when it is written), and the trainer goes on. Methods
-// block; each says on what. They are const of state but for `bad_`: one thread for each of Copy,
-// Write, Survey and Load.
+// block; each says on what. One thread for each of Copy, Write, Survey and Load; the others are
+// thread-safe.
 #pragma once
 
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
 #include <cstdint>
+#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -63,19 +67,38 @@ class FilePlane {
 
   // Brings every file source of this node's part into its rank's arena, verified. Blocks on the
   // disk. False with *error; a checkpoint that fails its checksums is marked, so that no survey
-  // names it again.
+  // names it again. Ends soon, between two reads of a MiB, once a later generation has begun.
   bool Load(const CheckpointDir& dir, const Activate& activate, std::string* error);
+
+  // Loads of the job's earlier generations are over: what they would write to belongs to this one.
+  void Begin(const JobId& job, Generation generation);
+  // Blocks until none of them writes any more. False with *error: the disk has kept one of them in
+  // a read for longer than `patience`.
+  bool AwaitEarlier(const JobId& job, Generation generation, std::chrono::milliseconds patience,
+                    std::string* error);
+  void Forget(const JobId& job);
 
  private:
   bool CopyOne(const JobId& job, Generation generation, Step step, Rank rank, SlotCopy* out,
                std::string* error);
   checkpoint::Outcome LoadOne(checkpoint::FileTier* tier, const JobId& job,
-                              const WorkerPlan& worker);
+                              const WorkerPlan& worker, const std::atomic<bool>& over);
+  bool LoadAll(const CheckpointDir& dir, const Activate& activate, const std::atomic<bool>& over,
+               std::string* error);
 
   checkpoint::Disk* const disk_;
   checkpoint::ArenaHost* const host_;
+  struct Loading {
+    JobId job;
+    Generation generation = 0;
+    std::atomic<bool> over{false};
+  };
+
   std::mutex mutex_;
   std::map<std::string, int> bad_;  // path of a checkpoint -> reads that the disk refused
+  std::map<JobId, Generation> begun_;
+  std::list<Loading> loading_;
+  std::condition_variable load_ended_;
 };
 
 }  // namespace everstep::agent
