@@ -13,9 +13,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import ledger
@@ -29,6 +31,22 @@ SCRIPT = ROOT / "tests/integration/scripts/ledger.py"
 
 class Failure(Exception):
     """What went wrong, for the last line of a report."""
+
+
+def verdict(name: str, drill: Callable[[Path], None], again: str, *, keep: bool) -> int:
+    """Runs it in a directory of its own, which stays when it fails; prints the outcome and gives the exit code."""
+    work = Path(tempfile.mkdtemp(prefix=f"{name}-", dir="/tmp"))
+    try:
+        drill(work)
+    except Failure as e:
+        print(f"error: {e}\n  logs: {work}\n  again: {again}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    if not keep:
+        shutil.rmtree(work)
+    print(f"{name}: clean")
+    return 0
 
 
 def pid_of(file: Path) -> int | None:

@@ -23,18 +23,16 @@ import datetime
 import mmap
 import random
 import re
-import shutil
 import signal
 import struct
 import subprocess
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import ledger
-from cluster import EVERSTEP, ROOT, Cluster, Failure, cluster_processes, send, shared_memory
+from cluster import EVERSTEP, ROOT, Cluster, Failure, cluster_processes, send, shared_memory, verdict
 
 START_LIMIT = 240.0  # seconds: four nodes import torch at once, and other programs may want the processors, too
 FIRE_LIMIT = 30.0  # seconds until an armed point is reached, once its fault has happened
@@ -389,19 +387,8 @@ def main() -> int:
             print(f"{label:26s} {where:48s} {who}")
         print(f"{len(found)} points, {len(DRILLS)} drills")
         return 0
-    work = Path(tempfile.mkdtemp(prefix="kills-", dir="/tmp"))
     again = f"tests/run.sh kills --seed {args.seed}{' --short' if args.short else ''}{''.join(f' --only {label}' for label in args.only or [])}"
-    try:
-        kills(args, work)
-    except Failure as e:
-        print(f"error: {e}\n  logs: {work}\n  again: {again}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    if not args.keep:
-        shutil.rmtree(work)
-    print("kills: clean")
-    return 0
+    return verdict("kills", lambda work: kills(args, work), again, keep=args.keep)
 
 
 if __name__ == "__main__":

@@ -20,17 +20,15 @@ import argparse
 import itertools
 import json
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
 import ledger
-from cluster import Cluster, Failure, PartedCluster, cluster_processes, send, shared_memory
+from cluster import Cluster, Failure, PartedCluster, cluster_processes, send, shared_memory, verdict
 from network import Network, NotAllowed
 from vitals import Vitals
 
@@ -210,19 +208,8 @@ def main() -> int:
     parser.add_argument("--spin", action="store_true", help="eight busy processes; no node may be lost")
     parser.add_argument("--seconds", type=float, default=60.0, help="of --spin")
     args = parser.parse_args()
-    work = Path(tempfile.mkdtemp(prefix="soak-", dir="/tmp"))
     again = f"tests/run.sh soak --faults {args.faults} --seed {args.seed} --nodes {args.nodes} --members {args.members}{'' if args.partitions else ' --no-partitions'}" if not args.spin else "tests/run.sh soak --spin"
-    try:
-        (spin if args.spin else soak)(args, work)
-    except Failure as e:
-        print(f"error: {e}\n  logs: {work}\n  again: {again}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    if not args.keep:
-        shutil.rmtree(work)
-    print("soak: clean")
-    return 0
+    return verdict("soak", lambda work: (spin if args.spin else soak)(args, work), again, keep=args.keep)
 
 
 if __name__ == "__main__":

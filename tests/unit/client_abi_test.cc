@@ -105,6 +105,24 @@ class ClientAbi : public ::testing::Test {
     return listener.copied >= n;
   }
   static std::string Error(everstep_client* c) { return everstep_last_error(c); }
+  // Generation 1 leaves steps 3 and 4, both on the peer; generation 2 starts from step 4 with
+  // `next`.
+  void CaptureTwoStepsAndStartTheNext(everstep_client** next, int* memfd) {
+    StartNode();
+    Activate(1);
+    everstep_client* c = nullptr;
+    ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK) << Error(c);
+    ASSERT_EQ(Capture(c, 3, "older"), EVERSTEP_OK);
+    ASSERT_TRUE(UntilCopied(1));
+    ASSERT_EQ(Capture(c, 4, "newer"), EVERSTEP_OK);
+    ASSERT_TRUE(UntilCopied(2));
+    Activate(2, 4);
+    ASSERT_EQ(Open(Options(2), next), EVERSTEP_OK) << Error(*next);
+    auto fds = host->Open("job", {.rank = 0, .replica = false}, 0);
+    ASSERT_TRUE(fds.ok()) << fds.error().message;
+    close(fds.value().eventfd);
+    *memfd = fds.value().memfd;
+  }
   template <typename T>
   static T Sized() {
     T t{};
@@ -368,21 +386,10 @@ TEST_F(ClientAbi, FindTakesTheOlderStepWhenTheNewestIsDamaged) {
 
 // Its agent leaves it out of the next survey, and knows that the worker had no chance.
 TEST_F(ClientAbi, ADamagedRestoreIsMarkedAndPatienceGrowsWithTheBytesToCome) {
-  StartNode();
-  Activate(1);
-  everstep_client* c = nullptr;
-  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK) << Error(c);
-  ASSERT_EQ(Capture(c, 3, "older"), EVERSTEP_OK);
-  ASSERT_TRUE(UntilCopied(1));
-  ASSERT_EQ(Capture(c, 4, "newer"), EVERSTEP_OK);
-  ASSERT_TRUE(UntilCopied(2));
-  Activate(2, 4);
   everstep_client* next = nullptr;
-  ASSERT_EQ(Open(Options(2), &next), EVERSTEP_OK) << Error(next);
-  auto fds = host->Open("job", {.rank = 0, .replica = false}, 0);
-  ASSERT_TRUE(fds.ok()) << fds.error().message;
-  close(fds.value().eventfd);
-  auto opened = checkpoint::Arena::Open(fds.value().memfd);
+  int memfd = -1;
+  ASSERT_NO_FATAL_FAILURE(CaptureTwoStepsAndStartTheNext(&next, &memfd));
+  auto opened = checkpoint::Arena::Open(memfd);
   ASSERT_TRUE(opened.ok());
   checkpoint::Arena& arena = opened.value();
   const auto newer = arena.Newest();
@@ -408,21 +415,10 @@ TEST_F(ClientAbi, ADamagedRestoreIsMarkedAndPatienceGrowsWithTheBytesToCome) {
 
 // The other ranks start from the step that was announced: an older one would mix two.
 TEST_F(ClientAbi, ARestoreWhoseSlotIsGoneTakesNoOtherStep) {
-  StartNode();
-  Activate(1);
-  everstep_client* c = nullptr;
-  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK) << Error(c);
-  ASSERT_EQ(Capture(c, 3, "older"), EVERSTEP_OK);
-  ASSERT_TRUE(UntilCopied(1));
-  ASSERT_EQ(Capture(c, 4, "newer"), EVERSTEP_OK);
-  ASSERT_TRUE(UntilCopied(2));
-  Activate(2, 4);
   everstep_client* next = nullptr;
-  ASSERT_EQ(Open(Options(2), &next), EVERSTEP_OK) << Error(next);
-  auto fds = host->Open("job", {.rank = 0, .replica = false}, 0);
-  ASSERT_TRUE(fds.ok()) << fds.error().message;
-  close(fds.value().eventfd);
-  auto arena = checkpoint::Arena::Open(fds.value().memfd);
+  int memfd = -1;
+  ASSERT_NO_FATAL_FAILURE(CaptureTwoStepsAndStartTheNext(&next, &memfd));
+  auto arena = checkpoint::Arena::Open(memfd);
   ASSERT_TRUE(arena.ok());
   ASSERT_EQ(arena.value().Restore().state, checkpoint::RestoreState::kReady);
   ASSERT_TRUE(
