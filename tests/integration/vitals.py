@@ -19,13 +19,17 @@ YOUNG = 3.0  # seconds: who is younger still fills its tables
 # By how much the last third's median may be above the first's.
 MIB_MORE, SHARE_MORE = 8.0, 0.25  # whichever is more
 COUNT_MORE = 4  # descriptors; threads
+# Tables of the controller's store: each start writes some, compaction merges them, and it opens at most this many
+# (max_open_files in controller/store/rocks_store.cc). They are counted apart, against that.
+STORE_TABLES = 128
 
 
 @dataclass(frozen=True)
 class Sample:
     at: float
     mib: float
-    descriptors: int
+    descriptors: int  # besides tables
+    tables: int  # open files of a RocksDB store's tables
     threads: int
 
 
@@ -37,9 +41,19 @@ def look(pid: int) -> Sample | None:
         ticks = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[19])
         if time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK") < YOUNG:
             return None
-        return Sample(time.time(), int(status["RssAnon"].split()[0]) / 1024, len(os.listdir(folder / "fd")), int(status["Threads"]))
+        files = [target(entry) for entry in os.scandir(folder / "fd")]
+        tables = sum(name.endswith(".sst") for name in files)
+        return Sample(time.time(), int(status["RssAnon"].split()[0]) / 1024, len(files) - tables, tables, int(status["Threads"]))
     except (OSError, KeyError, ValueError, IndexError):
         return None
+
+
+def target(entry: os.DirEntry) -> str:
+    """Where a descriptor leads; empty: it was closed meanwhile."""
+    try:
+        return os.readlink(entry.path)
+    except FileNotFoundError:
+        return ""
 
 
 def arenas_mib(keeper: int) -> float | None:
@@ -97,6 +111,10 @@ class Vitals:
                 row += f"{a:{width}.1f} {b:7.1f} {worst:7.1f}  " if name == "mib" else f"{a:{width}.0f} {b:5.0f} {worst:5.0f}  "
                 if b > a + (max(MIB_MORE, SHARE_MORE * a) if name == "mib" else COUNT_MORE):
                     wrong.append(f"{part}: {name} grew from {a:.1f} to {b:.1f} (medians of the first and the last third)")
+            if tables := max(s.tables for s in samples):
+                row += f"tables {tables}"
+                if tables > STORE_TABLES:
+                    wrong.append(f"{part}: {tables} tables of the store were open at once; its limit is {STORE_TABLES}")
             lines.append(row.rstrip())
         for part, values in sorted(self.arenas.items()):
             first, last = thirds(values)
