@@ -87,7 +87,7 @@ Outcome MendSlot(const PeerTask& task, Arena* arena, const SlotView& view, MendR
     if (!MendTable(arena, view, brought.value().crcs)) return overwritten();
   }
   for (std::uint64_t i = 0; i < view.chunks(); ++i) {
-    const auto looked = CheckChunk(arena, view, i);
+    auto looked = CheckChunk(arena, view, i);
     if (looked.ok()) continue;
     if (!Corrupt(looked)) return looked;
     if (task.traffic != nullptr &&

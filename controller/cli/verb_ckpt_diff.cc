@@ -101,22 +101,22 @@ Result<Side> Read(Context& context, const std::string& word) {
 
 std::vector<Change> Compare(const Side& a, const Side& b) {
   std::vector<Change> changes;
-  const auto add = [&](const char* what, const auto& key, const Tensor* was, const Tensor* is) {
-    changes.push_back({what, key.first, key.second, was == nullptr ? "" : was->type,
-                       is == nullptr ? "" : is->type, is == nullptr ? was->bytes : is->bytes});
+  const auto add = [&](const char* what, const auto& key, const std::string& was,
+                       const std::string& is, std::uint64_t bytes) {
+    changes.push_back({what, key.first, key.second, was, is, bytes});
   };
   auto i = a.tensors.begin();
   auto j = b.tensors.begin();
   while (i != a.tensors.end() || j != b.tensors.end()) {
     if (j == b.tensors.end() || (i != a.tensors.end() && i->first < j->first)) {
-      add("removed", i->first, &i->second, nullptr);
+      add("removed", i->first, i->second.type, "", i->second.bytes);
       ++i;
     } else if (i == a.tensors.end() || j->first < i->first) {
-      add("added", j->first, nullptr, &j->second);
+      add("added", j->first, "", j->second.type, j->second.bytes);
       ++j;
     } else {
       if (i->second.crc != j->second.crc || i->second.type != j->second.type) {
-        add("changed", i->first, &i->second, &j->second);
+        add("changed", i->first, i->second.type, j->second.type, j->second.bytes);
       }
       ++i;
       ++j;
