@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <iterator>
 #include <map>
 #include <numeric>
 #include <utility>
@@ -111,6 +112,21 @@ std::vector<std::vector<const NodeSet*>> Components(const std::vector<NodeSet>& 
   return out;
 }
 
+// From the safe losses among nodes that share a fate with others, and `free` ones that do not.
+std::vector<double> Probabilities(const Polynomial& grouped, std::uint32_t free,
+                                  std::uint32_t nodes, std::size_t size) {
+  Polynomial rest;
+  for (std::uint32_t a = 0; a <= free && a < size; ++a) rest.push_back(Binomial(free, a));
+  const Polynomial safe = Multiply(grouped, rest, size);
+  std::vector<double> out(size, 0);
+  long double all = 1;  // C(nodes, k)
+  for (std::uint32_t k = 0; k < size; ++k) {
+    if (k > 0) all = all * static_cast<long double>(nodes - k + 1) / static_cast<long double>(k);
+    if (k < safe.size()) out[k] = static_cast<double>(safe[k] / all);
+  }
+  return out;
+}
+
 Estimate Wilson(std::uint64_t safe, std::uint64_t drawn) {
   constexpr double kZ = 1.959964;  // 95 %
   const auto n = static_cast<double>(drawn);
@@ -208,16 +224,7 @@ std::optional<std::vector<double>> SurvivalByLosses(std::uint32_t nodes,
     }
     safe = Multiply(safe, factor, size);
   }
-  Polynomial rest;
-  for (std::uint32_t a = 0; a <= free && a < size; ++a) rest.push_back(Binomial(free, a));
-  safe = Multiply(safe, rest, size);
-  std::vector<double> out(size, 0);
-  long double all = 1;  // C(nodes, k)
-  for (std::uint32_t k = 0; k < size; ++k) {
-    if (k > 0) all = all * static_cast<long double>(nodes - k + 1) / static_cast<long double>(k);
-    if (k < safe.size()) out[k] = static_cast<double>(safe[k] / all);
-  }
-  return out;
+  return Probabilities(safe, free, nodes, size);
 }
 
 Estimate Survival(std::uint32_t nodes, const std::vector<NodeSet>& hosts, std::uint32_t k,
@@ -290,6 +297,67 @@ NodeSet LostWith(const std::vector<NodeSet>& hosts, const NodeSet& failed) {
     });
     if (gone) out.push_back(v);
   }
+  return out;
+}
+
+std::vector<double> SurvivalByLosses(std::uint32_t nodes, const std::vector<LossGroup>& groups,
+                                     std::uint32_t max_k) {
+  EVERSTEP_CHECK(nodes <= kMaxNodes);
+  const std::size_t size = std::min(max_k, nodes) + std::size_t{1};
+  Polynomial safe = {1};
+  std::uint32_t free = nodes;
+  for (const LossGroup& group : groups) {
+    const auto n = static_cast<std::uint32_t>(group.nodes.size());
+    EVERSTEP_CHECK(n <= free);
+    free -= n;
+    Polynomial factor;
+    for (std::uint32_t a = 0; a <= std::min(group.tolerates, n); ++a) {
+      factor.push_back(Binomial(n, a));
+    }
+    safe = Multiply(safe, factor, size);
+  }
+  return Probabilities(safe, free, nodes, size);
+}
+
+Estimate SurvivalByDomain(const std::vector<LossGroup>& groups, const std::vector<NodeSet>& domains,
+                          std::uint32_t k, const EstimateLimits& limits) {
+  const auto count = static_cast<std::uint32_t>(domains.size());
+  std::map<std::uint32_t, std::uint32_t> group_of;
+  for (std::uint32_t g = 0; g < groups.size(); ++g) {
+    for (const std::uint32_t v : groups[g].nodes) group_of[v] = g;
+  }
+  // Domains may overlap: a node is counted with the first that takes it.
+  std::map<std::uint32_t, std::uint32_t> lost;  // node: of which choice
+  std::vector<std::uint32_t> taken(groups.size());
+  std::uint32_t choice_number = 0;
+  return OverChoices(count, std::min(k, count), limits, [&](const NodeSet& choice) {
+    ++choice_number;
+    std::fill(taken.begin(), taken.end(), 0U);
+    for (const std::uint32_t d : choice) {
+      for (const std::uint32_t v : domains[d]) {
+        const auto group = group_of.find(v);
+        if (group == group_of.end() || std::exchange(lost[v], choice_number) == choice_number) {
+          continue;
+        }
+        if (++taken[group->second] > groups[group->second].tolerates) return false;
+      }
+    }
+    return true;
+  });
+}
+
+NodeSet LostWith(const std::vector<LossGroup>& groups, const NodeSet& failed) {
+  NodeSet sorted = failed;
+  std::sort(sorted.begin(), sorted.end());
+  NodeSet out;
+  for (const LossGroup& group : groups) {
+    NodeSet lost;
+    std::copy_if(
+        group.nodes.begin(), group.nodes.end(), std::back_inserter(lost),
+        [&](std::uint32_t v) { return std::binary_search(sorted.begin(), sorted.end(), v); });
+    if (lost.size() > group.tolerates) out.insert(out.end(), lost.begin(), lost.end());
+  }
+  std::sort(out.begin(), out.end());
   return out;
 }
 

@@ -54,6 +54,21 @@ Estimate SurvivalByDomain(const std::vector<NodeSet>& hosts, const std::vector<N
 // Nodes whose every copy is on nodes of `failed` (any order): ascending. Empty: all state survives.
 NodeSet LostWith(const std::vector<NodeSet>& hosts, const NodeSet& failed);
 
+// Nodes of which any `tolerates` may be lost together and no more: then the state of every lost one
+// of them is gone. What a parity group is (parity_groups.h); a closed group of m copies is one that
+// tolerates m - 1.
+struct LossGroup {
+  NodeSet nodes;
+  std::uint32_t tolerates = 0;
+};
+
+// As above, for groups no two of which share a node; always exact. Nodes in no group lose nothing.
+std::vector<double> SurvivalByLosses(std::uint32_t nodes, const std::vector<LossGroup>& groups,
+                                     std::uint32_t max_k);
+Estimate SurvivalByDomain(const std::vector<LossGroup>& groups, const std::vector<NodeSet>& domains,
+                          std::uint32_t k, const EstimateLimits& limits = {});
+NodeSet LostWith(const std::vector<LossGroup>& groups, const NodeSet& failed);
+
 // GEMINI's corollary 1, for m that divides N: max(0, 1 - (N/m) C(N-m, k-m) / C(N, k)); 1 for k < m.
 double CorollaryBound(std::uint32_t nodes, std::uint32_t m, std::uint32_t k);
 

@@ -1,0 +1,126 @@
+// Redundancy as people write it, what becomes of it on few nodes, and what it costs.
+#include "checkpoint/core/redundancy.h"
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+
+#include "checkpoint/core/parity_groups.h"
+
+namespace everstep::checkpoint {
+namespace {
+
+std::string Read(std::string_view text) {
+  Redundancy policy;
+  const std::string wrong = ParseRedundancy(text, &policy);
+  return wrong.empty() ? PrintRedundancy(policy) : wrong;
+}
+
+TEST(Redundancy, IsReadAndPrintedInOneWay) {
+  EXPECT_EQ(Read("replicate(1)"), "replicate(1)");
+  EXPECT_EQ(Read("copies(3)"), "replicate(3)");
+  EXPECT_EQ(Read("xor(4+1)"), "xor(4+1)");
+  EXPECT_EQ(Read(" rs( 8 + 3 ) "), "rs(8+3)");
+  EXPECT_EQ(Read("rs(4+1)"), "xor(4+1)");
+  EXPECT_EQ(Read("rs(1+2)"), "replicate(3)");
+  for (std::uint32_t k = 1; k <= kMostShards; ++k) {
+    for (std::uint32_t r = 1; r <= kMostParity; ++r) {
+      Redundancy again;
+      ASSERT_EQ(ParseRedundancy(PrintRedundancy({k, r}), &again), "");
+      ASSERT_EQ(again, (Redundancy{k, r}));
+    }
+  }
+}
+
+TEST(Redundancy, SaysWhatIsWrongAndWhatWouldBeRight) {
+  const std::string forms =
+      "it is replicate(m), xor(k+1) or rs(k+r), for example replicate(2), xor(4+1), rs(4+2)";
+  for (const char* text : {"", "rs", "rs(4+2", "raid(4+2)", "(4+2)", "rs 4+2", "rs(4+2))x"}) {
+    EXPECT_EQ(Read(text), "redundancy '" + std::string(text) + "': " + forms);
+  }
+  EXPECT_EQ(Read("replicate(0)"),
+            "redundancy 'replicate(0)': replicate(m) takes the number of copies, the node's own "
+            "among them, 1 to 100");
+  EXPECT_EQ(Read("copies(x)"),
+            "redundancy 'copies(x)': copies(m) takes the number of copies, the node's own among "
+            "them, 1 to 100");
+  EXPECT_EQ(Read("xor(4+2)"), "redundancy 'xor(4+2)': xor has one parity; for 2 write rs(4+2)");
+  EXPECT_EQ(Read("rs(33+2)"),
+            "redundancy 'rs(33+2)': k, the nodes whose states share a parity, is 1 to 32");
+  EXPECT_EQ(Read("rs(0+2)"),
+            "redundancy 'rs(0+2)': k, the nodes whose states share a parity, is 1 to 32");
+  EXPECT_EQ(Read("rs(4+9)"), "redundancy 'rs(4+9)': r, the parities of a group, is 1 to 8");
+  EXPECT_EQ(Read("rs(4+0)"), "redundancy 'rs(4+0)': r, the parities of a group, is 1 to 8");
+  for (const char* text :
+       {"rs(4)", "rs(+2)", "rs(4+)", "rs(-4+2)", "rs(4+2+1)", "rs(4294967297+1)"}) {
+    EXPECT_EQ(Read(text),
+              "redundancy '" + std::string(text) +
+                  "': rs takes the states under a group's parities and those, as rs(4+2)");
+  }
+  // What is far too long is not repeated whole, and a refusal leaves the policy alone.
+  Redundancy policy{4, 2};
+  EXPECT_LT(ParseRedundancy(std::string(1'000'000, '('), &policy).size(), 250U);
+  EXPECT_EQ(policy, (Redundancy{4, 2}));
+}
+
+TEST(Redundancy, OnFewNodesItKeepsWhatItPromisesAsLongAsItCan) {
+  EXPECT_EQ(PrintRedundancy(OnNodes({4, 2}, 100)), "rs(4+2)");
+  EXPECT_EQ(PrintRedundancy(OnNodes({4, 2}, 6)), "rs(4+2)");
+  EXPECT_EQ(PrintRedundancy(OnNodes({4, 2}, 5)), "rs(3+2)");
+  EXPECT_EQ(PrintRedundancy(OnNodes({4, 2}, 3)), "replicate(3)");
+  EXPECT_EQ(PrintRedundancy(OnNodes({4, 2}, 2)), "replicate(2)");
+  EXPECT_EQ(PrintRedundancy(OnNodes({4, 2}, 1)), "replicate(1)");
+  EXPECT_EQ(PrintRedundancy(OnNodes({1, 1}, 8)), "replicate(2)");
+  EXPECT_EQ(PrintRedundancy(OnNodes({1, 4}, 2)), "replicate(2)");
+}
+
+TEST(Redundancy, AParityTradesMemoryForTheBytesOfARestore) {
+  const RedundancyPrice two = PriceOf({1, 1}, 0, 0);
+  EXPECT_EQ(two, (RedundancyPrice{1, 1, 0, 1, 0, 1}));
+  EXPECT_EQ(PriceOf({1, 0}, 0, 0), RedundancyPrice{});
+  EXPECT_EQ(PriceOf({4, 1}, 5, 5), (RedundancyPrice{0.25, 1, 1, 4, 4, 1}));
+  EXPECT_EQ(PriceOf({4, 2}, 6, 6), (RedundancyPrice{0.5, 2, 2, 4, 4, 2}));
+  EXPECT_EQ(PriceOf({4, 2}, 6, 7), (RedundancyPrice{0.5, 2, 2, 5, 5, 2}));
+}
+
+// The price is what RowsOf makes: counted over pieces, not computed from k and r.
+TEST(Redundancy, ThePriceIsWhatTheRowsCost) {
+  for (const Redundancy policy : {Redundancy{2, 1}, Redundancy{4, 2}, Redundancy{8, 3}}) {
+    for (std::uint32_t n = policy.shards + policy.parity; n <= 40; ++n) {
+      for (const Strategy strategy : {Strategy::kBalanced, Strategy::kMaxSurvival}) {
+        const ParityPlacement p = PlaceParity({.nodes = n, .policy = policy, .strategy = strategy});
+        std::vector<double> memory(n, 0), sent(n, 0), received(n, 0), restored(n, 0);
+        for (const auto& group : p.groups) {
+          const double piece = 1. / static_cast<double>(group.size() - policy.parity);
+          for (const ParityRow& row : RowsOf(group, policy.parity)) {
+            for (const std::uint32_t h : row.holders) {
+              memory[h] += piece;
+              received[h] += piece * static_cast<double>(row.members.size());
+            }
+            for (const std::uint32_t v : row.members) {
+              sent[v] += piece * policy.parity;
+              // The others' pieces and one parity.
+              restored[v] += piece * static_cast<double>(row.members.size());
+            }
+          }
+        }
+        const auto most = [](const std::vector<double>& v) {
+          return *std::max_element(v.begin(), v.end());
+        };
+        ASSERT_NEAR(p.price.memory, most(memory), 1e-12) << n;
+        ASSERT_NEAR(p.price.restored, most(restored), 1e-12);
+        for (std::uint32_t v = 0; v < n; ++v) {
+          ASSERT_NEAR(p.price.sent, sent[v], 1e-12);
+          ASSERT_NEAR(p.price.encoded, received[v], 1e-12);
+        }
+        const double bound = static_cast<double>(policy.parity) / policy.shards;
+        if (strategy == Strategy::kBalanced) {
+          ASSERT_LE(p.price.memory, bound + 1e-12);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace everstep::checkpoint
