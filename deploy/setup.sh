@@ -29,7 +29,7 @@ say() { printf '== %s\n' "$*"; }
 packages=(
   g++ cmake ninja-build ccache pkg-config
   libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
-  librocksdb-dev libspdlog-dev libfmt-dev libcli11-dev nlohmann-json3-dev libcpp-httplib-dev
+  librocksdb-dev libspdlog-dev libfmt-dev libcli11-dev nlohmann-json3-dev libcpp-httplib-dev libisal-dev
   libgtest-dev libbenchmark-dev
   iproute2 procps
 )

@@ -8,6 +8,7 @@
 #   capture     what Checkpointer.step() costs, in plain memcpys of the same bytes, two nodes
 #   controller  heartbeats a second, decision p99, memory
 #   placement   copies of 1,024 nodes' state placed over four levels of failure domains, and what they survive
+#   parity      parity of shards made and used, beside a memcpy of the same bytes
 #   restore     a state from the node's own memory and from a peer's, and N nodes from one holder
 #   rivals      one state saved and restored by Everstep and by others, each in an environment of its own
 #   scenarios   nine things that happen to a checkpoint system, against Everstep and the same others
@@ -18,6 +19,6 @@ cd "$(dirname "$0")/../.."
 name=${1:-}
 case $name in
   recovery | startup | capture | restore | rivals | scenarios) shift; exec .venv/bin/python "tests/bench/$name.py" "$@" ;;
-  controller | placement | store | transfer) shift; exec "build/release/tests/${name}_bench" "$@" ;;
-  *) sed -n '2,15p' "$0" | sed 's/^# \{0,1\}//' >&2; [ -z "$name" ] || echo "error: no benchmark '$name'" >&2; exit 2 ;;
+  controller | parity | placement | store | transfer) shift; exec "build/release/tests/${name}_bench" "$@" ;;
+  *) sed -n '2,16p' "$0" | sed 's/^# \{0,1\}//' >&2; [ -z "$name" ] || echo "error: no benchmark '$name'" >&2; exit 2 ;;
 esac
