@@ -69,10 +69,18 @@ CaptureDecision DecideCapture(const CaptureFacts& f) {
       keep >= 0 ? 1 - keep : (f.slots[0].whole && !f.slots[1].whole ? 1 : 0));
   // The step this process came from may have fewer copies than the committed one before it, here or
   // for another rank, and a newer capture would push its copies out: it is committed first.
-  if (first_of_generation && f.base >= 0 && f.has_peer && !alone) {
+  // One that was put together from the shards of another world is of this generation: while it is
+  // not committed, the slots that it came from are what is, and other ranks may be reading them.
+  if (first_of_generation && f.base >= 0) {
     const auto base = static_cast<std::uint32_t>(f.base);
-    if (!f.slots[base].committed && !f.slots[base].released) {
-      return f.waited ? Skip(base, "base_uncommitted") : WaitFor(base, "base_uncommitted");
+    const SlotState& s = f.slots[base];
+    const bool assembled = s.generation == f.generation;
+    const SlotState& other = f.slots[1 - base];
+    if (assembled && !s.committed && s.released && other.whole && other.committed) {
+      return Write(base, true, "never_committed");
+    }
+    if (!s.committed && !s.released && (assembled || (f.has_peer && !alone))) {
+      return f.waited || alone ? Skip(base, "base_uncommitted") : WaitFor(base, "base_uncommitted");
     }
   }
   return Write(target, false, "free");

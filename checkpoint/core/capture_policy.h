@@ -8,6 +8,8 @@
 //  only
 //    when the controller has released it (another rank went past it, or it lacked copies for long);
 //    who must wait for that too long skips the capture instead;
+//  - a step that was put together from another world's shards is committed before anything is
+//    captured: until then those shards are the newest committed step;
 //  - a captured step that is on its way to a peer is left alone, too;
 //  - without a controller or agent a replicated layout goes on with what its own node and peer
 //  hold;

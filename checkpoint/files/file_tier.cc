@@ -350,6 +350,48 @@ Outcome FileTier::ReadPayload(const FileCheckpoint& c, Rank rank, const ShardHea
   return Done{};
 }
 
+Outcome FileTier::ReadChunks(
+    const FileCheckpoint& c, Rank rank, const ShardHead& head,
+    const std::vector<std::uint32_t>& chunks,
+    const std::function<bool(std::uint32_t, const unsigned char*, std::uint32_t)>& take) {
+  const std::string path =
+      Folder(c.name) + "/" + c.manifest.ranks[static_cast<std::size_t>(rank)].file;
+  auto file = disk_->Open(path);
+  if (!file.ok()) return file.error();
+  std::vector<unsigned char> data(kChunkBytes);
+  for (const std::uint32_t chunk : chunks) {
+    const std::uint64_t begin = std::uint64_t{chunk} * kChunkBytes;
+    if (chunk >= head.chunk_crcs.size()) {
+      return Error{ErrorCode::kInvalid,
+                   fmt::format("{}: chunk {} of {}", path, chunk, head.chunk_crcs.size())};
+    }
+    const std::uint64_t end =
+        std::min<std::uint64_t>(begin + kChunkBytes, head.fields.payload_bytes);
+    std::fill(data.begin(), data.end(), static_cast<unsigned char>(0));
+    for (std::size_t i = 0; i < head.offsets.size(); ++i) {
+      const SafetensorsEntry& e = head.file.tensors[i];
+      const std::uint64_t from = std::max(begin, head.offsets[i]);
+      const std::uint64_t to = std::min(end, head.offsets[i] + e.bytes());
+      if (from >= to) continue;
+      auto ok = file.value()->Read(head.file.head_bytes + e.begin + (from - head.offsets[i]),
+                                   data.data() + (from - begin), to - from);
+      if (!ok.ok()) return ok;
+    }
+    if (const std::uint64_t from = std::max(begin, head.fields.table_offset); from < end) {
+      std::copy_n(head.table.data() + (from - head.fields.table_offset), end - from,
+                  data.data() + (from - begin));
+    }
+    if (Crc32c(data.data(), end - begin) != head.chunk_crcs[chunk]) {
+      return Error{ErrorCode::kCorrupt,
+                   fmt::format("{}: {} fails its checksum", path, NameOfByte(head, begin))};
+    }
+    if (!take(chunk, data.data(), static_cast<std::uint32_t>(end - begin))) {
+      return Error{ErrorCode::kStale, fmt::format("reading {}: given up here", path)};
+    }
+  }
+  return Done{};
+}
+
 std::vector<Damage> FileTier::Verify(const FileCheckpoint& c,
                                      const std::function<void(std::uint64_t)>& progress) {
   std::vector<Damage> found;

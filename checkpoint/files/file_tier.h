@@ -76,6 +76,12 @@ class FileTier {
   // looked at before each MiB.
   Outcome ReadPayload(const FileCheckpoint& checkpoint, Rank rank, const ShardHead& head,
                       unsigned char* payload, const std::atomic<bool>* over = nullptr);
+  // Only these chunks of the payload, each checked and handed to `take`, which ends it with false
+  // (kStale); memory for one. kCorrupt as ReadPayload.
+  Outcome ReadChunks(const FileCheckpoint& checkpoint, Rank rank, const ShardHead& head,
+                     const std::vector<std::uint32_t>& chunks,
+                     const std::function<bool(std::uint32_t chunk, const unsigned char* data,
+                                              std::uint32_t bytes)>& take);
   // Reads every byte of every file. Empty: it is whole. `progress`: bytes read so far, may be null.
   std::vector<Damage> Verify(const FileCheckpoint& checkpoint,
                              const std::function<void(std::uint64_t)>& progress = nullptr);

@@ -259,6 +259,18 @@ std::string Arena::Name() const {
 }
 
 std::optional<SlotView> Arena::Look(std::uint32_t slot) const {
+  auto view = LookAny(slot);
+  if (view && (view->fields.flags & kFlagsExchange) != 0) return std::nullopt;
+  return view;
+}
+
+std::optional<SlotView> Arena::LookExchange(std::uint32_t slot, std::uint32_t flag) const {
+  auto view = LookAny(slot);
+  if (!view || (view->fields.flags & kFlagsExchange) != flag) return std::nullopt;
+  return view;
+}
+
+std::optional<SlotView> Arena::LookAny(std::uint32_t slot) const {
   const SlotHeader& h = header_->slot[slot];
   for (int attempt = 0; attempt < 4; ++attempt) {
     SlotView view;

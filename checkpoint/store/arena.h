@@ -96,8 +96,11 @@ class Arena {
   ArenaHeader* header() const { return header_; }
   std::string Name() const;  // "arena of job demo rank 3"
 
-  // The finished content of a slot; none: never written, being written, or its facts cannot be.
+  // The finished content of a slot; none: never written, being written, its facts cannot be, or it
+  // is no state but an exchange.
   std::optional<SlotView> Look(std::uint32_t slot) const;
+  // The finished exchange of this kind (kFlagCatalog, kFlagRequest) in a slot.
+  std::optional<SlotView> LookExchange(std::uint32_t slot, std::uint32_t flag) const;
   // The finished slot with the greatest (step, generation) among steps <= max_step; not verified.
   std::optional<SlotView> Newest(Step max_step = INT64_MAX) const;
   // The slot was not touched since the view was taken.
@@ -132,6 +135,7 @@ class Arena {
   Outcome Check(const SlotView& view, std::uint64_t first, std::uint64_t end,
                 std::span<const LoadTarget> targets, unsigned threads);
   Outcome Noted(const SlotView& view, Outcome found, bool all) const;
+  std::optional<SlotView> LookAny(std::uint32_t slot) const;
   unsigned char* Map(std::uint32_t slot, std::uint64_t offset, std::uint64_t bytes);
   void Close();
 

@@ -44,6 +44,11 @@ struct SlotFields {
 };
 static_assert(sizeof(SlotFields) == 72);
 inline constexpr std::uint32_t kFlagReplicatedLayout = 1;  // every rank's state is the same (DDP)
+// No state, but what agent and trainer say to each other in a slot while a restore by ranges runs
+// (range_exchange.h). Nobody else sees such a slot: Arena::Look takes it for one that is not whole.
+inline constexpr std::uint32_t kFlagCatalog = 2;  // agent: the shards there are, with their tables
+inline constexpr std::uint32_t kFlagRequest = 4;  // trainer: the ranges it wants, and its table
+inline constexpr std::uint32_t kFlagsExchange = kFlagCatalog | kFlagRequest;
 
 struct alignas(64) SlotHeader {
   // Writer: the trainer for its own arena, the agent while it fills one. 0: never written.
@@ -71,6 +76,7 @@ enum class RestoreState : std::uint32_t {
   kReady = 2,    // in slot `slot` with sequence `slot_seq`
   kFresh = 3,    // start from nothing
   kFailed = 4,   // see message
+  kAsk = 5,      // a catalog lies in slot `slot`: the trainer writes its request over it
 };
 
 struct alignas(64) RestoreWord {  // agent, under seq

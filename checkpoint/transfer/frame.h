@@ -14,6 +14,9 @@
 //   join:  Chunk, bytes ... Chunk{end} ->                      a further stream of a push that runs
 //                                  <-         Ack{mac}
 //   fetch:                         <-         Table, CRCs; Chunk, bytes ...
+//   pick:                          <-         Table, CRCs
+//          Want, bits              ->                          the chunks that are wanted
+//                                  <-         Chunk, bytes ... Chunk{end}
 //
 // The macs prove that both know the job's key. Bytes are checked by CRC32C, not hidden.
 #pragma once
@@ -34,6 +37,7 @@ enum class Op : std::uint32_t {
   kPush = 1,
   kFetch = 2,
   kJoin = 3,
+  kPick = 4,
   kFetchChecked = 5,  // once a chunk came damaged: was it the wire, or the source's memory?
 };
 

@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "checkpoint/core/range_plan.h"
 #include "checkpoint/store/arena.h"
 #include "checkpoint/transfer/transfer_service.h"
 
@@ -54,6 +55,13 @@ struct LocalRank {
   // The watch thread's.
   std::uint64_t seen_content = 0;  // SlotView::content
   Step seen_step = kNoStep;
+
+  // Of a restore by ranges. The task that brought the catalog sets them, `asked_seq` last; the
+  // watch thread takes `asked_seq` when the trainer's request is there, and the task that it starts
+  // reads.
+  std::uint32_t asked_slot = 0;
+  std::vector<ShardTier> tiers;
+  std::atomic<std::uint64_t> asked_seq{0};  // of the catalog; 0: nothing is asked
 
   // The service's mutex guards the rest.
   int pushing[kSlots] = {};  // peers that the slot's content is on its way to

@@ -44,6 +44,28 @@ Outcome SendRange(Connection* connection, Arena* arena, const SlotView& view,
   return SendEndOfChunks(connection);
 }
 
+// The table, and the chunks that the peer then asks for.
+Outcome SendPicked(Connection* connection, Arena* arena, const SlotView& view,
+                   const std::vector<std::uint32_t>& crcs) {
+  if (auto ok = SendTable(connection, crcs); !ok.ok()) return ok;
+  WantFrame want;
+  if (auto ok = connection->Receive(&want, sizeof want); !ok.ok()) return ok;
+  if (want.magic != kWantMagic || want.chunks != crcs.size()) {
+    return Error{ErrorCode::kInvalid,
+                 fmt::format("peer {}: wants some of {} chunks where there are {}",
+                             connection->peer(), want.chunks, crcs.size())};
+  }
+  Bitmap bits(BitmapBytes(crcs.size()));
+  if (auto ok = connection->Receive(bits.data(), bits.size()); !ok.ok()) return ok;
+  const unsigned char* data = MappingPays(*connection) ? arena->Payload(view) : nullptr;
+  for (std::uint64_t i = 0; i < crcs.size(); ++i) {
+    if (!BitOf(bits, i)) continue;
+    if (connection->Readable()) return Done{};  // it has left
+    if (auto ok = SendChunk(connection, *arena, view, data, i, crcs[i]); !ok.ok()) return ok;
+  }
+  return SendEndOfChunks(connection);
+}
+
 PeerLimits Limits(const TransferOptions& o) {
   return {.connect_timeout = o.connect_timeout, .io_timeout = o.io_timeout};
 }
@@ -102,7 +124,8 @@ void ReplicaStore::Serve(PeerSession* session) {
     case Op::kPush: return Push(session, *facts);
     case Op::kJoin: return Join(session);
     case Op::kFetch:
-    case Op::kFetchChecked: return Fetch(session);
+    case Op::kFetchChecked:
+    case Op::kPick: return Fetch(session);
   }
 }
 
@@ -121,6 +144,10 @@ void ReplicaStore::Push(PeerSession* session, const JobFacts& facts) {
     return;
   }
   const JobId job = session->job();
+  if ((fields.flags & kFlagsExchange) != 0) {
+    (void)session->Refuse(Status::kInvalid, "an exchange between an agent and its trainer");
+    return;
+  }
   if (fields.job_crc != Crc32c(job.data(), job.size())) {
     (void)session->Refuse(Status::kInvalid, fmt::format("the slot is of another job than {}", job));
     return;
@@ -418,8 +445,10 @@ void ReplicaStore::Fetch(PeerSession* session) {
           DeadlineFor(Limits(options_), view->fields.payload_bytes));
       KillPoint("serve.responded");
       const auto sent =
-          SendRange(session->connection(), &arena, *view, crcs.value(), request.first_chunk,
-                    request.end_chunk, request.op == Op::kFetchChecked);
+          request.op == Op::kPick
+              ? SendPicked(session->connection(), &arena, *view, crcs.value())
+              : SendRange(session->connection(), &arena, *view, crcs.value(), request.first_chunk,
+                          request.end_chunk, request.op == Op::kFetchChecked);
       if (!sent.ok()) {
         listener_->OnTrouble(job, fmt::format("sending step {} of rank {}: {}", view->step(),
                                               view->fields.rank, sent.error().message));

@@ -75,7 +75,7 @@ class ReplicaStore final : public PeerHandler {
   void CopyUnchanged(const ChunkTable& table, const HeldFrame* held, const std::uint64_t* held_seq,
                      Replica* replica, Arrival* arrival);
   void Join(PeerSession* session);
-  void Fetch(PeerSession* session);
+  void Fetch(PeerSession* session);  // and pick
   void End(const ReplicaPtr& replica);
 
   const TransferOptions options_;

@@ -128,10 +128,9 @@ Result<ChunkFrame> ReceiveChunkFrame(Connection* connection, const SlotFields& f
   return frame;
 }
 
-Outcome ReceiveChunk(Connection* connection, const SlotFields& fields, const ChunkFrame& frame,
-                     SlotWriter* writer) {
+Outcome ReceiveChunkBytes(Connection* connection, const SlotFields& fields, const ChunkFrame& frame,
+                          unsigned char* to) {
   unsigned char* bounce = Bounce();
-  unsigned char* to = writer->Chunk(frame.index);
   std::uint32_t crc = 0;
   for (std::size_t at = 0; at < frame.bytes;) {
     const std::size_t n = std::min<std::size_t>(kPiece, frame.bytes - at);
@@ -148,8 +147,14 @@ Outcome ReceiveChunk(Connection* connection, const SlotFields& fields, const Chu
                     "{:08x}",
                     connection->peer(), frame.index, fields.step, fields.rank, crc, frame.crc)};
   }
-  writer->SetChunkCrc(frame.index, crc);
   return Done{};
+}
+
+Outcome ReceiveChunk(Connection* connection, const SlotFields& fields, const ChunkFrame& frame,
+                     SlotWriter* writer) {
+  auto ok = ReceiveChunkBytes(connection, fields, frame, writer->Chunk(frame.index));
+  if (ok.ok()) writer->SetChunkCrc(frame.index, frame.crc);
+  return ok;
 }
 
 Status ToStatus(ErrorCode code) {

@@ -52,6 +52,9 @@ bool MappingPays(const Connection& connection);
 // The next chunk's frame, checked against the table; index kEndOfChunks ends the stream.
 Result<ChunkFrame> ReceiveChunkFrame(Connection* connection, const SlotFields& fields,
                                      const std::vector<std::uint32_t>& crcs);
+// Its bytes, into `to`. kCorrupt: not those of frame.crc.
+Outcome ReceiveChunkBytes(Connection* connection, const SlotFields& fields, const ChunkFrame& frame,
+                          unsigned char* to);
 // Its bytes, into the writer's slot. kCorrupt: not those of frame.crc.
 Outcome ReceiveChunk(Connection* connection, const SlotFields& fields, const ChunkFrame& frame,
                      SlotWriter* writer);

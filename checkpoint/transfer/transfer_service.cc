@@ -8,17 +8,21 @@
 
 #include <algorithm>
 #include <condition_variable>
+#include <functional>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <set>
 #include <thread>
 #include <utility>
 
 #include "checkpoint/store/mend.h"
+#include "checkpoint/transfer/chunk_taker.h"
 #include "checkpoint/transfer/job_table.h"
 #include "checkpoint/transfer/local_rank.h"
 #include "checkpoint/transfer/peer_client.h"
 #include "checkpoint/transfer/peer_server.h"
+#include "checkpoint/transfer/range_restorer.h"
 #include "checkpoint/transfer/replica_store.h"
 #include "checkpoint/transfer/restorer.h"
 #include "checkpoint/transfer/task_pool.h"
@@ -42,9 +46,9 @@ std::int64_t MonotonicNanos() {
       .count();
 }
 
-RestoreView ReadyWord(Generation generation, const SlotView& view) {
+RestoreView WordOf(Generation generation, RestoreState state, const SlotView& view) {
   return {.generation = generation,
-          .state = RestoreState::kReady,
+          .state = state,
           .slot = view.slot,
           .slot_seq = view.seq,
           .step = view.step(),
@@ -53,10 +57,11 @@ RestoreView ReadyWord(Generation generation, const SlotView& view) {
 
 class Service final : public TransferService {
  public:
-  Service(const TransferOptions& options, ArenaHost* host, Listener* listener)
+  Service(const TransferOptions& options, ArenaHost* host, Listener* listener, ShardFiles* files)
       : options_(options),
         host_(host),
         listener_(listener),
+        files_(files),
         traffic_(options.pacing),
         replicas_(options, host, listener, &jobs_, &traffic_),
         pool_(std::max(1, options.push_threads)),
@@ -101,6 +106,9 @@ class Service final : public TransferService {
     bool tidied = false;  // arenas of earlier generations are dropped
   };
 
+  std::string OwnAddress() const {
+    return fmt::format("{}:{}", options_.bind_address, server_->port());
+  }
   PeerLimits Limits() const {
     return {.connect_timeout = options_.connect_timeout, .io_timeout = options_.io_timeout};
   }
@@ -108,6 +116,11 @@ class Service final : public TransferService {
   bool AwaitRestores(const Part& part, std::string* error);
   void StartRestore(const LocalPtr& local);
   void Restore(const LocalPtr& local);
+  void Ask(const LocalPtr& local);
+  void Answer(const LocalPtr& local, const SlotView& request);
+  std::optional<SlotView> Bring(
+      const LocalPtr& local, RestoreState word,
+      const std::function<Result<SlotView>(const JobFacts& facts)>& bring);
   void Ready(const LocalPtr& local, const SlotView& view);
   void Holds(const LocalPtr& local, const std::optional<SlotView>& view);
   void Watch();
@@ -131,6 +144,7 @@ class Service final : public TransferService {
   const TransferOptions options_;
   ArenaHost* const host_;
   Listener* const listener_;
+  ShardFiles* const files_;
   JobTable jobs_;
   Traffic traffic_;
   ReplicaStore replicas_;
@@ -304,6 +318,22 @@ void Service::StartRestore(const LocalPtr& local) {
     local->restored = true;
     return;
   }
+  const bool ranges = local->restore.cut != nullptr;
+  if (ranges && word.generation == local->generation && word.state == RestoreState::kAsk &&
+      word.slot < kSlots) {
+    // An agent before this one asked: the trainer may be reading or answering just now.
+    local->asked_slot = word.slot;
+    local->asked_seq = word.slot_seq;
+    local->restored = true;
+    return;
+  }
+  if (ranges) {
+    local->arena.SetRestore({.generation = local->generation,
+                             .state = RestoreState::kPending,
+                             .step = local->restore.step});
+    pool_.Submit([this, local] { Ask(local); });
+    return;
+  }
   const auto view = FindRestore(local->arena, local->restore);
   if (view && InPlace(local, *view)) {
     Ready(local, *view);  // the worker checks every byte before it believes it
@@ -328,7 +358,7 @@ bool Service::InPlace(const LocalPtr& local, const SlotView& view) {
 
 void Service::Ready(const LocalPtr& local, const SlotView& view) {
   upkeep_.Mended(local->job, ToShard(view, false));
-  local->arena.SetRestore(ReadyWord(local->generation, view));
+  local->arena.SetRestore(WordOf(local->generation, RestoreState::kReady, view));
   KillPoint("restore.ready");
   local->restored = true;
   Holds(local, view);
@@ -348,35 +378,68 @@ void Service::Holds(const LocalPtr& local, const std::optional<SlotView>& view) 
   QueuePush(local);
 }
 
-void Service::Restore(const LocalPtr& local) {
+// Runs `bring`, which writes into the rank's arena, and says in its restore word what came of it:
+// `word`, or that it failed. None: it failed, or was given up.
+std::optional<SlotView> Service::Bring(
+    const LocalPtr& local, RestoreState word,
+    const std::function<Result<SlotView>(const JobFacts& facts)>& bring) {
   const auto arena = std::pair(local->job, local->rank);
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (local->cancel) return;
+    if (local->cancel) return std::nullopt;
     restoring_.insert(arena);
   }
-  const JobFacts facts = jobs_.Find(local->job).value_or(JobFacts{});
-  auto view = BringRestore(options_, host_, facts, *local, server_->port());
+  const auto view = bring(jobs_.Find(local->job).value_or(JobFacts{}));
   KillPoint("restore.brought");
   {
     std::lock_guard<std::mutex> lock(mutex_);
     restoring_.erase(arena);
     restore_ended_.notify_all();
-    if (local->cancel) return;
+    if (local->cancel) return std::nullopt;
     // Before anybody can give it up: the word is this generation's.
-    local->arena.SetRestore(view.ok() ? ReadyWord(local->generation, view.value())
+    local->arena.SetRestore(view.ok() ? WordOf(local->generation, word, view.value())
                                       : RestoreView{.generation = local->generation,
                                                     .state = RestoreState::kFailed,
                                                     .step = local->restore.step,
                                                     .message = view.error().message});
   }
-  if (view.ok()) {
-    local->restored = true;
-    Holds(local, view.value());
-    return;
-  }
+  if (view.ok()) return view.value();
   listener_->OnTrouble(local->job,
                        fmt::format("restoring rank {}: {}", local->rank, view.error().message));
+  return std::nullopt;
+}
+
+void Service::Restore(const LocalPtr& local) {
+  const auto view = Bring(local, RestoreState::kReady, [&](const JobFacts& facts) {
+    return BringRestore(options_, host_, facts, *local, server_->port());
+  });
+  if (!view) return;
+  local->restored = true;
+  Holds(local, *view);
+}
+
+// A restore by ranges, first half: the trainer is told what there is.
+void Service::Ask(const LocalPtr& local) {
+  const auto catalog = Bring(local, RestoreState::kAsk, [&](const JobFacts& facts) {
+    const RangeSources sources{options_, host_, files_, facts, OwnAddress()};
+    return BringCatalog(sources, *local, &local->tiers);
+  });
+  if (!catalog) return;
+  local->asked_slot = catalog->slot;
+  local->asked_seq = catalog->seq;
+  local->restored = true;  // who starts from nothing all the same may capture
+}
+
+// The second half: it has said what it wants.
+void Service::Answer(const LocalPtr& local, const SlotView& request) {
+  const auto view = Bring(local, RestoreState::kReady, [&](const JobFacts& facts) {
+    const RangeSources sources{options_, host_, files_, facts, OwnAddress()};
+    return BringRanges(sources, *local, request, local->tiers);
+  });
+  if (!view) return;
+  local->restored = true;
+  Holds(local, *view);
+  Wake();  // it counts as captured by this generation
 }
 
 void Service::Watch() {
@@ -405,6 +468,17 @@ void Service::Watch() {
 
 // Level-triggered: whatever rang or not, says what is new in the arena.
 void Service::Look(const LocalPtr& local) {
+  if (const std::uint64_t asked = local->asked_seq; asked != 0) {
+    const auto request = local->arena.LookExchange(local->asked_slot, kFlagRequest);
+    if (request && request->seq > asked && request->fields.generation == local->generation) {
+      local->asked_seq = 0;
+      local->arena.SetRestore({.generation = local->generation,
+                               .state = RestoreState::kPending,
+                               .step = local->restore.step});
+      pool_.Submit([this, local, request] { Answer(local, *request); });
+      return;
+    }
+  }
   const ArenaHeader& header = *local->arena.header();
   const auto view = local->arena.Newest();
   Step step = local->seen_step;
@@ -421,9 +495,11 @@ void Service::Look(const LocalPtr& local) {
   if (!fresh) return;
   KillPoint("push.capture_seen");
   local->seen_content = view->content();
-  traffic_.OnStep(local->job, local->generation, local->rank, view->step(),
-                  static_cast<std::int64_t>(view->fields.captured_ns),
-                  header.trainer.waited_ns.load(std::memory_order_relaxed));
+  if (view->step() > local->restore.step) {  // trained, not put together by a restore
+    traffic_.OnStep(local->job, local->generation, local->rank, view->step(),
+                    static_cast<std::int64_t>(view->fields.captured_ns),
+                    header.trainer.waited_ns.load(std::memory_order_relaxed));
+  }
   listener_->OnCopied(local->job, ToShard(*view, false));
   KillPoint("push.capture_told");
   QueuePush(local);
@@ -689,9 +765,9 @@ void Service::Stop() {
 }  // namespace
 
 Result<std::unique_ptr<TransferService>> TransferService::Start(const TransferOptions& options,
-                                                                ArenaHost* host,
-                                                                Listener* listener) {
-  auto service = std::make_unique<Service>(options, host, listener);
+                                                                ArenaHost* host, Listener* listener,
+                                                                ShardFiles* files) {
+  auto service = std::make_unique<Service>(options, host, listener, files);
   if (auto ok = service->Open(); !ok.ok()) return ok.error();
   return std::unique_ptr<TransferService>(std::move(service));
 }

@@ -75,6 +75,11 @@ struct RestorePart {
   std::uint32_t crc_root = 0;
   std::uint64_t bytes = 0;
   std::string source_address;  // host:port of a data plane; empty or this node's own: local memory
+  // By ranges of these shards, as the trainer asks for them; of the fields above only `step`
+  // means something then. Null: a whole shard.
+  std::shared_ptr<const RestoreCut> cut;
+  std::int32_t world_size = 0;  // of the new generation
+  std::string directory;        // the job's file tier; empty: none
 };
 struct WorkerPart {
   Rank rank = 0;
@@ -126,11 +131,15 @@ struct TransferOptions {
   ScrubOptions scrub;
 };
 
+class ShardFiles;  // chunk_taker.h
+
 class TransferService {
  public:
-  // Binds and starts its threads. `host` and `listener` must outlive the service.
+  // Binds and starts its threads. `host`, `listener` and `files` must outlive the service. `files`:
+  // reads shards from the jobs' checkpoint directories; null: restores by ranges do without.
   static Result<std::unique_ptr<TransferService>> Start(const TransferOptions& options,
-                                                        ArenaHost* host, Listener* listener);
+                                                        ArenaHost* host, Listener* listener,
+                                                        ShardFiles* files = nullptr);
   virtual ~TransferService() = default;  // as Stop()
 
   virtual std::uint16_t port() const = 0;

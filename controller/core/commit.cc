@@ -110,8 +110,9 @@ void Controller::Impl::AddCommit(JobStateView* job, Commit commit) {
 
 bool Controller::Impl::IsBase(const JobStateView& job, const HeldShard& shard) const {
   const GenerationPlan& plan = job.plan;
-  if (plan.restore_step == kNoStep || shard.step != plan.restore_step || plan.nodes.empty() ||
-      plan.nodes.front().workers.empty() ||
+  // A cut of ranges is committed, or in files.
+  if (plan.restore_step == kNoStep || !plan.cut.shards.empty() || shard.step != plan.restore_step ||
+      plan.nodes.empty() || plan.nodes.front().workers.empty() ||
       shard.generation != plan.nodes.front().workers.front().restore.shard_generation) {
     return false;
   }
@@ -237,6 +238,8 @@ bool Controller::Impl::ServeFrom(JobStateView* job, const std::vector<Holder>& h
 }
 
 void Controller::Impl::PlanRestore(JobStateView* job) {
+  job->plan.cut = {};
+  runtime_[job->record.spec.job].unserved.clear();
   // One candidate is one consistent cut: shards of the same step, generation and world size, and of
   // memory or of files: what a directory holds may be of an earlier run. Memory is tried first.
   std::map<std::tuple<everstep::Step, Generation, std::int32_t, bool>, std::vector<Holder>>
@@ -271,8 +274,15 @@ void Controller::Impl::PlanRestore(JobStateView* job) {
     }
     const bool replicated = std::all_of(holders.begin(), holders.end(),
                                         [](const Holder& h) { return h.shard.replicated_layout; });
-    if (!replicated && captured_world != world) continue;
-    if (ServeFrom(job, holders, replicated)) {
+    const bool served = replicated || captured_world == world
+                            ? ServeFrom(job, holders, replicated)
+                            : ServeRanges(job,
+                                          {.step = step,
+                                           .generation = generation,
+                                           .world_size = captured_world,
+                                           .shards = {}},
+                                          holders);
+    if (served) {
       job->plan.restore_step = step;
       return;
     }
@@ -287,11 +297,15 @@ void Controller::Impl::JournalRestore(const JobStateView& job) {
   const GenerationPlan& plan = job.plan;
   const everstep::Step committed =
       job.commits.commits.empty() ? kNoStep : job.commits.commits.front().step;
-  std::size_t local = 0, peer = 0, files = 0;
+  std::size_t local = 0, peer = 0, files = 0, ranges = 0;
   std::uint64_t bytes = 0;
   for (const NodePlan& member : plan.nodes) {
     for (const WorkerPlan& worker : member.workers) {
       if (worker.restore.step == kNoStep) continue;
+      if (worker.restore.ranges) {
+        ++ranges;
+        continue;
+      }
       if (worker.restore.file) {
         ++files;
         bytes += worker.restore.bytes;
@@ -302,12 +316,16 @@ void Controller::Impl::JournalRestore(const JobStateView& job) {
       bytes += here ? 0 : worker.restore.bytes;
     }
   }
-  if (local + peer + files == 0 && committed == kNoStep) return;  // there was nothing to restore
+  const std::string& unserved = runtime_[plan.job].unserved;
+  if (local + peer + files + ranges == 0 && committed == kNoStep && unserved.empty()) {
+    return;  // there was nothing to restore
+  }
   const bool lost = plan.restore_step < committed;
   const JobId& id = job.record.spec.job;
   Journal({.type = "restore",
            .severity = lost ? Severity::kError : Severity::kInfo,
            .reason = plan.restore_step == kNoStep ? Reason::kNoCommonStep
+                     : ranges > 0                 ? Reason::kRestoredByRanges
                      : files > 0                  ? Reason::kRestoredFromFiles
                      : peer > 0                   ? Reason::kRestoredFromPeer
                                                   : Reason::kRestoredFromLocal,
@@ -317,9 +335,10 @@ void Controller::Impl::JournalRestore(const JobStateView& job) {
                           ? fmt::format("job {} starts from nothing: no step is complete", id)
                           : fmt::format("job {} goes back to step {}", id, plan.restore_step),
            .evidence =
-               fmt::format("step={} committed={} ranks_local={} ranks_from_peers={}{} bytes={}",
+               fmt::format("step={} committed={} ranks_local={} ranks_from_peers={}{}{} bytes={}{}",
                            plan.restore_step, committed, local, peer,
-                           files == 0 ? "" : fmt::format(" ranks_from_files={}", files), bytes)});
+                           files == 0 ? "" : fmt::format(" ranks_from_files={}", files),
+                           CutEvidence(plan.cut, ranges), bytes, unserved)});
 }
 
 void Controller::Impl::Progress(JobStateView* job, everstep::Step step) {

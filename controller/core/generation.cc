@@ -262,6 +262,11 @@ bool Controller::Impl::AskSources(JobStateView* job) {
       if (!source.empty() && surveyed.count(source) == 0) job->waiting_for.insert(source);
     }
   }
+  for (const CutShard& shard : job->plan.cut.shards) {
+    for (const CutHolder& holder : shard.holders) {
+      if (surveyed.count(holder.node) == 0) job->waiting_for.insert(holder.node);
+    }
+  }
   const auto& commits = job->commits.commits;
   if (!commits.empty() && job->plan.restore_step < commits.front().step) {
     // Whoever is away may hold what is committed: it comes back or is lost, soon.

@@ -2,7 +2,8 @@
 // nodes.cc (who is alive), jobs.cc (a job's life), faults.cc (who pays for a restart), retention.cc
 // (what stays of an ended job), generation.cc (the two-phase switch), commit.cc (which step is
 // safe, where a generation starts from), repair.cc (copies that went bad), trust.cc (verified
-// checkpoints, roll-backs), forecast.cc (what if).
+// checkpoints, roll-backs), ranges.cc (a world of
+// another size), forecast.cc (what if).
 #pragma once
 
 #include <map>
@@ -57,6 +58,7 @@ class Controller::Impl {
     std::map<Rank, std::map<NodeId, HeldShard>> base_copies;  // of the step it started from
     std::set<NodeId> emptied;  // members whose keeper died: no state, no fork server yet
     bool base_released = false;
+    std::string unserved;  // evidence: shards of a cut of another world size that nobody holds
     std::set<NodeId> misreported;       // told of ranks of this generation that are not theirs
     everstep::Step released = kNoStep;  // of the newest generation; see CommittedCommand
     struct Persist {                    // a step on its way to the checkpoint directory
@@ -189,6 +191,12 @@ class Controller::Impl {
     HeldShard shard;
   };
   bool ServeFrom(JobStateView* job, const std::vector<Holder>& holders, bool replicated);
+
+  // ranges.cc
+  // Makes `cut` the plan's, each worker to take its ranges of it. False: it is neither committed
+  // nor in files, or a shard has no holder in any tier (Runtime::unserved says which).
+  bool ServeRanges(JobStateView* job, RestoreCut cut, const std::vector<Holder>& holders);
+  static std::string CutEvidence(const RestoreCut& cut, std::size_t ranks);
   void Progress(JobStateView* job, everstep::Step step);
 
   // repair.cc

@@ -76,12 +76,25 @@ std::string RestoreText(const NodePlan& node) {
   for (const WorkerPlan& w : node.workers) {
     if (w.restore.step == kNoStep) continue;
     text += fmt::format("{}rank {} from {}", text.empty() ? "" : ", ", w.rank,
-                        w.restore.file                       ? "files"
+                        w.restore.ranges                     ? "all"
+                        : w.restore.file                     ? "files"
                         : w.restore.source_node == node.node ? "here"
                                                              : w.restore.source_node);
     if (w.restore.shard_rank != w.rank) text += fmt::format("'s rank {}", w.restore.shard_rank);
   }
   return text.empty() ? "" : fmt::format("({})", text);
+}
+
+// "cut of g=2 world=3 {0 on n1 n2} {1 on n3 files} ..."
+std::string CutText(const RestoreCut& cut) {
+  if (cut.shards.empty()) return "";
+  std::string text = fmt::format("cut of g={} world={}", cut.generation, cut.world_size);
+  for (const CutShard& shard : cut.shards) {
+    text += fmt::format(" {{{} on", shard.rank);
+    for (const CutHolder& holder : shard.holders) text += " " + holder.node;
+    text += shard.file ? " files}" : "}";
+  }
+  return text;
 }
 
 std::string Members(const GenerationPlan& plan) {
@@ -273,6 +286,7 @@ struct CommandText {
         line.Add("ranks={}", Ranks(n));
         line.If(c.plan->restore_step != kNoStep, "restore={}", c.plan->restore_step);
         line.Add("{}", RestoreText(n));
+        line.Add("{}", CutText(c.plan->cut));
       }
     }
     return line;

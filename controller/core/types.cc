@@ -57,7 +57,9 @@ constexpr std::array<const char*, static_cast<std::size_t>(Reason::kCount)> kRea
     "checksum_failed",
     "rolled_back",
     "quiet_steps",
-    "operator_anomaly"};
+    "operator_anomaly",
+
+    "restored_by_ranges"};
 static_assert(kReasons.back() != nullptr, "every reason has a name");
 
 }  // namespace

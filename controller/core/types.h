@@ -76,6 +76,7 @@ enum class Reason : std::uint8_t {
   kRolledBack,         // an operator sent the job back to a step
   kQuietSteps,         // enough steps followed in which nothing strange was reported
   kOperatorAnomaly,    // an operator reported an anomaly of the training
+  kRestoredByRanges,   // a world of another size: each rank takes its bytes from all shards
   kCount
 };
 const char* ReasonName(Reason reason);  // "worker_killed"
@@ -150,6 +151,7 @@ struct GenerationPlan {
   std::uint32_t master_port = 0;
   std::uint32_t restart_count = 0;
   Step restore_step = kNoStep;
+  RestoreCut cut;  // of restores by ranges: the world or its layout is another one
   Reason reason = Reason::kNone;
   std::string evidence;
   friend bool operator==(const GenerationPlan&, const GenerationPlan&) = default;

@@ -134,6 +134,7 @@ constexpr std::array kMeanings = {
     "an operator sent the job back to a step",
     "enough steps followed in which nothing strange was reported",
     "an operator reported that something is wrong with the training",
+    "a world of another size: each rank takes its bytes from all shards of the step",
 };
 static_assert(kMeanings.size() == static_cast<std::size_t>(Reason::kCount),
               "every reason has a meaning");

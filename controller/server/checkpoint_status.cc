@@ -240,6 +240,21 @@ void Explain(const ClusterState& state, const JobStateView& job, const Forecast&
   }
 }
 
+// What a rank reads of each shard is a guess: as much as it is of all. What its own node holds does
+// not move.
+void CountRanges(const RestoreCut& cut, const NodeId& node, const WorkerPlan& worker,
+                 std::map<NodeId, std::uint64_t>* in, std::map<NodeId, std::uint64_t>* out) {
+  const std::uint64_t part = worker.restore.bytes / std::max<std::size_t>(1, cut.shards.size());
+  for (const CutShard& shard : cut.shards) {
+    const bool here = std::any_of(shard.holders.begin(), shard.holders.end(),
+                                  [&node](const CutHolder& h) { return h.node == node; });
+    if (here || shard.holders.empty()) continue;
+    const auto turn = static_cast<std::size_t>(worker.rank + shard.rank) % shard.holders.size();
+    (*in)[node] += part;
+    (*out)[shard.holders[turn].node] += part;
+  }
+}
+
 void FillSources(const ClusterState& state, const JobStateView& job, const Forecast& forecast,
                  v1::LossForecast* to) {
   std::map<NodeId, std::uint64_t> in, out;
@@ -252,6 +267,15 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
       v1::ShardSource* source = to->add_sources();
       source->set_rank(worker.rank);
       source->set_node(member.node);
+      if (r.ranges) {
+        source->set_tier("ranges");
+        source->set_source_node(fmt::format("{} shards", forecast.plan.cut.shards.size()));
+        source->set_source_rank(worker.rank);
+        source->set_bytes(r.bytes);
+        copy += forecast.state == JobState::kActivating ? member.peers.size() * r.bytes : 0;
+        CountRanges(forecast.plan.cut, member.node, worker, &in, &out);
+        continue;
+      }
       source->set_tier(r.file ? "file" : r.source_node == member.node ? "local" : "peer");
       source->set_source_node(r.file ? job.record.spec.ckpt_dir : r.source_node);
       source->set_source_rank(r.shard_rank);
@@ -498,6 +522,11 @@ v1::LossForecast LossForecastOf(const ClusterState& state, const JobStateView& j
         "node, {} on a peer{}",
         to.step(), local, static_cast<std::size_t>(to.sources_size()) - local - files,
         files == 0 ? "" : fmt::format(", {} in files", files));
+    if (const RestoreCut& cut = forecast.plan.cut; !cut.shards.empty()) {
+      why =
+          fmt::format("every shard of step {} is left: {} ranks take their bytes from those of {}",
+                      to.step(), to.sources_size(), cut.world_size);
+    }
     if (to.step() < to.committed_step()) {
       why +=
           fmt::format("; of step {}, which was committed, every copy of {} goes with these nodes",

@@ -100,6 +100,7 @@ struct Writer {
     to->set_committed_step(c.committed_step);
     to->set_plan_crc(numbers->crc);
     for (const everstep::Cut& cut : c.given_up) wire::ToProto(cut, to->add_given_up());
+    if (!c.plan->cut.shards.empty()) wire::ToProto(c.plan->cut, to->mutable_cut());
   }
   void operator()(const StopJobCommand& c) const {
     v1::StopJob* to = m->mutable_stop_job();

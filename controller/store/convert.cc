@@ -231,6 +231,7 @@ void ToProto(const GenerationRecord& from, v1::GenerationRecord* to) {
   to->set_restore_step(plan.restore_step);
   to->set_reason(Number(plan.reason));
   to->set_evidence(plan.evidence);
+  if (!plan.cut.shards.empty()) wire::ToProto(plan.cut, to->mutable_cut());
 }
 
 bool FromProto(const v1::GenerationRecord& from, GenerationRecord* to) {
@@ -243,6 +244,7 @@ bool FromProto(const v1::GenerationRecord& from, GenerationRecord* to) {
   plan.restart_count = from.restart_count();
   plan.restore_step = from.restore_step();
   plan.evidence = from.evidence();
+  if (from.has_cut()) plan.cut = wire::FromProto(from.cut());
   return ToEnum(from.phase(), Phase::kEnded, &plan.phase) && ToReason(from.reason(), &plan.reason);
 }
 

@@ -89,7 +89,32 @@ struct RestorePlan {
   NodeId source_node;
   std::string source_address;  // host:port
   bool file = false;           // from the job's checkpoint directory
+  // By byte ranges of the plan's RestoreCut; `bytes` is a guess then, and of the other fields only
+  // step and shard_generation mean something.
+  bool ranges = false;
   friend bool operator==(const RestorePlan&, const RestorePlan&) = default;
+};
+
+// Every shard of one step: what a world of another size starts from.
+struct CutHolder {
+  NodeId node;
+  std::string address;  // host:port
+  friend bool operator==(const CutHolder&, const CutHolder&) = default;
+};
+struct CutShard {
+  Rank rank = 0;  // that captured it
+  std::uint32_t crc_root = 0;
+  std::uint64_t bytes = 0;
+  std::vector<CutHolder> holders;  // in memory
+  bool file = false;               // in the job's checkpoint directory, for every member
+  friend bool operator==(const CutShard&, const CutShard&) = default;
+};
+struct RestoreCut {
+  Step step = kNoStep;
+  Generation generation = 0;     // that captured it
+  std::int32_t world_size = 0;   // likewise
+  std::vector<CutShard> shards;  // by rank; empty: no restore is by ranges
+  friend bool operator==(const RestoreCut&, const RestoreCut&) = default;
 };
 
 struct WorkerPlan {

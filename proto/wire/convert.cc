@@ -1,5 +1,7 @@
 #include "proto/wire/convert.h"
 
+#include <utility>
+
 namespace everstep::wire {
 namespace {
 
@@ -12,6 +14,7 @@ void ToProto(const RestorePlan& from, v1::Restore* to) {
   to->set_source_node(from.source_node);
   to->set_source_address(from.source_address);
   to->set_file(from.file);
+  to->set_ranges(from.ranges);
 }
 
 RestorePlan FromProto(const v1::Restore& from) {
@@ -22,7 +25,8 @@ RestorePlan FromProto(const v1::Restore& from) {
           .bytes = from.bytes(),
           .source_node = from.source_node(),
           .source_address = from.source_address(),
-          .file = from.file()};
+          .file = from.file(),
+          .ranges = from.ranges()};
 }
 
 void ToProto(const WorkerPlan& from, v1::WorkerPlan* to) {
@@ -161,6 +165,43 @@ NodePlan FromProto(const v1::NodePlan& from) {
     to.peers.push_back({from.replica_nodes(i), from.replica_addresses(i)});
   }
   for (const v1::WorkerPlan& worker : from.workers()) to.workers.push_back(FromProto(worker));
+  return to;
+}
+
+void ToProto(const RestoreCut& from, v1::RestoreCut* to) {
+  to->set_step(from.step);
+  to->set_generation(from.generation);
+  to->set_world_size(from.world_size);
+  for (const CutShard& shard : from.shards) {
+    v1::CutShard* s = to->add_shards();
+    s->set_rank(shard.rank);
+    s->set_crc_root(shard.crc_root);
+    s->set_bytes(shard.bytes);
+    s->set_file(shard.file);
+    for (const CutHolder& holder : shard.holders) {
+      v1::CutHolder* h = s->add_holders();
+      h->set_node(holder.node);
+      h->set_address(holder.address);
+    }
+  }
+}
+
+RestoreCut FromProto(const v1::RestoreCut& from) {
+  RestoreCut to{.step = from.step(),
+                .generation = from.generation(),
+                .world_size = from.world_size(),
+                .shards = {}};
+  to.shards.reserve(static_cast<std::size_t>(from.shards_size()));
+  for (const v1::CutShard& s : from.shards()) {
+    CutShard shard{.rank = s.rank(),
+                   .crc_root = s.crc_root(),
+                   .bytes = s.bytes(),
+                   .holders = {},
+                   .file = s.file()};
+    shard.holders.reserve(static_cast<std::size_t>(s.holders_size()));
+    for (const v1::CutHolder& h : s.holders()) shard.holders.push_back({h.node(), h.address()});
+    to.shards.push_back(std::move(shard));
+  }
   return to;
 }
 

@@ -36,4 +36,8 @@ Cut FromProto(const v1::Cut& from);
 void ToProto(const NodePlan& from, v1::NodePlan* to);
 NodePlan FromProto(const v1::NodePlan& from);
 
+// Callers leave the message out when there are no shards.
+void ToProto(const RestoreCut& from, v1::RestoreCut* to);
+RestoreCut FromProto(const v1::RestoreCut& from);
+
 }  // namespace everstep::wire

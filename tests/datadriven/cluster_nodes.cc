@@ -307,7 +307,9 @@ void Cluster::IfLost(const Words& c) {
       }
       Print(fmt::format("rank {} on {} copy_on={} from {}", w.rank, member.node,
                         peers.empty() ? "-" : peers,
-                        w.restore.step == kNoStep ? "-" : w.restore.source_node));
+                        w.restore.step == kNoStep ? "-"
+                        : w.restore.ranges        ? "all"
+                                                  : w.restore.source_node));
     }
   }
 }

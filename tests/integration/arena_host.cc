@@ -1,7 +1,9 @@
 // everstep_arena_host SOCKET JOB: the checkpoint plane of one node for tests written in Python.
 // Reads a command a line, answers each with one line of JSON:
 //
-//   activate GENERATION WORLD STEP RANK...   as an agent at Activate; STEP -1: from nothing
+//   activate GENERATION WORLD STEP RANK...   as an agent at Activate; STEP -1: from nothing; one
+//   that
+//                                            another number of ranks captured: by ranges
 //   commit on|off                            commit what is captured, as a controller of one node
 //   (on) away on|off                              the controller is away survey what lies verified
 //   in memory flip RANK STEP OFFSET                    flips a bit of a slot's payload
@@ -9,7 +11,12 @@
 
 #include <atomic>
 #include <iostream>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
 #include <sstream>
+#include <utility>
 
 #include "tests/integration/arena_host.h"
 
@@ -21,22 +28,63 @@ class Commits final : public checkpoint::Listener {
   void OnCaptured(const JobId&, Generation, Rank, Step) override {}
   void OnCopied(const JobId& job, const HeldShard& shard) override {
     auto* s = service.load();
-    if (s != nullptr && on) s->MarkCommitted(job, shard.generation, shard.step);
+    std::size_t have = 0;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      std::set<Rank>& ranks_of_step = copied_[{shard.generation, shard.step}];
+      ranks_of_step.insert(shard.rank);
+      have = ranks_of_step.size();
+    }
+    if (s != nullptr && on && have >= ranks) s->MarkCommitted(job, shard.generation, shard.step);
   }
   void OnTrouble(const JobId&, const std::string& what) override { std::cerr << what << std::endl; }
   std::atomic<checkpoint::TransferService*> service{nullptr};
   std::atomic<bool> on{true};
+  std::atomic<std::size_t> ranks{1};  // of the generation: a step is committed when all have it
+
+ private:
+  std::mutex mutex_;
+  std::map<std::pair<Generation, Step>, std::set<Rank>> copied_;
 };
 
+// Every shard of the step, when another number of ranks than `world` captured them, each its own.
+std::shared_ptr<const RestoreCut> CutOf(const std::vector<HeldShard>& held, Step step,
+                                        std::int32_t world) {
+  std::map<Rank, const HeldShard*> shards;
+  for (const HeldShard& s : held) {
+    if (s.step != step || s.replicated_layout) continue;
+    const HeldShard*& newest = shards[s.rank];
+    if (newest == nullptr || newest->generation < s.generation) newest = &s;
+  }
+  if (shards.empty() || shards.begin()->second->world_size == world) return nullptr;
+  auto cut = std::make_shared<RestoreCut>();
+  cut->step = step;
+  cut->generation = shards.begin()->second->generation;
+  cut->world_size = shards.begin()->second->world_size;
+  for (const auto& [rank, s] : shards) {
+    cut->shards.push_back(
+        {.rank = rank, .crc_root = s->crc_root, .bytes = s->bytes, .holders = {}});
+  }
+  return cut;
+}
+
 std::string Activate(std::istringstream* words, const JobId& job,
-                     checkpoint::TransferService* service) {
+                     checkpoint::TransferService* service, Commits* commits) {
   checkpoint::Part part{.job = job, .data_key = "key", .workers = {}, .peers = {}};
   Step step = kNoStep;
   Rank rank = 0;
   *words >> part.generation >> part.world_size >> step;
   const std::vector<HeldShard> held = service->Survey(job);
+  const auto cut = step == kNoStep ? nullptr : CutOf(held, step, part.world_size);
   while (*words >> rank) {
     checkpoint::WorkerPart worker{.rank = rank, .restore = {}};
+    if (cut != nullptr) {
+      worker.restore.step = step;
+      worker.restore.cut = cut;
+      worker.restore.world_size = part.world_size;
+      part.workers.push_back(worker);
+      continue;
+    }
     for (const HeldShard& s : held) {
       if (step == kNoStep || s.step != step) continue;
       if (worker.restore.step != kNoStep && s.rank != rank) continue;
@@ -51,6 +99,12 @@ std::string Activate(std::istringstream* words, const JobId& job,
     part.workers.push_back(worker);
   }
   std::string error;
+  // Of a step that one rank captured and others start from, there is one copy.
+  std::set<Rank> sources;
+  for (const checkpoint::WorkerPart& w : part.workers) {
+    sources.insert(w.restore.step == kNoStep || cut != nullptr ? w.rank : w.restore.shard_rank);
+  }
+  commits->ranks = sources.size();
   service->Begin(job, part.generation, part.data_key);
   return service->Activate(part, &error) ? "" : error;
 }
@@ -90,7 +144,7 @@ int Main(const std::string& socket, const JobId& job) {
     std::string verb, value, error, more;
     words >> verb;
     if (verb == "activate") {
-      error = Activate(&words, job, service.value().get());
+      error = Activate(&words, job, service.value().get(), &commits);
     } else if (verb == "flip") {
       error = Flip(&words, job, &host);
     } else if (verb == "commit" && words >> value) {

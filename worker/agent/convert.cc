@@ -54,6 +54,7 @@ Activate ActivateFromWire(const v1::Activate& m) {
   e.committed_step = m.committed_step();
   e.plan = wire::FromProto(m.plan());
   e.given_up = CutsOf(m.given_up());
+  if (m.has_cut()) e.cut = wire::FromProto(m.cut());
   return e;
 }
 
@@ -72,6 +73,7 @@ v1::Activate ToWire(const Activate& e) {
   m.set_committed_step(e.committed_step);
   wire::ToProto(e.plan, m.mutable_plan());
   for (const Cut& cut : e.given_up) wire::ToProto(cut, m.add_given_up());
+  if (!e.cut.shards.empty()) wire::ToProto(e.cut, m.mutable_cut());
   return m;
 }
 

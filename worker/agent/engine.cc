@@ -256,10 +256,10 @@ void Engine::StartTransfer() {
   }
   const bool any = options_.data_port == 0;
   o.port = any ? ReadDataPort(options_.node_dir) : static_cast<std::uint16_t>(options_.data_port);
-  auto started = transfer_factory_(o, keeper_.get(), this);
+  auto started = transfer_factory_(o, keeper_.get(), this, file_plane_.get());
   if (!started.ok() && any && o.port != 0) {  // somebody took the port meanwhile
     o.port = 0;
-    started = transfer_factory_(o, keeper_.get(), this);
+    started = transfer_factory_(o, keeper_.get(), this, file_plane_.get());
   }
   if (started.ok()) {
     transfer_ = std::move(started.value());

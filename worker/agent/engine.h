@@ -44,7 +44,8 @@ namespace everstep::agent {
 // Starts the checkpoint plane (checkpoint::TransferService::Start); null: this node has none.
 using TransferFactory =
     std::function<checkpoint::Result<std::unique_ptr<checkpoint::TransferService>>(
-        const checkpoint::TransferOptions&, checkpoint::ArenaHost*, checkpoint::Listener*)>;
+        const checkpoint::TransferOptions&, checkpoint::ArenaHost*, checkpoint::Listener*,
+        checkpoint::ShardFiles*)>;
 
 class Engine final : private checkpoint::Listener {
  public:

@@ -214,8 +214,8 @@ void Engine::On(const StartWorkers& e) {
   // that failed: an older checkpoint is taken then.
   const bool from_files = FileRestoreBytes(a.plan) > 0;
   SerialWorker& worker = from_files ? disk_load_ : files_;
-  const bool posted =
-      worker.Post([this, root, shared, index, here, from_files, a, part = PartOf(a)] {
+  const bool posted = worker.Post(
+      [this, root, shared, index, here, from_files, a, part = PartOf(a, DirOf(a.command).path)] {
         std::string why;
         for (const WorkerSpawn& s : *shared) {
           if (why.empty()) MakeLogDirectory(s.paths, &why);

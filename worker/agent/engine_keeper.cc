@@ -97,7 +97,8 @@ void Engine::ResumeCheckpoints(const Adopted& adopted) {
       const auto begun = shared->begun.find(job);
       if (begun != shared->begun.end() && begun->second.first > activate.generation) continue;
       std::string error;
-      if (!transfer_->Activate(PartOf(activate), &error)) OnTrouble(job, error);
+      const std::string dir = DirOf(activate.command).path;
+      if (!transfer_->Activate(PartOf(activate, dir), &error)) OnTrouble(job, error);
     }
     for (const AdoptedJob& job : shared->attached.jobs) {
       found[job.holds.job] = transfer_->Survey(job.holds.job);

@@ -292,6 +292,53 @@ void FilePlane::Forget(const JobId& job) {
   begun_.erase(job);
 }
 
+void FilePlane::Refused(cp::FileTier* tier, const std::string& name, const cp::Error& error) {
+  const std::string path = tier->directory() + "/" + name;
+  if (error.code == cp::ErrorCode::kCorrupt) {
+    if (auto marked = tier->MarkDamaged(name, error.message); !marked.ok()) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      bad_[path] = kBadReads;  // a directory that can be read only
+    }
+  } else if (error.code == cp::ErrorCode::kInternal) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++bad_[path];
+  }
+}
+
+cp::Outcome FilePlane::Read(const std::string& directory, const cp::SlotName& name,
+                            cp::ChunkTaker* taker) {
+  cp::FileTier tier(disk_, directory);
+  auto checkpoint = tier.Look(cp::CheckpointName(name.fields.step, name.fields.generation));
+  if (!checkpoint.ok()) return checkpoint.error();
+  const cp::FileCheckpoint& c = checkpoint.value();
+  if (c.state != cp::FileCheckpoint::State::kComplete) {
+    return cp::Error{cp::ErrorCode::kCorrupt, fmt::format("{}/{}: {}", directory, c.name, c.why)};
+  }
+  if (static_cast<std::size_t>(name.fields.rank) >= c.manifest.ranks.size()) {
+    return cp::Error{cp::ErrorCode::kNotFound,
+                     fmt::format("{}/{}: no rank {}", directory, c.name, name.fields.rank)};
+  }
+  auto head = tier.ReadHead(c, name.fields.rank);
+  if (!head.ok()) return head.error();
+  cp::Restamp(name.job, &head.value());
+  const cp::SlotFields& fields = head.value().fields;
+  if (auto ok = cp::CheckNamed(name, fields, head.value().crc_root, directory + "/" + c.name);
+      !ok.ok()) {
+    return ok;
+  }
+  auto read =
+      tier.ReadChunks(c, name.fields.rank, head.value(), taker->Lacks(fields),
+                      [taker](std::uint32_t chunk, const unsigned char* data, std::uint32_t bytes) {
+                        return taker->Take(chunk, data, bytes);
+                      });
+  if (!read.ok() && read.error().code != cp::ErrorCode::kStale) {
+    LogError("restore_from_files_failed",
+             {{"job", name.job}, {"checkpoint", c.name}, {"why", read.error().message}});
+    Refused(&tier, c.name, read.error());
+  }
+  return read;
+}
+
 bool FilePlane::Load(const CheckpointDir& dir, const Activate& a, std::string* error) {
   std::list<Loading>::iterator mine;
   {
@@ -335,15 +382,7 @@ bool FilePlane::LoadAll(const CheckpointDir& dir, const Activate& a, const std::
     *error = fmt::format("restoring rank {} from files: {}", worker.rank, ok.error().message);
     LogError("restore_from_files_failed",
              {{"job", a.job}, {"checkpoint", name}, {"why", ok.error().message}});
-    if (ok.error().code == cp::ErrorCode::kCorrupt) {
-      if (auto marked = tier.MarkDamaged(name, ok.error().message); !marked.ok()) {
-        std::lock_guard<std::mutex> lock(mutex_);
-        bad_[dir.path + "/" + name] = kBadReads;  // a directory that can be read only
-      }
-    } else if (ok.error().code == cp::ErrorCode::kInternal) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      ++bad_[dir.path + "/" + name];
-    }
+    Refused(&tier, name, ok.error());
     return false;
   }
   return true;

@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "checkpoint/files/file_tier.h"
+#include "checkpoint/transfer/chunk_taker.h"
 #include "checkpoint/transfer/transfer_service.h"
 #include "worker/agent/core/event.h"
 
@@ -39,7 +40,7 @@ struct SlotCopy {
   std::unique_ptr<unsigned char[]> payload;
 };
 
-class FilePlane {
+class FilePlane final : public checkpoint::ShardFiles {
  public:
   static constexpr std::size_t kNewest = 4;  // checkpoints of which a survey tells
   static constexpr int kAttempts = 3;        // of one write, when the disk refuses
@@ -78,9 +79,16 @@ class FilePlane {
                     std::string* error);
   void Forget(const JobId& job);
 
+  // For restores by ranges, which the data plane carries out: from its own threads, several at
+  // once. A file that fails its checksum marks its checkpoint, as Load does.
+  checkpoint::Outcome Read(const std::string& directory, const checkpoint::SlotName& name,
+                           checkpoint::ChunkTaker* taker) override;
+
  private:
   bool CopyOne(const JobId& job, Generation generation, Step step, Rank rank, SlotCopy* out,
                std::string* error);
+  // A read of the checkpoint failed: it is not to be tried again, or not often.
+  void Refused(checkpoint::FileTier* tier, const std::string& name, const checkpoint::Error& error);
   checkpoint::Outcome LoadOne(checkpoint::FileTier* tier, const JobId& job,
                               const WorkerPlan& worker, const std::atomic<bool>& over);
   bool LoadAll(const CheckpointDir& dir, const Activate& activate, const std::atomic<bool>& over,

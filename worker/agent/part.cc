@@ -1,11 +1,13 @@
 #include "worker/agent/part.h"
 
+#include <memory>
 #include <utility>
 
 namespace everstep::agent {
 
-checkpoint::Part PartOf(const Activate& a) {
+checkpoint::Part PartOf(const Activate& a, const std::string& directory) {
   checkpoint::Part part;
+  const auto cut = std::make_shared<const RestoreCut>(a.cut);
   part.job = a.job;
   part.generation = a.generation;
   part.world_size = static_cast<std::int32_t>(a.world_size);
@@ -24,6 +26,11 @@ checkpoint::Part PartOf(const Activate& a) {
     worker.restore.bytes = w.restore.bytes;
     if (w.restore.source_node != a.plan.node)
       worker.restore.source_address = w.restore.source_address;
+    if (w.restore.ranges) {
+      worker.restore.cut = cut;
+      worker.restore.world_size = part.world_size;
+      worker.restore.directory = directory;
+    }
     part.workers.push_back(std::move(worker));
   }
   return part;

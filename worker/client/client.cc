@@ -18,6 +18,7 @@
 #include "checkpoint/core/capture_policy.h"
 #include "checkpoint/store/arena.h"
 #include "checkpoint/store/fence.h"
+#include "checkpoint/store/range_exchange.h"
 #include "checkpoint/store/slot_writer.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
@@ -40,6 +41,7 @@ struct everstep_client {
       2000;                          // longer than a lease: who is silent that long is lost anyway
   std::uint32_t wait_ms = 2000;      // what is left of it after waits in vain
   std::optional<cp::SlotView> base;  // what restore() gave
+  std::uint64_t answered_seq = 0;    // of the catalog that a request answered; 0: none
   std::optional<cp::SlotWriter> writer;
   std::unique_ptr<everstep::client::Copier> copier;  // of overlapped captures
   bool copying =
@@ -300,6 +302,12 @@ static int RestoreWord(everstep_client* c, uint32_t timeout_ms, everstep_slot* s
                     fmt::format("{}: step {} could not be brought here: {}", c->arena.Name(),
                                 restore.step, restore.message));
       }
+      if (restore.state == cp::RestoreState::kAsk && restore.slot_seq != c->answered_seq) {
+        return Fail(c, EVERSTEP_EREFUSED,
+                    fmt::format("{}: step {} was captured by a world of another size; it is put "
+                                "together by everstep_catalog and everstep_request",
+                                c->arena.Name(), restore.step));
+      }
       if (restore.state == cp::RestoreState::kReady) {
         const auto view = restore.slot < cp::kSlots ? c->arena.Look(restore.slot) : std::nullopt;
         if (view && view->seq == restore.slot_seq) {
@@ -363,6 +371,78 @@ int everstep_load(everstep_client* c, const everstep_slot* slot, const everstep_
   return EVERSTEP_OK;
 }
 
+int everstep_catalog(everstep_client* c, uint32_t timeout_ms, everstep_slot* slot) {
+  if (int code = Check(c); code != EVERSTEP_OK) return code;
+  if (slot == nullptr || slot->size < sizeof(everstep_slot)) {
+    return Fail(c, EVERSTEP_EINVAL, "everstep_catalog: slot and its size must be given");
+  }
+  const std::uint64_t deadline = Nanos(CLOCK_MONOTONIC) + std::uint64_t{timeout_ms} * 1'000'000;
+  for (int pause_ms = 1;; pause_ms = std::min(pause_ms * 2, 20)) {
+    if (int code = Fence(c); code != EVERSTEP_OK) return code;
+    const cp::RestoreView restore = c->arena.Restore();
+    const bool ours = restore.generation == c->generation;
+    if (ours && restore.state == cp::RestoreState::kAsk && restore.slot_seq != c->answered_seq) {
+      const auto view = restore.slot < cp::kSlots
+                            ? c->arena.LookExchange(restore.slot, cp::kFlagCatalog)
+                            : std::nullopt;
+      if (view && view->seq == restore.slot_seq) return Verified(c, *view, slot);
+      return Fail(c, EVERSTEP_ECORRUPT,
+                  fmt::format("{}: a catalog for step {} was announced and is not there",
+                              c->arena.Name(), restore.step));
+    }
+    // Only who has answered must wait for the end: the agent may ask anew.
+    const bool under_way = !ours || restore.state == cp::RestoreState::kNone ||
+                           restore.state == cp::RestoreState::kPending ||
+                           restore.state == cp::RestoreState::kAsk;
+    if (!under_way || Nanos(CLOCK_MONOTONIC) >= deadline) return EVERSTEP_NONE;
+    poll(nullptr, 0, pause_ms);
+  }
+}
+
+int everstep_request(everstep_client* c, const everstep_slot* catalog, const everstep_range* ranges,
+                     uint32_t count, uint64_t data_bytes, uint32_t flags, const void* table,
+                     uint64_t table_bytes) {
+  static_assert(sizeof(everstep_range) == sizeof(cp::WantedRange));
+  if (int code = Check(c); code != EVERSTEP_OK) return code;
+  if (catalog == nullptr || catalog->size < sizeof(everstep_slot) || catalog->slot >= cp::kSlots ||
+      (ranges == nullptr && count > 0) || (table == nullptr && table_bytes > 0) || c->writer) {
+    return Fail(c, EVERSTEP_EINVAL,
+                "everstep_request: the catalog, the ranges and the table must be given, outside of "
+                "a capture");
+  }
+  if (int code = Fence(c); code != EVERSTEP_OK) return code;
+  const cp::RestoreView restore = c->arena.Restore();
+  if (restore.generation != c->generation || restore.state != cp::RestoreState::kAsk ||
+      restore.slot != catalog->slot || restore.slot_seq != catalog->sequence) {
+    return Fail(c, EVERSTEP_ESTALE,
+                fmt::format("{}: that catalog is not asked about any more", c->arena.Name()));
+  }
+  const cp::RequestHead head{.ranges = count,
+                             .data_bytes = data_bytes,
+                             .table_bytes = table_bytes,
+                             .catalog_seq = catalog->sequence,
+                             .flags = flags & EVERSTEP_REPLICATED_LAYOUT};
+  const std::uint64_t range_bytes = std::uint64_t{count} * sizeof(everstep_range);
+  auto writer =
+      cp::SlotWriter::Begin(&c->arena, catalog->slot, sizeof head + range_bytes + table_bytes);
+  if (!writer.ok()) return Fail(c, writer.error());
+  auto ok = writer.value().Append(&head, sizeof head);
+  if (ok.ok()) ok = writer.value().Append(ranges, range_bytes);
+  if (ok.ok()) ok = writer.value().Append(table, table_bytes);
+  if (!ok.ok()) return Fail(c, ok.error());
+  auto view = writer.value().Finish({.generation = c->generation,
+                                     .step = restore.step,
+                                     .rank = c->rank,
+                                     .world_size = c->world_size,
+                                     .flags = cp::kFlagRequest,
+                                     .captured_ns = Nanos(CLOCK_REALTIME)},
+                                    0);
+  if (!view.ok()) return Fail(c, view.error());
+  c->answered_seq = catalog->sequence;
+  Ring(*c);
+  return EVERSTEP_OK;
+}
+
 int everstep_find(everstep_client* c, int64_t max_step, everstep_slot* slot) {
   if (int code = Check(c); code != EVERSTEP_OK) return code;
   if (slot == nullptr || slot->size < sizeof(uint32_t)) {
@@ -384,7 +464,8 @@ int everstep_payload(everstep_client* c, const everstep_slot* slot, const void**
       slot->slot >= cp::kSlots) {
     return Fail(c, EVERSTEP_EINVAL, "everstep_payload: a slot from restore or find must be given");
   }
-  const auto view = c->arena.Look(slot->slot);
+  auto view = c->arena.Look(slot->slot);
+  if (!view) view = c->arena.LookExchange(slot->slot, cp::kFlagCatalog);
   if (!view || view->seq != slot->sequence) {
     return Fail(c, EVERSTEP_ESTALE,
                 fmt::format("{}: step {} was overwritten", c->arena.Name(), slot->step));
@@ -409,6 +490,13 @@ int everstep_capture_begin(everstep_client* c, int64_t step, uint64_t payload_by
   if (int code = Check(c); code != EVERSTEP_OK) return code;
   if (c->writer) return Fail(c, EVERSTEP_EINVAL, "everstep_capture_begin inside a capture");
   if (step < 0) return Fail(c, EVERSTEP_EINVAL, fmt::format("step {} is negative", step));
+  if (const cp::RestoreView restore = c->arena.Restore();
+      c->answered_seq != 0 && restore.generation == c->generation &&
+      (restore.state == cp::RestoreState::kPending || restore.state == cp::RestoreState::kAsk)) {
+    return Fail(c, EVERSTEP_EINVAL,
+                fmt::format("{}: the agent brings step {} into the arena; call everstep_restore",
+                            c->arena.Name(), restore.step));
+  }
   cp::TrainerWord& t = c->arena.header()->trainer;
   t.step.store(step, std::memory_order_relaxed);
   const std::uint64_t began = Nanos(CLOCK_MONOTONIC);

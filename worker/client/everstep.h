@@ -90,6 +90,17 @@ typedef struct everstep_target {
   uint64_t bytes;
   void* to;
 } everstep_target;
+/* `count` runs of `bytes` each, the strides apart, from the payload of the shard of `rank` into the
+ * one that is asked for. */
+typedef struct everstep_range {
+  int32_t rank;
+  uint32_t count;
+  uint64_t source;
+  uint64_t source_stride;
+  uint64_t dest;
+  uint64_t dest_stride;
+  uint64_t bytes;
+} everstep_range;
 
 typedef struct everstep_stats {
   uint32_t size; /* sizeof(everstep_stats) */
@@ -131,6 +142,18 @@ int everstep_restore_table(everstep_client* client, uint32_t timeout_ms, everste
  * slot is damaged, or was overwritten) what the targets hold is undefined. */
 int everstep_load(everstep_client* client, const everstep_slot* slot,
                   const everstep_target* targets, uint32_t count);
+/* Before everstep_restore, for who can put a state together from the shards of a world of another
+ * size. EVERSTEP_OK: *slot is a catalog of them (docs/internals/arena.md); read it by
+ * everstep_payload, answer by everstep_request, and call this again. EVERSTEP_NONE: nothing of that
+ * kind is asked, call everstep_restore. Without the answer everstep_restore is refused. */
+int everstep_catalog(everstep_client* client, uint32_t timeout_ms, everstep_slot* slot);
+/* Says which ranges of the shards make up this rank's state: data_bytes (a multiple of 64), then
+ * the table. Bytes that no range names become zero; none may be named twice. Writes over the
+ * catalog. flags: of the slot that comes of it. What the agent finds wrong with it,
+ * everstep_restore says. */
+int everstep_request(everstep_client* client, const everstep_slot* catalog,
+                     const everstep_range* ranges, uint32_t count, uint64_t data_bytes,
+                     uint32_t flags, const void* table, uint64_t table_bytes);
 /* The newest whole and checked slot at or under max_step, whatever generation captured it. */
 int everstep_find(everstep_client* client, int64_t max_step, everstep_slot* slot);
 /* Address of a slot's payload, payload_bytes long, read-only by contract. Valid until the next

@@ -212,11 +212,20 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
                             const controller::GenerationPlan& plan) {
   const std::string name = fmt::format("job {} generation {}", plan.job, plan.generation);
   std::optional<Lineage> start;
+  for (const CutShard& shard : plan.cut.shards) {
+    const std::optional<Lineage> of = env_.truth->OfChecksum(shard.crc_root);
+    if (!of || of != env_.truth->OfChecksum(plan.cut.shards.front().crc_root)) {
+      Violate(now, "one_state",
+              fmt::format("{}: rank {} of its cut is of another state", name, shard.rank));
+    }
+  }
   for (const NodePlan& node : plan.nodes) {
     for (const WorkerPlan& worker : node.workers) {
-      const std::optional<Lineage> state_of = worker.restore.step == kNoStep
-                                                  ? kFromNothing
-                                                  : env_.truth->OfChecksum(worker.restore.crc_root);
+      const std::uint32_t crc_root = worker.restore.ranges && !plan.cut.shards.empty()
+                                         ? plan.cut.shards.front().crc_root
+                                         : worker.restore.crc_root;
+      const std::optional<Lineage> state_of =
+          worker.restore.step == kNoStep ? kFromNothing : env_.truth->OfChecksum(crc_root);
       if (worker.restore.step != plan.restore_step || !state_of || (start && *start != *state_of)) {
         Violate(now, "one_state",
                 fmt::format("{}: rank {} starts from step {} crc {:08x}, the plan from step {}",
@@ -263,10 +272,8 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
     }
     ranks_at_hand += at_hand ? 1 : 0;
   }
-  const bool same_world = static_cast<std::size_t>(commit.world_size) ==
-                          plan.nodes.size() * plan.nodes.front().workers.size();
-  const bool whole = commit.replicated_layout ? ranks_at_hand > 0
-                                              : same_world && ranks_at_hand == commit.shards.size();
+  const bool whole =
+      commit.replicated_layout ? ranks_at_hand > 0 : ranks_at_hand == commit.shards.size();
   if (whole) TellMemory(now, state, plan.job);
   if (whole) {
     Violate(

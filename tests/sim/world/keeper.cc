@@ -209,13 +209,20 @@ void SimNode::Restore(const JobId& job, ProcessKey key, const RestorePlan& plan,
   const Process* process = FindProcess(job, key);
   if (process == nullptr) return;
   if (plan.step == kNoStep) return JoinGroup(job, key, kFromNothing, 0);
-  if (const auto mine = Offer(job, plan)) return Restored(job, key, plan, *mine);
+  if (env_.training->Joined(job, key.first, key.second)) return;
+  const auto mine = plan.ranges ? std::nullopt : Offer(job, plan);
+  if (mine) return Restored(job, key, plan, *mine);
   if (env_.timeline->now() >= give_up) {
     env_.truth->Count("restores failed");
     return Die(job, key, process->pid, 1, false);
   }
   const auto again = [this, job, key, plan, give_up] { Restore(job, key, plan, give_up); };
   AfterKeeper(Milliseconds(500), "restore again", again);
+  if (plan.ranges) {
+    const auto& activate = FindJob(job)->activate;
+    if (!activate || activate->generation != key.first) return;
+    return Gather(job, key, std::make_shared<const RestoreCut>(activate->cut));
+  }
   SimNode* source = env_.peer(plan.source_node);
   if (source == nullptr || source == this) return;
   // Request and answer; either may be lost.
@@ -244,6 +251,65 @@ void SimNode::Restored(const JobId& job, ProcessKey key, const RestorePlan& plan
   env_.truth->Copied(name_, keeper_->id, job, own);
   Tell(agent::ShardCopied{job, own});
   JoinGroup(job, key, *state, shard.step);
+  Push(job, key.second, key.first);
+}
+
+// One shard after the other, each from this node or from any holder that answers.
+void SimNode::Gather(const JobId& job, ProcessKey key,
+                     const std::shared_ptr<const RestoreCut>& cut) {
+  Process* process = FindProcess(job, key);
+  if (process == nullptr || env_.training->Joined(job, key.first, key.second)) return;
+  const auto wanted = [&cut](const CutShard& shard) {
+    return RestorePlan{.step = cut->step,
+                       .shard_rank = shard.rank,
+                       .shard_generation = cut->generation,
+                       .crc_root = shard.crc_root,
+                       .source_node = {},
+                       .source_address = {}};
+  };
+  const CutShard* next = nullptr;
+  for (const CutShard& shard : cut->shards) {
+    if (process->gathered.contains(shard.rank)) continue;
+    if (Offer(job, wanted(shard))) {
+      process->gathered.insert(shard.rank);
+    } else if (next == nullptr) {
+      next = &shard;
+    }
+  }
+  if (next == nullptr) return Assembled(job, key, *cut);
+  if (next->holders.empty()) return;
+  const auto turn = static_cast<std::size_t>(env_.timeline->random().Below(next->holders.size()));
+  SimNode* source = env_.peer(next->holders[turn].node);
+  if (source == nullptr || source == this) return;
+  // Request and answer; either may be lost.
+  env_.network->Send(name_, source->name_, name_ + " reads ranges",
+                     [this, source, job, key, cut, plan = wanted(*next)] {
+                       if (!source->Offer(job, plan)) return;
+                       env_.network->Send(source->name_, name_, "ranges", [=, this] {
+                         Process* reader = FindProcess(job, key);
+                         if (reader == nullptr) return;
+                         if (reader->gathered.insert(plan.shard_rank).second) {
+                           Gather(job, key, cut);
+                         }
+                       });
+                     });
+}
+
+// All of the cut was read: this rank's part of it lies in its arena, captured by this generation.
+void SimNode::Assembled(const JobId& job, ProcessKey key, const RestoreCut& cut) {
+  const std::optional<Lineage> state = env_.truth->OfChecksum(cut.shards.front().crc_root);
+  if (!state) return;  // CheckRestore has told
+  HeldShard own{.rank = key.second,
+                .world_size = FindProcess(job, key)->world_size,
+                .generation = key.first,
+                .step = cut.step,
+                .crc_root = env_.truth->Checksum(*state, key.second),
+                .bytes = cut.shards.front().bytes};
+  FindJob(job)->memory.Assemble(key.second, own, cut);
+  env_.truth->Copied(name_, keeper_->id, job, own);
+  env_.truth->Count("restores by ranges");
+  Tell(agent::ShardCopied{job, own});
+  JoinGroup(job, key, *state, cut.step);
   Push(job, key.second, key.first);
 }
 

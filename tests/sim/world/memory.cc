@@ -78,6 +78,19 @@ void Memory::Restore(Rank rank, const HeldShard& shard) {
   arena.base = static_cast<int>(target);
 }
 
+void Memory::Assemble(Rank rank, const HeldShard& shard, const RestoreCut& cut) {
+  Arena& arena = arenas_[{rank, false}];
+  std::size_t target = Choose(arena);
+  for (std::size_t i = 0; i < 2; ++i) {
+    const Slot& slot = arena.slots[i];
+    if (slot.whole && slot.shard.step == cut.step && slot.shard.generation == cut.generation) {
+      target = 1 - i;
+    }
+  }
+  arena.slots[target] = Slot{shard, true, IsCommitted(shard)};
+  arena.base = static_cast<int>(target);
+}
+
 bool Memory::Receive(const HeldShard& shard, Generation generation,
                      const std::optional<HeldShard>& kept) {
   Arena& arena = arenas_[{shard.rank, true}];

@@ -41,6 +41,8 @@ class Memory {
   void NewProcess(Rank rank);  // it restored nothing yet
   // A rank's process restores: into its arena, from there or from a peer's bytes.
   void Restore(Rank rank, const HeldShard& shard);
+  // ... what it put together from the shards of another world's `cut`: never over its own of those.
+  void Assemble(Rank rank, const HeldShard& shard, const RestoreCut& cut);
   // A peer's slot arrives, from a rank of `generation` that knows `kept` as its newest committed
   // one. False: something newer of that generation is here already.
   bool Receive(const HeldShard& shard, Generation generation, const std::optional<HeldShard>& kept);

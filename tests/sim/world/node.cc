@@ -165,6 +165,7 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
     for (const NodePlan& node : a->plan->nodes) {
       if (node.node == name_) activate.plan = node;
     }
+    activate.cut = a->plan->cut;
     activate.group_world_size = static_cast<std::uint32_t>(a->plan->nodes.size());
     activate.nproc_per_node = a->nproc_per_node;
     activate.world_size = activate.group_world_size * a->nproc_per_node;

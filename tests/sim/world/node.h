@@ -98,6 +98,7 @@ class SimNode {
     Duration patience = {};  // with a commit, until a capture is given up
     Timestamp unkillable_until;
     Timestamp started;
+    std::set<Rank> gathered;  // shards of a cut that were read
   };
   struct KeeperJob {
     CommandSpec command;
@@ -144,6 +145,9 @@ class SimNode {
   void WatchStart(const JobId& job, ProcessKey key);
   void Restore(const JobId& job, ProcessKey key, const RestorePlan& plan, Timestamp give_up);
   void Restored(const JobId& job, ProcessKey key, const RestorePlan& plan, const HeldShard& shard);
+  // A restore by ranges: asks for one shard of the cut that lacks still.
+  void Gather(const JobId& job, ProcessKey key, const std::shared_ptr<const RestoreCut>& cut);
+  void Assembled(const JobId& job, ProcessKey key, const RestoreCut& cut);
   void JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step step);
   bool Checkpoints(const JobId& job) const;
   void Kill(const JobId& job, Generation generation, Duration grace);

@@ -90,8 +90,6 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
     spec.job = fmt::format("j{}", i + 1);
     spec.max_nodes = static_cast<std::uint32_t>(random.Between(1, o.nodes));
     spec.min_nodes = static_cast<std::uint32_t>(random.Between(1, spec.max_nodes));
-    // Shards of one world size serve no other: such a job keeps its size.
-    if (!o.replicated_layout) spec.min_nodes = spec.max_nodes;
     spec.nproc_per_node = static_cast<std::uint32_t>(random.Between(1, 2));
     spec.max_restarts = 1000;
     spec.max_no_progress = 1000;

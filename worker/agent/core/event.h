@@ -59,7 +59,8 @@ struct Activate {
   JobId job;
   Generation generation = 0;
   CommandSpec command;
-  NodePlan plan;  // this node's part
+  NodePlan plan;   // this node's part
+  RestoreCut cut;  // of restores by ranges
   std::uint32_t world_size = 0;
   std::uint32_t group_world_size = 0;
   std::uint32_t nproc_per_node = 0;

@@ -79,6 +79,21 @@ class FileTier:
         self._prune(step)
         return final
 
+    def shards(self, after: int) -> list[LoadedFile] | None:
+        """By rank, the newest step that another number of ranks than this world's left whole; None: none after
+        `after`."""
+        found: dict[tuple[int, int], dict[int, Path]] = {}
+        for path in self.directory.iterdir():
+            match = _NAME.match(path.name)
+            if match and int(match[3]) != self.world_size and int(match[1]) > after:
+                found.setdefault((int(match[1]), int(match[3])), {})[int(match[2])] = path
+        for (_, world), files in sorted(found.items(), reverse=True):
+            loaded = [self._read(files[rank]) for rank in range(world)] if len(files) == world else []
+            whole = [file for file in loaded if file is not None]
+            if whole and len(whole) == world:
+                return whole
+        return None
+
     def load(self, replicated: bool) -> LoadedFile | None:
         """The newest step of which every rank's file is there and this rank's is whole, or, of a replicated
         state, any rank's. None: nothing to start from. Damaged files are passed over."""

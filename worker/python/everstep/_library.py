@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes as c
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 ABI_VERSION = 1
@@ -67,6 +67,20 @@ class _Target(c.Structure):
     _fields_ = [("offset", c.c_uint64), ("bytes", c.c_uint64), ("to", c.c_void_p)]
 
 
+class Range(c.Structure):
+    """everstep_range."""
+
+    _fields_ = [
+        ("rank", c.c_int32),
+        ("count", c.c_uint32),
+        ("source", c.c_uint64),
+        ("source_stride", c.c_uint64),
+        ("dest", c.c_uint64),
+        ("dest_stride", c.c_uint64),
+        ("bytes", c.c_uint64),
+    ]
+
+
 PieceArray = c.Array  # of _Piece
 
 
@@ -124,6 +138,9 @@ def _declare(lib: c.CDLL) -> None:
         "everstep_restore": [handle, c.c_uint32, c.POINTER(Slot)],
         "everstep_restore_table": [handle, c.c_uint32, c.POINTER(Slot)],
         "everstep_load": [handle, c.POINTER(Slot), c.POINTER(_Target), c.c_uint32],
+        "everstep_catalog": [handle, c.c_uint32, c.POINTER(Slot)],
+        "everstep_request": [handle, c.POINTER(Slot), c.POINTER(Range), c.c_uint32, c.c_uint64, c.c_uint32,
+                             c.c_char_p, c.c_uint64],
         "everstep_find": [handle, c.c_int64, c.POINTER(Slot)],
         "everstep_payload": [handle, c.POINTER(Slot), c.POINTER(c.c_void_p)],
         "everstep_capture_begin": [handle, c.c_int64, c.c_uint64, c.c_uint32],
@@ -234,6 +251,19 @@ class Client:
         When it raises, what the targets hold is undefined."""
         array = (_Target * len(targets))(*(_Target(*target) for target in targets))
         self._check(self._lib.everstep_load(self._handle, c.byref(slot), array, len(targets)))
+
+    def catalog(self, timeout: float) -> Slot | None:
+        """The shards of another world's step, when this generation starts from those; None: call restore()."""
+        slot = Slot(size=c.sizeof(Slot))
+        code = self._check(self._lib.everstep_catalog(self._handle, int(timeout * 1000), c.byref(slot)))
+        return slot if code == OK else None
+
+    def request(self, catalog: Slot, ranges: Sequence[tuple[int, int, int, int, int, int, int]], data_bytes: int,
+                flags: int, table: bytes) -> None:
+        """Answers catalog(): ranges as everstep_range has them."""
+        array = (Range * len(ranges))(*(Range(*each) for each in ranges))
+        self._check(self._lib.everstep_request(self._handle, c.byref(catalog), array, len(ranges), data_bytes, flags,
+                                               table, len(table)))
 
     def find(self, max_step: int) -> Slot | None:
         """The newest whole and checked slot at or under max_step."""

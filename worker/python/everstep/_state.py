@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from everstep._library import copier
-from everstep._table import ShardedLeaf
+from everstep._table import ShardedLeaf, is_sharded
 
 RNG = "__rng__"  # reserved name in a state
 _PART = 16 << 20  # bytes that one thread copies at a time
@@ -79,8 +79,9 @@ def is_stateful(value: Any) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 
-def _local(value: torch.Tensor) -> torch.Tensor:
-    return value.to_local() if hasattr(value, "to_local") and hasattr(value, "placements") else value
+def _local(value: Any) -> torch.Tensor:
+    local: torch.Tensor = value.to_local() if is_sharded(value) else value
+    return local
 
 
 def _check(name: str, target: Any, saved: Any) -> None:

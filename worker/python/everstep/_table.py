@@ -152,7 +152,7 @@ class Encoder:
             if here != address:
                 zone.copies.append((flat, local))
         if placements is not None:
-            body.append({"global": list(value.shape), "placements": [str(p) for p in placements]})
+            body.append(region(value))
         return {"T": body}
 
     def _array(self, value: Any, path: str) -> object:
@@ -226,6 +226,51 @@ class Encoder:
             f"{path or 'state'}: cannot checkpoint an object of type {_name(value)}; keep tensors, numbers, "
             "strings, dicts, lists and tuples in the state, or give the object a state_dict() and a "
             "load_state_dict()")
+
+
+def is_sharded(value: object) -> bool:
+    """A DTensor: this rank's part of a larger tensor."""
+    return hasattr(value, "to_local") and hasattr(value, "placements")
+
+
+def region(value: Any) -> dict[str, Any]:
+    """Which part of the whole a DTensor's local tensor is, as a table has it; no "offsets": that cannot be told.
+
+    Sharded dimensions are divided as torch.chunk does: parts of ceil(n / ranks), the last ones shorter or empty. A
+    strided placement (FSDP2 over tensor parallelism) divides what the plain ones have left.
+    """
+    described: dict[str, Any] = {"global": list(value.shape), "placements": [str(p) for p in value.placements]}
+    coordinate = value.device_mesh.get_coordinate()
+    if coordinate is None:
+        return described
+    offsets, lengths = [0] * value.dim(), list(value.shape)
+    dims = [(placement, i) for i, placement in enumerate(value.placements)]
+    strided = [type(placement).__name__ == "_StridedShard" for placement, _ in dims]
+    for (placement, i), _ in sorted(zip(dims, strided), key=lambda item: item[1]):
+        if placement.is_replicate():
+            continue
+        if not hasattr(placement, "dim"):
+            return described  # a partial sum
+        dim = placement.dim % value.dim()
+        part = -(-lengths[dim] // value.device_mesh.size(i))
+        begin = min(part * coordinate[i], lengths[dim])
+        offsets[dim] += begin
+        lengths[dim] = min(part, lengths[dim] - begin)
+    if tuple(lengths) == tuple(value.to_local().shape):
+        described["offsets"] = offsets
+    return described
+
+
+def itemsize(kind: str, dtype: str) -> int:
+    """Bytes of an element of a leaf: "T" a tensor's, "N" and "n" a numpy array's. Raises RuntimeError."""
+    if kind == "T":
+        found = _DTYPES.get(dtype)
+        if found is None:
+            raise RuntimeError(f"a tensor of dtype {dtype}, which this PyTorch ({torch.__version__}) does not have")
+        return found.itemsize
+    import numpy as np
+
+    return int(np.dtype(dtype).itemsize)
 
 
 def _name(value: object) -> str:

@@ -23,6 +23,7 @@ from everstep._interval import Meter, best_interval, explain
 from everstep._library import Client, EverstepError, Slot, StaleGenerationError, address_of
 from everstep._overlap import Overlap
 from everstep._plan import Plan
+from everstep._reshard import FILE, Shard, assemble, is_divided, read_catalog, reshard
 from everstep._state import RNG, Loader, apply, apply_rng, derive_rng, gather, is_stateful, unwrap
 from everstep._table import ALIGNMENT, Decoder, Encoder
 
@@ -92,8 +93,10 @@ class Checkpointer:
         every: captures each `every`-th call of step(); "auto": the interval that loses least time, from the
             measured stall, step time and interruptions, looked at every 32 steps, rank 0's for all.
         replicated: every rank's state is the same but for random streams (data parallel), so any rank's copy
-            serves any other, and the world may change its size. None: it is, unless some tensor is a DTensor.
-            Say False when ranks hold different plain tensors (pipeline or hand-made tensor parallelism).
+            serves any other. None: it is, unless some tensor is a DTensor. The world may change its size either
+            way: parts of DTensors are put together anew from the parts that the old ranks held, all else is taken
+            to be the same on every rank. Say False when ranks hold different plain tensors (pipeline or hand-made
+            tensor parallelism): those are restored by as many ranks as captured them only.
         rng: Python's, numpy's, torch's and CUDA's random streams are part of the state.
         restore_timeout: seconds that restore() waits for the agent, and 10 more for each GB that is on its way.
         commit_wait: seconds that step() waits at most until the step before is held by enough nodes; then it
@@ -165,9 +168,14 @@ class Checkpointer:
     def restore(self) -> int:
         """Loads the newest state that may be used and returns the step to do next; 0: start from nothing.
 
+        A sharded state (FSDP2, any DTensor) that another number of ranks captured is put together in this
+        world's layout, each rank reading the ranges of bytes it lacks from wherever they lie. Optimizers must
+        hold their parameters by then.
+
         Raises EverstepError when the agent cannot bring the bytes, RuntimeError when they are of another
-        model. A torn or damaged state is never loaded: every byte is checked while it is copied, and when one is
-        wrong restore() raises and fills what it had begun to load with NaN (integers with 0).
+        model, or when the old ranks did not hold the same tensors; it names them. A torn or damaged state is
+        never loaded: every byte is checked while it is copied, and when one is wrong restore() raises and fills
+        what it had begun to load with NaN (integers with 0).
         """
         began = time.monotonic()
         found = self._newest(at_load=True)
@@ -198,17 +206,47 @@ class Checkpointer:
         self._open()
         self.wait()
         if self._client is not None:
-            slot = self._client.restore(self._restore_timeout, at_load)
+            began = time.monotonic()
+            self._reshard(self._client, began)
+            slot = self._client.restore(max(0.0, self._restore_timeout - (time.monotonic() - began)), at_load)
             if slot is not None:
                 payload = self._client.payload(slot)
                 table = bytes(payload[slot.table_offset:slot.table_offset + slot.table_bytes])
                 load = self._loader(self._client, slot, payload) if at_load else None
                 return Decoder(payload, table), int(slot.step), int(slot.rank), int(slot.payload_bytes), load
         if self._files is not None:
-            loaded = self._files.load(self._replicated is not False)
+            loaded = self._files.load(False)
+            parts = self._from_shards(self._files, -1 if loaded is None else loaded.step)
+            if parts is not None:
+                return parts
+            loaded = loaded or self._files.load(self._replicated is not False)
             if loaded is not None:
                 return Decoder(loaded.payload, loaded.table), loaded.step, loaded.rank, len(loaded.payload), None
         return None
+
+    def _reshard(self, client: Client, began: float) -> None:
+        """Asks the agent for this rank's part, when what there is was captured by another number of ranks."""
+        while True:  # it may ask anew
+            catalog = client.catalog(max(0.0, self._restore_timeout - (time.monotonic() - began)))
+            if catalog is None:
+                return
+            shards = read_catalog(client.payload(catalog))
+            _log.info("everstep: rank %d of %d takes its part of step %d from %d shards", self._rank, self._world,
+                      catalog.step, len(shards))
+            part = reshard(shards, self._state, self._rank, self._replicated is not False)
+            client.request(catalog, part.ranges, part.data_bytes, 0, part.table)
+
+    def _from_shards(self, files: FileTier, after: int) -> tuple[Decoder, int, int, int, None] | None:
+        """As _newest(): this rank's part of what another number of ranks left in files, when they divided it."""
+        found = files.shards(after)
+        if found is None:
+            return None
+        shards = [Shard(f.rank, FILE, len(f.payload), f.table) for f in found]
+        if not any(map(is_divided, shards)):
+            return None
+        part = reshard(shards, self._state, self._rank, self._replicated is not False)
+        payload = assemble(part, [f.payload for f in found])
+        return Decoder(payload, part.table), found[0].step, self._rank, len(payload), None
 
     @staticmethod
     def _loader(client: Client, slot: Slot, payload: memoryview) -> Loader:
@@ -230,7 +268,7 @@ class Checkpointer:
         saved = self._saved(decoder)
         apply(self._state, saved, load)
         if self._rng and RNG in saved:
-            if captured_by == self._rank:
+            if decoder.meta.get("streams_of", captured_by) == self._rank:
                 apply_rng(saved[RNG])
             else:
                 derive_rng(saved[RNG], self._rank)

@@ -1,0 +1,133 @@
+#include "checkpoint/transfer/chunk_taker.h"
+
+#include <fmt/format.h>
+
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+
+#include "checkpoint/transfer/slot_stream.h"
+#include "proto/base/crc32c.h"
+
+namespace everstep::checkpoint {
+namespace {
+
+using Buffer = std::unique_ptr<unsigned char[]>;
+
+Result<Buffer> OneChunk() {
+  Buffer buffer(new (std::nothrow) unsigned char[kChunkBytes]);
+  if (buffer == nullptr) return Error{ErrorCode::kNoMemory, "no memory for one chunk"};
+  return buffer;
+}
+
+}  // namespace
+
+std::string SlotName::Text() const {
+  return fmt::format("step {} of rank {} (generation {})", fields.step, fields.rank,
+                     fields.generation);
+}
+
+Error GivenUp(const std::string& source) {
+  return {ErrorCode::kStale, fmt::format("reading {}: given up here", source)};
+}
+
+Outcome CheckNamed(const SlotName& name, const SlotFields& fields, std::uint32_t crc_root,
+                   const std::string& holder) {
+  if (auto ok = CheckFields(fields); !ok.ok()) {
+    return Error{ErrorCode::kInvalid, fmt::format("{}: {}", holder, ok.error().message)};
+  }
+  if (fields.step == name.fields.step && fields.rank == name.fields.rank &&
+      fields.generation == name.fields.generation && crc_root == name.crc_root &&
+      fields.payload_bytes == name.fields.payload_bytes) {
+    return Done{};
+  }
+  return Error{
+      ErrorCode::kInvalid,
+      fmt::format("{}: offers step {} of rank {}, {} bytes with checksum {:08x}; asked was "
+                  "{}, {} bytes with {:08x}",
+                  holder, fields.step, fields.rank, fields.payload_bytes, crc_root, name.Text(),
+                  name.fields.payload_bytes, name.crc_root)};
+}
+
+Outcome ReadChunks(Arena* arena, const SlotName& name, ChunkTaker* taker) {
+  std::optional<SlotView> view;
+  for (std::uint32_t i = 0; i < kSlots && !view; ++i) {
+    view = arena->Look(i);
+    if (view && !CheckNamed(name, view->fields, view->crc_root, arena->Name()).ok()) view.reset();
+  }
+  if (!view) {
+    return Error{ErrorCode::kNotFound,
+                 fmt::format("{} does not hold {} (any more)", arena->Name(), name.Text())};
+  }
+  const auto crcs = ReadChunkCrcs(*arena, *view);
+  if (!crcs.ok()) return crcs.error();
+  if (CrcRoot(view->fields, crcs.value().data()) != view->crc_root) {
+    return Error{ErrorCode::kCorrupt,
+                 fmt::format("{}: {}: its header fails its checksum", arena->Name(), name.Text())};
+  }
+  const unsigned char* data = arena->Payload(*view);
+  auto own = OneChunk();
+  if (!own.ok() || data == nullptr) {
+    return Error{ErrorCode::kNoMemory, fmt::format("{}: no memory to read it", arena->Name())};
+  }
+  for (const std::uint32_t chunk : taker->Lacks(view->fields)) {
+    const std::uint32_t bytes = view->chunk_size(chunk);
+    // Its trainer may write this slot: the bytes that are checked are those that are taken.
+    std::memcpy(own.value().get(), data + std::uint64_t{chunk} * kChunkBytes, bytes);
+    if (Crc32c(own.value().get(), bytes) != crcs.value()[chunk]) {
+      if (!arena->Current(*view)) {
+        return Error{ErrorCode::kStale, fmt::format("{}: {} was overwritten while it was read",
+                                                    arena->Name(), name.Text())};
+      }
+      return Error{ErrorCode::kCorrupt, fmt::format("{}: {}: chunk {} fails its checksum",
+                                                    arena->Name(), name.Text(), chunk)};
+    }
+    if (!taker->Take(chunk, own.value().get(), bytes)) return GivenUp(arena->Name());
+  }
+  return Done{};
+}
+
+Outcome PickChunks(const PeerTask& task, const SlotName& name, ChunkTaker* taker) {
+  auto talk = Converse(task, {.op = Op::kPick, .fields = name.fields, .crc_root = name.crc_root},
+                       DeadlineFor(task.limits, 0));
+  if (!talk.ok()) return talk.error();
+  Connection& connection = talk.value().connection;
+  const SlotFields& fields = talk.value().response.fields;
+  if (auto ok = CheckNamed(name, fields, talk.value().response.crc_root,
+                           fmt::format("peer {}", connection.peer()));
+      !ok.ok()) {
+    return ok;
+  }
+  const auto table = ReceiveTable(&connection, fields, name.crc_root);
+  if (!table.ok()) return table.error();
+  const std::vector<std::uint32_t> lacks = taker->Lacks(fields);
+  connection.set_deadline(
+      DeadlineFor(task.limits, std::uint64_t{kChunkBytes} * (lacks.size() + 1)));
+  const auto chunks = static_cast<std::uint32_t>(table.value().crcs.size());
+  const WantFrame want{.chunks = chunks, .wanted = static_cast<std::uint32_t>(lacks.size())};
+  Bitmap bits(BitmapBytes(chunks));
+  for (const std::uint32_t chunk : lacks) SetBit(&bits, chunk);
+  if (auto ok = connection.Send(&want, sizeof want, true); !ok.ok()) return ok;
+  if (auto ok = connection.Send(bits.data(), bits.size()); !ok.ok()) return ok;
+  auto own = OneChunk();
+  if (!own.ok()) return own.error();
+  for (std::size_t next = 0;; ++next) {
+    const auto frame = ReceiveChunkFrame(&connection, fields, table.value().crcs);
+    if (!frame.ok()) return frame.error();
+    const bool over = frame.value().index == kEndOfChunks;
+    if (over ? next < lacks.size() : next >= lacks.size() || frame.value().index != lacks[next]) {
+      return Error{ErrorCode::kInvalid,
+                   fmt::format("peer {}: sends chunk {} as number {} of the {} that were wanted",
+                               connection.peer(), frame.value().index, next, lacks.size())};
+    }
+    if (over) return Done{};
+    const auto got = ReceiveChunkBytes(&connection, fields, frame.value(), own.value().get());
+    if (!got.ok()) return got;
+    if (!taker->Take(frame.value().index, own.value().get(), frame.value().bytes)) {
+      return GivenUp(connection.peer());
+    }
+  }
+}
+
+}  // namespace everstep::checkpoint

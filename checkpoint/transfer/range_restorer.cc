@@ -1,0 +1,380 @@
+#include "checkpoint/transfer/range_restorer.h"
+
+#include <fcntl.h>
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <functional>
+#include <mutex>
+#include <optional>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "checkpoint/store/memory_limit.h"
+#include "checkpoint/store/slot_writer.h"
+#include "checkpoint/transfer/replica_store.h"
+#include "proto/base/crc32c.h"
+
+namespace everstep::checkpoint {
+namespace {
+
+constexpr std::size_t kReaders = 4;  // shards that one rank reads at a time
+constexpr int kGoneTries = 5;        // a holder that just started may not know the job yet
+constexpr int kCorruptTries = 3;     // once may be the wire
+
+class CutReader {
+ public:
+  CutReader(const RangeSources& sources, const LocalRank& local)
+      : sources_(sources),
+        local_(local),
+        deadline_(std::chrono::steady_clock::now() + sources.options.restore_timeout) {}
+
+  // From the cheapest holder that has it. *tier: which kind that was.
+  Outcome Read(const CutShard& shard, ChunkTaker* taker, ShardTier* tier) const;
+
+ private:
+  SlotName Name(const CutShard& shard) const;
+  Outcome FromArenas(const SlotName& name, ChunkTaker* taker) const;
+  Outcome FromPeers(const CutShard& shard, const SlotName& name, ChunkTaker* taker) const;
+
+  const RangeSources& sources_;
+  const LocalRank& local_;
+  const SteadyTime deadline_;
+};
+
+SlotName CutReader::Name(const CutShard& shard) const {
+  const RestoreCut& cut = local_.restore.cut != nullptr ? *local_.restore.cut : RestoreCut{};
+  SlotName name{.job = local_.job, .fields = {}, .crc_root = shard.crc_root};
+  name.fields.step = cut.step;
+  name.fields.generation = cut.generation;
+  name.fields.rank = shard.rank;
+  name.fields.world_size = cut.world_size;
+  name.fields.payload_bytes = shard.bytes;
+  return name;
+}
+
+Outcome CutReader::FromArenas(const SlotName& name, ChunkTaker* taker) const {
+  Error why{ErrorCode::kNotFound, "not in this node's memory"};
+  for (const bool replica : {false, true}) {
+    auto fds = sources_.host->Open(local_.job, {.rank = name.fields.rank, .replica = replica}, 0);
+    if (!fds.ok()) continue;
+    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
+    auto arena = Arena::Open(fds.value().memfd);
+    if (!arena.ok()) continue;
+    auto read = ReadChunks(&arena.value(), name, taker);
+    if (read.ok()) return read;
+    if (read.error().code != ErrorCode::kNotFound) why = read.error();
+  }
+  return why;
+}
+
+// Holders take turns, each rank and shard beginning with another one; rounds until the deadline.
+Outcome CutReader::FromPeers(const CutShard& shard, const SlotName& name, ChunkTaker* taker) const {
+  struct Holder {
+    std::string address;
+    int gone = 0, corrupt = 0;
+    bool out = false;
+    std::string why;
+  };
+  std::vector<Holder> holders;
+  for (const CutHolder& h : shard.holders) {
+    if (h.address.empty() || h.address == sources_.own_address) continue;
+    holders.push_back({.address = h.address, .why = {}});
+  }
+  if (holders.empty()) return Error{ErrorCode::kNotFound, "in no peer's memory"};
+  const std::size_t first = static_cast<std::size_t>(local_.rank + shard.rank) % holders.size();
+  PeerTask task{.address = {},
+                .job = local_.job,
+                .key = sources_.facts.key,
+                .generation = local_.generation,
+                .committed_generation = sources_.facts.committed_generation,
+                .committed_step = sources_.facts.committed_step,
+                .limits = {.connect_timeout = sources_.options.connect_timeout,
+                           .io_timeout = sources_.options.io_timeout},
+                .cancel = &local_.cancel,
+                .traffic_class = TrafficClass::kRepair};
+  auto pause = sources_.options.retry_first;
+  for (;;) {
+    for (std::size_t i = 0; i < holders.size(); ++i) {
+      Holder& holder = holders[(first + i) % holders.size()];
+      if (holder.out) continue;
+      task.address = holder.address;
+      auto picked = PickChunks(task, name, taker);
+      if (picked.ok() || local_.cancel) return picked;
+      holder.why = picked.error().message;
+      switch (picked.error().code) {
+        case ErrorCode::kNotFound: holder.out = ++holder.gone >= kGoneTries; break;
+        case ErrorCode::kCorrupt: holder.out = ++holder.corrupt >= kCorruptTries; break;
+        case ErrorCode::kInvalid:
+        case ErrorCode::kNoMemory:
+        case ErrorCode::kStale: holder.out = true; break;
+        default: break;  // it may come back
+      }
+    }
+    const bool all_out =
+        std::all_of(holders.begin(), holders.end(), [](const Holder& h) { return h.out; });
+    // A file is slower than a peer, and quicker than one that does not answer.
+    if (all_out || shard.file || std::chrono::steady_clock::now() + pause >= deadline_) {
+      std::string why;
+      for (const Holder& h : holders) {
+        fmt::format_to(std::back_inserter(why), "{}{}", why.empty() ? "" : "; ", h.why);
+      }
+      return Error{ErrorCode::kUnavailable, why};
+    }
+    for (auto slept = pause * 0; slept < pause && !local_.cancel;
+         slept += std::chrono::milliseconds(20)) {
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    }
+    if (local_.cancel) return Error{ErrorCode::kStale, "the generation is over"};
+    pause = std::min(pause * 2, sources_.options.retry_last);
+  }
+}
+
+Outcome CutReader::Read(const CutShard& shard, ChunkTaker* taker, ShardTier* tier) const {
+  const SlotName name = Name(shard);
+  *tier = ShardTier::kLocal;
+  const auto here = FromArenas(name, taker);
+  if (here.ok() || local_.cancel) return here;
+  *tier = ShardTier::kPeer;
+  const auto peers = FromPeers(shard, name, taker);
+  if (peers.ok() || local_.cancel) return peers;
+  std::string why =
+      fmt::format("{}: {}; {}", name.Text(), here.error().message, peers.error().message);
+  if (shard.file && sources_.files != nullptr && !local_.restore.directory.empty()) {
+    *tier = ShardTier::kFile;
+    const auto read = sources_.files->Read(local_.restore.directory, name, taker);
+    if (read.ok()) return read;
+    fmt::format_to(std::back_inserter(why), "; {}", read.error().message);
+  }
+  return Error{peers.error().code, why};
+}
+
+// Runs task(i) for each i < count on a few threads, this one among them; the first error.
+Outcome ForEach(std::size_t count, const std::function<Outcome(std::size_t)>& task) {
+  std::atomic<std::size_t> next{0};
+  std::mutex mutex;
+  std::optional<Error> error;
+  const auto run = [&] {
+    for (std::size_t i; (i = next.fetch_add(1)) < count;) {
+      auto done = task(i);
+      if (done.ok()) continue;
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!error) error = done.error();
+      next.store(count);
+    }
+  };
+  std::vector<std::thread> helpers;
+  helpers.reserve(kReaders);
+  for (std::size_t i = 1; i < std::min(kReaders, count); ++i) {
+    try {
+      helpers.emplace_back([&run] {
+        BlockSigpipe();
+        run();
+      });
+    } catch (const std::system_error&) {
+      break;  // no thread is free: it takes longer
+    }
+  }
+  run();
+  for (std::thread& t : helpers) t.join();
+  if (error) return *error;
+  return Done{};
+}
+
+class TableTaker final : public ChunkTaker {
+ public:
+  explicit TableTaker(const std::atomic<bool>* cancel) : cancel_(cancel) {}
+  std::vector<std::uint32_t> Lacks(const SlotFields& fields) override {
+    offset_ = fields.table_offset;
+    table_.resize(fields.table_bytes);
+    std::vector<std::uint32_t> chunks;
+    if (fields.table_bytes == 0) return chunks;
+    const std::uint64_t end = ChunkCount(fields.payload_bytes);
+    for (std::uint64_t i = offset_ / kChunkBytes; i < end; ++i) {
+      chunks.push_back(static_cast<std::uint32_t>(i));
+    }
+    return chunks;
+  }
+  bool Take(std::uint32_t chunk, const unsigned char* data, std::uint32_t bytes) override {
+    if (*cancel_) return false;
+    const std::uint64_t begin = std::uint64_t{chunk} * kChunkBytes;
+    const std::uint64_t from = std::max(begin, offset_);
+    const std::uint64_t to = std::min(begin + bytes, offset_ + table_.size());
+    if (from < to) std::memcpy(table_.data() + (from - offset_), data + (from - begin), to - from);
+    return true;
+  }
+  const std::string& table() const { return table_; }
+
+ private:
+  const std::atomic<bool>* cancel_;
+  std::uint64_t offset_ = 0;
+  std::string table_;
+};
+
+class PieceTaker final : public ChunkTaker {
+ public:
+  PieceTaker(const ShardReads& reads, unsigned char* dest, const std::atomic<bool>* cancel)
+      : reads_(reads), dest_(dest), cancel_(cancel), taken_(reads.chunks.size()) {}
+  std::vector<std::uint32_t> Lacks(const SlotFields&) override {
+    std::vector<std::uint32_t> chunks;
+    for (std::size_t i = 0; i < taken_.size(); ++i) {
+      if (taken_[i] == 0) chunks.push_back(reads_.chunks[i]);
+    }
+    return chunks;
+  }
+  // The arena may be another generation's once this one is given up: nothing is written then.
+  bool Take(std::uint32_t chunk, const unsigned char* data, std::uint32_t) override {
+    if (*cancel_) return false;
+    const std::uint64_t begin = std::uint64_t{chunk} * kChunkBytes;
+    for (const RangePiece& piece : PiecesOf(reads_, chunk, kChunkBytes)) {
+      std::memcpy(dest_ + piece.dest, data + (piece.source - begin), piece.bytes);
+    }
+    const auto at = std::lower_bound(reads_.chunks.begin(), reads_.chunks.end(), chunk);
+    taken_[static_cast<std::size_t>(at - reads_.chunks.begin())] = 1;
+    return true;
+  }
+
+ private:
+  const ShardReads& reads_;
+  unsigned char* const dest_;
+  const std::atomic<bool>* const cancel_;
+  std::vector<std::uint8_t> taken_;
+};
+
+Result<Arena> Reopen(const Arena& arena) {
+  const int fd = fcntl(arena.fd(), F_DUPFD_CLOEXEC, 0);
+  if (fd < 0) return Error{ErrorCode::kInternal, arena.Name() + ": no descriptor is free"};
+  return Arena::Open(fd);
+}
+
+// Never the slot that holds this rank's part of the cut: others read it.
+std::uint32_t ExchangeSlot(const Arena& arena, const RestoreCut& cut, const JobFacts& facts) {
+  for (std::uint32_t i = 0; i < kSlots; ++i) {
+    const auto view = arena.Look(i);
+    if (view && view->fields.step == cut.step && view->fields.generation == cut.generation) {
+      return 1 - i;
+    }
+  }
+  return ChooseSlot(arena, facts.committed_generation, facts.committed_step);
+}
+
+SlotFields FieldsOf(const LocalRank& local, Generation generation, std::uint32_t flags) {
+  SlotFields fields;
+  fields.generation = generation;
+  fields.step = local.restore.cut->step;
+  fields.rank = local.rank;
+  fields.world_size = local.restore.world_size;
+  fields.flags = flags;
+  fields.captured_ns =
+      static_cast<std::uint64_t>(std::chrono::duration_cast<std::chrono::nanoseconds>(
+                                     std::chrono::system_clock::now().time_since_epoch())
+                                     .count());
+  return fields;
+}
+
+}  // namespace
+
+Result<SlotView> BringCatalog(const RangeSources& sources, const LocalRank& local,
+                              std::vector<ShardTier>* tiers) {
+  const RestoreCut& cut = *local.restore.cut;
+  const CutReader reader(sources, local);
+  std::vector<TableTaker> tables(cut.shards.size(), TableTaker(&local.cancel));
+  tiers->assign(cut.shards.size(), ShardTier::kPeer);
+  const auto read = ForEach(cut.shards.size(), [&](std::size_t i) {
+    return reader.Read(cut.shards[i], &tables[i], &(*tiers)[i]);
+  });
+  if (!read.ok()) return read.error();
+  std::vector<CatalogEntry> entries;
+  entries.reserve(cut.shards.size());
+  std::uint64_t at = sizeof(CatalogHead) + cut.shards.size() * sizeof(CatalogEntry);
+  for (std::size_t i = 0; i < cut.shards.size(); ++i) {
+    entries.push_back({.rank = cut.shards[i].rank,
+                       .tier = (*tiers)[i],
+                       .payload_bytes = cut.shards[i].bytes,
+                       .table_at = at,
+                       .table_bytes = tables[i].table().size()});
+    at += tables[i].table().size();
+  }
+  if (at > kMaxCatalogBytes) {
+    return Error{ErrorCode::kNoMemory,
+                 fmt::format("the tables of {} shards have {}, the limit for all is {}",
+                             cut.shards.size(), HumanBytes(at), HumanBytes(kMaxCatalogBytes))};
+  }
+  auto target = Reopen(local.arena);
+  if (!target.ok()) return target.error();
+  Arena& arena = target.value();
+  auto writer = SlotWriter::Begin(&arena, ExchangeSlot(arena, cut, sources.facts), at);
+  if (!writer.ok()) return writer.error();
+  const CatalogHead head{.shards = static_cast<std::uint32_t>(entries.size()),
+                         .step = cut.step,
+                         .generation = cut.generation};
+  auto ok = writer.value().Append(&head, sizeof head);
+  if (ok.ok()) ok = writer.value().Append(entries.data(), entries.size() * sizeof(CatalogEntry));
+  for (const TableTaker& table : tables) {
+    if (ok.ok()) ok = writer.value().Append(table.table().data(), table.table().size());
+  }
+  if (!ok.ok()) return ok.error();
+  return writer.value().Finish(FieldsOf(local, cut.generation, kFlagCatalog), 0);
+}
+
+Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local,
+                             const SlotView& request, const std::vector<ShardTier>& tiers) {
+  const RestoreCut& cut = *local.restore.cut;
+  auto target = Reopen(local.arena);
+  if (!target.ok()) return target.error();
+  Arena& arena = target.value();
+  if (auto ok = arena.Verify(request); !ok.ok()) return ok.error();
+  const auto read = ReadRequest(arena.Payload(request), request.fields.payload_bytes);
+  if (!read.ok()) return read.error();
+  const RangeRequest& wants = read.value();
+  std::vector<RangeShard> shards;
+  shards.reserve(cut.shards.size());
+  for (std::size_t i = 0; i < cut.shards.size(); ++i) {
+    shards.push_back({.payload_bytes = cut.shards[i].bytes,
+                      .tier = i < tiers.size() ? tiers[i] : ShardTier::kPeer});
+  }
+  const std::uint64_t data_bytes = wants.head.data_bytes;
+  if (data_bytes > kMaxPayloadBytes) {
+    return Error{ErrorCode::kInvalid,
+                 fmt::format("a request for a state of {}, the limit is {}", HumanBytes(data_bytes),
+                             HumanBytes(kMaxPayloadBytes))};
+  }
+  const RangePlan plan = PlanRanges(wants.ranges, shards, data_bytes, kChunkBytes, local.rank);
+  if (!plan.error.empty()) {
+    return Error{ErrorCode::kInvalid, "the trainer's request for ranges: " + plan.error};
+  }
+  const std::uint64_t bytes = data_bytes + wants.table.size();
+  auto begun = SlotWriter::Begin(&arena, request.slot, bytes);
+  if (!begun.ok()) return begun.error();
+  SlotWriter& writer = begun.value();
+  unsigned char* const dest = writer.Chunk(0);
+  for (const auto& [from, to] : plan.gaps) std::memset(dest + from, 0, to - from);
+  const CutReader reader(sources, local);
+  const auto brought = ForEach(plan.shards.size(), [&](std::size_t i) {
+    PieceTaker taker(plan.shards[i], dest, &local.cancel);
+    ShardTier tier = ShardTier::kPeer;
+    return reader.Read(cut.shards[static_cast<std::size_t>(plan.shards[i].rank)], &taker, &tier);
+  });
+  if (!brought.ok()) return brought.error();
+  if (!wants.table.empty()) std::memcpy(dest + data_bytes, wants.table.data(), wants.table.size());
+  SlotFields fields = FieldsOf(local, local.generation, wants.head.flags & kFlagReplicatedLayout);
+  fields.payload_bytes = bytes;
+  fields.table_offset = data_bytes;
+  fields.table_bytes = wants.table.size();
+  fields.job_crc = Crc32c(local.job.data(), local.job.size());
+  std::vector<std::uint32_t> crcs(ChunkCount(bytes));
+  for (std::uint64_t i = 0; i < crcs.size(); ++i) {
+    if (local.cancel) return GivenUp(arena.Name());
+    const std::uint64_t at = i * kChunkBytes;
+    crcs[i] = Crc32c(dest + at, std::min<std::uint64_t>(kChunkBytes, bytes - at));
+    writer.SetChunkCrc(i, crcs[i]);
+  }
+  return writer.Publish(fields, CrcRoot(fields, crcs.data()));
+}
+
+}  // namespace everstep::checkpoint

@@ -1,0 +1,86 @@
+// Where a world of another size starts from: every shard of one step that is committed (or stands
+// in the checkpoint directory) and all nodes that hold it. Which bytes of them a rank wants, its
+// own process says once its model exists; the agent brings them (checkpoint/core/range_plan.h).
+//
+// Uncommitted steps do not serve: the first copies of the new generation may overwrite one, while
+// what is committed stays until a newer commit.
+#include <fmt/format.h>
+
+#include <algorithm>
+#include <map>
+#include <utility>
+
+#include "controller/core/impl.h"
+
+namespace everstep::controller {
+
+bool Controller::Impl::ServeRanges(JobStateView* job, RestoreCut cut,
+                                   const std::vector<Holder>& holders) {
+  std::map<Rank, std::uint32_t> roots;  // what each shard's checksum must be
+  std::map<Rank, std::size_t> readers;  // members that see its file
+  for (const Holder& h : holders) {
+    if (!h.shard.file) continue;
+    roots.emplace(h.shard.rank, h.shard.crc_root);
+    if (IsMember(*job, h.node) && roots.at(h.shard.rank) == h.shard.crc_root) {
+      ++readers[h.shard.rank];
+    }
+  }
+  for (const Commit& commit : job->commits.commits) {
+    if (!roots.empty()) break;
+    if (commit.step != cut.step || commit.generation != cut.generation) continue;
+    for (const HeldShard& shard : commit.shards) roots.emplace(shard.rank, shard.crc_root);
+  }
+  if (roots.empty()) return false;
+  std::string missing;
+  std::uint64_t bytes = 0;
+  for (Rank rank = 0; rank < cut.world_size; ++rank) {
+    CutShard shard{.rank = rank, .crc_root = roots[rank], .bytes = 0, .holders = {}};
+    for (const Holder& h : holders) {
+      if (h.shard.rank != rank || h.shard.crc_root != shard.crc_root) continue;
+      shard.bytes = h.shard.bytes;
+      if (h.shard.file) continue;
+      const NodeFacts& facts = state_.nodes.at(h.node).record.facts;
+      CutHolder holder{h.node, fmt::format("{}:{}", facts.address, facts.data_port)};
+      if (std::find(shard.holders.begin(), shard.holders.end(), holder) == shard.holders.end()) {
+        shard.holders.push_back(std::move(holder));
+      }
+    }
+    shard.file = readers[rank] == job->plan.nodes.size();
+    if (shard.holders.empty() && !shard.file)
+      missing += fmt::format("{}{}", missing.empty() ? "" : ",", rank);
+    bytes += shard.bytes;
+    cut.shards.push_back(std::move(shard));
+  }
+  if (!missing.empty()) {
+    std::string& unserved = runtime_[job->record.spec.job].unserved;
+    if (unserved.empty()) {  // the newest such step
+      unserved = fmt::format(" unserved_step={} of_world={} ranks_without_holder={}", cut.step,
+                             cut.world_size, missing);
+    }
+    return false;
+  }
+  const std::size_t world = job->plan.nodes.size() * job->record.spec.nproc_per_node;
+  for (NodePlan& member : job->plan.nodes) {
+    for (WorkerPlan& worker : member.workers) {
+      worker.restore = {.step = cut.step,
+                        .shard_rank = worker.rank,
+                        .shard_generation = cut.generation,
+                        .bytes = bytes / world,
+                        .source_node = {},
+                        .source_address = {},
+                        .ranges = true};
+    }
+  }
+  job->plan.cut = std::move(cut);
+  return true;
+}
+
+std::string Controller::Impl::CutEvidence(const RestoreCut& cut, std::size_t ranks) {
+  if (cut.shards.empty()) return "";
+  const auto files = std::count_if(cut.shards.begin(), cut.shards.end(),
+                                   [](const CutShard& s) { return s.holders.empty(); });
+  return fmt::format(" ranks_by_ranges={} from_world={} shards_in_files={}", ranks, cut.world_size,
+                     files);
+}
+
+}  // namespace everstep::controller

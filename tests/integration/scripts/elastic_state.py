@@ -1,0 +1,102 @@
+"""FSDP2 or DDP with AdamW at any number of ranks; sizes that no number of ranks divides, one shard empty.
+
+KIND fsdp2 | ddp. Under a Checkpointer it goes on from memory, or, with FROM=STEP, from a DCP folder of that step.
+Rank 0 writes a line a step: generation, world, step, loss and a digest of the whole state, both to the last bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import everstep
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+OUT = Path(os.environ["OUT_DIR"])
+BATCH = 12  # samples a step, whatever the world
+
+
+def build() -> tuple[Any, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(24, 37), nn.GELU(), nn.Linear(37, 10), nn.GELU(), nn.Linear(10, 2))
+    if os.environ["KIND"] == "fsdp2":
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(model[0], mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    else:
+        model = nn.parallel.DistributedDataParallel(model)
+    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def digest(model: Any, optimizer: torch.optim.Optimizer) -> str:
+    """Of parameters and moments, each put together whole. A collective call."""
+    found = hashlib.sha256()
+    tensors = list(model.parameters())
+    tensors += [v for p in model.parameters() for _, v in sorted(optimizer.state.get(p, {}).items())]
+    for tensor in tensors:
+        whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        found.update(whole.detach().numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank, world = dist.get_rank(), dist.get_world_size()
+    generation = int(os.environ.get("EVERSTEP_GENERATION", "0"))
+    model, optimizer = build()
+    checkpoint = None
+    if "FROM" in os.environ:
+        before = int(os.environ["FROM"])
+        kept, moments = get_state_dict(model, optimizer)
+        dcp.load({"model": kept, "optimizer": moments}, checkpoint_id=OUT / "dcp" / f"step{before}")
+        set_state_dict(model, optimizer, model_state_dict=kept, optim_state_dict=moments)
+        first = before + 1
+    else:
+        checkpoint = everstep.Checkpointer({"model": model, "optimizer": optimizer})
+        first = checkpoint.restore()
+        assert checkpoint.tier == "memory"
+    lines = open(OUT / os.environ["LINES"], "a", buffering=1)  # noqa: SIM115
+    start = digest(model, optimizer)
+    if rank == 0:
+        lines.write(f"start {generation} {world} {first - 1} {start}\n")
+    end = torch.zeros(1)
+    for step in range(first, int(os.environ["STEPS"])):
+        generator = torch.Generator().manual_seed(step)
+        x, y = torch.randn(BATCH, 24, generator=generator), torch.randn(BATCH, 2, generator=generator)
+        mine = slice(rank * BATCH // world, (rank + 1) * BATCH // world)
+        loss = (model(x[mine]) - y[mine]).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss = loss.detach()
+        dist.all_reduce(loss)
+        state = digest(model, optimizer)
+        if checkpoint is not None:
+            kept, moments = get_state_dict(model, optimizer)
+            dcp.save({"model": kept, "optimizer": moments}, checkpoint_id=OUT / "dcp" / f"step{step}")
+            checkpoint.step(step)
+            time.sleep(0.02)
+        if rank == 0:
+            lines.write(f"step {generation} {world} {step} {loss.item().hex()} {state}\n")
+            end[0] = (OUT / "end").exists()
+        dist.broadcast(end, 0)
+        if end.item():
+            break
+    if checkpoint is not None:
+        checkpoint.close()
+    dist.destroy_process_group()
+    lines.close()
+    os._exit(0)  # an interpreter that ends beside gloo's threads is aborted now and then
+
+
+if __name__ == "__main__":
+    main()
