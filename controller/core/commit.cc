@@ -49,7 +49,9 @@ void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const He
   }
   Runtime& run = runtime_[id];
   if (step <= run.released) return;
-  // A rank has one uncommitted step at a time: who captured this one has given up those before.
+  // A rank has one uncommitted step at a time: who captured this one has given up those before, in
+  // whatever order a new controller hears of them.
+  if (!run.copies.empty() && run.copies.rbegin()->first > step) return Release(job, step);
   if (!run.copies.empty() && run.copies.begin()->first < step) {
     Release(job, std::prev(run.copies.lower_bound(step))->first);
   }

@@ -302,7 +302,8 @@ void Controller::Impl::Activate(JobStateView* job) {
   }
   AssignPeers(state_, *job, &plan);
   PlanRestore(job);
-  if (!Bug(kBugDoubleActivation) && AskSources(job)) {
+  const auto must_ask = [&] { return !Bug(kBugDoubleActivation) && AskSources(job); };
+  if (must_ask() || (UndoRollBack(job) && must_ask())) {
     plan = prepared;
     return;
   }

@@ -2,8 +2,7 @@
 // nodes.cc (who is alive), jobs.cc (a job's life), faults.cc (who pays for a restart), retention.cc
 // (what stays of an ended job), generation.cc (the two-phase switch), commit.cc (which step is
 // safe, where a generation starts from), repair.cc (copies that went bad), trust.cc (verified
-// checkpoints, roll-backs), ranges.cc (a world of
-// another size), forecast.cc (what if).
+// checkpoints, roll-backs), ranges.cc (a world of another size), forecast.cc (what if).
 #pragma once
 
 #include <map>
@@ -217,6 +216,8 @@ class Controller::Impl {
   void NoteFile(JobStateView* job, Generation generation, everstep::Step step);
   void TrimLineage(JobStateView* job);
   void GiveUpBeyond(JobStateView* job, const Cut& cut);
+  // The plan would start from nothing: takes the newest roll-back back if that gives it a start.
+  bool UndoRollBack(JobStateView* job);
 
   // persist.cc
   void On(const Persisted& e);

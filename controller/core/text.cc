@@ -298,7 +298,9 @@ struct CommandText {
         .Add("reason={}", ReasonName(c.reason));
   }
   std::string operator()(const CommittedCommand& c) const {
-    return fmt::format("committed {} g={} step={}", c.job, c.generation, c.step);
+    Line line(fmt::format("committed {} g={} step={}", c.job, c.generation, c.step));
+    line.If(c.released != kNoStep, "released={}", c.released);
+    return line;
   }
   std::string operator()(const PersistCommand& c) const {
     return fmt::format("persist {} g={} step={} ranks={}", c.job, c.generation, c.step,

@@ -244,4 +244,32 @@ void Controller::Impl::GiveUpBeyond(JobStateView* job, const Cut& cut) {
   dirty_commits_.insert(id);
 }
 
+// A roll-back holds from the moment it is decided, but workers capture until its Prepare reaches
+// them. If the controller dies in between, or a node is cut off, they overwrite the step to go back
+// to. Weeks of training must not end in step 0 for that: what was given up is better than nothing.
+bool Controller::Impl::UndoRollBack(JobStateView* job) {
+  std::vector<Cut>& cuts = job->record.given_up;
+  if (job->plan.restore_step != kNoStep || cuts.empty()) return false;
+  const Cut cut = cuts.back();
+  cuts.pop_back();
+  PlanRestore(job);
+  if (job->plan.restore_step == kNoStep) {
+    cuts.push_back(cut);
+    return false;
+  }
+  const JobId& id = job->record.spec.job;
+  dirty_jobs_.insert(id);
+  Journal({.type = "rollback_undone",
+           .severity = Severity::kError,
+           .reason = Reason::kTargetOverwritten,
+           .job = id,
+           .generation = job->plan.generation,
+           .message = fmt::format("job {}: step {} was overwritten before the workers stopped and "
+                                  "nothing older is left: it goes on from step {}",
+                                  id, cut.step, job->plan.restore_step),
+           .evidence = fmt::format("step={} of_generation={} restore_step={}", cut.step,
+                                   cut.generation, job->plan.restore_step)});
+  return true;
+}
+
 }  // namespace everstep::controller

@@ -59,7 +59,8 @@ constexpr std::array<const char*, static_cast<std::size_t>(Reason::kCount)> kRea
     "quiet_steps",
     "operator_anomaly",
 
-    "restored_by_ranges"};
+    "restored_by_ranges",
+    "target_overwritten"};
 static_assert(kReasons.back() != nullptr, "every reason has a name");
 
 }  // namespace

@@ -62,6 +62,9 @@ constexpr std::array kEvents = {
     EventName{"anomaly", "An operator reported that something is wrong with the training."},
     EventName{"rolled_back",
               "The job goes back to a step; what was captured beyond is never restored from."},
+    EventName{"rollback_undone",
+              "The step that a roll-back names was overwritten before the workers stopped, and "
+              "nothing older is left: the job goes on from what was given up."},
     EventName{"checkpoint_persisted",
               "A committed step stands in the job's checkpoint directory, whole."},
     EventName{"checkpoint_not_persisted",
@@ -135,6 +138,7 @@ constexpr std::array kMeanings = {
     "enough steps followed in which nothing strange was reported",
     "an operator reported that something is wrong with the training",
     "a world of another size: each rank takes its bytes from all shards of the step",
+    "the step of a roll-back was overwritten before the workers stopped, and nothing older is left",
 };
 static_assert(kMeanings.size() == static_cast<std::size_t>(Reason::kCount),
               "every reason has a meaning");

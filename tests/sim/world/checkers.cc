@@ -77,7 +77,7 @@ void Checkers::BeforeStep(const ClusterState& state, const controller::Event& ev
   ended_run_ = 0;
   if (const auto* back = std::get_if<controller::RollBack>(&event)) {
     const auto job = state.jobs.find(back->job);
-    rolled_back_ = job == state.jobs.end() ? 0 : job->second.record.generation;
+    rolling_back_ = {job == state.jobs.end() ? 0 : job->second.record.generation, back->step};
   }
   if (const auto* submit = std::get_if<controller::SubmitJob>(&event)) {
     const auto job = state.jobs.find(submit->spec.job);
@@ -133,7 +133,6 @@ void Checkers::AfterStep(Timestamp now, const ClusterState& state, const control
   if (const auto* back = std::get_if<controller::RollBack>(&event);
       back != nullptr && !decisions.records.empty()) {
     env_.truth->Count("rolled back");
-    cuts_[back->job].push_back({rolled_back_, back->step});
     commits_.erase(back->job);
   }
   for (const controller::Record& record : decisions.records) {
@@ -234,8 +233,14 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
         return;
       }
       start = state_of;
+      const auto& kept = state.jobs.at(plan.job).record.given_up;
       for (const Cut& cut : cuts_[plan.job]) {
-        if (worker.restore.step != kNoStep &&
+        // One that was undone, since nothing else is left, binds no more.
+        const bool binds = std::any_of(kept.begin(), kept.end(), [&cut](const Cut& k) {
+          return k.generation >= cut.generation && k.step <= cut.step;
+        });
+        if (!binds) env_.truth->Count("roll-backs undone");
+        if (binds && worker.restore.step != kNoStep &&
             Beyond(cut, worker.restore.shard_generation, worker.restore.step)) {
           Violate(now, "given_up",
                   fmt::format("{} starts from step {} of generation {}, given up at step {}", name,

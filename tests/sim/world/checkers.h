@@ -63,6 +63,8 @@ class Checkers {
   // Who holds what, into the story.
   void TellMemory(Timestamp now, const controller::ClusterState& state, const JobId& job) const;
   void Acknowledged(const JobId& job) { acknowledged_.insert(job); }
+  // The operator was told that the job goes back: from now on that holds, whoever dies.
+  void RolledBack(const JobId& job) { cuts_[job].push_back(rolling_back_); }
 
  private:
   void CheckPlan(Timestamp now, const controller::ClusterState& state,
@@ -81,8 +83,8 @@ class Checkers {
   // of the event in hand
   std::string stale_;  // why it is stale; empty: it is not
   std::optional<Timestamp> heard_before_;
-  Generation rolled_back_ = 0;  // of the job that an operator sends back
-  Generation ended_run_ = 0;    // of the job that is submitted once more, when it leaves nothing
+  Cut rolling_back_;          // of the job that an operator sends back
+  Generation ended_run_ = 0;  // of the job that is submitted once more, when it leaves nothing
   // over the whole run
   std::map<NodeId, Incarnation> incarnations_;            // newest said to a node
   std::map<JobId, Generation> generations_;               // newest said to any node

@@ -253,7 +253,9 @@ void World::Apply(const Fault& fault) {
         [step](controller::RequestId id) {
           return controller::RollBack{id, "j1", step};
         },
-        [](const controller::Reply&) {});
+        [this](const controller::Reply& reply) {
+          if (reply.code == controller::ReplyCode::kOk) checkers_.RolledBack("j1");
+        });
   } else if (kind == "corrupt") {
     node->Corrupt(timeline_.random().Below(64));
   } else if (kind == "fork_fail") {
