@@ -80,13 +80,14 @@ def main() -> None:
         loss = loss.detach()
         dist.all_reduce(loss)
         state = digest(model, optimizer)
+        if rank == 0:  # before the capture: what is restored was told
+            lines.write(f"step {generation} {world} {step} {loss.item().hex()} {state}\n")
         if checkpoint is not None:
             kept, moments = get_state_dict(model, optimizer)
             dcp.save({"model": kept, "optimizer": moments}, checkpoint_id=OUT / "dcp" / f"step{step}")
             checkpoint.step(step)
             time.sleep(0.02)
         if rank == 0:
-            lines.write(f"step {generation} {world} {step} {loss.item().hex()} {state}\n")
             end[0] = (OUT / "end").exists()
         dist.broadcast(end, 0)
         if end.item():
