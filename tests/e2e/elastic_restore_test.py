@@ -1,7 +1,7 @@
 """A job at 4 ranks loses a node, goes on at 3, and is 4 again: from memory alone, into every layout, to the last bit.
 
     4 nodes  step 0 .. a     everything in memory and, for this test, a DCP folder a step
-    3 nodes  step a+1 .. b   ranges of 4 shards (FSDP2), any copy (DDP)      = stock dcp.load of step a at 3 ranks
+    3 nodes  step a+1 .. b   ranges of 4 shards (FSDP2; also through everstep.dcp), any copy (DDP)      = stock dcp.load of step a at 3 ranks
     4 nodes  step b+1 .. c   ranges of 3 shards, one rank with nothing       = stock dcp.load of step b at 4 ranks
 """
 
@@ -53,7 +53,7 @@ def newest(work: Path) -> tuple[int, int, int]:
     return int(next(w[2] for w in found if int(w[1]) == generation)), generation, len(steps(work, generation))
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("kind", ["fsdp2", "ddp", "dcp"])
 def test_four_ranks_then_three_then_four(work: Path, kind: str) -> None:
     nodes = Nodes(work, 4, nnodes="3:4", script=SCRIPT, env=environment(work, kind))
     try:

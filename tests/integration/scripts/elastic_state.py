@@ -1,6 +1,7 @@
 """FSDP2 or DDP with AdamW at any number of ranks; sizes that no number of ranks divides, one shard empty.
 
-KIND fsdp2 | ddp. Under a Checkpointer it goes on from memory, or, with FROM=STEP, from a DCP folder of that step.
+KIND fsdp2 | ddp: under a Checkpointer it goes on from memory; dcp: FSDP2 likewise, by dcp.save and dcp.load through
+everstep.dcp. With FROM=STEP each goes on from a stock DCP folder of that step.
 Rank 0 writes a line a step: generation, world, step, loss and a digest of the whole state, both to the last bit.
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import everstep
+import everstep.dcp
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -28,7 +30,7 @@ BATCH = 12  # samples a step, whatever the world
 def build() -> tuple[Any, torch.optim.Optimizer]:
     torch.manual_seed(0)
     model: Any = nn.Sequential(nn.Linear(24, 37), nn.GELU(), nn.Linear(37, 10), nn.GELU(), nn.Linear(10, 2))
-    if os.environ["KIND"] == "fsdp2":
+    if os.environ["KIND"] != "ddp":
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         fully_shard(model[0], mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -53,13 +55,22 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
     generation = int(os.environ.get("EVERSTEP_GENERATION", "0"))
     model, optimizer = build()
-    checkpoint = None
+    checkpoint, writer = None, None
     if "FROM" in os.environ:
         before = int(os.environ["FROM"])
         kept, moments = get_state_dict(model, optimizer)
         dcp.load({"model": kept, "optimizer": moments}, checkpoint_id=OUT / "dcp" / f"step{before}")
         set_state_dict(model, optimizer, model_state_dict=kept, optim_state_dict=moments)
         first = before + 1
+    elif os.environ["KIND"] == "dcp":
+        writer, reader = everstep.dcp.StorageWriter(), everstep.dcp.StorageReader()
+        found, first = reader.newest(), 0
+        if found is not None:
+            assert found.where == "memory"
+            kept, moments = get_state_dict(model, optimizer)
+            dcp.load({"model": kept, "optimizer": moments}, storage_reader=reader)
+            set_state_dict(model, optimizer, model_state_dict=kept, optim_state_dict=moments)
+            first = found.step + 1
     else:
         checkpoint = everstep.Checkpointer({"model": model, "optimizer": optimizer})
         first = checkpoint.restore()
@@ -82,10 +93,13 @@ def main() -> None:
         state = digest(model, optimizer)
         if rank == 0:  # before the capture: what is restored was told
             lines.write(f"step {generation} {world} {step} {loss.item().hex()} {state}\n")
-        if checkpoint is not None:
+        if checkpoint is not None or writer is not None:
             kept, moments = get_state_dict(model, optimizer)
             dcp.save({"model": kept, "optimizer": moments}, checkpoint_id=OUT / "dcp" / f"step{step}")
-            checkpoint.step(step)
+            if checkpoint is not None:
+                checkpoint.step(step)
+            else:
+                dcp.save({"model": kept, "optimizer": moments}, checkpoint_id=f"step-{step}", storage_writer=writer)
             time.sleep(0.02)
         if rank == 0:
             end[0] = (OUT / "end").exists()
