@@ -138,16 +138,16 @@ Outcome CutReader::FromPeers(const CutShard& shard, const SlotName& name, ChunkT
 Outcome CutReader::Read(const CutShard& shard, ChunkTaker* taker, ShardTier* tier) const {
   const SlotName name = Name(shard);
   *tier = ShardTier::kLocal;
-  const auto here = FromArenas(name, taker);
+  auto here = FromArenas(name, taker);
   if (here.ok() || local_.cancel) return here;
   *tier = ShardTier::kPeer;
-  const auto peers = FromPeers(shard, name, taker);
+  auto peers = FromPeers(shard, name, taker);
   if (peers.ok() || local_.cancel) return peers;
   std::string why =
       fmt::format("{}: {}; {}", name.Text(), here.error().message, peers.error().message);
   if (shard.file && sources_.files != nullptr && !local_.restore.directory.empty()) {
     *tier = ShardTier::kFile;
-    const auto read = sources_.files->Read(local_.restore.directory, name, taker);
+    auto read = sources_.files->Read(local_.restore.directory, name, taker);
     if (read.ok()) return read;
     fmt::format_to(std::back_inserter(why), "; {}", read.error().message);
   }
@@ -361,7 +361,7 @@ Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local
     return reader.Read(cut.shards[static_cast<std::size_t>(plan.shards[i].rank)], &taker, &tier);
   });
   if (!brought.ok()) return brought.error();
-  if (!wants.table.empty()) std::memcpy(dest + data_bytes, wants.table.data(), wants.table.size());
+  std::copy(wants.table.begin(), wants.table.end(), dest + data_bytes);
   SlotFields fields = FieldsOf(local, local.generation, wants.head.flags & kFlagReplicatedLayout);
   fields.payload_bytes = bytes;
   fields.table_offset = data_bytes;
