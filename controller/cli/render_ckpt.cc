@@ -29,6 +29,14 @@ std::string Probability(double p) {
   return fmt::format("{:.6g}", p);
 }
 
+// For a table of many: four digits.
+std::string ShortChance(const v1::Survival& s) {
+  const double p = s.probability();
+  const std::string text =
+      p > 0.9999 && p < 1 ? fmt::format("1 - {:.0e}", 1 - p) : fmt::format("{:.4g}", p);
+  return s.exact() ? text : "~" + text;
+}
+
 std::string Chance(const v1::Survival& s) {
   if (s.exact()) return Probability(s.probability());
   return fmt::format("{} ({} to {})", Probability(s.probability()), Probability(s.low()),
@@ -37,6 +45,65 @@ std::string Chance(const v1::Survival& s) {
 
 std::string Step(std::int64_t step) {
   return step < 0 ? "-" : HumanCount(step);
+}
+
+// "4 of 5", "4 of 5-6": nodes that share parities.
+std::string Groups(const v1::PolicyPrice& p) {
+  if (p.groups() == 0) return "-";
+  if (p.least_group() == p.largest_group()) {
+    return fmt::format("{} of {}", p.groups(), p.least_group());
+  }
+  return fmt::format("{} of {}-{}", p.groups(), p.least_group(), p.largest_group());
+}
+
+// What each policy costs and survives. Sizes in bytes, or before the first commit in states of a
+// node.
+std::string Policies(const v1::CheckpointPlacement& p, const RenderOptions& options) {
+  constexpr int kMostColumns = 8;
+  constexpr double kSlots = 2;
+  if (p.policies().empty()) return {};
+  int losses = 0;
+  for (const v1::PolicyPrice& policy : p.policies()) {
+    losses = std::max(losses, std::min(kMostColumns, policy.survival_size()));
+  }
+  std::vector<Table::Column> columns = {{"POLICY"},
+                                        {"GROUPS"},
+                                        {"EXTRA MEMORY", Align::kRight},
+                                        {"SENT/STEP", Align::kRight},
+                                        {"ENCODE/STEP", Align::kRight},
+                                        {"RESTORE", Align::kRight},
+                                        {"TAKES", Align::kRight},
+                                        {"SURVIVES ANY", Align::kRight},
+                                        {"FATAL", Align::kRight}};
+  for (int k = 1; k <= losses; ++k) columns.push_back({fmt::format("P({})", k)});
+  Table table(std::move(columns));
+  const auto size = [&p](double states) {
+    if (p.node_bytes() == 0) return fmt::format("{:.3g}x", states);
+    return HumanBytes(static_cast<std::uint64_t>(states * static_cast<double>(p.node_bytes())));
+  };
+  const auto seconds = [&p](double s) { return p.node_bytes() == 0 ? "-" : HumanSeconds(s); };
+  for (const v1::PolicyPrice& policy : p.policies()) {
+    std::vector<std::string> cells = {
+        policy.policy() + (policy.in_force() ? ", in force" : ""),
+        Groups(policy),
+        size(kSlots * policy.memory()),
+        size(policy.sent()),
+        policy.encoded() > 0 ? seconds(policy.encode_seconds()) : "-",
+        policy.survives_any() > 0 ? size(policy.restored()) : "-",
+        policy.survives_any() > 0 ? seconds(policy.restore_seconds()) : "-",
+        fmt::format("{}", policy.survives_any()),
+        fmt::format("{}", policy.fatal_domains())};
+    for (int k = 0; k < std::min(losses, policy.survival_size()); ++k) {
+      cells.push_back(ShortChance(policy.survival(k)));
+    }
+    table.Add(std::move(cells));
+  }
+  const std::string state =
+      p.node_bytes() == 0
+          ? "nothing is committed yet: x stands for the bytes of one node's state"
+          : fmt::format("a node's state is {}; {}", HumanBytes(p.node_bytes()), p.price_basis());
+  return fmt::format("\n{}\n{}", FormatPairs({{"Policies", state}}),
+                     table.Format(options.headers, options.max_width));
 }
 
 }  // namespace
@@ -70,7 +137,7 @@ std::string RenderPlacement(const v1::CheckpointPlacement& p, const RenderOption
   for (const v1::Survival& s : p.by_nodes()) add(s);
   for (const v1::Survival& s : p.by_domain()) add(s);
   if (survival.rows() > 0) out += "\n" + survival.Format(options.headers, options.max_width);
-  return out;
+  return out + Policies(p, options);
 }
 
 std::string RenderForecast(const v1::LossForecast& f, const RenderOptions& options) {

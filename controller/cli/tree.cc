@@ -124,13 +124,25 @@ CommandSpec CkptCommands() {
            .description =
                "The probability that a complete step is left when nodes, or whole failure domains "
                "(labels of the agents: --label rack=r7), are lost at random. It is exact unless a "
-               "range is shown: then losses were sampled, and it is the range of 95 % confidence.",
+               "range is shown: then losses were sampled, and it is the range of 95 % confidence. "
+               "Below, what other policies would cost on these nodes and survive: memory kept for "
+               "others (two slots), bytes sent and processor time of parity a step, bytes and time "
+               "to "
+               "bring back one lost node, how many nodes whichever may be lost, how many domains "
+               "are "
+               "fatal alone, P(k): the probability to survive k. Jobs are kept by copies (everstep "
+               "run "
+               "--copies M); xor and rs, parity over several nodes' states, are priced, not yet "
+               "run.",
            .words = {Job()},
            .options = {{"nodes", 0, "K", "show losses of up to K nodes", "8"},
                        Watch("show it again every second until Ctrl-C")},
-           .examples = {{"everstep ckpt placement gpt", ""},
-                        {"everstep ckpt placement gpt -o json | jq .fatal",
-                         "domains whose loss alone loses state"}}},
+           .examples =
+               {{"everstep ckpt placement gpt", ""},
+                {"everstep ckpt placement gpt -o json | jq .fatal",
+                 "domains whose loss alone loses state"},
+                {"everstep ckpt placement gpt -o json | jq '.policies[] | {policy, memory}'",
+                 "what policies cost, in states of a node"}}},
           {.name = "survive",
            .verb = Verb::kCkptSurvive,
            .summary = "What would become of a job if nodes were lost now",

@@ -11,24 +11,15 @@
 
 #include "checkpoint/core/survival.h"
 #include "controller/core/copies.h"
+#include "controller/server/pace.h"
+#include "controller/server/policy_status.h"
 
 namespace everstep::controller {
 namespace {
 
-using checkpoint::Estimate;
 using checkpoint::NodeSet;
 
 constexpr std::uint32_t kDefaultMaxLost = 8;
-constexpr double kAssumedRate = 1 << 30;           // bytes a second, where nothing was measured
-constexpr double kAssumedSwitch = 1;               // seconds, before the job's first recovery
-constexpr std::uint64_t kLeastMeasured = 1 << 20;  // below, a commit's time is not its bytes'
-
-void FillSurvival(const Estimate& e, v1::Survival* to) {
-  to->set_probability(e.probability);
-  to->set_low(e.low);
-  to->set_high(e.high);
-  to->set_exact(e.exact);
-}
 
 std::vector<NodeSet> NodesByDomain(const FailureDomains::Level& level, std::size_t members) {
   std::vector<NodeSet> out(level.values.size());
@@ -144,36 +135,6 @@ std::vector<NodeId> Worst(const ClusterState& state, const JobStateView& job, st
   std::vector<NodeId> out;
   for (const std::uint32_t v : chosen) out.push_back(copies.nodes[v]);
   return out;
-}
-
-struct Pace {
-  double bytes_a_second = kAssumedRate;
-  double switch_seconds = kAssumedSwitch;
-  std::string basis;
-};
-
-Pace PaceOf(const JobStateView& job) {
-  Pace pace;
-  if (job.copied_bytes >= kLeastMeasured && job.copy_took.count() > 0) {
-    pace.bytes_a_second = static_cast<double>(job.copied_bytes) / ToSeconds(job.copy_took);
-    pace.basis =
-        fmt::format("{:.0f} MiB/s measured at the newest commit", pace.bytes_a_second / (1 << 20));
-  } else {
-    pace.basis = "1 GiB/s assumed";
-  }
-  std::vector<double> past;
-  for (const Fault& fault : job.record.faults) {
-    if (fault.recovered.ns != 0) past.push_back(ToSeconds(fault.recovered - fault.detected));
-  }
-  if (past.empty()) {
-    pace.basis += fmt::format(", {:.0f} s assumed for the switch", kAssumedSwitch);
-    return pace;
-  }
-  std::sort(past.begin(), past.end());
-  pace.switch_seconds = past[past.size() / 2];
-  pace.basis += fmt::format(", {:.2f} s for the switch: the median of {} recover{} of this job",
-                            pace.switch_seconds, past.size(), past.size() == 1 ? "y" : "ies");
-  return pace;
 }
 
 // Memory has no step as new as the one that stands in the job's checkpoint directory.
@@ -409,6 +370,7 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
   if (copies.replicated) why += "; every rank's state is the same: any node that holds one will do";
   if (commit == nullptr) why += "; nothing is committed yet: this is the plan";
   to.set_why(why);
+  FillPolicies(domains, job, copies.replicated, most, &to);
   return to;
 }
 

@@ -6,7 +6,8 @@
 // is the whole of it: the placement, the exact probability for every number of lost nodes, and the
 // loss of one and of two domains of each level, enumerated. Beside it: a node lost and its copies
 // placed anew (`replace`), and how many copies that moved, of all; a ring of consecutive nodes, the
-// least that a placement can cost, without domains (`ring`).
+// least that a placement can cost, without domains (`ring`). `policies`: what other policies of
+// redundancy would cost and survive over the same domains, a dozen of them placed anew.
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -17,6 +18,7 @@
 #include <fmt/format.h>
 
 #include "checkpoint/core/placement.h"
+#include "checkpoint/core/policy_prices.h"
 #include "checkpoint/core/survival.h"
 #include "proto/base/clock.h"
 #include "tests/bench/results.h"
@@ -81,6 +83,12 @@ void Case(std::uint32_t nodes, std::uint32_t copies, int runs, Results* results)
     std::uint32_t moved = 0;
     results->Add(name, "everstep", "replace", "ms",
                  Milliseconds([&] { moved = checkpoint::Place(next).moved; }));
+    results->Add(name, "everstep", "policies", "ms", Milliseconds([&] {
+                   for (const auto& policy :
+                        checkpoint::PoliciesToCompare({.shards = 1, .parity = copies - 1}, nodes)) {
+                     checked += checkpoint::PricePolicy(in, policy, false, 8).fatal;
+                   }
+                 }));
     results->Add(name, "everstep", "moved", "copies", moved);
     results->Add(name, "ring", "placement", "ms", Milliseconds([&] {
                    checked += checkpoint::Place({.nodes = nodes,

@@ -68,6 +68,15 @@ def test_what_is_foretold_happens(cluster: Cluster) -> None:
     assert by_lost[1] == 1
     assert by_lost[2] == pytest.approx(2 / 3)
 
+    # What other policies would cost is told beside the one in force, in bytes of what is committed.
+    assert int(placement["node_bytes"]) > SHARD
+    policies = {p["policy"]: p for p in placement["policies"]}
+    assert [p for p in policies if policies[p]["in_force"]] == ["replicate(2)"]
+    assert policies["replicate(2)"]["survival"][1]["probability"] == pytest.approx(by_lost[2])
+    assert policies["xor(3+1)"]["memory"] == pytest.approx(1 / 3)
+    assert policies["xor(3+1)"]["fatal_domains"] == 2, "two of four nodes lie in each zone"
+    assert policies["rs(2+2)"]["fatal_domains"] == 0
+
     # 1. One member, with a spare: its rank's bytes come from the peer.
     victim = next(n for n in members if ZONES[n] == "a")
     told, restores = lose(cluster, 4, victim, asked=("--lose", victim))

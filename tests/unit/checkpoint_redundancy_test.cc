@@ -6,6 +6,7 @@
 #include <algorithm>
 
 #include "checkpoint/core/parity_groups.h"
+#include "checkpoint/core/policy_prices.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -120,6 +121,51 @@ TEST(Redundancy, ThePriceIsWhatTheRowsCost) {
       }
     }
   }
+}
+
+TEST(Redundancy, OnlyWhatCanBeToldApartIsCompared) {
+  for (std::uint32_t n = 1; n <= 64; ++n) {
+    for (const Redundancy in_force : {Redundancy{1, 1}, Redundancy{8, 3}, Redundancy{5, 4}}) {
+      const std::vector<Redundancy> all = PoliciesToCompare(in_force, n);
+      ASSERT_LE(all.size(), 12U);
+      ASSERT_EQ(all.front(), OnNodes(in_force, n));
+      for (std::size_t i = 0; i < all.size(); ++i) {
+        ASSERT_EQ(OnNodes(all[i], n), all[i]);
+        ASSERT_EQ(std::count(all.begin(), all.end(), all[i]), 1) << PrintRedundancy(all[i]);
+      }
+    }
+  }
+}
+
+TEST(Redundancy, OfPoliciesThatMakeTheSameGroupsTheWidestIsShown) {
+  const auto names = [](std::uint32_t n) {
+    std::vector<std::string> out;
+    for (const Redundancy& p : PoliciesToCompare({1, 1}, n)) out.push_back(PrintRedundancy(p));
+    return out;
+  };
+  EXPECT_EQ(names(2), (std::vector<std::string>{"replicate(2)", "replicate(1)"}));
+  EXPECT_EQ(names(4), (std::vector<std::string>{"replicate(2)", "replicate(1)", "xor(3+1)",
+                                                "replicate(3)", "rs(2+2)"}));
+  EXPECT_EQ(names(6), (std::vector<std::string>{"replicate(2)", "replicate(1)", "xor(2+1)",
+                                                "xor(4+1)", "replicate(3)", "rs(4+2)"}));
+  EXPECT_EQ(names(1000),
+            (std::vector<std::string>{"replicate(2)", "replicate(1)", "xor(2+1)", "xor(3+1)",
+                                      "xor(4+1)", "xor(8+1)", "replicate(3)", "rs(2+2)", "rs(4+2)",
+                                      "rs(8+2)", "rs(8+3)"}));
+}
+
+// Three zones of two: pairs cross them, a group of six has two nodes in each.
+TEST(Redundancy, APriceSaysWhichDomainsAreFatal) {
+  PlacementInput where{.nodes = 6, .levels = {{0, 0, 1, 1, 2, 2}}};
+  const PolicyPrice pairs = PricePolicy(where, {1, 1}, false, 2);
+  EXPECT_EQ(pairs.fatal, 0U);
+  EXPECT_NEAR(pairs.survival[1].probability, 12. / 15, 1e-12);
+  EXPECT_EQ(PricePolicy(where, {4, 1}, false, 2).fatal, 3U);
+  EXPECT_EQ(PricePolicy(where, {4, 2}, false, 2).fatal, 0U);
+  EXPECT_EQ(PricePolicy(where, {2, 1}, false, 2).fatal, 0U);  // two groups, a node of each zone
+  EXPECT_EQ(PricePolicy(where, {4, 1}, true, 2).fatal, 0U);
+  where.together = {{0, 1, 2, 3, 4, 5}};
+  EXPECT_EQ(PricePolicy(where, {4, 1}, true, 2).fatal, 1U);
 }
 
 }  // namespace

@@ -103,6 +103,32 @@ v1::CheckpointPlacement Placement() {
   add(p.add_by_nodes(), "", 4, 3, 1 - 2.5e-9, 0);
   add(p.add_by_domain(), "zone", 2, 1, 1, 0);
   add(p.add_by_domain(), "rack", 900, 2, 0.97525, 0.002);
+  const auto price = [&](const char* policy, double memory, double restored, unsigned any,
+                         std::vector<double> survival) {
+    v1::PolicyPrice* to = p.add_policies();
+    to->set_policy(policy);
+    to->set_in_force(p.policies_size() == 1);
+    to->set_memory(memory);
+    to->set_sent(any);
+    to->set_encoded(restored > 1 ? any : 0);
+    to->set_restored(restored);
+    to->set_restore_seconds(restored / 4);
+    to->set_encode_seconds(restored > 1 ? any / 16. : 0);
+    to->set_survives_any(any);
+    to->set_fatal_domains(restored > 1 ? 2 : 0);
+    to->set_groups(restored > 1 ? 3 : 0);
+    to->set_least_group(restored > 1 ? 4 : 0);
+    to->set_largest_group(restored > 2 ? 5 : restored > 1 ? 4 : 0);
+    for (unsigned k = 1; k <= survival.size(); ++k) {
+      add(to->add_survival(), "", 4, k, survival[k - 1], 0);
+    }
+  };
+  p.set_node_bytes(268435456);
+  p.set_price_basis("1 GiB/s assumed; parity at 4 GiB/s a core assumed");
+  price("replicate(2)", 1, 1, 1, {1, 2. / 3, 0, 0});
+  price("replicate(1)", 0, 0, 0, {0, 0, 0, 0});
+  price("rs(2+2)", 1, 2, 2, {1, 1, 1 - 2.5e-9, 0});
+  price("rs(2+1)", 0.5, 3, 1, {1, 1. / 3});
   return p;
 }
 

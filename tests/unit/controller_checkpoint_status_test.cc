@@ -187,6 +187,76 @@ Forecast GoesOn(const World& w, const std::string& lost, const std::string& spar
   return f;
 }
 
+const v1::PolicyPrice& Priced(const v1::CheckpointPlacement& p, const std::string& policy) {
+  static const v1::PolicyPrice none;
+  for (const v1::PolicyPrice& price : p.policies()) {
+    if (price.policy() == policy) return price;
+  }
+  ADD_FAILURE() << policy << " is not among the policies";
+  return none;
+}
+
+TEST(CheckpointStatus, PoliciesArePricedBesideTheOneInForce) {
+  World w({"a", "a", "a", "b", "b", "b"}, {3, 4, 5, 0, 1, 2});
+  const v1::CheckpointPlacement p = PlacementOf(w.state, w.job, 4);
+  EXPECT_EQ(p.node_bytes(), 64 * kMiB);
+  EXPECT_EQ(p.price_basis(), "1 GiB/s assumed; parity at 4 GiB/s a core assumed");
+  ASSERT_GT(p.policies_size(), 3);
+  EXPECT_EQ(p.policies(0).policy(), "replicate(2)");
+  for (int i = 0; i < p.policies_size(); ++i) EXPECT_EQ(p.policies(i).in_force(), i == 0);
+
+  const v1::PolicyPrice& two = Priced(p, "replicate(2)");
+  EXPECT_DOUBLE_EQ(two.memory(), 1);
+  EXPECT_DOUBLE_EQ(two.restored(), 1);
+  EXPECT_DOUBLE_EQ(two.restore_seconds(), 64. / 1024);
+  EXPECT_EQ(two.fatal_domains(), 0u);
+  ASSERT_EQ(two.survival_size(), 4);
+  EXPECT_NEAR(two.survival(1).probability(), 1 - 3. / 15, 1e-12);
+
+  // Two groups of three, one node of each zone too many.
+  const v1::PolicyPrice& parity = Priced(p, "xor(2+1)");
+  EXPECT_DOUBLE_EQ(parity.memory(), 0.5);
+  EXPECT_DOUBLE_EQ(parity.sent(), 1);
+  EXPECT_DOUBLE_EQ(parity.restored(), 2);
+  EXPECT_DOUBLE_EQ(parity.restore_seconds(), 2 * 64. / 1024);
+  EXPECT_DOUBLE_EQ(parity.encode_seconds(), 64. / 4096);
+  EXPECT_EQ(parity.survives_any(), 1u);
+  EXPECT_EQ(parity.groups(), 2u);
+  EXPECT_EQ(parity.largest_group(), 3u);
+  EXPECT_EQ(parity.fatal_domains(), 2u);
+  EXPECT_NEAR(parity.survival(1).probability(), 9. / 15, 1e-12);  // one of each group
+
+  const v1::PolicyPrice& rs = Priced(p, "rs(4+2)");
+  EXPECT_DOUBLE_EQ(rs.memory(), 0.5);
+  EXPECT_DOUBLE_EQ(rs.survival(1).probability(), 1);
+  EXPECT_DOUBLE_EQ(rs.survival(2).probability(), 0);
+  EXPECT_EQ(Priced(p, "replicate(1)").survives_any(), 0u);
+  EXPECT_EQ(Priced(p, "replicate(1)").fatal_domains(), 2u);  // a host each is as nodes
+}
+
+TEST(CheckpointStatus, WhereEveryRanksStateIsTheSameNoPolicyBuysSurvival) {
+  World w({"", "", "", ""}, {1, 0, 3, 2}, true);
+  const v1::CheckpointPlacement p = PlacementOf(w.state, w.job, 4);
+  ASSERT_GT(p.policies_size(), 2);
+  for (const v1::PolicyPrice& price : p.policies()) {
+    EXPECT_EQ(price.survives_any(), 3u) << price.policy();
+    EXPECT_DOUBLE_EQ(price.restored(), 1);
+    EXPECT_DOUBLE_EQ(price.survival(2).probability(), 1);
+    EXPECT_DOUBLE_EQ(price.survival(3).probability(), 0);
+  }
+}
+
+TEST(CheckpointStatus, BeforeTheFirstCommitPricesAreInStates) {
+  World w({"", ""}, {1, 0});
+  w.job.commits.commits.clear();
+  const v1::CheckpointPlacement p = PlacementOf(w.state, w.job, 1);
+  EXPECT_EQ(p.node_bytes(), 0u);
+  EXPECT_DOUBLE_EQ(p.policies(0).memory(), 1);
+  EXPECT_DOUBLE_EQ(p.policies(0).restore_seconds(), 0);
+  w.job.plan.nodes.clear();
+  EXPECT_EQ(PlacementOf(w.state, w.job, 1).policies_size(), 0);
+}
+
 TEST(CheckpointStatus, AForecastCountsWhatMovesAndWhatIsCopiedAnew) {
   World w({"a", "a", "b", "b"}, {2, 3, 0, 1});
   w.state.nodes["n5"] = w.state.nodes["n2"];
