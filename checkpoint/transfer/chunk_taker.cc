@@ -122,7 +122,7 @@ Outcome PickChunks(const PeerTask& task, const SlotName& name, ChunkTaker* taker
                                connection.peer(), frame.value().index, next, lacks.size())};
     }
     if (over) return Done{};
-    const auto got = ReceiveChunkBytes(&connection, fields, frame.value(), own.value().get());
+    auto got = ReceiveChunkBytes(&connection, fields, frame.value(), own.value().get());
     if (!got.ok()) return got;
     if (!taker->Take(frame.value().index, own.value().get(), frame.value().bytes)) {
       return GivenUp(connection.peer());
