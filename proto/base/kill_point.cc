@@ -58,6 +58,7 @@ void Reached(const char* label) {
     }
   }
   if (at == 0) return;
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): an address, or one of two marks
   auto* p = reinterpret_cast<KillPage*>(at);
   if (p->countdown.load(std::memory_order_acquire) <= 0) return;
   if (std::strncmp(p->label, label, sizeof p->label) != 0 || !IsMe(*p)) return;
