@@ -148,7 +148,7 @@ class Peer {
         const ChunkFrame chunk{
             .index = i, .bytes = source_->view.chunk_size(i), .crc = source_->crcs[i]};
         if (!WriteAll(fd, &chunk, sizeof chunk)) return;
-        if (!WriteAll(fd, payload + i * kChunkBytes, chunk.bytes)) return;
+        if (!WriteAll(fd, payload + std::size_t{i} * kChunkBytes, chunk.bytes)) return;
       }
     }
     if ((mode_ & kWantsAll) != 0) {

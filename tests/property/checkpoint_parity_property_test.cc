@@ -134,6 +134,7 @@ TEST(ParityProperty, CopiesInClosedGroupsAreTheSameSum) {
       sets.insert(std::move(set));
     }
     std::vector<LossGroup> groups;
+    groups.reserve(sets.size());
     for (const NodeSet& set : sets) groups.push_back({set, m - 1});
     const auto copies = SurvivalByLosses(n, p.hosts, n);
     const std::vector<double> grouped = SurvivalByLosses(n, groups, n);
