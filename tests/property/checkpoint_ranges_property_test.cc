@@ -96,6 +96,7 @@ TEST(RangePlan, BringsEveryWantedByteOnceFromItsPlace) {
 TEST(RangePlan, ReadsTheCheapestFirstAndEachReaderBeginsWithAnother) {
   const std::vector<RangeShard> shards(4, {.payload_bytes = 100, .tier = ShardTier::kPeer});
   std::vector<WantedRange> wanted;
+  wanted.reserve(4);
   for (int rank = 0; rank < 4; ++rank) {
     wanted.push_back({.rank = rank, .dest = static_cast<std::uint64_t>(rank) * 10, .bytes = 10});
   }
