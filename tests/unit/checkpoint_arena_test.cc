@@ -346,7 +346,7 @@ TEST(Mend, OneChunkIsPutRightInPlaceAndNothingElseIsTouched) {
   const SlotView view = Write(&arena, 0, 5, (3 << 20) + 77);
   EXPECT_FALSE(FirstDamage(&arena, view));
   auto* bytes = const_cast<unsigned char*>(arena.Payload(view));
-  const std::vector<unsigned char> right(bytes + kChunkBytes, bytes + 2 * kChunkBytes);
+  const std::vector<unsigned char> right(bytes + kChunkBytes, bytes + std::size_t{2} * kChunkBytes);
   bytes[kChunkBytes + 9] ^= 1;
   EXPECT_EQ(FirstDamage(&arena, view), 1);
   EXPECT_TRUE(MendChunk(&arena, view, 1, right.data()));
