@@ -2,6 +2,7 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -21,19 +22,17 @@ struct Range {
   std::uint64_t end = 0;  // 0: to the last
 };
 
-// The chunks that lack, in at most `parts` ranges of about equal work.
+// The chunks that lack, and none else, in ranges for about `parts` streams of equal work.
 std::vector<Range> Lacking(const std::vector<std::uint8_t>& have, std::uint64_t parts) {
-  std::vector<std::uint64_t> lacking;
-  for (std::uint64_t i = 0; i < have.size(); ++i) {
-    if (have[i] == 0) lacking.push_back(i);
-  }
-  if (lacking.empty()) return {{0, 1}};  // the fields alone
-  parts = std::clamp<std::uint64_t>(lacking.size() / kStreamPays, 1, parts);
+  const auto lacking = static_cast<std::uint64_t>(std::count(have.begin(), have.end(), 0));
+  if (lacking == 0) return {{0, 1}};  // the fields alone
+  parts = std::clamp<std::uint64_t>(lacking / kStreamPays, 1, parts);
+  const std::uint64_t most = (lacking + parts - 1) / parts;
   std::vector<Range> out;
-  for (std::uint64_t p = 0; p < parts; ++p) {
-    const std::uint64_t from = lacking.size() * p / parts;
-    const std::uint64_t to = lacking.size() * (p + 1) / parts;
-    out.push_back({lacking[from], lacking[to - 1] + 1});
+  for (std::uint64_t i = 0; i < have.size(); ++i) {
+    if (have[i] != 0) continue;
+    if (out.empty() || out.back().end != i || i - out.back().first == most) out.push_back({i, i});
+    out.back().end = i + 1;
   }
   return out;
 }
@@ -49,6 +48,7 @@ class Fetcher {
  private:
   Outcome Bring(Range range);
   Outcome Begin(const PeerConversation& talk);
+  void Table(const std::vector<std::uint32_t>& crcs);
 
   const PeerTask& task_;
   const SlotFields& wanted_;
@@ -57,6 +57,7 @@ class Fetcher {
   FetchProgress* const progress_;
   std::mutex mutex_;  // guards the rest; elements of `have` have one stream each
   SlotWriter* writer_ = nullptr;
+  bool tabled_ = false;
   SlotFields fields_;
 };
 
@@ -85,9 +86,17 @@ Outcome Fetcher::Begin(const PeerConversation& talk) {
   return Done{};
 }
 
+void Fetcher::Table(const std::vector<std::uint32_t>& crcs) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!tabled_) sink_->Table(crcs, progress_->have);
+  tabled_ = true;
+}
+
 Outcome Fetcher::Bring(Range range) {
   auto talk = Converse(task_,
-                       {.op = task_.checked ? Op::kFetchChecked : Op::kFetch,
+                       {.op = task_.relay     ? Op::kFetchRelay
+                              : task_.checked ? Op::kFetchChecked
+                                              : Op::kFetch,
                         .first_chunk = range.first,
                         .end_chunk = range.end,
                         .fields = wanted_,
@@ -101,6 +110,7 @@ Outcome Fetcher::Bring(Range range) {
   KillPoint("restore.fetch_answered");
   const auto table = ReceiveTable(&connection, fields, crc_root_);
   if (!table.ok()) return table.error();
+  Table(table.value().crcs);
   const std::uint64_t end = range.end == 0 ? table.value().crcs.size() : range.end;
   std::uint64_t next = range.first;
   for (;; ++next) {
@@ -117,9 +127,13 @@ Outcome Fetcher::Bring(Range range) {
       return Error{ErrorCode::kStale,
                    fmt::format("peer {}: receiving: given up here", connection.peer())};
     }
-    progress_->have[next] = 0;
+    if (progress_->have[next] != 0) {  // it may be passed on just now
+      if (auto ok = SkipChunk(&connection, frame.value()); !ok.ok()) return ok;
+      continue;
+    }
     if (auto ok = ReceiveChunk(&connection, fields, frame.value(), writer_); !ok.ok()) return ok;
     progress_->have[next] = 1;
+    sink_->Verified(next);
     KillPoint("restore.chunk_fetched");
   }
 }
@@ -133,27 +147,36 @@ Result<SlotView> Fetcher::Run() {
     ranges = Lacking(progress_->have, static_cast<std::uint64_t>(std::max(1, task_.streams)));
   }
   std::vector<Outcome> done(ranges.size(), Outcome(Done{}));
+  std::atomic<std::size_t> next{0};
+  const auto bring = [&] {
+    for (std::size_t i; (i = next++) < ranges.size();) {
+      done[i] = Bring(ranges[i]);
+      if (!done[i].ok()) return;
+    }
+  };
+  const auto streams = static_cast<std::size_t>(std::max(1, task_.streams));
   std::vector<std::thread> further;
-  std::size_t started = 1;
-  for (; started < ranges.size(); ++started) {
+  while (further.size() + 1 < std::min(streams, ranges.size())) {
     try {
-      further.emplace_back([this, &done, &ranges, started] {
+      further.emplace_back([&bring] {
         BlockSigpipe();
-        done[started] = Bring(ranges[started]);
+        bring();
       });
     } catch (const std::system_error&) {
-      break;  // no thread is free: this one does the rest
+      break;  // no thread is free: the others do the rest
     }
   }
-  done[0] = Bring(ranges[0]);
-  for (std::size_t i = started; i < ranges.size() && done[0].ok(); ++i) done[0] = Bring(ranges[i]);
+  bring();
   for (std::thread& t : further) t.join();
   for (const Outcome& outcome : done) {
     if (!outcome.ok()) return outcome.error();
   }
   KillPoint("restore.all_fetched");
   auto view = writer_->Publish(fields_, crc_root_);
-  if (!view.ok()) progress_->have.assign(progress_->have.size(), 0);
+  if (!view.ok()) {
+    sink_->Lost();
+    progress_->have.assign(progress_->have.size(), 0);
+  }
   return view;
 }
 

@@ -39,6 +39,7 @@ enum class Op : std::uint32_t {
   kJoin = 3,
   kPick = 4,
   kFetchChecked = 5,  // once a chunk came damaged: was it the wire, or the source's memory?
+  kFetchRelay = 6,    // as fetch, of what may be on its way to the source itself: it waits
 };
 
 // 0: go on. Others end the connection.

@@ -36,6 +36,7 @@ struct PeerTask {
   const std::atomic<bool>* cancel = nullptr;  // set: the attempt ends soon, with kStale
   int streams = 1;                            // at most so many connections; small slots take fewer
   bool checked = false;                       // fetch: the source checks each chunk before it goes
+  bool relay = false;                         // fetch: the source may be receiving it itself
   TrafficClass traffic_class = TrafficClass::kCommit;
   Traffic* traffic = nullptr;  // who says when bytes may go; null: at once
 };
@@ -76,6 +77,13 @@ class FetchSink {
   virtual ~FetchSink() = default;
   // Called before the first byte of each attempt, under a lock. Null: cannot (the sink keeps why).
   virtual SlotWriter* Begin(const SlotFields& fields) = 0;
+  // The table of an attempt is here and checked, what lies there already in `have`; under the lock.
+  virtual void Table(const std::vector<std::uint32_t>& /*crcs*/,
+                     const std::vector<std::uint8_t>& /*have*/) {}
+  // A chunk lies in the slot, checked. From several threads.
+  virtual void Verified(std::uint64_t /*chunk*/) {}
+  // All that was said of chunks is void.
+  virtual void Lost() {}
   virtual std::string Why() const = 0;
 };
 Result<SlotView> FetchSlot(const PeerTask& task, const SlotFields& wanted, std::uint32_t crc_root,

@@ -18,6 +18,8 @@
 namespace everstep::checkpoint {
 namespace {
 
+constexpr std::chrono::milliseconds kLookForWhole{200};  // while a fetch waits for a relay
+
 bool SameBytes(const SlotView& view, const SlotFields& fields, std::uint32_t root) {
   return view.crc_root == root && std::memcmp(&view.fields, &fields, sizeof fields) == 0;
 }
@@ -125,6 +127,7 @@ void ReplicaStore::Serve(PeerSession* session) {
     case Op::kJoin: return Join(session);
     case Op::kFetch:
     case Op::kFetchChecked:
+    case Op::kFetchRelay:
     case Op::kPick: return Fetch(session);
   }
 }
@@ -418,10 +421,45 @@ void ReplicaStore::Join(PeerSession* session) {
 
 void ReplicaStore::Fetch(PeerSession* session) {
   const RequestFrame& request = session->request();
-  const JobId job = session->job();
+  const RelayKey wanted{session->job(), request.fields.rank, request.fields.generation,
+                        request.fields.step, request.crc_root};
   bool damaged = false;
-  for (const bool replica : {false, true}) {
-    auto fds = host_->Open(job, {.rank = request.fields.rank, .replica = replica}, 0);
+  const auto began = std::chrono::steady_clock::now();
+  const SteadyTime until = began + options_.io_timeout;
+  for (SteadyTime now = began;; now = std::chrono::steady_clock::now()) {
+    if (FetchWhole(session, &damaged)) return;
+    if (request.op != Op::kFetchRelay || now >= until || session->connection()->Readable()) break;
+    if (const auto relay = relays_->Await(wanted, std::min(now + kLookForWhole, until))) {
+      const auto sent = ServeRelay(
+          session, relay.get(), DeadlineFor(Limits(options_), relay->view().fields.payload_bytes));
+      if (!sent.ok()) {
+        listener_->OnTrouble(session->job(),
+                             fmt::format("passing on step {} of rank {}: {}", request.fields.step,
+                                         request.fields.rank, sent.error().message));
+      }
+      return;
+    }
+  }
+  (void)session->Refuse(
+      damaged ? Status::kCorrupt : Status::kUnknown,
+      fmt::format("step {} of rank {} with checksum {:08x} is {}", request.fields.step,
+                  request.fields.rank, request.crc_root,
+                  damaged ? "damaged in this node's memory" : "not here (any more)"));
+}
+
+// From an arena that has all of it. False: none does.
+bool ReplicaStore::FetchWhole(PeerSession* session, bool* damaged) {
+  const RequestFrame& request = session->request();
+  const JobId job = session->job();
+  std::vector<ArenaName> names{{request.fields.rank, false}, {request.fields.rank, true}};
+  if (request.op == Op::kFetchRelay) {  // who took another rank's shard has it in its own arena
+    auto all = host_->List(job);
+    for (const ArenaName& name : all.ok() ? all.value() : std::vector<ArenaName>()) {
+      if (!name.replica && name.rank != request.fields.rank) names.push_back(name);
+    }
+  }
+  for (const ArenaName& name : names) {
+    auto fds = host_->Open(job, name, 0);
     if (!fds.ok()) continue;
     if (fds.value().eventfd >= 0) close(fds.value().eventfd);
     auto opened = Arena::Open(fds.value().memfd);
@@ -435,12 +473,12 @@ void ReplicaStore::Fetch(PeerSession* session) {
         continue;
       }
       if (arena.Damaged(*view)) {
-        damaged = true;
+        *damaged = true;
         continue;
       }
       auto crcs = ReadChunkCrcs(arena, *view);
       if (!crcs.ok() || CrcRoot(view->fields, crcs.value().data()) != view->crc_root) continue;
-      if (!session->Respond({.fields = view->fields, .crc_root = view->crc_root}).ok()) return;
+      if (!session->Respond({.fields = view->fields, .crc_root = view->crc_root}).ok()) return true;
       session->connection()->set_deadline(
           DeadlineFor(Limits(options_), view->fields.payload_bytes));
       KillPoint("serve.responded");
@@ -453,14 +491,10 @@ void ReplicaStore::Fetch(PeerSession* session) {
         listener_->OnTrouble(job, fmt::format("sending step {} of rank {}: {}", view->step(),
                                               view->fields.rank, sent.error().message));
       }
-      return;
+      return true;
     }
   }
-  (void)session->Refuse(
-      damaged ? Status::kCorrupt : Status::kUnknown,
-      fmt::format("step {} of rank {} with checksum {:08x} is {}", request.fields.step,
-                  request.fields.rank, request.crc_root,
-                  damaged ? "damaged in this node's memory" : "not here (any more)"));
+  return false;
 }
 
 void ReplicaStore::MarkCommitted(const JobId& job, Generation generation, Step step) {

@@ -22,6 +22,7 @@
 #include "checkpoint/transfer/arrival.h"
 #include "checkpoint/transfer/job_table.h"
 #include "checkpoint/transfer/peer_server.h"
+#include "checkpoint/transfer/relay.h"
 #include "checkpoint/transfer/transfer_service.h"
 
 namespace everstep::checkpoint {
@@ -36,8 +37,13 @@ class ReplicaStore final : public PeerHandler {
  public:
   // All must outlive the store.
   ReplicaStore(const TransferOptions& options, ArenaHost* host, Listener* listener, JobTable* jobs,
-               Traffic* traffic)
-      : options_(options), host_(host), listener_(listener), jobs_(jobs), traffic_(traffic) {}
+               Traffic* traffic, RelayTable* relays)
+      : options_(options),
+        host_(host),
+        listener_(listener),
+        jobs_(jobs),
+        traffic_(traffic),
+        relays_(relays) {}
 
   std::optional<SipKey> KeyOf(const JobId& job) override;
   void Serve(PeerSession* session) override;
@@ -76,6 +82,7 @@ class ReplicaStore final : public PeerHandler {
                      Replica* replica, Arrival* arrival);
   void Join(PeerSession* session);
   void Fetch(PeerSession* session);  // and pick
+  bool FetchWhole(PeerSession* session, bool* damaged);
   void End(const ReplicaPtr& replica);
 
   const TransferOptions options_;
@@ -83,6 +90,7 @@ class ReplicaStore final : public PeerHandler {
   Listener* const listener_;
   JobTable* const jobs_;
   Traffic* const traffic_;
+  RelayTable* const relays_;
   std::mutex mutex_;
   std::map<std::pair<JobId, Rank>, ReplicaPtr> replicas_;
 };

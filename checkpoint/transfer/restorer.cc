@@ -6,7 +6,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/slot_writer.h"
@@ -25,9 +28,15 @@ Result<Arena> Reopen(const Arena& arena) {
   return Arena::Open(fd);
 }
 
+// The slot that takes the bytes; whoever wants them too gets them from `relays` while they come.
 class SlotSink final : public FetchSink {
  public:
-  SlotSink(Arena* arena, std::uint32_t slot) : arena_(arena), slot_(slot) {}
+  SlotSink(Arena* arena, std::uint32_t slot, RelayKey key, RelayTable* relays)
+      : arena_(arena), slot_(slot), key_(std::move(key)), relays_(relays) {}
+  ~SlotSink() override { End(false); }
+  SlotSink(const SlotSink&) = delete;
+  SlotSink& operator=(const SlotSink&) = delete;
+
   SlotWriter* Begin(const SlotFields& fields) override {
     if (writer_) return &*writer_;
     auto writer = SlotWriter::Begin(arena_, slot_, fields.payload_bytes);
@@ -36,15 +45,110 @@ class SlotSink final : public FetchSink {
       return nullptr;
     }
     writer_.emplace(writer.value());
+    fields_ = fields;
     return &*writer_;
+  }
+  void Table(const std::vector<std::uint32_t>& crcs,
+             const std::vector<std::uint8_t>& have) override {
+    if (relay_ != nullptr) return;
+    auto memory = Reopen(*arena_);
+    if (!memory.ok()) return;  // who waits for it turns to a holder
+    const SlotHeader& torn = arena_->header()->slot[slot_];
+    SlotView view{.slot = slot_,
+                  .seq = torn.seq.load(std::memory_order_acquire),
+                  .extent_offset = torn.extent_offset,
+                  .extent_bytes = torn.extent_bytes,
+                  .fields = fields_,
+                  .crc_root = key_.crc_root};
+    relay_ = std::make_shared<Relay>(std::move(memory.value()), view, crcs, have);
+    relays_->Open(key_, relay_);
+    KillPoint("restore.relay_opened");
+  }
+  void Verified(std::uint64_t chunk) override {
+    if (relay_ != nullptr) relay_->Verified(chunk);
+  }
+  void Lost() override { End(false); }
+  void End(bool published) {
+    if (relay_ == nullptr) return;
+    relay_->End(published);
+    relays_->Close(key_, relay_.get());
+    relay_ = nullptr;
   }
   std::string Why() const override { return why_; }
 
  private:
   Arena* arena_;
   std::uint32_t slot_;
+  const RelayKey key_;
+  RelayTable* relays_;
   std::optional<SlotWriter> writer_;
+  SlotFields fields_;
+  std::shared_ptr<Relay> relay_;
   std::string why_;
+};
+
+// Whom a restore asks, one after the other, beginning with the plan's source.
+class Sources {
+ public:
+  Sources(const TransferOptions& options, const RestorePart& want, const std::string& own) {
+    if (want.relay > 0) {
+      const auto behind = std::min<std::uint32_t>(want.relay, 64) - 1;
+      // It takes its own memory first, at a GiB a second.
+      const std::chrono::milliseconds ready(std::min<std::uint64_t>(want.bytes >> 20, 60'000));
+      all_.push_back({.address = want.source_address,
+                      .relay = true,
+                      .limits = {.connect_timeout = options.connect_timeout,
+                                 .io_timeout = options.relay_timeout +
+                                               options.relay_timeout / 4 * behind + ready,
+                                 .least_bytes_per_second = options.relay_bytes_per_second}});
+    }
+    const PeerLimits holders{.connect_timeout = options.connect_timeout,
+                             .io_timeout = options.io_timeout};
+    const auto add = [&](const std::string& address) {
+      if (!address.empty() && address != own)
+        all_.push_back({.address = address, .limits = holders});
+    };
+    if (want.relay == 0) add(want.source_address);
+    for (const std::string& other : want.others) add(other);
+  }
+
+  bool empty() const { return at_ >= all_.size(); }
+  // What the present one is asked like.
+  void Fill(PeerTask* task) const {
+    const Source& source = all_[at_];
+    task->address = source.address;
+    task->relay = source.relay;
+    task->checked = source.corrupt > 0;
+    task->limits = source.limits;
+  }
+  // The present one failed so; the next one's turn. True: after a pause, all have had theirs.
+  bool Next(ErrorCode code) {
+    Source& source = all_[at_];
+    // A source that just started may not know the job yet, so "not there" is believed the fifth
+    // time. A wrong chunk may be the wire once; three are its memory.
+    source.gone += code == ErrorCode::kNotFound ? 1 : 0;
+    source.corrupt += code == ErrorCode::kCorrupt ? 1 : 0;
+    if (source.relay || source.gone >= 5 || source.corrupt >= 3 || code == ErrorCode::kStale) {
+      all_.erase(all_.begin() + static_cast<std::ptrdiff_t>(at_));
+    } else {
+      ++at_;
+      asked_ = true;
+    }
+    if (at_ < all_.size()) return false;
+    at_ = 0;
+    return std::exchange(asked_, false);
+  }
+
+ private:
+  struct Source {
+    std::string address;
+    bool relay = false;  // one chance: what it lacks once it may lack for long
+    PeerLimits limits;
+    int gone = 0, corrupt = 0;
+  };
+  std::vector<Source> all_;  // who may yet have it
+  std::size_t at_ = 0;
+  bool asked_ = false;  // one that stays, since the last pause
 };
 
 // Each byte is read once: copied and checked in the same pass.
@@ -95,8 +199,8 @@ std::optional<SlotView> FindRestore(const Arena& arena, const RestorePart& resto
 }
 
 Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
-                              const JobFacts& facts, const LocalRank& local,
-                              std::uint16_t own_port) {
+                              const JobFacts& facts, const LocalRank& local, std::uint16_t own_port,
+                              RelayTable* relays) {
   const RestorePart& want = local.restore;
   auto target = Reopen(local.arena);
   if (!target.ok()) return target.error();
@@ -122,47 +226,54 @@ Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
     why = copied.error().message;
   }
 
-  const std::string own = fmt::format("{}:{}", options.bind_address, own_port);
-  if (want.source_address.empty() || want.source_address == own) {
+  Sources sources(options, want, fmt::format("{}:{}", options.bind_address, own_port));
+  if (sources.empty()) {
     return Error{ErrorCode::kNotFound,
                  fmt::format("step {} of rank {} is not in this node's memory{}{}", want.step,
                              want.shard_rank, why.empty() ? "" : ": ", why)};
   }
-  PeerTask task{
-      .address = want.source_address,
-      .job = local.job,
-      .key = facts.key,
-      .generation = local.generation,
-      .committed_generation = facts.committed_generation,
-      .committed_step = facts.committed_step,
-      .limits = {.connect_timeout = options.connect_timeout, .io_timeout = options.io_timeout},
-      .cancel = &local.cancel,
-      .streams = options.streams,
-      .traffic_class = TrafficClass::kRepair};
+  PeerTask task{.address = {},
+                .job = local.job,
+                .key = facts.key,
+                .generation = local.generation,
+                .committed_generation = facts.committed_generation,
+                .committed_step = facts.committed_step,
+                .limits = {},
+                .cancel = &local.cancel,
+                .streams = options.streams,
+                .traffic_class = TrafficClass::kRepair};
   SlotFields wanted;
   wanted.step = want.step;
   wanted.rank = want.shard_rank;
   wanted.generation = want.shard_generation;
   wanted.payload_bytes = want.bytes;
-  SlotSink sink(&arena, slot);
+  SlotSink sink(&arena, slot,
+                {local.job, want.shard_rank, want.shard_generation, want.step, want.crc_root},
+                relays);
+  // While others wait for the source this takes its memory, not once it answers: each in a line
+  // would wait for all before it.
+  if (want.bytes <= kMaxPayloadBytes) {
+    if (auto ok = SlotWriter::Reserve(&arena, slot, want.bytes); !ok.ok()) return ok.error();
+  }
   FetchProgress progress;
   const auto deadline = std::chrono::steady_clock::now() + options.restore_timeout +
                         std::chrono::milliseconds(RestoreMillis(want.bytes));
   auto pause = options.retry_first;
-  int gone = 0, corrupt = 0;
   for (int attempt = 1;; ++attempt) {
+    sources.Fill(&task);
     auto view = FetchSlot(task, wanted, want.crc_root, &sink, &progress);
-    if (view.ok()) return view;
+    if (view.ok()) {
+      sink.End(true);
+      return view;
+    }
     const ErrorCode code = view.error().code;
-    // A source that just started may not know the job yet, so "not there" is believed the fifth
-    // time.
-    if (code == ErrorCode::kNotFound) ++gone;
-    if (code == ErrorCode::kCorrupt) ++corrupt;  // once may be the wire, three times is its memory
-    task.checked = corrupt > 0;
-    if (code == ErrorCode::kStale || code == ErrorCode::kNoMemory || gone >= 5 || corrupt >= 3 ||
+    if (local.cancel) return Error{ErrorCode::kStale, "the generation is over"};
+    const bool all_asked = code != ErrorCode::kNoMemory && sources.Next(code);
+    if (code == ErrorCode::kNoMemory || sources.empty() ||
         std::chrono::steady_clock::now() + pause >= deadline) {
       return Error{code, fmt::format("{} (attempt {})", view.error().message, attempt)};
     }
+    if (!all_asked) continue;
     for (auto slept = pause * 0; slept < pause && !local.cancel;
          slept += std::chrono::milliseconds(20)) {
       std::this_thread::sleep_for(std::chrono::milliseconds(20));

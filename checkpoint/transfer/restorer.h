@@ -6,6 +6,7 @@
 
 #include "checkpoint/transfer/job_table.h"
 #include "checkpoint/transfer/local_rank.h"
+#include "checkpoint/transfer/relay.h"
 #include "checkpoint/transfer/transfer_service.h"
 
 namespace everstep::checkpoint {
@@ -14,9 +15,10 @@ namespace everstep::checkpoint {
 std::optional<SlotView> FindRestore(const Arena& arena, const RestorePart& restore);
 
 // Blocks until the bytes are in the rank's arena, verified (the slot's view), or cannot be had.
-// `own_address`: this node's data plane, never dialled.
+// `own_port`: this node's data plane, dialled only for what another rank here takes. What comes
+// from a peer is in `relays` while it comes.
 Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
-                              const JobFacts& facts, const LocalRank& local,
-                              std::uint16_t own_port);
+                              const JobFacts& facts, const LocalRank& local, std::uint16_t own_port,
+                              RelayTable* relays);
 
 }  // namespace everstep::checkpoint

@@ -94,6 +94,11 @@ Result<ChunkTable> ReceiveTable(Connection* connection, const SlotFields& fields
 Outcome SendChunk(Connection* connection, const Arena& arena, const SlotView& view,
                   const unsigned char* data, std::uint64_t chunk, std::uint32_t crc) {
   if (!arena.Current(view)) return Overwritten(arena, view);
+  return SendChunkBytes(connection, arena, view, data, chunk, crc);
+}
+
+Outcome SendChunkBytes(Connection* connection, const Arena& arena, const SlotView& view,
+                       const unsigned char* data, std::uint64_t chunk, std::uint32_t crc) {
   const ChunkFrame frame{
       .index = static_cast<std::uint32_t>(chunk), .bytes = view.chunk_size(chunk), .crc = crc};
   if (auto ok = connection->Send(&frame, sizeof frame, true); !ok.ok()) return ok;
@@ -155,6 +160,14 @@ Outcome ReceiveChunk(Connection* connection, const SlotFields& fields, const Chu
   auto ok = ReceiveChunkBytes(connection, fields, frame, writer->Chunk(frame.index));
   if (ok.ok()) writer->SetChunkCrc(frame.index, frame.crc);
   return ok;
+}
+
+Outcome SkipChunk(Connection* connection, const ChunkFrame& frame) {
+  for (std::size_t at = 0; at < frame.bytes; at += kPiece) {
+    const std::size_t n = std::min<std::size_t>(kPiece, frame.bytes - at);
+    if (auto ok = connection->Receive(Bounce(), n); !ok.ok()) return ok;
+  }
+  return Done{};
 }
 
 Status ToStatus(ErrorCode code) {

@@ -44,6 +44,9 @@ Result<ChunkTable> ReceiveTable(Connection* connection, const SlotFields& fields
 // null: the pages go there by themselves (sendfile).
 Outcome SendChunk(Connection* connection, const Arena& arena, const SlotView& view,
                   const unsigned char* data, std::uint64_t chunk, std::uint32_t crc);
+// The same of a slot that need not be whole: the caller knows that this chunk is.
+Outcome SendChunkBytes(Connection* connection, const Arena& arena, const SlotView& view,
+                       const unsigned char* data, std::uint64_t chunk, std::uint32_t crc);
 Outcome SendEndOfChunks(Connection* connection);
 // On the same host a byte that is copied into the socket is read from the cache by its receiver,
 // one that is lent to it from memory: mapping pays. To another host the network card reads it.
@@ -58,6 +61,8 @@ Outcome ReceiveChunkBytes(Connection* connection, const SlotFields& fields, cons
 // Its bytes, into the writer's slot. kCorrupt: not those of frame.crc.
 Outcome ReceiveChunk(Connection* connection, const SlotFields& fields, const ChunkFrame& frame,
                      SlotWriter* writer);
+// ... or nowhere.
+Outcome SkipChunk(Connection* connection, const ChunkFrame& frame);
 
 // The part of `whole` that fits a fixed text field, NUL-terminated.
 template <std::size_t N>

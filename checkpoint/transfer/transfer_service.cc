@@ -63,7 +63,7 @@ class Service final : public TransferService {
         listener_(listener),
         files_(files),
         traffic_(options.pacing),
-        replicas_(options, host, listener, &jobs_, &traffic_),
+        replicas_(options, host, listener, &jobs_, &traffic_, &relays_),
         pool_(std::max(1, options.push_threads)),
         upkeep_(options, host, listener, &jobs_, &traffic_, &pool_) {}
   ~Service() override { Stop(); }
@@ -147,6 +147,7 @@ class Service final : public TransferService {
   ShardFiles* const files_;
   JobTable jobs_;
   Traffic traffic_;
+  RelayTable relays_;
   ReplicaStore replicas_;
   TaskPool pool_;
   Upkeep upkeep_;
@@ -411,7 +412,7 @@ std::optional<SlotView> Service::Bring(
 
 void Service::Restore(const LocalPtr& local) {
   const auto view = Bring(local, RestoreState::kReady, [&](const JobFacts& facts) {
-    return BringRestore(options_, host_, facts, *local, server_->port());
+    return BringRestore(options_, host_, facts, *local, server_->port(), &relays_);
   });
   if (!view) return;
   local->restored = true;

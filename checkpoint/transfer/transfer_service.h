@@ -75,6 +75,10 @@ struct RestorePart {
   std::uint32_t crc_root = 0;
   std::uint64_t bytes = 0;
   std::string source_address;  // host:port of a data plane; empty or this node's own: local memory
+  // Takers between this rank and a holder: the source takes these bytes itself and passes them on,
+  // and may be this very node. 0: it holds them.
+  std::uint32_t relay = 0;
+  std::vector<std::string> others = {};  // host:port of holders, when the source does not serve
   // By ranges of these shards, as the trainer asks for them; of the fields above only `step`
   // means something then. Null: a whole shard.
   std::shared_ptr<const RestoreCut> cut;
@@ -121,6 +125,11 @@ struct TransferOptions {
       5000};  // no byte moved for so long: the connection is given up
   std::chrono::milliseconds retry_first{50};  // doubles up to retry_last
   std::chrono::milliseconds retry_last{1000};
+  // A source that receives itself is given so long without a byte, a quarter more for each taker
+  // between it and a holder (who is nearest to what fails finds it first), and this least rate;
+  // then another is asked for what lacks.
+  std::chrono::milliseconds relay_timeout{1000};
+  std::uint64_t relay_bytes_per_second = 8u << 20;
   // A fetch, all attempts together: so long, and RestoreMillis of its bytes.
   std::chrono::milliseconds restore_timeout{120000};
   // A survey reads the payloads of so many bytes of slots, in all; of what lies there beyond,

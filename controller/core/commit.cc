@@ -203,42 +203,6 @@ void Controller::Impl::TellCommits(JobStateView* job, const NodeId& node) {
   }
 }
 
-// Gives every rank its source among the holders of one cut; false: some rank has none.
-bool Controller::Impl::ServeFrom(JobStateView* job, const std::vector<Holder>& holders,
-                                 bool replicated) {
-  for (NodePlan& member : job->plan.nodes) {
-    for (WorkerPlan& worker : member.workers) {
-      const Holder* best = nullptr;
-      int best_score = -1;
-      for (const Holder& h : holders) {
-        if (!replicated && h.shard.rank != worker.rank) continue;
-        if (h.shard.file && h.node != member.node) continue;  // a node reads its own directory
-        const int score = (h.shard.file            ? 0
-                           : h.node == member.node ? 6
-                                                   : 4) +
-                          (h.shard.rank == worker.rank ? 1 : 0);
-        if (score > best_score) {
-          best = &h;
-          best_score = score;
-        }
-      }
-      if (best == nullptr) return false;
-      const NodeFacts& facts = state_.nodes.at(best->node).record.facts;
-      worker.restore = {
-          .step = best->shard.step,
-          .shard_rank = best->shard.rank,
-          .shard_generation = best->shard.generation,
-          .crc_root = best->shard.crc_root,
-          .bytes = best->shard.bytes,
-          .source_node = best->node,
-          .source_address = best->shard.file ? std::string()
-                                             : fmt::format("{}:{}", facts.address, facts.data_port),
-          .file = best->shard.file};
-    }
-  }
-  return true;
-}
-
 void Controller::Impl::PlanRestore(JobStateView* job) {
   job->plan.cut = {};
   runtime_[job->record.spec.job].unserved.clear();
@@ -299,7 +263,7 @@ void Controller::Impl::JournalRestore(const JobStateView& job) {
   const GenerationPlan& plan = job.plan;
   const everstep::Step committed =
       job.commits.commits.empty() ? kNoStep : job.commits.commits.front().step;
-  std::size_t local = 0, peer = 0, files = 0, ranges = 0;
+  std::size_t local = 0, peer = 0, files = 0, ranges = 0, passed_on = 0;
   std::uint64_t bytes = 0;
   for (const NodePlan& member : plan.nodes) {
     for (const WorkerPlan& worker : member.workers) {
@@ -314,7 +278,8 @@ void Controller::Impl::JournalRestore(const JobStateView& job) {
         continue;
       }
       const bool here = worker.restore.source_node == member.node;
-      ++(here ? local : peer);
+      ++(here && worker.restore.relay == 0 ? local : peer);
+      passed_on += worker.restore.relay > 0 ? 1 : 0;
       bytes += here ? 0 : worker.restore.bytes;
     }
   }
@@ -336,11 +301,12 @@ void Controller::Impl::JournalRestore(const JobStateView& job) {
            .message = plan.restore_step == kNoStep
                           ? fmt::format("job {} starts from nothing: no step is complete", id)
                           : fmt::format("job {} goes back to step {}", id, plan.restore_step),
-           .evidence =
-               fmt::format("step={} committed={} ranks_local={} ranks_from_peers={}{}{} bytes={}{}",
-                           plan.restore_step, committed, local, peer,
-                           files == 0 ? "" : fmt::format(" ranks_from_files={}", files),
-                           CutEvidence(plan.cut, ranges), bytes, unserved)});
+           .evidence = fmt::format(
+               "step={} committed={} ranks_local={} ranks_from_peers={}{}{}{} bytes={}{}",
+               plan.restore_step, committed, local, peer,
+               passed_on == 0 ? "" : fmt::format(" passed_on={}", passed_on),
+               files == 0 ? "" : fmt::format(" ranks_from_files={}", files),
+               CutEvidence(plan.cut, ranges), bytes, unserved)});
 }
 
 void Controller::Impl::Progress(JobStateView* job, everstep::Step step) {

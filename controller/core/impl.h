@@ -1,8 +1,9 @@
 // The controller's inside. Split along its seams: controller.cc (dispatch, records, recovery),
 // nodes.cc (who is alive), jobs.cc (a job's life), faults.cc (who pays for a restart), retention.cc
 // (what stays of an ended job), generation.cc (the two-phase switch), commit.cc (which step is
-// safe, where a generation starts from), repair.cc (copies that went bad), trust.cc (verified
-// checkpoints, roll-backs), ranges.cc (a world of another size), forecast.cc (what if).
+// safe, where a generation starts from), sources.cc (from whom each rank takes it), ranges.cc (a
+// world of another size), repair.cc (copies that went bad), trust.cc (verified checkpoints,
+// roll-backs), forecast.cc (what if).
 #pragma once
 
 #include <map>
@@ -184,19 +185,23 @@ class Controller::Impl {
   void TellCommits(JobStateView* job, const NodeId& node);
   void PlanRestore(JobStateView* job);
   void JournalRestore(const JobStateView& job);
-  // Rounds of the choice of a restore: one cut, its holders.
+  void Progress(JobStateView* job, everstep::Step step);
+
+  // sources.cc
+  // One candidate of what to restore from: a consistent cut's shards and who holds them.
   struct Holder {
     NodeId node;
     HeldShard shard;
   };
+  // Gives every rank its source among the holders of one cut; false: some rank has none.
   bool ServeFrom(JobStateView* job, const std::vector<Holder>& holders, bool replicated);
+  std::string DataAddress(const NodeId& node) const;  // host:port of its data plane
 
   // ranges.cc
   // Makes `cut` the plan's, each worker to take its ranges of it. False: it is neither committed
   // nor in files, or a shard has no holder in any tier (Runtime::unserved says which).
   bool ServeRanges(JobStateView* job, RestoreCut cut, const std::vector<Holder>& holders);
   static std::string CutEvidence(const RestoreCut& cut, std::size_t ranks);
-  void Progress(JobStateView* job, everstep::Step step);
 
   // repair.cc
   void On(const ShardDamaged& e);

@@ -39,8 +39,7 @@ bool Controller::Impl::ServeRanges(JobStateView* job, RestoreCut cut,
       if (h.shard.rank != rank || h.shard.crc_root != shard.crc_root) continue;
       shard.bytes = h.shard.bytes;
       if (h.shard.file) continue;
-      const NodeFacts& facts = state_.nodes.at(h.node).record.facts;
-      CutHolder holder{h.node, fmt::format("{}:{}", facts.address, facts.data_port)};
+      CutHolder holder{h.node, DataAddress(h.node)};
       if (std::find(shard.holders.begin(), shard.holders.end(), holder) == shard.holders.end()) {
         shard.holders.push_back(std::move(holder));
       }

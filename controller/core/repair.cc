@@ -82,9 +82,7 @@ void Controller::Impl::On(const ShardDamaged& e) {
     if (e.found_by != "survey") NoteAnomaly(job, fmt::format("memory of node {}", e.node));
   }
   if (source.empty() || job->record.state != JobState::kRunning) return;
-  const NodeFacts& facts = state_.nodes.at(source).record.facts;
-  Send(e.node, RepairShardCommand{e.job, e.shard, source,
-                                  fmt::format("{}:{}", facts.address, facts.data_port)});
+  Send(e.node, RepairShardCommand{e.job, e.shard, source, DataAddress(source)});
 }
 
 // A node that holds these bytes, one whose memory is not suspect first; empty: none that can be

@@ -70,16 +70,18 @@ std::string Ranks(const NodePlan& node) {
   return text;
 }
 
-// "rank 1's from n2" when some worker starts from another node's or another rank's slot.
+// "rank 1's from n2" when some worker starts from another node's or another rank's slot; "by n3"
+// when n3 passes it on.
 std::string RestoreText(const NodePlan& node) {
   std::string text;
   for (const WorkerPlan& w : node.workers) {
     if (w.restore.step == kNoStep) continue;
-    text += fmt::format("{}rank {} from {}", text.empty() ? "" : ", ", w.rank,
-                        w.restore.ranges                     ? "all"
-                        : w.restore.file                     ? "files"
-                        : w.restore.source_node == node.node ? "here"
-                                                             : w.restore.source_node);
+    text += fmt::format(
+        "{}rank {} {} {}", text.empty() ? "" : ", ", w.rank, w.restore.relay > 0 ? "by" : "from",
+        w.restore.ranges                                             ? "all"
+        : w.restore.file                                             ? "files"
+        : w.restore.source_node == node.node && w.restore.relay == 0 ? "here"
+                                                                     : w.restore.source_node);
     if (w.restore.shard_rank != w.rank) text += fmt::format("'s rank {}", w.restore.shard_rank);
   }
   return text.empty() ? "" : fmt::format("({})", text);

@@ -10,6 +10,7 @@
 #include <utility>
 
 #include "checkpoint/core/survival.h"
+#include "checkpoint/core/swarm.h"
 #include "controller/core/copies.h"
 #include "controller/server/pace.h"
 #include "controller/server/policy_status.h"
@@ -192,6 +193,11 @@ void Explain(const ClusterState& state, const JobStateView& job, const Forecast&
   to->set_choices(in_memory + (r.file ? 1 : 0));
   if (r.file) {
     to->set_why("memory has no complete step as new: this rank reads its file");
+  } else if (r.relay > 0) {
+    to->set_why(
+        fmt::format("{} and passes it on as it comes; {} holder{}, whose link carries it once",
+                    r.source_node == on ? "another rank here takes it" : "that node takes it, too,",
+                    in_memory, in_memory == 1 ? "" : "s"));
   } else if (r.source_node == on) {
     to->set_why("in this node's own memory: nothing is moved");
   } else {
@@ -220,6 +226,7 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
                  v1::LossForecast* to) {
   std::map<NodeId, std::uint64_t> in, out;
   std::uint64_t copy = 0;
+  std::uint32_t deepest = 0;  // who takes what others pass on is a chunk behind each of them
   for (const NodePlan& member : forecast.plan.nodes) {
     if (forecast.state == JobState::kActivating) to->add_members(member.node);
     for (const WorkerPlan& worker : member.workers) {
@@ -237,11 +244,15 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
         CountRanges(forecast.plan.cut, member.node, worker, &in, &out);
         continue;
       }
-      source->set_tier(r.file ? "file" : r.source_node == member.node ? "local" : "peer");
+      source->set_tier(r.file                         ? "file"
+                       : r.relay > 0                  ? "relay"
+                       : r.source_node == member.node ? "local"
+                                                      : "peer");
       source->set_source_node(r.file ? job.record.spec.ckpt_dir : r.source_node);
       source->set_source_rank(r.shard_rank);
       source->set_bytes(r.bytes);
       Explain(state, job, forecast, member.node, r, source);
+      deepest = std::max(deepest, r.relay);
       if (!r.file && r.source_node != member.node) {
         in[member.node] += r.bytes;
         out[r.source_node] += r.bytes;
@@ -257,6 +268,7 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
   std::uint64_t total = 0, busiest = 0;
   for (const auto& [node, bytes] : in) total += bytes, busiest = std::max(busiest, bytes);
   for (const auto& [node, bytes] : out) busiest = std::max(busiest, bytes);
+  busiest += deepest * checkpoint::kPassedOnBytes;
   to->set_bytes_to_move(total);
   to->set_bytes_to_copy(copy);
   const Pace pace = PaceOf(job);

@@ -80,6 +80,13 @@ enum class StallKind : std::uint8_t { kStopped = 1, kGroupNotFormed = 2 };
 
 // --- a node's part of the plan of a generation ---
 
+// A node that has a shard in its memory.
+struct CutHolder {
+  NodeId node;
+  std::string address;  // host:port
+  friend bool operator==(const CutHolder&, const CutHolder&) = default;
+};
+
 struct RestorePlan {
   Step step = kNoStep;
   Rank shard_rank = 0;
@@ -92,15 +99,14 @@ struct RestorePlan {
   // By byte ranges of the plan's RestoreCut; `bytes` is a guess then, and of the other fields only
   // step and shard_generation mean something.
   bool ranges = false;
+  // 0: the source holds the bytes. Else it takes them itself and passes them on as they come, and
+  // so many takers lie between this rank and a holder; it may run on this very node.
+  std::uint32_t relay = 0;
+  std::vector<CutHolder> others = {};  // holders to turn to when the source does not serve
   friend bool operator==(const RestorePlan&, const RestorePlan&) = default;
 };
 
 // Every shard of one step: what a world of another size starts from.
-struct CutHolder {
-  NodeId node;
-  std::string address;  // host:port
-  friend bool operator==(const CutHolder&, const CutHolder&) = default;
-};
 struct CutShard {
   Rank rank = 0;  // that captured it
   std::uint32_t crc_root = 0;

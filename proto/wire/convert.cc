@@ -5,6 +5,11 @@
 namespace everstep::wire {
 namespace {
 
+void ToProto(const CutHolder& from, v1::CutHolder* to) {
+  to->set_node(from.node);
+  to->set_address(from.address);
+}
+
 void ToProto(const RestorePlan& from, v1::Restore* to) {
   to->set_step(from.step);
   to->set_shard_rank(from.shard_rank);
@@ -15,18 +20,26 @@ void ToProto(const RestorePlan& from, v1::Restore* to) {
   to->set_source_address(from.source_address);
   to->set_file(from.file);
   to->set_ranges(from.ranges);
+  to->set_relay(from.relay);
+  for (const CutHolder& other : from.others) ToProto(other, to->add_others());
 }
 
 RestorePlan FromProto(const v1::Restore& from) {
-  return {.step = from.step(),
-          .shard_rank = from.shard_rank(),
-          .shard_generation = from.shard_generation(),
-          .crc_root = from.crc_root(),
-          .bytes = from.bytes(),
-          .source_node = from.source_node(),
-          .source_address = from.source_address(),
-          .file = from.file(),
-          .ranges = from.ranges()};
+  RestorePlan to{.step = from.step(),
+                 .shard_rank = from.shard_rank(),
+                 .shard_generation = from.shard_generation(),
+                 .crc_root = from.crc_root(),
+                 .bytes = from.bytes(),
+                 .source_node = from.source_node(),
+                 .source_address = from.source_address(),
+                 .file = from.file(),
+                 .ranges = from.ranges(),
+                 .relay = from.relay()};
+  to.others.reserve(static_cast<std::size_t>(from.others_size()));
+  for (const v1::CutHolder& other : from.others()) {
+    to.others.push_back({other.node(), other.address()});
+  }
+  return to;
 }
 
 void ToProto(const WorkerPlan& from, v1::WorkerPlan* to) {
@@ -178,11 +191,7 @@ void ToProto(const RestoreCut& from, v1::RestoreCut* to) {
     s->set_crc_root(shard.crc_root);
     s->set_bytes(shard.bytes);
     s->set_file(shard.file);
-    for (const CutHolder& holder : shard.holders) {
-      v1::CutHolder* h = s->add_holders();
-      h->set_node(holder.node);
-      h->set_address(holder.address);
-    }
+    for (const CutHolder& holder : shard.holders) ToProto(holder, s->add_holders());
   }
 }
 

@@ -5,9 +5,10 @@ Cases and metrics
               every byte checked, none copied. Unit x: one warm memcpy of the same bytes in the same process.
   peer-SIZE   restored: a slot from another node's memory, from the agent's order to the checked slot. Unit x: the same
               bytes over the same link at the rate that iperf3 reaches there, in as many streams.
-  swarm-N     time: N nodes take one shard from one holder, until the last has it. Each node is a network namespace whose
+  swarm-N     time: N nodes take one shard of one holder as the controller plans it, from it or from each other, until
+              the last has it. Each node is a network namespace whose
               link is shaped to --link Mbit/s each way. Unit x: one shard over one such link by iperf3. "goal" in the table:
-              ceil(log2(N + 1)), what newcomers that pass on what they have would need. Needs root.
+              ceil(log2(N + 1)), a doubling of the sources each round. Needs root.
 """
 
 from __future__ import annotations
@@ -93,10 +94,16 @@ class Restores:
         self.generation += 2
         self.holder.say("capture", self.generation - 1, self.generation, self.size)
         _, crc, size = self.holder.hear()
-        source = f"{self.holder.address}:{self.holder.port}"
+        holder = f"{self.holder.address}:{self.holder.port}"
+        self.holder.say("swarm", count, size)  # what the controller would plan
+        plan = [tuple(map(int, word.split(":"))) for word in self.holder.hear()[1:]]
         began = time.monotonic_ns()
-        for taker in self.takers[:count]:
-            taker.say("restore", self.generation, self.generation, crc, size, self.generation - 1, source)
+        for taker, (source, depth) in zip(self.takers, plan):
+            shard = (self.generation, self.generation, crc, size, self.generation - 1)
+            if depth == 0:
+                taker.say("restore", *shard, holder)
+            else:
+                taker.say("restore", *shard, f"{self.takers[source].address}:{self.takers[source].port}", depth, holder)
         return (max(int(taker.hear()[1]) for taker in self.takers[:count]) - began) / 1e9
 
 

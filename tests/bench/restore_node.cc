@@ -5,7 +5,10 @@
 //
 // Says `port P`, then answers each line:
 //   capture GENERATION STEP BYTES       -> captured CRC_ROOT BYTES
-//   restore GENERATION STEP CRC_ROOT BYTES SHARD_GENERATION HOST:PORT -> restored NANOSECONDS
+//   swarm TAKERS BYTES                  -> swarm SOURCE:DEPTH..., the controller's plan for them
+//                                          with this node as holder; source -1: the holder
+//   restore GENERATION STEP CRC_ROOT BYTES SHARD_GENERATION HOST:PORT [DEPTH HOLDER:PORT]
+//                                       -> restored NANOSECONDS
 // `restored` is said when the slot lies here with every chunk checked; the time is
 // CLOCK_MONOTONIC's. Ends with its input.
 #include <fmt/format.h>
@@ -19,10 +22,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
+#include <iterator>
 #include <sstream>
 #include <string>
 #include <vector>
 
+#include "checkpoint/core/swarm.h"
 #include "checkpoint/store/slot_writer.h"
 #include "checkpoint/transfer/transfer_service.h"
 #include "tests/unit/memory_host.h"
@@ -75,6 +80,17 @@ class Node {
         writer.value().Finish({.generation = generation, .step = step, .world_size = 1}, 0);
     if (!view.ok()) return "";
     return fmt::format("captured {} {}", view.value().crc_root, view.value().fields.payload_bytes);
+  }
+
+  static std::string Swarm(std::uint64_t takers, std::uint64_t bytes) {
+    std::vector<std::uint64_t> sent{0};
+    std::string text = "swarm";
+    for (const SwarmSource& source : PlanSwarm(takers, bytes, &sent)) {
+      const bool holder = source.taker == SwarmSource::kHolder;
+      fmt::format_to(std::back_inserter(text), " {}:{}",
+                     holder ? -1 : static_cast<std::int64_t>(source.taker), source.depth);
+    }
+    return text;
   }
 
   // Takes rank 0's slot from a peer; empty: not within kPatience.
@@ -137,12 +153,21 @@ int Main(int argc, char** argv) {
     std::string word;
     Generation generation = 0;
     RestorePart part;
-    words >> word >> generation >> part.step;
+    words >> word;
+    if (word == "swarm") {
+      std::uint64_t takers = 0;
+      if (words >> takers >> part.bytes) fmt::print("{}\n", Node::Swarm(takers, part.bytes));
+      std::fflush(stdout);
+      continue;
+    }
+    words >> generation >> part.step;
     std::string answer;
     if (word == "capture" && words >> part.bytes) {
       answer = node.Capture(generation, part.step, part.bytes);
     } else if (word == "restore" && words >> part.crc_root >> part.bytes >> part.shard_generation >>
                                         part.source_address) {
+      std::string holder;
+      if (words >> part.relay >> holder) part.others.push_back(holder);
       answer = node.Restore(generation, part);
     }
     if (answer.empty()) {

@@ -305,8 +305,8 @@ void Cluster::IfLost(const Words& c) {
       for (const PeerPlan& peer : member.peers) {
         peers.append(peers.empty() ? "" : "+").append(peer.node);
       }
-      Print(fmt::format("rank {} on {} copy_on={} from {}", w.rank, member.node,
-                        peers.empty() ? "-" : peers,
+      Print(fmt::format("rank {} on {} copy_on={} {} {}", w.rank, member.node,
+                        peers.empty() ? "-" : peers, w.restore.relay > 0 ? "by" : "from",
                         w.restore.step == kNoStep ? "-"
                         : w.restore.ranges        ? "all"
                                                   : w.restore.source_node));

@@ -77,8 +77,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   jobs.Begin("job", 3, "key");
   TransferOptions options;
   options.max_payload_bytes = 1 << 16;
+  options.io_timeout = std::chrono::milliseconds(20);  // a fetch from a relay waits so long
   Traffic traffic(options.pacing);
-  ReplicaStore store(options, &host, &listener, &jobs, &traffic);
+  RelayTable relays;
+  ReplicaStore store(options, &host, &listener, &jobs, &traffic, &relays);
   // Up to three requests in a row, so that resumes and repeated pushes are reached.
   for (int round = 0; round < 3 && size > 0; ++round) {
     RequestFrame request;

@@ -89,6 +89,7 @@ JOBS: dict[str, dict] = {
     "pair": {"env": {"STATE_MIB": "4"}, "nodes": 1, "per_node": 2},
     "files": {"env": {"STATE_MIB": "4"}, "flags": ["--ckpt-every", "5steps", "--ckpt-keep", "3"]},
     "elastic": {"env": {"STATE_MIB": "4"}, "nodes": "2:4"},
+    "crowd": {"env": {"STATE_MIB": "4"}, "nodes": "2:4", "per_node": 2},
 }
 
 
@@ -136,6 +137,8 @@ DRILLS: list[Drill] = [
     *drills(AGENT, "restore.chunk_copied restore.slot_copied", "pair", "pair", chunk_copied=5),
     # The job shrinks: what earlier members left is surplus.
     *drills(AGENT, "repair.surplus_dropped", "elastic", "node"),
+    # ... and grows again: of a newcomer's two ranks one takes the state from a peer, the other one from the first as it comes.
+    *drills(AGENT, "restore.relay_opened serve.relay_responded serve.relay_chunk_sent", "crowd", "node", relay_chunk_sent=4),
     # Every copy in memory died.
     *drills(AGENT, "restore.file_slot_begun restore.file_read restore.file_published", "files", "nodes"),
 ]
@@ -275,7 +278,7 @@ class Job:
         entries = ledger.read(self.cluster.ledger)
         if self.name == "files":  # more copies died than there were: steps are made again, from the newest in files
             return ledger.check(entries, [])
-        if self.name == "elastic":  # a step's weights depend on how many made the ones before
+        if self.name in ("elastic", "crowd"):  # a step's weights depend on how many made the ones before
             return [w for w in ledger.check(entries, self.cluster.committed) if "different states" not in w]
         return ledger.check(entries, self.cluster.committed)
 
@@ -290,7 +293,7 @@ class Job:
                                   env=self.cluster.env)
             if done.returncode:
                 raise Failure(f"{self.name}: ckpt verify: {done.stdout}{done.stderr}")
-        if self.name != "elastic":
+        if self.name not in ("elastic", "crowd"):
             self.compare()
 
     def compare(self) -> None:

@@ -67,12 +67,28 @@ TEST(Simulator, WorldsReachWhatTheyAreThereFor) {
     for (const auto& [what, count] : RunSeed(seed).counts) counts[what] += count;
   }
   for (const std::string& kind : FaultKinds()) EXPECT_GT(counts["fault " + kind], 0u) << kind;
-  for (const char* what :
-       {"groups formed", "groups finished", "steps", "captures", "captures skipped", "commits",
-        "committed steps lost with all copies of a shard", "controller starts", "late commands",
-        "stale commands", "lost: node_lost", "lost: node_died", "lost: node_returned",
-        "lost: prepare_timeout", "restores failed", "slots corrupted", "slots mended",
-        "rolled back", "syncs failed"}) {
+  for (const char* what : {"groups formed",
+                           "groups finished",
+                           "steps",
+                           "captures",
+                           "captures skipped",
+                           "commits",
+                           "committed steps lost with all copies of a shard",
+                           "controller starts",
+                           "late commands",
+                           "stale commands",
+                           "lost: node_lost",
+                           "lost: node_died",
+                           "lost: node_returned",
+                           "lost: prepare_timeout",
+                           "restores failed",
+                           "slots corrupted",
+                           "slots mended",
+                           "rolled back",
+                           "syncs failed",
+                           "ranks planned behind a taker",
+                           "shards passed on",
+                           "shards from another holder"}) {
     EXPECT_GT(counts[what], 0u) << what;
   }
 }

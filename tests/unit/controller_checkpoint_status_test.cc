@@ -278,6 +278,25 @@ TEST(CheckpointStatus, AForecastCountsWhatMovesAndWhatIsCopiedAnew) {
       "every rank's state of step 7 is left: 3 in the memory of the rank's own node, 1 on a peer");
 }
 
+TEST(CheckpointStatus, AForecastTellsWhoPassesItOn) {
+  World w({"a", "a", "b", "b"}, {2, 3, 0, 1});
+  for (const char* node : {"n5", "n6"}) w.state.nodes[node] = w.state.nodes["n2"];
+  Forecast f = GoesOn(w, "n2", "n5", "n4");
+  RestorePlan& second = f.plan.nodes[2].workers[0].restore;
+  f.plan.nodes[2].node = "n6";
+  second.source_node = "n5";
+  second.relay = 1;
+  const v1::LossForecast told = LossForecastOf(w.state, w.job, {"n2", "n3"}, f, 0);
+  ASSERT_EQ(told.sources_size(), 4);
+  EXPECT_EQ(told.sources(2).tier(), "relay");
+  EXPECT_EQ(told.sources(2).source_node(), "n5");
+  EXPECT_EQ(told.sources(2).why().find("that node takes it, too, and passes it on as it comes"), 0u)
+      << told.sources(2).why();
+  EXPECT_EQ(told.bytes_to_move(), 2 * 64 * kMiB);
+  // One shard over a link and a chunk more, not two.
+  EXPECT_DOUBLE_EQ(told.estimated_seconds(), 1 + 65. / 1024);
+}
+
 TEST(CheckpointStatus, AnEstimateUsesWhatThisJobMeasured) {
   World w({"", ""}, {1, 0});
   w.job.copied_bytes = 64 * kMiB;

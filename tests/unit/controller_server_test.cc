@@ -226,7 +226,9 @@ GenerationPlan TwoNodes() {
                                           .crc_root = 5,
                                           .bytes = 6,
                                           .source_node = "n2",
-                                          .source_address = "10.0.0.2:4000"}});
+                                          .source_address = "10.0.0.2:4000",
+                                          .relay = static_cast<std::uint32_t>(l),
+                                          .others = {{"n3", "10.0.0.3:4000"}}}});
     }
     plan.nodes.push_back(node);
   }
@@ -251,6 +253,8 @@ TEST(Convert, ActivateGivesANodeItsPartOfThePlan) {
   EXPECT_EQ(a.plan().workers(1).rank(), 3);
   EXPECT_EQ(a.plan().workers(1).restore().step(), 40);
   EXPECT_EQ(a.plan().workers(1).restore().source_address(), "10.0.0.2:4000");
+  EXPECT_EQ(a.plan().workers(1).restore().relay(), 1u);
+  EXPECT_EQ(a.plan().workers(1).restore().others(0).address(), "10.0.0.3:4000");
   ASSERT_EQ(a.plan().replica_nodes_size(), 2);
   EXPECT_EQ(a.plan().replica_nodes(0), "n1");
   EXPECT_EQ(a.plan().replica_addresses(1), "10.0.0.3:4000");

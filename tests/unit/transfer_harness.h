@@ -211,7 +211,9 @@ class Proxy {
   // spoil(connection number, offset of the next bytes to the node, bytes): may change them;
   // false: breaks the connection.
   using Spoil = std::function<bool(int, std::uint64_t, char*, std::size_t)>;
-  Proxy(std::uint16_t target, Spoil spoil) : target_(target), spoil_(std::move(spoil)) {
+  // `back`: the same for the bytes from the node; null: they pass.
+  Proxy(std::uint16_t target, Spoil spoil, Spoil back = nullptr)
+      : target_(target), spoil_(std::move(spoil)), back_(std::move(back)) {
     auto listening = Listen("127.0.0.1", 0);
     EXPECT_TRUE(listening.ok());
     fd_ = listening.value().fd;
@@ -227,6 +229,7 @@ class Proxy {
   std::string address() const { return fmt::format("127.0.0.1:{}", port_); }
   std::atomic<int> connections{0};
   std::atomic<std::uint64_t> forwarded{0};
+  std::atomic<std::uint64_t> returned{0};  // bytes from the node
 
  private:
   void Run() {
@@ -242,7 +245,7 @@ class Proxy {
     auto node = Connection::Dial(fmt::format("127.0.0.1:{}", target_), milliseconds(1000),
                                  milliseconds(5000), steady_clock::now() + kPatience);
     std::vector<char> buffer(64 << 10);
-    std::uint64_t offset = 0;
+    std::uint64_t offset = 0, back_offset = 0;
     while (node.ok() && !stop_) {
       pollfd p[2] = {{client, POLLIN, 0}, {node.value().fd(), POLLIN, 0}};
       if (poll(p, 2, 20) <= 0) continue;
@@ -255,14 +258,20 @@ class Proxy {
       }
       if (p[1].revents != 0) {
         const ssize_t n = recv(node.value().fd(), buffer.data(), buffer.size(), 0);
-        if (n <= 0 || send(client, buffer.data(), static_cast<std::size_t>(n), MSG_NOSIGNAL) != n)
+        if (n <= 0 ||
+            (back_ && !back_(number, back_offset, buffer.data(), static_cast<std::size_t>(n)))) {
           break;
+        }
+        back_offset += static_cast<std::uint64_t>(n);
+        returned += static_cast<std::uint64_t>(n);
+        if (send(client, buffer.data(), static_cast<std::size_t>(n), MSG_NOSIGNAL) != n) break;
       }
     }
     close(client);
   }
   const std::uint16_t target_;
   const Spoil spoil_;
+  const Spoil back_;
   int fd_ = -1;
   std::uint16_t port_ = 0;
   std::atomic<bool> stop_{false};

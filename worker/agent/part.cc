@@ -24,13 +24,16 @@ checkpoint::Part PartOf(const Activate& a, const std::string& directory) {
     worker.restore.shard_generation = w.restore.shard_generation;
     worker.restore.crc_root = w.restore.crc_root;
     worker.restore.bytes = w.restore.bytes;
-    if (w.restore.source_node != a.plan.node)
+    if (w.restore.source_node != a.plan.node || w.restore.relay > 0)
       worker.restore.source_address = w.restore.source_address;
     if (w.restore.ranges) {
       worker.restore.cut = cut;
       worker.restore.world_size = part.world_size;
       worker.restore.directory = directory;
     }
+    worker.restore.relay = w.restore.relay;
+    worker.restore.others.reserve(w.restore.others.size());
+    for (const CutHolder& other : w.restore.others) worker.restore.others.push_back(other.address);
     part.workers.push_back(std::move(worker));
   }
   return part;

@@ -196,6 +196,30 @@ void Checkers::CheckPlan(Timestamp now, const ClusterState& state,
     }
   }
   CheckRestore(now, state, plan);
+  CheckSources(now, plan);
+}
+
+// A rank whose shard is passed on gets it from an earlier one that takes these very bytes, and the
+// first of each such line from a holder: nobody waits for itself.
+void Checkers::CheckSources(Timestamp now, const controller::GenerationPlan& plan) {
+  std::map<std::pair<NodeId, std::uint32_t>, std::uint32_t> taken;  // (node, bytes): depth
+  for (const NodePlan& node : plan.nodes) {
+    for (const WorkerPlan& worker : node.workers) {
+      const RestorePlan& r = worker.restore;
+      if (r.step == kNoStep || r.file || r.ranges || (r.relay == 0 && r.source_node == node.node))
+        continue;
+      const auto source = taken.find({r.source_node, r.crc_root});
+      if (r.relay > 0 &&
+          (source == taken.end() || source->second + 1 != r.relay || r.others.empty())) {
+        Violate(now, "sources",
+                fmt::format("job {} generation {}: rank {} waits for {}, which does not take these "
+                            "bytes before it, or has no holder to turn to",
+                            plan.job, plan.generation, worker.rank, r.source_node));
+      }
+      if (r.relay > 0) env_.truth->Count("ranks planned behind a taker");
+      taken.try_emplace({node.node, r.crc_root}, r.relay);
+    }
+  }
 }
 
 // The node is there, and the controller knows this very keeper as one of its own.

@@ -71,6 +71,7 @@ class Checkers {
                  const controller::GenerationPlan& plan);
   void CheckRestore(Timestamp now, const controller::ClusterState& state,
                     const controller::GenerationPlan& plan);
+  void CheckSources(Timestamp now, const controller::GenerationPlan& plan);
   void CheckCommit(Timestamp now, const controller::ClusterState& state,
                    const controller::CommitRecord& record);
   bool Reachable(const controller::ClusterState& state, const NodeId& node,

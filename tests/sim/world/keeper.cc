@@ -223,15 +223,28 @@ void SimNode::Restore(const JobId& job, ProcessKey key, const RestorePlan& plan,
     if (!activate || activate->generation != key.first) return;
     return Gather(job, key, std::make_shared<const RestoreCut>(activate->cut));
   }
-  SimNode* source = env_.peer(plan.source_node);
+  // Who passes the shard on may not have it yet, or never get it: holders are asked in between.
+  const std::size_t turn =
+      static_cast<std::size_t>((give_up - env_.timeline->now()) / Milliseconds(500));
+  const std::size_t choices = plan.others.size() + 1;
+  const bool first = plan.others.empty() || turn % 2 == 0;
+  SimNode* source =
+      env_.peer(first ? plan.source_node : plan.others[turn / 2 % (choices - 1)].node);
   if (source == nullptr || source == this) return;
   // Request and answer; either may be lost.
-  env_.network->Send(name_, source->name_, name_ + " fetches", [this, source, job, key, plan] {
-    const auto shard = source->Offer(job, plan);
-    if (!shard) return;
-    env_.network->Send(source->name_, name_, "fetched",
-                       [this, job, key, plan, s = *shard] { Restored(job, key, plan, s); });
-  });
+  env_.network->Send(name_, source->name_, name_ + " fetches",
+                     [this, source, job, key, plan, first] {
+                       const auto shard = source->Offer(job, plan);
+                       if (!shard) return;
+                       const bool passed_on = first && plan.relay > 0;
+                       env_.network->Send(source->name_, name_, "fetched",
+                                          [this, job, key, plan, s = *shard, passed_on, first] {
+                                            if (passed_on) env_.truth->Count("shards passed on");
+                                            if (!first)
+                                              env_.truth->Count("shards from another holder");
+                                            Restored(job, key, plan, s);
+                                          });
+                     });
 }
 
 // The shard lies in this node's memory now, as the rank's own.
