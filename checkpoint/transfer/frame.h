@@ -41,6 +41,9 @@ enum class Op : std::uint32_t {
   kFetchChecked = 5,  // once a chunk came damaged: was it the wire, or the source's memory?
   kFetchRelay = 6,    // as fetch, of what may be on its way to the source itself: it waits
 };
+constexpr bool IsOp(Op op) {
+  return op >= Op::kPush && op <= Op::kFetchRelay;
+}
 
 // 0: go on. Others end the connection.
 enum class Status : std::uint32_t {

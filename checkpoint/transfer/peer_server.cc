@@ -97,8 +97,7 @@ void PeerServer::Impl::Handle(Connection* connection) {
   const JobId job = GetText(request.job);
   const auto key = handler->KeyOf(job);
   PeerSession session(connection, request, key.value_or(SipKey{}), theirs.nonce, mine.nonce);
-  if (request.magic != kFrameMagic || request.op < Op::kPush || request.op > Op::kFetchRelay)
-    return;
+  if (request.magic != kFrameMagic || !IsOp(request.op)) return;
   if (!key) {
     (void)session.Refuse(Status::kUnknown, fmt::format("job {} is not on this node (yet)", job));
     return;

@@ -30,9 +30,7 @@ class Handler final : public PeerHandler {
   void Serve(PeerSession* session) override {
     if (session->job() != "job") __builtin_trap();
     const RequestFrame& request = session->request();
-    if (request.magic != kFrameMagic || request.op < Op::kPush || request.op > Op::kJoin) {
-      __builtin_trap();
-    }
+    if (request.magic != kFrameMagic || !IsOp(request.op)) __builtin_trap();
     ++served;
     (void)session->Refuse(Status::kBusy, "not now");
   }
