@@ -64,7 +64,7 @@ TEST_F(Streams, ARestoreComesInSeveralToo) {
   a.Activate(a.PartOf(1, 0, b.address()));
   a.Capture(1, 0, 0, 7, kLarge);
   ASSERT_TRUE(b.heard.Copied(7, true));
-  const HeldShard shard = b.heard.copied.front();
+  const HeldShard shard = b.heard.Now(&Recorder::copied).front();
   a.service->Stop();
   b.service->Begin(kJob, 2, "key");
   std::atomic<bool> broken{false};

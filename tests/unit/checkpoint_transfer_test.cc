@@ -31,8 +31,9 @@ TEST(Transfer, ACapturedSlotReachesThePeerBitForBit) {
   EXPECT_TRUE(a.heard.Copied(7, false)) << a.heard.Troubles();
   EXPECT_TRUE(b.heard.Copied(7, true)) << a.heard.Troubles() << b.heard.Troubles();
   EXPECT_TRUE(b.Holds(0, true, 7, kSize));
-  EXPECT_EQ(a.heard.copied.front().crc_root, b.heard.copied.front().crc_root);
-  EXPECT_EQ(a.heard.captured.front(), 7);
+  EXPECT_EQ(a.heard.Now(&Recorder::copied).front().crc_root,
+            b.heard.Now(&Recorder::copied).front().crc_root);
+  EXPECT_EQ(a.heard.Now(&Recorder::captured).front(), 7);
   Arena arena = a.Open(0, false);
   const auto deadline = steady_clock::now() + kPatience;
   while (arena.header()->slot[0].replicated_seq != arena.Look(0)->seq &&
@@ -211,7 +212,7 @@ TEST(Transfer, ANewcomerFetchesItsRestoreFromThePeerThatHoldsIt) {
   a.Activate(a.PartOf(1, 0, b.address()));
   a.Capture(1, 0, 0, 7, kSize);
   ASSERT_TRUE(b.heard.Copied(7, true));
-  const HeldShard shard = b.heard.copied.front();
+  const HeldShard shard = b.heard.Now(&Recorder::copied).front();
   a.service->Stop();  // its node is gone
   b.service->Begin(kJob, 2, "key");
   const RestorePart restore{7, 0, 1, shard.crc_root, shard.bytes, b.address()};
@@ -231,7 +232,7 @@ TEST(Transfer, ARestoreFromThisNodesOwnMemoryNeedsNoWire) {
   a.Activate(a.PartOf(1, 3, b.address()));
   a.Capture(1, 3, 0, 7, kSize);
   ASSERT_TRUE(b.heard.Copied(7, true));
-  const HeldShard shard = b.heard.copied.front();
+  const HeldShard shard = b.heard.Now(&Recorder::copied).front();
   b.Activate(b.PartOf(
       2, 0, "", {7, 3, 1, shard.crc_root, shard.bytes, b.address()}));  // rank 0 takes rank 3's
   Arena arena = b.Open(0, false);
@@ -528,7 +529,7 @@ TEST(Scrub, AFlippedBitInAReplicaIsFoundNamedAndPutRightFromItsOwner) {
   ASSERT_TRUE(Becomes([&] { return b.service->scrubbed().checked_slots > 0; }));
   b.Flip(0, true, 7, (3u << 20) + 99);
   ASSERT_TRUE(b.heard.Until([&] { return !b.heard.damaged.empty(); }));
-  const Recorder::Damage found = b.heard.damaged.front();
+  const Recorder::Damage found = b.heard.Now(&Recorder::damaged).front();
   EXPECT_EQ(found.shard.rank, 0);
   EXPECT_EQ(found.shard.step, 7);
   EXPECT_TRUE(found.shard.replica);
@@ -536,7 +537,7 @@ TEST(Scrub, AFlippedBitInAReplicaIsFoundNamedAndPutRightFromItsOwner) {
   EXPECT_EQ(found.by, "scrub");
   EXPECT_FALSE(b.Holds(0, true, 7, kSize));
 
-  const std::size_t copied = b.heard.copied.size();
+  const std::size_t copied = b.heard.Now(&Recorder::copied).size();
   b.service->Mend(kJob, found.shard, a.address());
   EXPECT_TRUE(b.heard.Until([&] { return b.heard.copied.size() > copied; })) << b.heard.Troubles();
   EXPECT_TRUE(b.Holds(0, true, 7, kSize));
@@ -579,9 +580,9 @@ TEST(Scrub, WhatWasFoundDamagedIsNotRestoredFromInPlace) {
   ASSERT_TRUE(b.heard.Copied(7, true));
   a.Flip(0, false, 7, 4u << 20);
   EXPECT_TRUE(a.service->Survey(kJob).empty());
-  ASSERT_FALSE(a.heard.damaged.empty());
-  EXPECT_EQ(a.heard.damaged.front().by, "survey");
-  EXPECT_EQ(a.heard.damaged.front().chunk, 4);
+  ASSERT_FALSE(a.heard.Now(&Recorder::damaged).empty());
+  EXPECT_EQ(a.heard.Now(&Recorder::damaged).front().by, "survey");
+  EXPECT_EQ(a.heard.Now(&Recorder::damaged).front().chunk, 4);
   b.service->Begin(kJob, 2, "key");
   a.Activate(a.PartOf(2, 0, b.address(),
                       {.step = 7,

@@ -54,6 +54,12 @@ class Recorder final : public Listener {
     std::unique_lock<std::mutex> lock(mutex_);
     return changed_.wait_for(lock, kPatience, truth);
   }
+  // What was heard so far, outside of Until.
+  template <typename T>
+  std::vector<T> Now(std::vector<T> Recorder::*what) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return this->*what;
+  }
   bool Copied(Step step, bool replica) {
     return Until([&] {
       return std::any_of(copied.begin(), copied.end(), [&](const HeldShard& s) {
