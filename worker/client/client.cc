@@ -284,6 +284,14 @@ int everstep_reserve(everstep_client* c, uint64_t payload_bytes) {
   return EVERSTEP_OK;
 }
 
+static int TimedOut(everstep_client* c, std::uint64_t waited_ms, bool pending) {
+  return Fail(c, EVERSTEP_ETIMEDOUT,
+              fmt::format("{}: the agent did not say within {} ms what generation {} starts from "
+                          "({}); is it running?",
+                          c->arena.Name(), waited_ms, c->generation,
+                          pending ? "bytes are on their way" : "no word for it"));
+}
+
 static int RestoreWord(everstep_client* c, uint32_t timeout_ms, everstep_slot* slot,
                        bool table_only) {
   if (int code = Check(c); code != EVERSTEP_OK) return code;
@@ -329,12 +337,7 @@ static int RestoreWord(everstep_client* c, uint32_t timeout_ms, everstep_slot* s
     const std::uint64_t patience_ms =
         timeout_ms + (pending ? cp::RestoreMillis(restore.slot_seq) : 0);
     if (Nanos(CLOCK_MONOTONIC) - began >= patience_ms * 1'000'000) {
-      return Fail(
-          c, EVERSTEP_ETIMEDOUT,
-          fmt::format("{}: the agent did not say within {} ms what generation {} starts from "
-                      "({}); is it running?",
-                      c->arena.Name(), patience_ms, c->generation,
-                      pending ? "bytes are on their way" : "no word for it"));
+      return TimedOut(c, patience_ms, pending);
     }
     poll(nullptr, 0, pause_ms);
     pause_ms = std::min(pause_ms * 2, 20);
@@ -391,10 +394,13 @@ int everstep_catalog(everstep_client* c, uint32_t timeout_ms, everstep_slot* slo
                               c->arena.Name(), restore.step));
     }
     // Only who has answered must wait for the end: the agent may ask anew.
-    const bool under_way = !ours || restore.state == cp::RestoreState::kNone ||
-                           restore.state == cp::RestoreState::kPending ||
+    const bool pending = ours && restore.state == cp::RestoreState::kPending;
+    const bool under_way = !ours || pending || restore.state == cp::RestoreState::kNone ||
                            restore.state == cp::RestoreState::kAsk;
-    if (!under_way || Nanos(CLOCK_MONOTONIC) >= deadline) return EVERSTEP_NONE;
+    if (!under_way) return EVERSTEP_NONE;
+    if (Nanos(CLOCK_MONOTONIC) >= deadline) {
+      return pending ? EVERSTEP_NONE : TimedOut(c, timeout_ms, false);
+    }
     poll(nullptr, 0, pause_ms);
   }
 }

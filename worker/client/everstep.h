@@ -145,7 +145,8 @@ int everstep_load(everstep_client* client, const everstep_slot* slot,
 /* Before everstep_restore, for who can put a state together from the shards of a world of another
  * size. EVERSTEP_OK: *slot is a catalog of them (docs/internals/arena.md); read it by
  * everstep_payload, answer by everstep_request, and call this again. EVERSTEP_NONE: nothing of that
- * kind is asked, call everstep_restore. Without the answer everstep_restore is refused. */
+ * kind is asked, or bytes are still on their way after timeout_ms: call everstep_restore. Without
+ * the answer everstep_restore is refused. */
 int everstep_catalog(everstep_client* client, uint32_t timeout_ms, everstep_slot* slot);
 /* Says which ranges of the shards make up this rank's state: data_bytes (a multiple of 64), then
  * the table. Bytes that no range names become zero; none may be named twice. Writes over the

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes as c
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -243,7 +244,7 @@ class Client:
         """Waits for what this generation starts from; None: nothing. `table_only`: load() checks the rest."""
         slot = Slot(size=c.sizeof(Slot))
         wait = self._lib.everstep_restore_table if table_only else self._lib.everstep_restore
-        code = self._check(wait(self._handle, int(timeout * 1000), c.byref(slot)))
+        code = self._check(wait(self._handle, math.ceil(timeout * 1000), c.byref(slot)))
         return slot if code == OK else None
 
     def load(self, slot: Slot, targets: list[tuple[int, int, int]]) -> None:
@@ -255,7 +256,7 @@ class Client:
     def catalog(self, timeout: float) -> Slot | None:
         """The shards of another world's step, when this generation starts from those; None: call restore()."""
         slot = Slot(size=c.sizeof(Slot))
-        code = self._check(self._lib.everstep_catalog(self._handle, int(timeout * 1000), c.byref(slot)))
+        code = self._check(self._lib.everstep_catalog(self._handle, math.ceil(timeout * 1000), c.byref(slot)))
         return slot if code == OK else None
 
     def request(self, catalog: Slot, ranges: Sequence[tuple[int, int, int, int, int, int, int]], data_bytes: int,
