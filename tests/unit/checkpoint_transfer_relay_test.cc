@@ -89,11 +89,12 @@ TEST_F(Relays, ASourceThatDiesMidwayIsReplacedByTheHolderForWhatLacks) {
   Proxy passed_on(b.service->port(), Pass), holder(a.service->port(), Pass);
   b.Activate(b.PartOf(2, 1, "", From(slow.address(), 0, "")));
   c.Activate(c.PartOf(2, 2, "", From(passed_on.address(), 1, holder.address())));
-  ASSERT_TRUE(Becomes([&] { return passed_on.returned > 4 * kChunkBytes; }));
+  ASSERT_TRUE(Becomes([&] { return passed_on.returned > std::uint64_t{4} * kChunkBytes; }));
   EXPECT_EQ(holder.connections, 0);
   b.service->Stop();
   EXPECT_TRUE(Restored(&c, 2));
-  EXPECT_LT(holder.returned, kLarge - 3 * kChunkBytes) << "what was there came again";
+  EXPECT_LT(holder.returned, kLarge - std::uint64_t{3} * kChunkBytes)
+      << "what was there came again";
   open = true;
 }
 
@@ -148,7 +149,7 @@ TEST_F(Relays, ASourceWhoseGenerationIsOverIsLeftForTheHolder) {
   Proxy passed_on(b.service->port(), Pass);
   b.Activate(b.PartOf(2, 1, "", From(slow.address(), 0, "")));
   c.Activate(c.PartOf(2, 2, "", From(passed_on.address(), 1, a.address())));
-  ASSERT_TRUE(Becomes([&] { return passed_on.returned > 2 * kChunkBytes; }));
+  ASSERT_TRUE(Becomes([&] { return passed_on.returned > std::uint64_t{2} * kChunkBytes; }));
   b.service->Begin(kJob, 3, "key");
   EXPECT_TRUE(Restored(&c, 2));
   open = true;

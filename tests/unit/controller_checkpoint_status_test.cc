@@ -292,7 +292,7 @@ TEST(CheckpointStatus, AForecastTellsWhoPassesItOn) {
   EXPECT_EQ(told.sources(2).source_node(), "n5");
   EXPECT_EQ(told.sources(2).why().find("that node takes it, too, and passes it on as it comes"), 0u)
       << told.sources(2).why();
-  EXPECT_EQ(told.bytes_to_move(), 2 * 64 * kMiB);
+  EXPECT_EQ(told.bytes_to_move(), std::uint64_t{2} * 64 * kMiB);
   // One shard over a link and a chunk more, not two.
   EXPECT_DOUBLE_EQ(told.estimated_seconds(), 1 + 65. / 1024);
 }
