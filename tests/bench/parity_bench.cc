@@ -115,12 +115,7 @@ int Main(int argc, char** argv) {
                checkpoint::PrintRedundancy(policy));
     return 1;
   }
-  results.Print();
-  if (!json.empty() && !results.Write(json)) {
-    fmt::print(stderr, "error: cannot write {}\n", json);
-    return 1;
-  }
-  return 0;
+  return results.Finish(json);
 }
 
 }  // namespace

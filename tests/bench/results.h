@@ -58,6 +58,14 @@ class Results {
     return static_cast<bool>(out.flush());
   }
 
+  // The end of a benchmark: prints, and writes to `json` unless that is empty. Its exit code.
+  int Finish(const std::string& json) const {
+    Print();
+    if (json.empty() || Write(json)) return 0;
+    fmt::print(stderr, "error: cannot write {}\n", json);
+    return 1;
+  }
+
  private:
   using Key = std::tuple<std::string, std::string, std::string, std::string>;
 

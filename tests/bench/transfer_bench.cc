@@ -359,12 +359,7 @@ int Main(int argc, char** argv) {
                   sparse->replicated_seconds / wire);
     }
   }
-  results.Print();
-  if (!json.empty() && !results.Write(json)) {
-    fmt::print(stderr, "error: cannot write {}\n", json);
-    return 1;
-  }
-  return 0;
+  return results.Finish(json);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@
 #include "checkpoint/core/placement.h"
 #include "checkpoint/core/survival.h"
 #include "proto/base/random.h"
+#include "tests/property/drawn_domains.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -180,20 +181,7 @@ TEST(PlacementProperty, NeitherStrategyIsBeatenByAnyAssignment) {
 // A world of nested levels and sets that are evicted together.
 PlacementInput DrawWorld(Random* random, std::uint32_t n, std::uint32_t m, Strategy strategy) {
   PlacementInput in{.nodes = n, .copies = m, .strategy = strategy};
-  const auto racks = static_cast<std::uint32_t>(2 + random->Below(n - 1));
-  const auto zones = static_cast<std::uint32_t>(1 + random->Below(4));
-  std::vector<std::uint32_t> zone, rack;
-  for (std::uint32_t v = 0; v < n; ++v) {
-    rack.push_back(static_cast<std::uint32_t>(random->Below(racks)));
-    zone.push_back(rack.back() % zones);
-  }
-  in.levels = {zone, rack};
-  for (std::uint64_t i = random->Below(4); i > 0; --i) {
-    std::set<std::uint32_t> set;
-    const std::uint64_t size = 2 + random->Below(n / 2);
-    while (set.size() < size) set.insert(static_cast<std::uint32_t>(random->Below(n)));
-    in.together.emplace_back(set.begin(), set.end());
-  }
+  DrawDomains(random, n, &in);
   return in;
 }
 
