@@ -94,6 +94,8 @@ void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const He
     job->copy_took = now_ - copies_of_step->second.since;
   }
   run.copies.erase(run.copies.begin(), run.copies.upper_bound(step));
+  Progress(job,
+           step);  // every rank made this step, though the heartbeats that say so may be behind
   AddCommit(job, std::move(commit));
 }
 

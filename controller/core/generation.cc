@@ -209,13 +209,14 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
                        : "a spare takes over";
   }
   dirty_plans_.insert(id);
-  Journal({.type = "generation_prepare",
-           .reason = reason,
-           .job = id,
-           .generation = generation,
-           .message = fmt::format("job {}: generation {} on {} nodes (was {})", id, generation,
-                                  nodes.size(), before),
-           .evidence = evidence});
+  Journal(
+      {.type = "generation_prepare",
+       .reason = reason,
+       .job = id,
+       .generation = generation,
+       .message = fmt::format("job {}: generation {}{} on {} nodes", id, generation,
+                              before == 0 ? "" : fmt::format(", after {},", before), nodes.size()),
+       .evidence = evidence});
   for (const NodeId& node : job->waiting_for) SendPrepare(job, node, failed);
   if (Bug(kBugDoubleActivation)) Activate(job);
 }
