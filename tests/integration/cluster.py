@@ -159,13 +159,12 @@ class Cluster:
             worst = max([worst, *(b - a for a, b in itertools.pairwise(times))])
         return worst
 
-    def node_of(self, rank: int) -> str:
-        """The node that hosts a rank now."""
-        for pid in self.pids("worker", str(rank)):
-            for item in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                if item.startswith(b"EVERSTEP_NODE="):
-                    return item.partition(b"=")[2].decode()
-        raise Failure(f"rank {rank} of {self.job_name} runs nowhere")
+    def hosts(self) -> list[str]:
+        """The node of each rank, by the controller's account."""
+        ranks = {int(r["rank"]): r["node"] for r in (self.job() or {}).get("ranks", [])}
+        if missing := [r for r in range(self.world) if r not in ranks]:
+            raise Failure(f"rank {missing[0]} of {self.job_name} runs nowhere")
+        return [ranks[r] for r in range(self.world)]
 
     def node_names(self) -> list[str]:
         return sorted(p.name for p in (self.state / "nodes").iterdir() if (p / "agent.pid").exists())
