@@ -19,6 +19,7 @@
 #include "checkpoint/store/slot_writer.h"
 #include "checkpoint/transfer/replica_store.h"
 #include "proto/base/crc32c.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -230,6 +231,7 @@ class PieceTaker final : public ChunkTaker {
   // The arena may be another generation's once this one is given up: nothing is written then.
   bool Take(std::uint32_t chunk, const unsigned char* data, std::uint32_t) override {
     if (*cancel_) return false;
+    KillPoint("ranges.chunk_taken");
     const std::uint64_t begin = std::uint64_t{chunk} * kChunkBytes;
     for (const RangePiece& piece : PiecesOf(reads_, chunk, kChunkBytes)) {
       std::memcpy(dest_ + piece.dest, data + (piece.source - begin), piece.bytes);
@@ -286,7 +288,9 @@ Result<SlotView> BringCatalog(const RangeSources& sources, const LocalRank& loca
   std::vector<TableTaker> tables(cut.shards.size(), TableTaker(&local.cancel));
   tiers->assign(cut.shards.size(), ShardTier::kPeer);
   const auto read = ForEach(cut.shards.size(), [&](std::size_t i) {
-    return reader.Read(cut.shards[i], &tables[i], &(*tiers)[i]);
+    auto table = reader.Read(cut.shards[i], &tables[i], &(*tiers)[i]);
+    KillPoint("ranges.table_read");
+    return table;
   });
   if (!read.ok()) return read.error();
   std::vector<CatalogEntry> entries;
@@ -319,7 +323,9 @@ Result<SlotView> BringCatalog(const RangeSources& sources, const LocalRank& loca
     if (ok.ok()) ok = writer.value().Append(table.table().data(), table.table().size());
   }
   if (!ok.ok()) return ok.error();
-  return writer.value().Finish(FieldsOf(local, cut.generation, kFlagCatalog), 0);
+  auto catalog = writer.value().Finish(FieldsOf(local, cut.generation, kFlagCatalog), 0);
+  KillPoint("ranges.catalog_written");
+  return catalog;
 }
 
 Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local,
@@ -344,6 +350,7 @@ Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local
                  fmt::format("a request for a state of {}, the limit is {}", HumanBytes(data_bytes),
                              HumanBytes(kMaxPayloadBytes))};
   }
+  KillPoint("ranges.request_read");
   const RangePlan plan = PlanRanges(wants.ranges, shards, data_bytes, kChunkBytes, local.rank);
   if (!plan.error.empty()) {
     return Error{ErrorCode::kInvalid, "the trainer's request for ranges: " + plan.error};
@@ -374,7 +381,9 @@ Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local
     crcs[i] = Crc32c(dest + at, std::min<std::uint64_t>(kChunkBytes, bytes - at));
     writer.SetChunkCrc(i, crcs[i]);
   }
-  return writer.Publish(fields, CrcRoot(fields, crcs.data()));
+  auto published = writer.Publish(fields, CrcRoot(fields, crcs.data()));
+  KillPoint("ranges.published");
+  return published;
 }
 
 }  // namespace everstep::checkpoint

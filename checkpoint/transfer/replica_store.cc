@@ -64,6 +64,7 @@ Outcome SendPicked(Connection* connection, Arena* arena, const SlotView& view,
     if (!BitOf(bits, i)) continue;
     if (connection->Readable()) return Done{};  // it has left
     if (auto ok = SendChunk(connection, *arena, view, data, i, crcs[i]); !ok.ok()) return ok;
+    KillPoint("ranges.chunk_sent");
   }
   return SendEndOfChunks(connection);
 }

@@ -89,6 +89,7 @@ JOBS: dict[str, dict] = {
     "pair": {"env": {"STATE_MIB": "4"}, "nodes": 1, "per_node": 2},
     "files": {"env": {"STATE_MIB": "4"}, "flags": ["--ckpt-every", "5steps", "--ckpt-keep", "3"]},
     "elastic": {"env": {"STATE_MIB": "4"}, "nodes": "2:4"},
+    "ranges": {"env": {"STATE_MIB": "24", "SHARDED": "1"}, "nodes": "2:4"},
     "crowd": {"env": {"STATE_MIB": "24"}, "nodes": "2:4", "per_node": 2},  # long enough to be passed on while it still arrives
 }
 TRIES = {"pair": (PAIR_TRIES, 3.0), "crowd": (4, 8.0)}  # by job, where it takes luck: how often, and the seconds each
@@ -138,6 +139,10 @@ DRILLS: list[Drill] = [
     *drills(AGENT, "restore.chunk_copied restore.slot_copied", "pair", "pair", chunk_copied=5),
     # The job shrinks: what earlier members left is surplus.
     *drills(AGENT, "repair.surplus_dropped", "elastic", "node"),
+    # A sharded job shrinks and grows: each rank puts its shard together from ranges of those that there were.
+    *drills(AGENT, "ranges.table_read ranges.catalog_written ranges.request_read ranges.chunk_taken ranges.chunk_sent ranges.published",
+            "ranges", "node", table_read=4, chunk_taken=4, chunk_sent=4),
+    *drills(TRAINER, "ranges.asked", "ranges", "node"),
     # ... and grows again: of a newcomer's two ranks one takes the state from a peer, the other one from the first as it comes.
     *drills(AGENT, "restore.relay_opened serve.relay_responded serve.relay_chunk_sent", "crowd", "node", relay_chunk_sent=4),
     # Every copy in memory died.

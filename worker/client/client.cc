@@ -445,6 +445,7 @@ int everstep_request(everstep_client* c, const everstep_slot* catalog, const eve
                                     0);
   if (!view.ok()) return Fail(c, view.error());
   c->answered_seq = catalog->sequence;
+  KillPoint("ranges.asked");
   Ring(*c);
   return EVERSTEP_OK;
 }

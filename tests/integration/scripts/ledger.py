@@ -6,6 +6,8 @@ one step with different CRCs mean that somebody went on from a wrong state.
 
 STATE_MIB adds so many MiB to the state, which change in each step; CAPTURE_MODE is the Checkpointer's mode. GROW_FILE names
 a file of step numbers, a line each: after these steps the state is a MiB larger. They must be written down some steps ahead.
+SHARDED=1 trains by FSDP2, so that another number of ranks restores by ranges; the CRC is then that of the whole MiBs of STATE_MIB,
+a function of the step alone.
 """
 
 from __future__ import annotations
@@ -22,13 +24,17 @@ import everstep
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 
-def weights_crc(model: nn.Module, *more: nn.Module) -> int:
+def weights_crc(*modules: nn.Module) -> int:
     crc = 0
-    for value in (value for m in (model, *more) for value in m.state_dict().values()):
-        crc = zlib.crc32(value.detach().contiguous().numpy(), crc)
+    for value in (value for m in modules for value in m.state_dict().values()):
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
+        crc = zlib.crc32(whole.detach().contiguous().numpy(), crc)
     return crc
 
 
@@ -67,10 +73,17 @@ def main() -> None:
     rank = dist.get_rank()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = DistributedDataParallel(nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128)))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    state = {"model": model.module, "optimizer": optimizer}
+    sharded = os.environ.get("SHARDED") == "1"
+    net: nn.Module = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128))
     ballast = [Ballast(mib)] if (mib := int(os.environ.get("STATE_MIB", "0"))) else []
+    if sharded:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        fully_shard(net, mesh=mesh)
+        for b in ballast:
+            b.values = nn.Parameter(distribute_tensor(b.values.detach(), mesh, [Shard(0)]), requires_grad=False)
+    model = net if sharded else DistributedDataParallel(net)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    state = {"model": net, "optimizer": optimizer}
     if ballast:
         state["ballast"] = ballast[0]
     growing = Growing(os.environ["GROW_FILE"]) if "GROW_FILE" in os.environ else None
@@ -92,7 +105,7 @@ def main() -> None:
             if growing:
                 growing.step(step)
             dist.all_reduce(leave)
-            entry = {"step": step, "rank": rank, "world": dist.get_world_size(), "crc": weights_crc(model.module, *ballast),
+            entry = {"step": step, "rank": rank, "world": dist.get_world_size(), "crc": weights_crc(*([] if sharded else [net]), *ballast),
                      "generation": int(os.environ.get("EVERSTEP_GENERATION", "0")), "at": time.time(), "pid": os.getpid()}
             ledger.write(json.dumps(entry) + "\n")
             checkpoint.step(step)  # after the entry: a step that is safe has one
