@@ -50,11 +50,10 @@ class Cluster:
                    "--label", f"zone={self.zones[node]}", "--label", f"host={node}", *self.agent_args)
 
     def kill(self, *nodes: str) -> None:
-        """Each node's agent and keeper; its workers go with the keeper."""
-        for node in nodes:
-            for part in ("agent.pid", "keeper.pid"):
-                pid = int((self.work / "s/nodes" / node / part).read_text().split()[0])
-                os.kill(pid, signal.SIGKILL)
+        """Each node's agent and keeper, as one event: a node is lost once its keeper is; its workers go with that."""
+        for pid in [int((self.work / "s/nodes" / node / part).read_text().split()[0])
+                    for part in ("agent.pid", "keeper.pid") for node in nodes]:
+            os.kill(pid, signal.SIGKILL)
 
     def tell(self, step: int, generation: int) -> None:
         new = self.hold.with_suffix(".new")
