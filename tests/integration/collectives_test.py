@@ -1,0 +1,130 @@
+"""everstep._collectives: survivors leave a stuck gloo collective in place and form a smaller group in the same process.
+
+    4 ranks, all-reduces on two groups (and DDP's)  --SIGKILL or SIGSTOP of one-->  3 are stuck, or about to be
+    leave() from another thread                     --> the collective raises, the group is dropped
+    form() with 3 ranks, same process, same store   --> all-reduces again
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+from everstep._collectives import Group, lost_peer
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = Path(__file__).parent / "scripts/collectives.py"
+
+
+class Rank:
+    """One process of SCRIPT, which lives through several groups."""
+
+    def __init__(self, port: int, kind: str) -> None:
+        environment = os.environ | {"PYTHONPATH": str(ROOT / "worker/python"), "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen([sys.executable, SCRIPT, str(port), kind], env=environment, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.told: list[str] = []
+
+    def ask(self, *words: object) -> None:
+        assert self.process.stdin
+        print(*words, file=self.process.stdin, flush=True)
+
+    def hear(self, what: str) -> list[str]:
+        """The next line that begins with `what`; pytest's own limit is the deadline of a rank that says nothing."""
+        assert self.process.stdout
+        for line in self.process.stdout:
+            self.told.append(line.strip())
+            if line.split()[:1] == [what]:
+                return line.split()[1:]
+        raise AssertionError(f"it ended with {self.process.wait()} before it said {what!r}: {self.told}")
+
+
+@pytest.fixture
+def store() -> dist.TCPStore:
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
+@contextlib.contextmanager
+def ranks(store: dist.TCPStore, count: int, kind: str) -> Iterator[list[Rank]]:
+    made = [Rank(store.port, kind) for _ in range(count)]
+    alarm = signal.signal(signal.SIGALRM, lambda *_: [r.process.kill() for r in made])
+    signal.alarm(150)  # a rank that is stuck says nothing: then all are ended, and hear() tells
+    try:
+        yield made
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, alarm)
+        for rank in made:
+            rank.process.kill()
+            rank.process.wait()
+
+
+def form(members: list[Rank], prefix: str) -> None:
+    for number, rank in enumerate(members):
+        rank.ask("form", prefix, number, len(members))
+    for rank in members:
+        assert rank.hear("trains") == [str(len(members))]
+
+
+@pytest.mark.parametrize(("how", "kind"), [(signal.SIGKILL, "ddp"), (signal.SIGSTOP, "plain")])
+def test_survivors_leave_and_form_a_smaller_group_in_place(store: dist.TCPStore, how: signal.Signals, kind: str) -> None:
+    with ranks(store, 4, kind) as members:
+        pids = [rank.hear("pid")[0] for rank in members]
+        form(members, "one")
+        victim, survivors = members[1], [members[0], *members[2:]]
+        victim.process.send_signal(how)
+        began = time.perf_counter()
+        for rank in survivors:
+            rank.ask("leave")
+        for rank in survivors:
+            rank.hear("left")
+        left = time.perf_counter() - began
+        form(survivors, "two")
+        print(f"{kind} {how.name}: left after {left:.3f} s, three steps of the new group after "
+              f"{time.perf_counter() - began:.3f} s")
+        assert [str(rank.process.pid) for rank in survivors] == [pids[0], *pids[2:]]
+        assert all(rank.process.poll() is None for rank in survivors)
+
+
+def test_many_changes_leave_no_descriptor_behind(store: dist.TCPStore) -> None:
+    left: list[str] = []
+    with ranks(store, 2, "plain") as members:
+        for change in range(6):
+            form(members, f"group-{change}")
+            members[0].ask("leave")
+            for rank in members:  # who was not told hears of it by its own connection
+                rank.hear("left")
+            members[0].ask("count")
+            left += members[0].hear("sockets")
+    assert len(set(left)) == 1, left
+
+
+def test_what_is_no_group_is_left_alone() -> None:
+    group = Group()
+    assert not group.formed and group.leave() == 0
+    group.drop()
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as mine:
+        assert group.leave() == 0
+        mine.sendall(b"x")  # nobody ended it
+
+
+@pytest.mark.parametrize(("error", "lost"), [
+    (RuntimeError("[../gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4"), True),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    (ConnectionResetError("x"), True), (KeyError("x"), False)])
+def test_a_lost_peer_is_told_from_a_mistake(error: Exception, lost: bool) -> None:
+    assert lost_peer(error) is lost
+    try:
+        raise ValueError("while logging") from error
+    except ValueError as outer:
+        assert lost_peer(outer) is lost
