@@ -15,6 +15,8 @@
 
 #include <fmt/format.h>
 
+#include "proto/base/process_stat.h"
+
 namespace everstep::cli {
 namespace {
 
@@ -34,32 +36,6 @@ std::string ReadProc(pid_t pid, const char* name) {
   }
   ::close(fd);
   return out;
-}
-
-struct Stat {
-  std::string name;
-  char state = '?';
-  pid_t parent = 0;
-  std::uint64_t start_time = 0;
-};
-
-// The command name in parentheses may hold anything, so the fields are counted from the last ')'.
-bool ReadStat(pid_t pid, Stat* stat) {
-  const std::string text = ReadProc(pid, "stat");
-  const std::size_t close = text.rfind(')');
-  if (close == std::string::npos || close + 2 >= text.size()) return false;
-  const std::size_t open = text.find('(');
-  if (open < close) stat->name = text.substr(open + 1, close - open - 1);
-  std::size_t at = close + 2;
-  stat->state = text[at];
-  for (int field = 3; field < 22; ++field) {
-    at = text.find(' ', at);
-    if (at == std::string::npos) return false;
-    ++at;
-    if (field == 3) stat->parent = static_cast<pid_t>(std::atol(text.c_str() + at));
-  }
-  stat->start_time = std::strtoull(text.c_str() + at, nullptr, 10);
-  return true;
 }
 
 std::vector<std::string> Split(const std::string& text, char separator) {
@@ -98,15 +74,14 @@ bool OurProgram(const std::string& program) {
 }  // namespace
 
 ProcessId Identify(pid_t pid) {
-  Stat stat;
-  if (pid <= 0 || !ReadStat(pid, &stat)) return {};
-  return {pid, stat.start_time};
+  const auto stat = ReadProcessStat(pid);
+  if (!stat) return {};
+  return {pid, stat->start_time};
 }
 
 bool Alive(const ProcessId& id) {
-  Stat stat;
-  return id.pid > 0 && ReadStat(id.pid, &stat) && stat.start_time == id.start_time &&
-         stat.state != 'Z' && stat.state != 'X';
+  const auto stat = ReadProcessStat(id.pid);
+  return stat && stat->start_time == id.start_time && !stat->dead();
 }
 
 std::vector<ProcessFacts> ProcessesOf(const std::string& directory, bool own_children) {
@@ -116,13 +91,14 @@ std::vector<ProcessFacts> ProcessesOf(const std::string& directory, bool own_chi
   for (; !unreadable && entry != std::filesystem::directory_iterator();
        entry.increment(unreadable)) {
     const pid_t pid = static_cast<pid_t>(std::atol(entry->path().filename().c_str()));
-    Stat stat;
-    if (pid <= 1 || pid == ::getpid() || !ReadStat(pid, &stat) || stat.state == 'Z') continue;
+    if (pid <= 1 || pid == ::getpid()) continue;
+    const auto stat = ReadProcessStat(pid);
+    if (!stat || stat->dead()) continue;
     ProcessFacts facts;
-    facts.id = {pid, stat.start_time};
-    facts.parent = stat.parent;
-    facts.state = stat.state;
-    facts.name = stat.name;
+    facts.id = {pid, stat->start_time};
+    facts.parent = stat->parent;
+    facts.state = stat->state;
+    facts.name = stat->name;
     char target[4096];
     const std::string link = fmt::format("/proc/{}/exe", pid);
     const ssize_t n = ::readlink(link.c_str(), target, sizeof(target));

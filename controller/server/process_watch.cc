@@ -9,32 +9,22 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdlib>
 #include <fstream>
-#include <sstream>
 #include <utility>
 
 #include <fmt/format.h>
+
+#include "proto/base/process_stat.h"
 
 namespace everstep::controller {
 namespace {
 
 constexpr std::uint64_t kWakeToken = ~0ULL;
 
-// 0: there is no such process, or it cannot be read.
+// 0: there is no such process (any more), or it cannot be read.
 std::uint64_t StartTime(std::int32_t pid) {
-  std::ifstream in(fmt::format("/proc/{}/stat", pid));
-  std::string text;
-  if (!std::getline(in, text)) return 0;
-  const std::size_t close = text.rfind(')');  // the name may hold anything
-  if (close == std::string::npos) return 0;
-  std::istringstream fields(text.substr(close + 1));
-  std::string field;
-  for (int i = 3; i <= 22; ++i) {
-    if (!(fields >> field)) return 0;
-    if (i == 3 && field == "Z") return 0;  // dead, not yet reaped
-  }
-  return std::strtoull(field.c_str(), nullptr, 10);
+  const auto stat = ReadProcessStat(pid);
+  return stat && !stat->dead() ? stat->start_time : 0;
 }
 
 bool Ended(int pidfd) {

@@ -1,7 +1,8 @@
-// proto/base: names, addresses and small files.
+// proto/base: names, addresses, small files and what the kernel says of a process.
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -13,6 +14,7 @@
 
 #include "proto/base/endpoint.h"
 #include "proto/base/names.h"
+#include "proto/base/process_stat.h"
 #include "proto/base/whole_file.h"
 
 namespace everstep {
@@ -127,6 +129,47 @@ TEST_F(WholeFile, ADirectoryInTheWayOrMissingIsNamed) {
   EXPECT_EQ(WriteWhole(dir_ + "/d", "x"), EISDIR);
   EXPECT_EQ(Files(), 1u);
   EXPECT_EQ(WriteWhole(dir_ + "/none/f", "x"), ENOENT);
+}
+
+TEST(ProcessStat, ANameMayHoldAnything) {
+  const auto stat = ParseProcessStat(
+      "4711 (a) R (b) c) T 12 4711 4710 0 -1 4194304 1 2 3 4 50 7 0 0 20 0 9 0 123456 1000 5 1 1");
+  ASSERT_TRUE(stat);
+  EXPECT_EQ(stat->name, "a) R (b) c");
+  EXPECT_EQ(stat->state, 'T');
+  EXPECT_FALSE(stat->dead());
+  EXPECT_EQ(stat->parent, 12);
+  EXPECT_EQ(stat->group, 4711);
+  EXPECT_EQ(stat->session, 4710);
+  EXPECT_EQ(stat->cpu_ticks, 57);
+  EXPECT_EQ(stat->threads, 9);
+  EXPECT_EQ(stat->start_time, 123456u);
+}
+
+TEST(ProcessStat, HalfALineIsNone) {
+  for (const char* line : {"", "4711", "4711 (x", ")(", "4711 (x)", "4711 (x) R 1 2 3",
+                           "4711 (x) R 1 2 3 0 -1 4194304 1 2 3 4 50 7 0 0 20 0 9 0 "}) {
+    EXPECT_FALSE(ParseProcessStat(line)) << line;
+  }
+}
+
+TEST(ProcessStat, OfThisProcessAndOfOneThatEnded) {
+  const auto own = ReadProcessStat(getpid());
+  ASSERT_TRUE(own);
+  EXPECT_EQ(own->state, 'R');
+  EXPECT_EQ(own->parent, getppid());
+  EXPECT_EQ(own->session, getsid(0));
+  const pid_t child = fork();
+  ASSERT_GE(child, 0);
+  if (child == 0) _exit(0);
+  siginfo_t ended{};
+  ASSERT_EQ(waitid(P_PID, static_cast<id_t>(child), &ended, WEXITED | WNOWAIT), 0);
+  const auto zombie = ReadProcessStat(child);
+  ASSERT_TRUE(zombie);
+  EXPECT_TRUE(zombie->dead());
+  ASSERT_EQ(waitpid(child, nullptr, 0), child);
+  EXPECT_FALSE(ReadProcessStat(child));
+  EXPECT_FALSE(ReadProcessStat(0));
 }
 
 }  // namespace

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "proto/base/clock.h"
+#include "proto/base/process_stat.h"
 #include "worker/keeper/client.h"
 #include "worker/keeper/process.h"
 
@@ -37,7 +38,7 @@ inline bool Eventually(const std::function<bool()>& truth, Duration limit = Seco
 }
 
 inline bool Alive(pid_t pid) {
-  const auto stat = ReadProcStat(pid);
+  const auto stat = ReadProcessStat(pid);
   return stat && stat->state != 'Z' && stat->state != 'X';
 }
 

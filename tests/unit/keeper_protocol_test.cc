@@ -185,7 +185,7 @@ TEST_F(KeeperProtocol, ASecondAgentIsRefusedAndOneThatStoppedIsReplaced) {
   EXPECT_EQ(answer, 'y');
   ::close(ends[0]);
   ASSERT_TRUE(Eventually([&] {
-    const auto stat = ReadProcStat(stopped);
+    const auto stat = ReadProcessStat(stopped);
     return stat && stat->state == 'T';
   }));
   client_ = Connect();

@@ -17,6 +17,7 @@
 #include <iterator>
 #include <system_error>
 
+#include "proto/base/process_stat.h"
 #include "proto/base/whole_file.h"
 #include "worker/agent/dial_backoff.h"
 
@@ -135,36 +136,14 @@ std::uint64_t PidNamespace() {
   return stat("/proc/self/ns/pid", &st) == 0 ? st.st_ino : 0;
 }
 
-namespace {
-
-// What follows the program's name, which may hold anything; empty: no such process.
-std::string StatFields(std::int32_t pid) {
-  if (pid <= 0) return "";
-  const std::string text = ReadFile(fmt::format("/proc/{}/stat", pid), 4096);
-  const auto name_end = text.rfind(')');
-  return name_end == std::string::npos || name_end + 2 >= text.size() ? ""
-                                                                      : text.substr(name_end + 2);
-}
-
-}  // namespace
-
 char ProcessState(std::int32_t pid) {
-  const std::string fields = StatFields(pid);
-  return fields.empty() ? '\0' : fields.front();
+  const auto stat = ReadProcessStat(pid);
+  return stat ? stat->state : '\0';
 }
 
 std::uint64_t ProcessStartTime(std::int32_t pid) {
-  const std::string fields = StatFields(pid);  // from field 3 on, separated by one blank
-  if (fields.empty() || fields.front() == 'Z' || fields.front() == 'X') return 0;
-  std::size_t at = 0;
-  for (int field = 3; field < 22; ++field) {
-    at = fields.find(' ', at);
-    if (at == std::string::npos) return 0;
-    ++at;
-  }
-  std::uint64_t value = 0;
-  std::from_chars(fields.data() + at, fields.data() + fields.size(), value);
-  return value;
+  const auto stat = ReadProcessStat(pid);
+  return stat && !stat->dead() ? stat->start_time : 0;
 }
 
 std::string LocalAddressTowards(const std::string& controller) {

@@ -16,6 +16,7 @@
 #include "proto/base/clock.h"
 #include "proto/base/errno_text.h"
 #include "proto/base/log.h"
+#include "proto/base/process_stat.h"
 #include "worker/keeper/framing.h"
 #include "worker/keeper/process.h"
 #include "worker/keeper/python_files.h"
@@ -328,7 +329,7 @@ void ForkServers::Learn(const std::string& job, pid_t pid) {
 bool ForkServers::Advances(const std::string& job) {
   Server* server = Find(job);
   if (server == nullptr || server->phase != Phase::kStarting) return false;
-  const auto stat = ReadProcStat(server->pid);
+  const auto stat = ReadProcessStat(server->pid);
   if (!stat) return false;
   return std::exchange(server->cpu_seen, stat->cpu_ticks) < stat->cpu_ticks;
 }

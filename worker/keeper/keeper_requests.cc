@@ -9,6 +9,7 @@
 #include "proto/base/clock.h"
 #include "proto/base/kill_point.h"
 #include "proto/base/log.h"
+#include "proto/base/process_stat.h"
 #include "worker/keeper/attach_protocol.h"
 #include "worker/keeper/client.h"
 #include "worker/keeper/keeper.h"
@@ -84,7 +85,7 @@ void Keeper::OnHello(Connection* connection, std::uint64_t id, const v1::KeeperH
     const auto current = connections_.find(owner_);
     if (current != connections_.end() && current->second.get() != connection) {
       const pid_t pid = current->second->peer();
-      const auto stat = ReadProcStat(pid);
+      const auto stat = ReadProcessStat(pid);
       const bool alive = stat && stat->state != 'Z' && stat->state != 'X';
       const bool stopped = stat && (stat->state == 'T' || stat->state == 't');
       if (alive && !stopped && !current->second->broken && pid != connection->peer()) {
@@ -114,7 +115,7 @@ void Keeper::OnHello(Connection* connection, std::uint64_t id, const v1::KeeperH
 v1::KeeperState Keeper::State() const {
   v1::KeeperState state;
   state.set_keeper_pid(::getpid());
-  if (const auto stat = ReadProcStat(::getpid())) state.set_keeper_start_time(stat->start_time);
+  if (const auto stat = ReadProcessStat(::getpid())) state.set_keeper_start_time(stat->start_time);
   state.set_node(options_.node);
   workers_.Describe(&state);
   arenas_.Describe(&state);

@@ -185,36 +185,6 @@ pid_t Launch(const LaunchSpec& spec, std::string* error) {
   return pid;
 }
 
-std::optional<ProcStat> ReadProcStat(pid_t pid) {
-  const auto text = ReadFile(fmt::format("/proc/{}/stat", pid));
-  if (!text || text->empty()) return std::nullopt;
-  const auto open = text->find('(');
-  const auto close = text->rfind(')');
-  if (open == std::string::npos || close == std::string::npos || close + 2 >= text->size()) {
-    return std::nullopt;
-  }
-  ProcStat out;
-  out.name = text->substr(open + 1, close - open - 1);
-  out.state = (*text)[close + 2];
-  std::string_view rest = std::string_view(*text).substr(close + 3);
-  std::int64_t fields[24] = {};  // from field 4 (parent) on
-  for (std::int64_t& field : fields) {
-    while (!rest.empty() && rest.front() == ' ') rest.remove_prefix(1);
-    const auto end = rest.find(' ');
-    const std::string_view word = rest.substr(0, end);
-    std::from_chars(word.data(), word.data() + word.size(), field);
-    if (end == std::string_view::npos) break;
-    rest.remove_prefix(end);
-  }
-  out.parent = static_cast<pid_t>(fields[0]);
-  out.group = static_cast<pid_t>(fields[1]);
-  out.session = static_cast<pid_t>(fields[2]);
-  out.cpu_ticks = fields[10] + fields[11];
-  out.threads = fields[16];
-  out.start_time = static_cast<std::uint64_t>(fields[18]);
-  return out;
-}
-
 std::optional<std::string> ReadProcEnvironment(pid_t pid, const std::string& key) {
   const auto text = ReadFile(fmt::format("/proc/{}/environ", pid));
   if (!text) return std::nullopt;

@@ -30,18 +30,6 @@ struct LaunchSpec {
 // REQUIRES a single-threaded caller.
 pid_t Launch(const LaunchSpec& spec, std::string* error);
 
-struct ProcStat {
-  char state = '?';  // R, S, D, T, t, Z, X
-  pid_t parent = 0;
-  pid_t group = 0;
-  pid_t session = 0;
-  std::uint64_t start_time = 0;  // clock ticks since boot
-  std::int64_t cpu_ticks = 0;    // processor time it had so far
-  std::int64_t threads = 0;
-  std::string name;
-};
-std::optional<ProcStat> ReadProcStat(pid_t pid);
-
 // Value of `key` in the environment that the process was started with.
 std::optional<std::string> ReadProcEnvironment(pid_t pid, const std::string& key);
 

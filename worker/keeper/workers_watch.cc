@@ -9,6 +9,7 @@
 
 #include "proto/base/clock.h"
 #include "proto/base/log.h"
+#include "proto/base/process_stat.h"
 #include "worker/keeper/process.h"
 #include "worker/keeper/workers.h"
 
@@ -91,7 +92,7 @@ void Workers::ReapOrphans() {
 
 // By its session (a worker leads one), or, where it made its own, by the environment it began with.
 bool Workers::Fenced(pid_t pid) const {
-  const auto stat = ReadProcStat(pid);
+  const auto stat = ReadProcessStat(pid);
   if (!stat) return false;
   for (const auto& [key, worker] : workers_) {
     if (worker->pid == stat->session) return Stale(key.job, key.generation);
@@ -143,7 +144,7 @@ void Workers::Tick(std::int64_t now) {
       fork_servers_->Learn(key.job, worker->pid);
     }
     if (scan) {
-      const auto stat = ReadProcStat(worker->pid);
+      const auto stat = ReadProcessStat(worker->pid);
       // 't' (traced) is a debugger's own business, told all the same: the job stands still.
       if (stat) OnStopped(worker->pid, stat->state == 'T' || stat->state == 't');
     }

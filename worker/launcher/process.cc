@@ -20,6 +20,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/errno_text.h"
+#include "proto/base/process_stat.h"
 
 namespace everstep::launcher {
 namespace {
@@ -141,11 +142,8 @@ void Process::Signal(int signal) {
 
 bool Process::stopped() const {
   if (!running()) return false;
-  std::ifstream in(fmt::format("/proc/{}/stat", pid_));
-  std::string text;
-  std::getline(in, text);
-  const std::size_t end = text.rfind(')');  // a name may hold anything
-  return end != std::string::npos && end + 2 < text.size() && text[end + 2] == 'T';
+  const auto stat = ReadProcessStat(pid_);
+  return stat && stat->state == 'T';
 }
 
 std::optional<int> Process::Reap() {
