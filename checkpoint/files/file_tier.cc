@@ -1,10 +1,10 @@
 #include "checkpoint/files/file_tier.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
+#include <random>
 #include <tuple>
 #include <utility>
 
@@ -28,6 +28,13 @@ bool Digits(std::string_view text, std::uint64_t* out) {
     *out = *out * 10 + static_cast<std::uint64_t>(c - '0');
   }
   return true;
+}
+
+// Of this process among all that write into a shared directory: process numbers of two machines or
+// containers may be equal.
+std::uint32_t OwnToken() {
+  static const std::uint32_t token = std::random_device()();
+  return token;
 }
 
 }  // namespace
@@ -66,7 +73,7 @@ std::string ShardFileName(Rank rank, std::int32_t world_size) {
 // before it the old one (or none).
 Outcome FileTier::Replace(const std::string& folder, const std::string& name,
                           const std::function<Outcome(DiskWriter*)>& write) {
-  const std::string part = fmt::format("{}/.{}.{}{}", folder, name, getpid(), kPartSuffix);
+  const std::string part = fmt::format("{}/.{}.{:08x}{}", folder, name, OwnToken(), kPartSuffix);
   const auto attempt = [&]() -> Outcome {
     auto file = disk_->Create(part);
     if (!file.ok()) return file.error();

@@ -11,6 +11,7 @@ import ctypes
 import mmap
 import os
 import re
+import secrets
 import struct
 import zlib
 from pathlib import Path
@@ -47,7 +48,7 @@ class FileTier:
     def save(self, step: int, state: Flattened) -> Path:
         """Writes one step; when it returns, the step is on the disk."""
         name = f"step-{step:012d}.rank-{self.rank:05d}-of-{self.world_size:05d}.everstep"
-        final, part = self.directory / name, self.directory / f".{name}.{os.getpid()}.part"
+        final, part = self.directory / name, self.directory / f".{name}.{secrets.token_hex(4)}.part"
         try:
             with part.open("wb", buffering=1 << 20) as file:
                 file.write(bytes(_HEADER_BYTES))

@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import re
+import secrets
 import struct
 import time
 from collections.abc import Iterator
@@ -225,7 +226,7 @@ def write_manifest(folder: Path, facts: Facts, ranks: list[dict[str, Any]]) -> N
 @contextlib.contextmanager
 def _beside(path: Path) -> Iterator[Any]:
     """A file to write that takes `path`'s place once all of it is on the disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
         with part.open("wb", buffering=1 << 20) as file:
             yield file
