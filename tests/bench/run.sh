@@ -7,6 +7,7 @@
 #   startup     `everstep run --standalone` of a trivial script beside torchrun's
 #   capture     what Checkpointer.step() costs, in plain memcpys of the same bytes, two nodes
 #   controller  heartbeats a second, decision p99, memory
+#   planner     pipeline templates for every number of nodes
 #   placement   copies of 1,024 nodes' state placed over four levels of failure domains, and what they survive
 #   parity      parity of shards made and used, beside a memcpy of the same bytes
 #   restore     a state from the node's own memory and from a peer's, and N nodes from one holder
@@ -19,6 +20,6 @@ cd "$(dirname "$0")/../.."
 name=${1:-}
 case $name in
   recovery | startup | capture | restore | rivals | scenarios) shift; exec .venv/bin/python "tests/bench/$name.py" "$@" ;;
-  controller | parity | placement | store | transfer) shift; exec "build/release/tests/${name}_bench" "$@" ;;
-  *) sed -n '2,16p' "$0" | sed 's/^# \{0,1\}//' >&2; [ -z "$name" ] || echo "error: no benchmark '$name'" >&2; exit 2 ;;
+  controller | parity | placement | planner | store | transfer) shift; exec "build/release/tests/${name}_bench" "$@" ;;
+  *) sed -n '2,17p' "$0" | sed 's/^# \{0,1\}//' >&2; [ -z "$name" ] || echo "error: no benchmark '$name'" >&2; exit 2 ;;
 esac

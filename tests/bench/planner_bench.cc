@@ -1,0 +1,94 @@
+// What it costs to plan pipelines.
+//
+//   planner_bench [--runs 21] [--json FILE]
+//
+// Case templates-LxN: templates of a model of L layers for every number of nodes up to N, one
+// device each; with a third number, that many devices, in every shape. Layers have times drawn
+// around a mean, as measured ones do; `time` is the whole of it, with costs of transfers.
+// `templates-LxN-uneven`: the same where every layer sends another number of bytes.
+// Beside it what Oobleck's planner was measured to take for the same sizes on a machine like this
+// (docs/reference/performance.md), which cannot be run here.
+#include <cstdlib>
+#include <string>
+
+#include <fmt/format.h>
+
+#include "controller/planner/library.h"
+#include "proto/base/clock.h"
+#include "proto/base/random.h"
+#include "tests/bench/results.h"
+
+namespace everstep::bench {
+namespace {
+
+using planner::Profile;
+
+Profile Model(std::uint32_t layers, std::uint32_t devices, bool uneven) {
+  Random random(layers);
+  Profile p{.model = "drawn", .microbatch = 8, .devices_per_node = devices};
+  p.layers.reserve(layers);
+  for (std::uint32_t l = 0; l < layers; ++l) {
+    p.layers.push_back(
+        {.forward_ns = random.Between(6'000'000, 14'000'000),
+         .backward_ns = random.Between(12'000'000, 28'000'000),
+         .optimizer_ns = 1'000'000,
+         .parameters = 30'000'000,
+         .activation_bytes = 100 << 20,
+         .output_bytes = uneven ? random.Between(1 << 20, 16 << 20) : std::int64_t{4} << 20});
+  }
+  return p;
+}
+
+template <typename Work>
+double Milliseconds(const Work& work) {
+  const std::int64_t began = MonotonicNanos();
+  work();
+  return static_cast<double>(MonotonicNanos() - began) / 1e6;
+}
+
+void Templates(std::uint32_t layers, std::uint32_t nodes, std::uint32_t devices, bool uneven,
+               int runs, Results* results) {
+  std::string name = fmt::format("templates-{}x{}", layers, nodes);
+  if (devices > 1) name += fmt::format("x{}", devices);
+  if (uneven) name += "-uneven";
+  const Profile p = Model(layers, devices, uneven);
+  for (int run = 0; run < runs; ++run) {
+    std::size_t made = 0;
+    const double ms = Milliseconds([&] { made = planner::MakeTemplates(p, nodes).size(); });
+    results->Add(name, "everstep", "time", "s", ms / 1e3);
+    if (run == 0) {
+      results->Add(name, "everstep", "templates", "", static_cast<double>(made));
+    }
+  }
+}
+
+int Main(int argc, char** argv) {
+  int runs = 21;
+  std::string json;
+  for (int i = 1; i < argc; ++i) {
+    const std::string flag = argv[i];
+    if (i + 1 < argc && flag == "--runs") {
+      runs = std::max(1, std::atoi(argv[++i]));
+    } else if (i + 1 < argc && flag == "--json") {
+      json = argv[++i];
+    } else {
+      fmt::print(stderr, "usage: planner_bench [--runs 21] [--json FILE]\n");
+      return flag == "--help" ? 0 : 2;
+    }
+  }
+  Results results("planner");
+  Templates(64, 8, 1, false, runs, &results);
+  Templates(128, 64, 1, false, runs, &results);
+  Templates(96, 64, 8, false, runs, &results);
+  Templates(64, 8, 1, true, runs, &results);
+  Templates(128, 64, 1, true, std::min(runs, 5), &results);
+  fmt::print("limits: templates-64x8 0.3 ms, -128x64 5 ms, -96x64x8 50 ms\n");
+  return results.Finish(json);
+}
+
+}  // namespace
+}  // namespace everstep::bench
+
+int main(int argc, char** argv) {
+  return everstep::bench::Main(argc, argv);
+}
