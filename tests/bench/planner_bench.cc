@@ -6,6 +6,9 @@
 // device each; with a third number, that many devices, in every shape. Layers have times drawn
 // around a mean, as measured ones do; `time` is the whole of it, with costs of transfers.
 // `templates-LxN-uneven`: the same where every layer sends another number of bytes.
+// Case compose-N: which of the templates of a model of 96 layers N nodes run, f = 1, with 4
+// microbatches for each node. `pipelines`: how many that makes. `iteration`: what it then takes,
+// beside the best homogeneous grid (system `grid`).
 // Beside it what Oobleck's planner was measured to take for the same sizes on a machine like this
 // (docs/reference/performance.md), which cannot be run here.
 #include <cstdlib>
@@ -13,6 +16,7 @@
 
 #include <fmt/format.h>
 
+#include "controller/planner/compose.h"
 #include "controller/planner/library.h"
 #include "proto/base/clock.h"
 #include "proto/base/random.h"
@@ -62,6 +66,48 @@ void Templates(std::uint32_t layers, std::uint32_t nodes, std::uint32_t devices,
   }
 }
 
+// The fastest grid of equal pipelines.
+double BestGrid(const planner::Library& library, std::uint32_t nodes, std::uint64_t microbatches) {
+  std::int64_t best = 0;
+  for (const planner::Template& t : library.templates) {
+    if (nodes % t.nodes != 0 || nodes / t.nodes < library.input.faults + 1) continue;
+    const std::uint32_t q = nodes / t.nodes;
+    if (microbatches < q) continue;
+    const auto share = static_cast<std::int64_t>((microbatches + q - 1) / q);
+    const std::int64_t ns =
+        t.TimeNs(share) + planner::SyncNs(library.profile, t, q) + t.optimizer_ns;
+    if (best == 0 || ns < best) best = ns;
+  }
+  return static_cast<double>(best) / 1e9;
+}
+
+void Compositions(std::uint32_t nodes, int runs, Results* results) {
+  const std::string name = fmt::format("compose-{}", nodes);
+  Profile p = Model(96, 1, false);
+  p.device_memory_bytes = std::int64_t{16} << 30;
+  const auto library = planner::MakeLibrary(p, {.nodes = nodes, .faults = 1});
+  if (!library.ok()) {
+    fmt::print(stderr, "{}: {}\n", name, library.refusal().what);
+    return;
+  }
+  const std::uint64_t microbatches = std::uint64_t{4} * nodes;
+  for (int run = 0; run < runs; ++run) {
+    double pipelines = 0, iteration = 0;
+    const double ms = Milliseconds([&] {
+      const auto made =
+          planner::Compose(library.value(), {.nodes = nodes, .microbatches = microbatches});
+      if (!made.ok()) return;
+      pipelines = static_cast<double>(made.value().pipelines.size());
+      iteration = static_cast<double>(made.value().time_ns) / 1e9;
+    });
+    results->Add(name, "everstep", "time", "s", ms / 1e3);
+    if (run > 0) continue;
+    results->Add(name, "everstep", "pipelines", "", pipelines);
+    results->Add(name, "everstep", "iteration", "s", iteration);
+    results->Add(name, "grid", "iteration", "s", BestGrid(library.value(), nodes, microbatches));
+  }
+}
+
 int Main(int argc, char** argv) {
   int runs = 21;
   std::string json;
@@ -82,7 +128,12 @@ int Main(int argc, char** argv) {
   Templates(96, 64, 8, false, runs, &results);
   Templates(64, 8, 1, true, runs, &results);
   Templates(128, 64, 1, true, std::min(runs, 5), &results);
-  fmt::print("limits: templates-64x8 0.3 ms, -128x64 5 ms, -96x64x8 50 ms\n");
+  for (const std::uint32_t nodes : {16U, 24U, 64U, 256U, 1024U}) {
+    Compositions(nodes, runs, &results);
+  }
+  fmt::print(
+      "limits: templates-64x8 0.3 ms, -128x64 5 ms, -96x64x8 50 ms; "
+      "compose-64 1 ms, compose-1024 50 ms\n");
   return results.Finish(json);
 }
 
