@@ -1,6 +1,7 @@
 #include "tests/sim/world/checkers.h"
 
 #include <algorithm>
+#include <tuple>
 
 #include <fmt/format.h>
 
@@ -11,6 +12,8 @@ namespace {
 
 using controller::ClusterState;
 using controller::NodeHealth;
+
+constexpr Duration kFilesKnown = Seconds(30);  // longer than a switch takes
 
 // Node, incarnation, job and generation of an agent's report; generation 0: it carries none.
 struct Origin {
@@ -61,6 +64,7 @@ bool IsBase(const controller::JobStateView& job, const controller::Event& event)
 // A copy went bad, or one that was bad or missing is whole: news, whatever generation captured it.
 bool IsOfRepair(const controller::JobStateView& job, const controller::Event& event) {
   if (std::holds_alternative<controller::ShardDamaged>(event)) return true;
+  if (std::holds_alternative<controller::Persisted>(event)) return true;  // files outlive all
   const auto* copied = std::get_if<controller::ShardCopied>(&event);
   return copied != nullptr && std::any_of(job.commits.commits.begin(), job.commits.commits.end(),
                                           [copied](const controller::Commit& c) {
@@ -138,9 +142,14 @@ void Checkers::AfterStep(Timestamp now, const ClusterState& state, const control
   for (const controller::Record& record : decisions.records) {
     if (const auto* generation = std::get_if<controller::GenerationRecord>(&record)) {
       CheckPlan(now, state, generation->plan);
-    } else if (const auto* commit = std::get_if<controller::CommitRecord>(&record);
-               commit != nullptr && !std::holds_alternative<controller::RollBack>(event)) {
-      CheckCommit(now, state, *commit);  // a roll-back only takes some away
+    } else if (const auto* commit = std::get_if<controller::CommitRecord>(&record)) {
+      // A roll-back only takes some away, other news may be of files alone.
+      const controller::Commit newest =
+          commit->commits.empty() ? controller::Commit{} : commit->commits.front();
+      const controller::Commit before = std::exchange(checked_[commit->job], newest);
+      if (newest != before && !std::holds_alternative<controller::RollBack>(event)) {
+        CheckCommit(now, state, *commit);
+      }
     }
   }
 }
@@ -202,22 +211,21 @@ void Checkers::CheckPlan(Timestamp now, const ClusterState& state,
 // A rank whose shard is passed on gets it from an earlier one that takes these very bytes, and the
 // first of each such line from a holder: nobody waits for itself.
 void Checkers::CheckSources(Timestamp now, const controller::GenerationPlan& plan) {
-  std::map<std::pair<NodeId, std::uint32_t>, std::uint32_t> taken;  // (node, bytes): depth
+  std::set<std::tuple<NodeId, std::uint32_t, std::uint32_t>> taken;  // node, bytes, depth
   for (const NodePlan& node : plan.nodes) {
     for (const WorkerPlan& worker : node.workers) {
       const RestorePlan& r = worker.restore;
       if (r.step == kNoStep || r.file || r.ranges || (r.relay == 0 && r.source_node == node.node))
         continue;
-      const auto source = taken.find({r.source_node, r.crc_root});
       if (r.relay > 0 &&
-          (source == taken.end() || source->second + 1 != r.relay || r.others.empty())) {
+          (!taken.contains({r.source_node, r.crc_root, r.relay - 1}) || r.others.empty())) {
         Violate(now, "sources",
                 fmt::format("job {} generation {}: rank {} waits for {}, which does not take these "
                             "bytes before it, or has no holder to turn to",
                             plan.job, plan.generation, worker.rank, r.source_node));
       }
       if (r.relay > 0) env_.truth->Count("ranks planned behind a taker");
-      taken.try_emplace({node.node, r.crc_root}, r.relay);
+      taken.insert({node.node, r.crc_root, r.relay});
     }
   }
 }
@@ -280,6 +288,7 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
       }
     }
   }
+  if (start) CheckFiles(now, state, plan, *start);
   const auto& commits = state.jobs.at(plan.job).commits.commits;
   if (commits.empty() || !start) return;
   const controller::Commit& commit = commits.front();
@@ -289,6 +298,15 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
   if (!committed || plan.restore_step >= commit.step || env_.truth->Descends(*start, *committed)) {
     return;
   }
+  // Workers capture until a roll-back's Prepare reaches them: its target may be gone by then.
+  const auto& given_up = state.jobs.at(plan.job).record.given_up;
+  const bool target = !given_up.empty() && given_up.back().step == commit.step;
+  const auto overwritten = [&](const NodeId& node, const HeldShard& shard) {
+    const std::vector<HeldShard> here = env_.nodes->at(node)->Verified(plan.job);
+    return std::none_of(here.begin(), here.end(), [&shard](const HeldShard& s) {
+      return s.rank == shard.rank && s.crc_root == shard.crc_root;
+    });
+  };
   // It went back behind a committed step: were the copies really out of reach?
   std::size_t ranks_at_hand = 0;
   std::string where;
@@ -296,6 +314,7 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
     bool at_hand = false;
     for (const Truth::Holder& holder : env_.truth->Holders(plan.job, shard)) {
       if (!holder.intact || !Reachable(state, holder.node, holder.keeper)) continue;
+      if (target && overwritten(holder.node, shard)) continue;
       at_hand = true;
       where += fmt::format(" rank {} on {}", shard.rank, holder.node);
     }
@@ -312,6 +331,21 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
   } else {
     env_.truth->Count("committed steps lost with all copies of a shard");
   }
+}
+
+// What has been in the directory since long before this plan was begun is not gone behind.
+void Checkers::CheckFiles(Timestamp now, const ClusterState& state,
+                          const controller::GenerationPlan& plan, Lineage start) {
+  const auto& given_up = state.jobs.at(plan.job).record.given_up;
+  const auto file = env_.files->Newest(plan.job, now - kFilesKnown, given_up);
+  if (!file || plan.restore_step >= file->step) return;
+  const std::optional<Lineage> kept = env_.truth->OfChecksum(file->crc_root);
+  if (!kept || env_.truth->Descends(start, *kept)) return;
+  Violate(
+      now, "files_kept",
+      fmt::format("job {} generation {} starts after step {}, step {} of generation {} is in its "
+                  "directory",
+                  plan.job, plan.generation, plan.restore_step, file->step, file->generation));
 }
 
 void Checkers::TellMemory(Timestamp now, const ClusterState& state, const JobId& job) const {
@@ -454,7 +488,11 @@ void Checkers::OnCommand(Timestamp now, const controller::Command& command) {
 
 void Checkers::OnRecovered(Timestamp now, const ClusterState& state) {
   planned_.clear();  // a decision whose batch died with the process never was
-  for (const auto& [id, job] : state.jobs) planned_[id] = job.record.generation;
+  checked_.clear();
+  for (const auto& [id, job] : state.jobs) {
+    planned_[id] = job.record.generation;
+    if (!job.commits.commits.empty()) checked_[id] = job.commits.commits.front();
+  }
   for (const auto& [node, incarnation] : incarnations_) {
     const auto it = state.nodes.find(node);
     if (it == state.nodes.end() || it->second.record.incarnation < incarnation) {

@@ -10,6 +10,7 @@
 // - commit_kept: a generation starts from the newest committed step or a later one, unless every
 // copy
 //   of some shard it needs is dead or out of reach
+// - files_kept: ... nor behind a checkpoint that has been in the job's directory for a while
 // - given_up: nothing is restored from what a roll-back went behind
 // - runs_apart: a run starts from nothing of an earlier run under its name that succeeded or was
 // cancelled
@@ -27,6 +28,7 @@
 #include <vector>
 
 #include "controller/core/controller.h"
+#include "tests/sim/world/files.h"
 #include "tests/sim/world/options.h"
 #include "tests/sim/world/sim_store.h"
 #include "tests/sim/world/truth.h"
@@ -41,6 +43,7 @@ class Checkers {
     Truth* truth = nullptr;
     const WorldOptions* options = nullptr;
     const std::map<NodeId, std::unique_ptr<SimNode>>* nodes = nullptr;
+    const Files* files = nullptr;
     std::function<bool()> disturbed;  // some fault could still cost a node its lease
   };
   explicit Checkers(Env env) : env_(std::move(env)) {}
@@ -71,6 +74,8 @@ class Checkers {
                  const controller::GenerationPlan& plan);
   void CheckRestore(Timestamp now, const controller::ClusterState& state,
                     const controller::GenerationPlan& plan);
+  void CheckFiles(Timestamp now, const controller::ClusterState& state,
+                  const controller::GenerationPlan& plan, Lineage start);
   void CheckSources(Timestamp now, const controller::GenerationPlan& plan);
   void CheckCommit(Timestamp now, const controller::ClusterState& state,
                    const controller::CommitRecord& record);
@@ -91,6 +96,7 @@ class Checkers {
   std::map<JobId, Generation> generations_;               // newest said to any node
   std::map<JobId, std::pair<Generation, Step>> commits_;  // newest said to any node
   std::map<JobId, Generation> planned_;                   // newest decided
+  std::map<JobId, controller::Commit> checked_;           // newest of each job
   std::set<JobId> acknowledged_;
   std::map<JobId, std::vector<Cut>> cuts_;
   std::map<JobId, Generation> forgotten_;  // runs up to this generation ended and left nothing

@@ -61,8 +61,8 @@ void SimNode::CarryOutInKeeper(const agent::Effect& effect) {
     job.activate = a->activate;
     job.exited.clear();
   } else if (const auto* v = std::get_if<agent::Survey>(&effect)) {
-    AfterKeeper(Draw(1, 40), "survey", [this, job = v->job, generation = v->generation] {
-      Tell(agent::Surveyed{job, generation, Verified(job)});
+    AfterKeeper(Draw(1, 40), "survey", [this, asked = *v] {
+      Tell(agent::Surveyed{asked.job, asked.generation, Found(asked.job, asked.given_up)});
     });
   } else if (const auto* m = std::get_if<agent::MarkCommitted>(&effect)) {
     if (KeeperJob* job = FindJob(m->job)) {
@@ -152,6 +152,15 @@ void SimNode::StartWorkers(const agent::Activate& activate) {
         fmt::format("{} starts generation {} of job {}, it knew {} and ended {}", name_,
                     activate.generation, activate.job, job.generation, job.killed));
   }
+  const auto& workers = activate.plan.workers;
+  if (std::any_of(workers.begin(), workers.end(), [](const auto& w) { return w.restore.file; })) {
+    return LoadFiles(activate);
+  }
+  ForkAll(activate);
+}
+
+void SimNode::ForkAll(const agent::Activate& activate) {
+  KeeperJob& job = keeper_->jobs[activate.job];
   for (const WorkerPlan& worker : activate.plan.workers) {
     job.starting.emplace(activate.generation, worker.rank);
     AfterKeeper(Draw(10, 250), "fork", [this, activate, worker] { Fork(activate, worker); });
@@ -283,7 +292,9 @@ void SimNode::Gather(const JobId& job, ProcessKey key,
   const CutShard* next = nullptr;
   for (const CutShard& shard : cut->shards) {
     if (process->gathered.contains(shard.rank)) continue;
-    if (Offer(job, wanted(shard))) {
+    if (Offer(job, wanted(shard)) ||
+        (shard.file &&
+         env_.files->Read(job, cut->generation, cut->step, shard.rank, shard.crc_root))) {
       process->gathered.insert(shard.rank);
     } else if (next == nullptr) {
       next = &shard;

@@ -180,6 +180,8 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
     Tell(agent::StopJob{header, s->job, s->generation, s->forget, Grace(s->failed)});
   } else if (const auto* m = std::get_if<controller::CommittedCommand>(&command.body)) {
     Tell(agent::Committed{header, m->job, m->generation, m->step, m->released});
+  } else if (const auto* f = std::get_if<controller::PersistCommand>(&command.body)) {
+    Tell(agent::Persist{header, f->job, f->generation, f->step, f->ranks, f->verified});
   } else if (const auto* r = std::get_if<controller::RepairShardCommand>(&command.body)) {
     Tell(agent::RepairShard{header, r->job, r->shard, r->source_node, r->source_address});
   }
@@ -321,6 +323,11 @@ void SimNode::CarryOut(const agent::Effect& effect) {
     Say("shard_damaged",
         controller::ShardDamaged{name_, incarnation, d->damaged.job, d->damaged.shard,
                                  d->damaged.chunk, d->damaged.found_by});
+  } else if (const auto* f = std::get_if<agent::SendPersisted>(&effect)) {
+    const agent::Persisted& done = f->persisted;
+    Say("persisted",
+        controller::Persisted{name_, incarnation, done.job, done.generation, done.step, done.sealed,
+                              done.bytes, done.took, done.error, done.missing});
   } else if (const auto* n = std::get_if<agent::SendNotice>(&effect)) {
     Say("notice", controller::Notice{name_, incarnation, n->notice.source, n->notice.deadline});
   } else if (const auto* w = std::get_if<agent::SendNodeWarm>(&effect)) {
@@ -338,6 +345,8 @@ void SimNode::CarryOut(const agent::Effect& effect) {
     }
   } else if (std::get_if<agent::Dropped>(&effect)) {
     env_.truth->Count("dropped by agents");
+  } else if (const auto* persist = std::get_if<agent::PersistStep>(&effect)) {
+    Persist(*persist);  // answers without a keeper, too
   } else if (keeper_) {
     CarryOutInKeeper(effect);
   }

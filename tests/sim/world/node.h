@@ -4,7 +4,8 @@
 //   controller ══stream══ agent (AgentCore) ──inbox── keeper: workers, slots ──datagrams── other
 //   nodes
 //
-// keeper.cc plays the keeper and the checkpoint plane, node.cc the machine and the agent's shell.
+// keeper.cc plays the keeper and the checkpoint plane, node.cc the machine and the agent's shell,
+// node_files.cc what the agent does with the checkpoint directory.
 #pragma once
 
 #include <deque>
@@ -18,6 +19,7 @@
 
 #include "controller/core/decision.h"
 #include "tests/sim/kernel/network.h"
+#include "tests/sim/world/files.h"
 #include "tests/sim/world/memory.h"
 #include "tests/sim/world/training.h"
 #include "tests/sim/world/truth.h"
@@ -36,6 +38,7 @@ struct NodeEnv {
   Training* training = nullptr;
   SimController* controller = nullptr;
   const WorldOptions* options = nullptr;
+  Files* files = nullptr;
   std::function<SimNode*(const NodeId&)> peer;
 };
 
@@ -141,6 +144,7 @@ class SimNode {
   KeeperJob* FindJob(const JobId& job);
   Process* FindProcess(const JobId& job, ProcessKey key);
   void StartWorkers(const agent::Activate& activate);
+  void ForkAll(const agent::Activate& activate);
   void Fork(const agent::Activate& activate, const WorkerPlan& worker);
   void WatchStart(const JobId& job, ProcessKey key);
   void Restore(const JobId& job, ProcessKey key, const RestorePlan& plan, Timestamp give_up);
@@ -162,6 +166,14 @@ class SimNode {
   void Mend(const agent::MendShard& mend);
   void DropKeeper();
   std::optional<std::pair<JobId, ProcessKey>> Pick(std::int32_t local_rank) const;
+
+  // node_files.cc
+  const controller::JobSpec* WithFiles(const JobId& job) const;  // nullptr: it has no directory
+  std::vector<HeldShard> Found(const JobId& job, const std::vector<Cut>& given_up) const;
+  void Persist(const agent::PersistStep& asked);
+  void WriteNext(const std::shared_ptr<agent::Persisted>& done,
+                 const std::shared_ptr<std::vector<HeldShard>>& copies, const Cut& verified);
+  void LoadFiles(const agent::Activate& activate);
 
   const NodeId name_;
   const NodeEnv env_;

@@ -45,7 +45,13 @@ constexpr Kind kKinds[] = {
     {"slow_disk", 4, 4000, Target::kNone},        // the controller's syncs take up to 400 ms
     {"slow_network", 4, 4000, Target::kNone},
     {"packet_loss", 4, 4000, Target::kNone},  // half of the checkpoint plane's messages
+    // Where a job has a checkpoint directory; drawn apart, so that all else stays what it was.
+    {"files_fail", 0, 5000, Target::kNone},  // nothing can be written there
+    {"files_damage", 0, 0, Target::kNone},   // j1's newest checkpoint cannot be read
+    {"rollback_far", 0, 0, Target::kNone},   // an operator sends j1 back to what only files have
+    {"all_keepers", 0, 0, Target::kNone},    // every copy in memory dies at once
 };
+constexpr const char* kFileFaults[] = {"files_fail", "files_damage", "rollback_far", "all_keepers"};
 
 }  // namespace
 
@@ -85,6 +91,7 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
   o.same_machine = random.Chance(300);
   const std::int64_t jobs = random.Chance(250) ? 2 : 1;
   Random copies(seed ^ 0xC0B1E5ULL);  // of its own: the other draws stay what they were
+  Random files(seed ^ 0xF11E5ULL);    // likewise
   for (std::int64_t i = 0; i < jobs; ++i) {
     controller::JobSpec spec;
     spec.job = fmt::format("j{}", i + 1);
@@ -110,6 +117,13 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
     }
     if (random.Chance(100)) job.cancel_at = Milliseconds(random.Between(1000, 24000));
     job.again = random.Chance(200);
+    // A run under an ended one's name goes on from the files that it left; that is not drawn here.
+    if (files.Chance(400) && !job.again && job.checkpoints) {
+      spec.ckpt_dir = "/ckpt/" + spec.job;
+      spec.ckpt_every_steps = static_cast<std::uint64_t>(files.Between(0, 8));
+      if (spec.ckpt_every_steps == 0) spec.ckpt_every = Milliseconds(files.Between(500, 4000));
+      if (files.Chance(300)) spec.verify_after = static_cast<std::uint32_t>(files.Between(1, 6));
+    }
     job.spec = std::move(spec);
     o.jobs.push_back(std::move(job));
   }
@@ -125,10 +139,11 @@ std::string Describe(const WorldOptions& o) {
   for (const SimJob& sim_job : o.jobs) {
     const controller::JobSpec& job = sim_job.spec;
     text += fmt::format(
-        "\njob {}: {} to {} nodes, {} workers each{}{}{}{}{}", job.job, job.min_nodes,
+        "\njob {}: {} to {} nodes, {} workers each{}{}{}{}{}{}", job.job, job.min_nodes,
         job.max_nodes, job.nproc_per_node,
         job.copies == 0 ? "" : fmt::format(", {} copies", job.copies),
-        sim_job.checkpoints ? "" : ", without checkpoints", sim_job.tight ? ", small budgets" : "",
+        sim_job.checkpoints ? "" : ", without checkpoints",
+        job.ckpt_dir.empty() ? "" : ", with files", sim_job.tight ? ", small budgets" : "",
         sim_job.cancel_at.count() > 0 ? ", cancelled" : "", sim_job.again ? ", run twice" : "");
   }
   return text;
@@ -155,6 +170,16 @@ std::vector<Fault> DrawFaults(const WorldOptions& o) {
     if (!faults.empty() && random.Chance(400)) {
       fault.at = faults.back().at + Milliseconds(random.Between(0, 800));
     }
+    faults.push_back(std::move(fault));
+  }
+  const bool with_files = std::any_of(o.jobs.begin(), o.jobs.end(),
+                                      [](const SimJob& job) { return !job.spec.ckpt_dir.empty(); });
+  Random files(o.seed ^ 0xF11EFA0175ULL);
+  for (std::int64_t i = with_files ? files.Between(0, 3) : 0; i > 0; --i) {
+    Fault fault;
+    fault.at = Milliseconds(files.Between(4000, ToMilliseconds(o.fault_phase)));
+    fault.kind = kFileFaults[files.Below(std::size(kFileFaults))];
+    if (fault.kind == "files_fail") fault.lasts = Milliseconds(files.Between(500, 5000));
     faults.push_back(std::move(fault));
   }
   std::stable_sort(faults.begin(), faults.end(),

@@ -29,7 +29,7 @@ class World {
         start_(timeline_.now()),
         network_(&timeline_, options.network),
         training_(&timeline_, &network_, &truth_, &options_),
-        checkers_({&truth_, &options_, &nodes_, [this] { return Disturbed(); }}),
+        checkers_({&truth_, &options_, &nodes_, &files_, [this] { return Disturbed(); }}),
         controller_({&timeline_, &network_, &truth_, &checkers_, &options_,
                      [this](const NodeId& id) { return nodes_.at(id).get(); }}) {}
 
@@ -66,6 +66,7 @@ class World {
   Truth truth_{start_};
   Network network_;
   Training training_;
+  Files files_;
   std::map<NodeId, std::unique_ptr<SimNode>> nodes_;
   Checkers checkers_;
   SimController controller_;
@@ -88,6 +89,7 @@ void World::Build() {
     env.training = &training_;
     env.controller = &controller_;
     env.options = &options_;
+    env.files = &files_;
     env.peer = [this](const NodeId& id) -> SimNode* {
       const auto it = nodes_.find(id);
       return it == nodes_.end() ? nullptr : it->second.get();
@@ -243,12 +245,17 @@ void World::Apply(const Fault& fault) {
       timeline_.After(Milliseconds(timeline_.random().Between(200, 4000)), "boots",
                       [n] { n->Boot(); });
     });
-  } else if (kind == "rollback") {
+  } else if (kind == "all_keepers") {
+    for (const auto& [id, each] : nodes_) each->CrashKeeper();
+  } else if (kind == "rollback" || kind == "rollback_far") {
     const controller::ClusterState* state = controller_.state();
     if (state == nullptr) return;
     const auto job = state->jobs.find("j1");
     if (job == state->jobs.end() || job->second.commits.commits.empty()) return;
-    const Step step = job->second.commits.commits.front().step;
+    const auto& files = job->second.commits.files;
+    const Step step = kind == "rollback_far" && !files.empty()
+                          ? files.back().step
+                          : job->second.commits.commits.front().step;
     controller_.Request(
         [step](controller::RequestId id) {
           return controller::RollBack{id, "j1", step};
@@ -256,6 +263,10 @@ void World::Apply(const Fault& fault) {
         [this](const controller::Reply& reply) {
           if (reply.code == controller::ReplyCode::kOk) checkers_.RolledBack("j1");
         });
+  } else if (kind == "files_fail") {
+    files_.FailUntil(until);
+  } else if (kind == "files_damage") {
+    if (files_.Damage("j1")) truth_.Count("checkpoints damaged");
   } else if (kind == "corrupt") {
     node->Corrupt(timeline_.random().Below(64));
   } else if (kind == "fork_fail") {
