@@ -30,7 +30,7 @@ packages=(
   g++ cmake ninja-build ccache pkg-config
   libgrpc++-dev libprotobuf-dev protobuf-compiler protobuf-compiler-grpc
   librocksdb-dev libspdlog-dev libfmt-dev libcli11-dev nlohmann-json3-dev libcpp-httplib-dev libisal-dev
-  libgtest-dev libbenchmark-dev
+  libgtest-dev
   iproute2 procps
 )
 [ "$python" = 0 ] || packages+=(python3-venv)

@@ -5,6 +5,7 @@
 2. The keeper includes no gRPC (it must stay small and must not die).
 3. worker/ and checkpoint/ include nothing of controller/, controller/ nothing of worker/, checkpoint/
    nothing of worker/, and proto/ nothing of any: what two of them need stands in proto/.
+4. Every package that deploy/setup.sh installs is named, with its reason, in docs/start.md.
 
 Prints each breach as file:line: text and exits 1; exits 0 with a count of what it looked at.
 """
@@ -71,8 +72,20 @@ def check_sides(path: pathlib.Path) -> list[tuple[int, str]]:
     ]
 
 
+def check_packages() -> list[str]:
+    listed = re.search(r"^packages=\(\n(.*?)^\)", (ROOT / "deploy/setup.sh").read_text(), re.MULTILINE | re.DOTALL)
+    if listed is None:
+        return ["deploy/setup.sh: no list of packages was found"]
+    named = set(re.findall(r"[\w+.-]+", " ".join(re.findall(r"`([^`]+)`", (ROOT / "docs/start.md").read_text()))))
+    return [f"deploy/setup.sh installs {package}, which docs/start.md does not name" for package in listed.group(1).split()
+            if package not in named]
+
+
 def main() -> int:
     breaches = 0
+    for text in check_packages():
+        print(text)
+        breaches += 1
     jobs = [(p, check_core) for c in CORES for p in sources(c)]
     jobs += [(p, check_keeper) for p in sources("worker/keeper")]
     jobs += [(p, check_sides) for side in STRANGERS for p in sources(side)]
