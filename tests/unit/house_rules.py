@@ -76,7 +76,8 @@ def check_packages() -> list[str]:
     listed = re.search(r"^packages=\(\n(.*?)^\)", (ROOT / "deploy/setup.sh").read_text(), re.MULTILINE | re.DOTALL)
     if listed is None:
         return ["deploy/setup.sh: no list of packages was found"]
-    named = set(re.findall(r"[\w+.-]+", " ".join(re.findall(r"`([^`]+)`", (ROOT / "docs/start.md").read_text()))))
+    rows = [line for line in (ROOT / "docs/start.md").read_text().splitlines() if line.startswith("| `")]
+    named = set(re.findall(r"[\w+.-]+", " ".join(" ".join(re.findall(r"`([^`]+)`", row)) for row in rows)))
     return [f"deploy/setup.sh installs {package}, which docs/start.md does not name" for package in listed.group(1).split()
             if package not in named]
 
