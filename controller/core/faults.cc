@@ -212,6 +212,18 @@ void Controller::Impl::WorkerFailed(JobStateView* job, const WorkerExited& e) {
     ++job->record.restarts;
   } else {
     ++job->record.lost_capacity;
+    // Before its generation ran nothing else counts: memory that is too small for what a script
+    // imports must not keep it starting for ever.
+    if (!runtime_[e.job].ran &&
+        ++job->record.start_failures > job->record.spec.max_start_failures) {
+      Finish(job, JobState::kFailed, Reason::kStartFailures,
+             fmt::format("rank {} on {} was killed ({}), and {} generations in a row ended before "
+                         "they ran (limit {})",
+                         e.rank, e.node, evidence, job->record.start_failures,
+                         job->record.spec.max_start_failures),
+             1);
+      return;
+    }
   }
   dirty_jobs_.insert(e.job);
   if (EndOfGeneration(job, !charged)) Prepare(job, reason, evidence, true, true);

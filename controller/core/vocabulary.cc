@@ -113,7 +113,8 @@ constexpr std::array kMeanings = {
     "the script failed more often than max_restarts allows",
     "the script failed and never got past its start",
     "generations ended one after the other without a new step",
-    "the process group did not form, too often in a row",
+    "generations did not come to run (no process group, workers killed while they start), too "
+    "often in a row",
     "a node registered for the first time, or with a new keeper",
     "an agent or the controller restarted and nothing was lost",
     "a node's stream to the controller broke",
