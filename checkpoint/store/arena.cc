@@ -196,6 +196,7 @@ Arena& Arena::operator=(Arena&& other) noexcept {
     header_ = std::exchange(other.header_, nullptr);
     mappings_ = std::exchange(other.mappings_, {});
     populated_ = std::exchange(other.populated_, {});
+    taken_ = std::exchange(other.taken_, {});
   }
   return *this;
 }

@@ -142,7 +142,9 @@ class Arena {
   int fd_ = -1;
   ArenaHeader* header_ = nullptr;
   std::array<Mapping, kSlots> mappings_{};
-  std::array<std::uint64_t, kSlots> populated_{};  // extent whose memory this object took; 0: none
+  // Offset of the extent; 0: none.
+  std::array<std::uint64_t, kSlots> populated_{};  // ... that lies in this process's page tables
+  std::array<std::uint64_t, kSlots> taken_{};      // ... that has all its memory
 };
 
 // Copies shared words that another process may be changing (seqlock readers and writers).

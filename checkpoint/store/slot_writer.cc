@@ -6,6 +6,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
 
@@ -16,6 +17,7 @@
 #include "proto/base/kill_point.h"
 
 #ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_READ 22
 #define MADV_POPULATE_WRITE 23
 #endif
 
@@ -52,29 +54,38 @@ std::uint64_t Missing(int fd, std::uint64_t offset, std::uint64_t bytes) {
   return missing;
 }
 
-// Takes the memory of a mapping now, so that no later store can fail or stall.
-Outcome Populate(const Arena& arena, unsigned char* data, std::uint64_t offset,
-                 std::uint64_t bytes) {
-  const std::uint64_t missing = Missing(arena.fd(), offset, bytes);
-  if (missing > 0) {
-    if (auto ok = CheckMemory(missing, arena.Name()); !ok.ok()) return ok;
-  }
+// Both extents have all their memory: by the file's count of it, where going through the pages
+// costs a fiftieth of filling them. False: perhaps not.
+bool AllTaken(const Arena& arena) {
+  struct stat st {};
+  if (fstat(arena.fd(), &st) != 0) return false;
+  std::uint64_t bytes = RoundUp(sizeof(ArenaHeader), kPageBytes);  // what is used of the header
+  for (const SlotHeader& h : arena.header()->slot) bytes += h.extent_bytes;
+  return static_cast<std::uint64_t>(st.st_blocks) * 512 >= bytes;
+}
+
+// madvise until it has done all, or failed for good.
+int Advise(unsigned char* data, std::uint64_t bytes, int advice) {
   int result;
   do {
-    result = madvise(data, bytes, MADV_POPULATE_WRITE);
+    result = madvise(data, bytes, advice);
   } while (result != 0 && (errno == EINTR || errno == EAGAIN));
+  return result;
+}
+
+Outcome TakeMemory(const Arena& arena, std::uint64_t offset, std::uint64_t bytes) {
+  int result;
+  do {
+    result = fallocate(arena.fd(), 0, static_cast<off_t>(offset), static_cast<off_t>(bytes));
+  } while (result != 0 && errno == EINTR);
   if (result == 0) return Done{};
-  if (errno != EINVAL) return System(arena, "taking the memory of a slot");
-  // Before Linux 5.14: the memory is taken, the page tables fill at the first touch.
-  if (fallocate(arena.fd(), 0, static_cast<off_t>(offset), static_cast<off_t>(bytes)) != 0) {
-    return System(arena, "taking the memory of a slot");
-  }
-  return Done{};
+  return System(arena, "taking the memory of a slot");
 }
 
 }  // namespace
 
-Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes) {
+Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes,
+                            Touch touch) {
   SlotHeader& h = arena->header()->slot[slot];
   struct stat st {};
   if (fstat(arena->fd(), &st) != 0) return System(*arena, "fstat");
@@ -115,19 +126,40 @@ Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payl
   if (mapped) return Done{};
   unsigned char* data = arena->Map(slot, h.extent_offset, h.extent_bytes);
   if (data == nullptr) return System(*arena, "mapping a slot");
-  if (auto ok = Populate(*arena, data, h.extent_offset, h.extent_bytes); !ok.ok()) return ok;
+  // No later store can fail for want of memory, and after Touch::kNow none stalls.
+  std::uint64_t missing = 0;
+  if (arena->taken_[slot] != h.extent_offset && !AllTaken(*arena)) {
+    missing = Missing(arena->fd(), h.extent_offset, h.extent_bytes);
+    if (missing > 0) {
+      if (auto ok = CheckMemory(missing, arena->Name()); !ok.ok()) return ok;
+    }
+  }
+  if (touch == Touch::kNow) {
+    // What is there a reader's fault maps sixteen pages at a time, and writable: the file is shared
+    // memory.
+    const int advice = missing > 0 ? MADV_POPULATE_WRITE : MADV_POPULATE_READ;
+    if (Advise(data, h.extent_bytes, advice) == 0) {
+      missing = 0;
+    } else if (errno != EINVAL) {  // it is before Linux 5.14: the tables fill at the first touch
+      return System(*arena, "taking the memory of a slot");
+    }
+    arena->populated_[slot] = h.extent_offset;
+  }
+  if (missing > 0) {
+    if (auto ok = TakeMemory(*arena, h.extent_offset, h.extent_bytes); !ok.ok()) return ok;
+  }
+  arena->taken_[slot] = h.extent_offset;
   KillPoint("slot.memory_taken");
-  arena->populated_[slot] = h.extent_offset;
   return Done{};
 }
 
-Result<SlotWriter> SlotWriter::Begin(Arena* arena, std::uint32_t slot,
-                                     std::uint64_t payload_bytes) {
+Result<SlotWriter> SlotWriter::Begin(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes,
+                                     Touch touch) {
   if (slot >= kSlots || payload_bytes > kMaxPayloadBytes) {
     return Error{ErrorCode::kInvalid,
                  fmt::format("{}: slot {} with {} bytes", arena->Name(), slot, payload_bytes)};
   }
-  if (auto ok = Reserve(arena, slot, payload_bytes); !ok.ok()) return ok.error();
+  if (auto ok = Reserve(arena, slot, payload_bytes, touch); !ok.ok()) return ok.error();
   SlotHeader& h = arena->header()->slot[slot];
   const std::uint64_t was = h.seq.load(std::memory_order_relaxed);
   h.seq.store(was | 1, std::memory_order_seq_cst);
@@ -137,6 +169,12 @@ Result<SlotWriter> SlotWriter::Begin(Arena* arena, std::uint32_t slot,
   const std::uint64_t capacity = ExtentCapacity(h.extent_bytes);
   unsigned char* data = arena->mappings_[slot].data;
   return SlotWriter(arena, slot, data, capacity, reinterpret_cast<std::uint32_t*>(data + capacity));
+}
+
+void SlotWriter::TouchChunk(std::uint64_t chunk) {
+  if (arena_->populated_[slot_] != 0) return;
+  const std::uint64_t bytes = std::min<std::uint64_t>(kChunkBytes, capacity_ - chunk * kChunkBytes);
+  madvise(Chunk(chunk), bytes, MADV_POPULATE_READ);  // a wish: the first store does it else
 }
 
 Outcome SlotWriter::Append(const void* data, std::uint64_t size) {

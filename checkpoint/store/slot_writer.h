@@ -12,6 +12,10 @@
 
 namespace everstep::checkpoint {
 
+// The memory of a slot is all taken before a call returns. When it comes into this process's page
+// tables: then, too, or chunk by chunk (TouchChunk), each in the thread that is to fill it.
+enum class Touch : std::uint8_t { kNow, kByChunk };
+
 class SlotWriter {
  public:
   // Gives the slot room for `payload_bytes` (and, when it must grow, a little more) and takes that
@@ -19,10 +23,12 @@ class SlotWriter {
   // content keeps it; only one that must grow loses it. kNoMemory when the machine has not got it.
   // REQUIRES: the caller is the arena's one writer, and the slot may be overwritten when it is too
   // small.
-  static Outcome Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes);
+  static Outcome Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes,
+                         Touch touch = Touch::kNow);
 
   // Tears the slot and gives it room for `payload_bytes`. `arena` must outlive the writer.
-  static Result<SlotWriter> Begin(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes);
+  static Result<SlotWriter> Begin(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes,
+                                  Touch touch = Touch::kNow);
 
   // --- in order ---
   // kInvalid when the bytes do not fit.
@@ -36,6 +42,8 @@ class SlotWriter {
 
   // --- by chunk ---
   unsigned char* Chunk(std::uint64_t chunk) { return data_ + chunk * kChunkBytes; }
+  // Before it is filled, after Touch::kByChunk: one call in place of a fault for each page.
+  void TouchChunk(std::uint64_t chunk);
   void SetChunkCrc(std::uint64_t chunk, std::uint32_t crc) { crcs_[chunk] = crc; }
   // kCorrupt when the chunk CRCs and `fields` do not give `crc_root`; the slot stays torn.
   Result<SlotView> Publish(const SlotFields& fields, std::uint32_t crc_root);

@@ -131,6 +131,7 @@ Outcome Fetcher::Bring(Range range) {
       if (auto ok = SkipChunk(&connection, frame.value()); !ok.ok()) return ok;
       continue;
     }
+    writer_->TouchChunk(next);
     if (auto ok = ReceiveChunk(&connection, fields, frame.value(), writer_); !ok.ok()) return ok;
     progress_->have[next] = 1;
     sink_->Verified(next);

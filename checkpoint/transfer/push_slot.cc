@@ -151,7 +151,7 @@ Outcome Pusher::SendFrom(ChunkQueue* queue, PeerConversation* talk) {
     connection.LimitInFlight(task_.traffic->in_flight_bytes());
   }
   const unsigned char* data = nullptr;
-  if (MappingPays(connection)) {
+  if (MappingPays(connection, false)) {
     std::lock_guard<std::mutex> lock(mutex_);
     data = arena_->Payload(view_);
   }

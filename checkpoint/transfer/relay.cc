@@ -90,10 +90,12 @@ Outcome ServeRelay(PeerSession* session, Relay* relay, SteadyTime deadline) {
   }
   KillPoint("serve.relay_responded");
   if (auto ok = SendTable(connection, relay->crcs()); !ok.ok()) return ok;
-  const unsigned char* data = MappingPays(*connection) ? memory.value().Payload(view) : nullptr;
   const std::uint64_t chunks = relay->crcs().size();
   const std::uint64_t end =
       request.end_chunk == 0 ? chunks : std::min<std::uint64_t>(request.end_chunk, chunks);
+  const bool part = request.first_chunk > 0 || end < chunks;
+  const unsigned char* data =
+      MappingPays(*connection, part) ? memory.value().Payload(view) : nullptr;
   for (std::uint64_t i = request.first_chunk; i < end;) {
     if (connection->Readable()) return Done{};  // it has left
     const SteadyTime now = std::chrono::steady_clock::now();

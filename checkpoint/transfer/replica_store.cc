@@ -29,9 +29,10 @@ Outcome SendRange(Connection* connection, Arena* arena, const SlotView& view,
                   const std::vector<std::uint32_t>& crcs, std::uint64_t first, std::uint64_t end,
                   bool checked) {
   if (auto ok = SendTable(connection, crcs); !ok.ok()) return ok;
-  const bool map = checked || MappingPays(*connection);
-  const unsigned char* data = map ? arena->Payload(view) : nullptr;
   if (end == 0 || end > crcs.size()) end = crcs.size();
+  const bool part = first > 0 || end < crcs.size();
+  const bool map = checked || MappingPays(*connection, part);
+  const unsigned char* data = map ? arena->Payload(view) : nullptr;
   for (std::uint64_t i = first; i < end; ++i) {
     if (connection->Readable()) return Done{};  // it has left
     if (checked && data != nullptr &&
@@ -59,7 +60,7 @@ Outcome SendPicked(Connection* connection, Arena* arena, const SlotView& view,
   }
   Bitmap bits(BitmapBytes(crcs.size()));
   if (auto ok = connection->Receive(bits.data(), bits.size()); !ok.ok()) return ok;
-  const unsigned char* data = MappingPays(*connection) ? arena->Payload(view) : nullptr;
+  const unsigned char* data = MappingPays(*connection, true) ? arena->Payload(view) : nullptr;
   for (std::uint64_t i = 0; i < crcs.size(); ++i) {
     if (!BitOf(bits, i)) continue;
     if (connection->Readable()) return Done{};  // it has left

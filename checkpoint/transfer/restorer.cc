@@ -39,7 +39,7 @@ class SlotSink final : public FetchSink {
 
   SlotWriter* Begin(const SlotFields& fields) override {
     if (writer_) return &*writer_;
-    auto writer = SlotWriter::Begin(arena_, slot_, fields.payload_bytes);
+    auto writer = SlotWriter::Begin(arena_, slot_, fields.payload_bytes, Touch::kByChunk);
     if (!writer.ok()) {
       why_ = writer.error().message;
       return nullptr;
@@ -200,11 +200,12 @@ std::optional<SlotView> FindRestore(const Arena& arena, const RestorePart& resto
 
 Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
                               const JobFacts& facts, const LocalRank& local, std::uint16_t own_port,
-                              RelayTable* relays) {
+                              RelayTable* relays, Arena* memory) {
   const RestorePart& want = local.restore;
   auto target = Reopen(local.arena);
   if (!target.ok()) return target.error();
-  Arena& arena = target.value();
+  *memory = std::move(target.value());
+  Arena& arena = *memory;
   // These very bytes lie here, damaged: they are put right where they are.
   const auto damaged = FindRestore(arena, want);
   const std::uint32_t slot =
@@ -253,7 +254,8 @@ Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
   // While others wait for the source this takes its memory, not once it answers: each in a line
   // would wait for all before it.
   if (want.bytes <= kMaxPayloadBytes) {
-    if (auto ok = SlotWriter::Reserve(&arena, slot, want.bytes); !ok.ok()) return ok.error();
+    if (auto ok = SlotWriter::Reserve(&arena, slot, want.bytes, Touch::kByChunk); !ok.ok())
+      return ok.error();
   }
   FetchProgress progress;
   const auto deadline = std::chrono::steady_clock::now() + options.restore_timeout +

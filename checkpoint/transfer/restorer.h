@@ -16,9 +16,10 @@ std::optional<SlotView> FindRestore(const Arena& arena, const RestorePart& resto
 
 // Blocks until the bytes are in the rank's arena, verified (the slot's view), or cannot be had.
 // `own_port`: this node's data plane, dialled only for what another rank here takes. What comes
-// from a peer is in `relays` while it comes.
+// from a peer is in `relays` while it comes. `memory`: becomes the arena that it wrote through; to
+// unmap it takes a while, so the caller closes it when the bytes have been told of.
 Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
                               const JobFacts& facts, const LocalRank& local, std::uint16_t own_port,
-                              RelayTable* relays);
+                              RelayTable* relays, Arena* memory);
 
 }  // namespace everstep::checkpoint

@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstring>
 #include <memory>
+#include <thread>
 
 #include "checkpoint/store/fence.h"
 #include "proto/base/crc32c.h"
@@ -111,8 +112,10 @@ Outcome SendEndOfChunks(Connection* connection) {
   return connection->Send(&frame, sizeof frame);
 }
 
-bool MappingPays(const Connection& connection) {
-  return connection.SameHost();
+bool MappingPays(const Connection& connection, bool one_of_several) {
+  constexpr unsigned kThreads = 4;  // two streams, both ends
+  static const unsigned cores = std::thread::hardware_concurrency();
+  return connection.SameHost() && (!one_of_several || cores >= kThreads);
 }
 
 Result<ChunkFrame> ReceiveChunkFrame(Connection* connection, const SlotFields& fields,

@@ -49,8 +49,10 @@ Outcome SendChunkBytes(Connection* connection, const Arena& arena, const SlotVie
                        const unsigned char* data, std::uint64_t chunk, std::uint32_t crc);
 Outcome SendEndOfChunks(Connection* connection);
 // On the same host a byte that is copied into the socket is read from the cache by its receiver,
-// one that is lent to it from memory: mapping pays. To another host the network card reads it.
-bool MappingPays(const Connection& connection);
+// one that is lent to it from memory: mapping pays. Not for one of several streams when not each of
+// their threads has a core: then the copy takes from the others. To another host the network card
+// reads it.
+bool MappingPays(const Connection& connection, bool one_of_several);
 
 // The next chunk's frame, checked against the table; index kEndOfChunks ends the stream.
 Result<ChunkFrame> ReceiveChunkFrame(Connection* connection, const SlotFields& fields,

@@ -411,8 +411,9 @@ std::optional<SlotView> Service::Bring(
 }
 
 void Service::Restore(const LocalPtr& local) {
+  Arena memory;
   const auto view = Bring(local, RestoreState::kReady, [&](const JobFacts& facts) {
-    return BringRestore(options_, host_, facts, *local, server_->port(), &relays_);
+    return BringRestore(options_, host_, facts, *local, server_->port(), &relays_, &memory);
   });
   if (!view) return;
   local->restored = true;

@@ -12,7 +12,6 @@
 // `restored` is said when the slot lies here with every chunk checked; the time is
 // CLOCK_MONOTONIC's. Ends with its input.
 #include <fmt/format.h>
-#include <poll.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -21,6 +20,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <iostream>
 #include <iterator>
 #include <sstream>
@@ -116,7 +116,8 @@ class Node {
         fmt::print(stderr, "error: {}\n", word.message);
         return "";
       }
-      poll(nullptr, 0, 1);
+      const timespec pause{0, 100'000};
+      nanosleep(&pause, nullptr);
     }
     return "";
   }

@@ -7,6 +7,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -223,6 +224,53 @@ TEST(Arena, ReserveTakesTheMemoryOnceAndKeepsContent) {
   EXPECT_GE(st.st_blocks * 512, 8 << 20);
   EXPECT_LT(st.st_blocks * 512, (8 << 20) * 103 / 100) << "more than slots times bytes plus 3 %";
   EXPECT_TRUE(arena.Verify(*arena.Newest()).ok());
+}
+
+TEST(Arena, TouchByChunkTakesAllMemoryAtOnceAndMapsItChunkByChunk) {
+  const std::size_t size = (3u << 20) + 50;
+  Arena source = MakeArena(size);
+  const SlotView sent = Write(&source, 0, 9, size);
+  Arena sink = MakeArena(size);
+  ASSERT_TRUE(SlotWriter::Reserve(&sink, 0, size, Touch::kByChunk).ok());
+  struct stat st {};
+  ASSERT_EQ(fstat(sink.fd(), &st), 0);
+  EXPECT_GE(st.st_blocks * 512, static_cast<off_t>(size)) << "a chunk may find no memory";
+  auto writer = SlotWriter::Begin(&sink, 0, size, Touch::kByChunk);
+  ASSERT_TRUE(writer.ok()) << writer.error().message;
+  for (std::uint64_t i = 0; i < sent.chunks(); ++i) {
+    unsigned char here[(kChunkBytes + kPageBytes) / kPageBytes] = {};
+    writer.value().TouchChunk(i);
+    const std::uint64_t pages = (sent.chunk_size(i) + kPageBytes - 1) / kPageBytes;
+    ASSERT_EQ(mincore(writer.value().Chunk(i), pages * kPageBytes, here), 0);
+    EXPECT_EQ(std::count(here, here + pages, 0), 0) << "chunk " << i;
+    std::memcpy(writer.value().Chunk(i), source.Payload(sent) + i * kChunkBytes,
+                sent.chunk_size(i));
+    writer.value().SetChunkCrc(i, source.ChunkCrcs(sent)[i]);
+  }
+  ASSERT_TRUE(writer.value().Publish(sent.fields, sent.crc_root).ok());
+  EXPECT_TRUE(sink.Verify(*sink.Newest()).ok());
+  struct stat after {};
+  ASSERT_EQ(fstat(sink.fd(), &after), 0);
+  EXPECT_EQ(after.st_blocks, st.st_blocks) << "filling it took more memory than was reserved";
+}
+
+TEST(Arena, AHoleInASlotIsFilledEvenWhenTheOtherSlotIsWhole) {
+  Arena arena = MakeArena(4 << 20);
+  for (std::uint32_t slot : {0u, 1u}) ASSERT_TRUE(SlotWriter::Reserve(&arena, slot, 4 << 20).ok());
+  struct stat full {};
+  ASSERT_EQ(fstat(arena.fd(), &full), 0);
+  const SlotHeader& h = arena.header()->slot[1];
+  const auto hole = static_cast<off_t>(h.extent_offset + (1 << 20));
+  ASSERT_EQ(fallocate(arena.fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, hole, kPageBytes), 0);
+  for (const Touch touch : {Touch::kByChunk, Touch::kNow}) {
+    Arena other = Again(arena);
+    ASSERT_TRUE(SlotWriter::Reserve(&other, 1, 4 << 20, touch).ok());
+    struct stat st {};
+    ASSERT_EQ(fstat(arena.fd(), &st), 0);
+    EXPECT_EQ(st.st_blocks, full.st_blocks);
+    ASSERT_EQ(fallocate(arena.fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, hole, kPageBytes),
+              0);
+  }
 }
 
 TEST(Arena, ChunksFromAPeerArePublishedOnlyWhenTheRootAgrees) {
