@@ -46,6 +46,11 @@ VerbResult Dispatch(Context& context, const std::string& called_as) {
     case Verb::kCkptPlan: return RunCkptPlan(context);
     case Verb::kCkptRollback: return RunCkptRollback(context);
     case Verb::kCkptAnomaly: return RunCkptAnomaly(context);
+    case Verb::kPlanTemplates: return RunPlanTemplates(context);
+    case Verb::kPlanCompose: return RunPlanCompose(context);
+    case Verb::kPlanLose: return RunPlanLose(context);
+    case Verb::kPlanJoin: return RunPlanJoin(context);
+    case Verb::kPlanExplain: return RunPlanExplain(context);
     default: return RunDrill(context, verb);
   }
   return CliError{ExitCode::kUsage, "INVALID_ARGUMENT", "no command", "everstep --help"};

@@ -65,7 +65,12 @@ enum class Verb : std::uint8_t {
   kCkptDiff,
   kCkptPlan,
   kCkptRollback,
-  kCkptAnomaly
+  kCkptAnomaly,
+  kPlanTemplates,
+  kPlanCompose,
+  kPlanLose,
+  kPlanJoin,
+  kPlanExplain
 };
 
 // What a word completes to in a shell, besides the names of the tree.

@@ -312,6 +312,7 @@ std::vector<CommandSpec> Commands() {
       JobCommands(),
       NodeCommands(),
       AllCkptCommands(),
+      PlanCommands(),
       {.name = "events",
        .verb = Verb::kEvents,
        .summary = "What happened and why: one line an event, with its reason code",

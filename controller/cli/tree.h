@@ -13,6 +13,9 @@ CommandSpec CkptTrafficCommand();
 std::vector<CommandSpec> CkptFileCommands();
 std::vector<CommandSpec> CkptTrustCommands();
 
+// `everstep plan` (tree_plan.cc).
+CommandSpec PlanCommands();
+
 // Topics of `everstep help TOPIC` that are no commands: name, one line, text.
 struct Topic {
   std::string name;

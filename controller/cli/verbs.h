@@ -37,6 +37,12 @@ VerbResult RunCkptAnomaly(Context& context);
 // `ckpt show JOB`: what the controller knows of a job's checkpoints, memory and files.
 VerbResult ShowJobCheckpoints(Context& context, AdminClient* client, const std::string& job);
 
+VerbResult RunPlanTemplates(Context& context);
+VerbResult RunPlanCompose(Context& context);
+VerbResult RunPlanLose(Context& context);
+VerbResult RunPlanJoin(Context& context);
+VerbResult RunPlanExplain(Context& context);
+
 VerbResult RunEvents(Context& context);
 VerbResult RunLogs(Context& context);
 

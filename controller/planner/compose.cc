@@ -157,29 +157,70 @@ void Distribute(const Library& library, const ForCount& count, std::uint64_t mic
   for (Pipeline& p : *pipelines) p.time_ns = time(p, p.microbatches);
 }
 
-Composition Finished(const Library& library, const ComposeInput& input, ForCount* count,
-                     std::int64_t ns, const std::vector<std::uint32_t>& sizes) {
-  Composition out{.nodes = input.nodes, .microbatches = input.microbatches};
-  out.pipelines.reserve(sizes.size());
-  for (const std::uint32_t size : sizes) {
-    out.pipelines.push_back({.form = count->FormWithin(size, ns)});
+// For each number of pipelines a time that it cannot beat, within a thousandth of what the hull
+// tells; the fastest first.
+std::vector<Alternative> Bounds(const Library& library, const ComposeInput& input,
+                                std::uint32_t fewest, std::uint32_t most) {
+  std::vector<Alternative> bounds;
+  bounds.reserve(most);
+  const std::uint64_t cap = library.input.most_microbatches;
+  std::int64_t near = 0;  // its neighbour's, which is not far
+  for (std::uint32_t q = most; q >= fewest; --q) {
+    if (cap != 0 && cap * q < input.microbatches) break;
+    ForCount count(library, input, q);
+    const std::int64_t enough = count.Enough();
+    if (!count.MayBeWithin(enough)) continue;
+    std::int64_t low = 0, high = enough;  // impossible up to low; possible in high
+    if (near > 0 && near < enough) {
+      std::int64_t step = near / 512 + 1;
+      if (count.MayBeWithin(near)) {
+        for (high = near; high > step && count.MayBeWithin(high - step); step *= 2) high -= step;
+        low = std::max<std::int64_t>(0, high - step);
+      } else {
+        for (low = near; low + step < enough && !count.MayBeWithin(low + step); step *= 2) {
+          low += step;
+        }
+        high = std::min(enough, low + step);
+      }
+    }
+    while (high - low > high / 1024 + 1) {
+      const std::int64_t middle = low + (high - low) / 2;
+      (count.MayBeWithin(middle) ? high : low) = middle;
+    }
+    near = high;
+    bounds.push_back({q, low + 1, false});
   }
-  const auto by_nodes = [](const Pipeline& a, const Pipeline& b) {
-    return std::tie(a.form, a.microbatches) > std::tie(b.form, b.microbatches);
-  };
-  std::sort(out.pipelines.begin(), out.pipelines.end(), by_nodes);
-  Distribute(library, *count, input.microbatches, &out.pipelines);
-  std::sort(out.pipelines.begin(), out.pipelines.end(), by_nodes);
-  for (const Pipeline& p : out.pipelines) {
-    if (p.time_ns <= out.time_ns) continue;
-    out.time_ns = p.time_ns;
-    out.sync_ns = count->TailNs(p.form) - library.templates[p.form].optimizer_ns;
-  }
-  EVERSTEP_CHECK(out.time_ns == ns, "a composition is not as fast as was found");
-  return out;
+  std::stable_sort(bounds.begin(), bounds.end(), [](const Alternative& a, const Alternative& b) {
+    return a.time_ns < b.time_ns;
+  });
+  return bounds;
 }
 
 }  // namespace
+
+Composition ComposeOf(const Library& library, const std::vector<std::uint32_t>& forms,
+                      std::uint64_t microbatches) {
+  Composition out{.nodes = 0, .microbatches = microbatches};
+  out.pipelines.reserve(forms.size());
+  for (const std::uint32_t form : forms) {
+    out.nodes += library.templates[form].nodes;
+    out.pipelines.push_back({.form = form});
+  }
+  const auto larger_first = [](const Pipeline& a, const Pipeline& b) {
+    return std::tie(a.form, a.microbatches) > std::tie(b.form, b.microbatches);
+  };
+  std::sort(out.pipelines.begin(), out.pipelines.end(), larger_first);
+  const ForCount count(library, {.nodes = out.nodes, .microbatches = microbatches},
+                       static_cast<std::uint32_t>(forms.size()));
+  Distribute(library, count, microbatches, &out.pipelines);
+  std::sort(out.pipelines.begin(), out.pipelines.end(), larger_first);
+  for (const Pipeline& p : out.pipelines) {
+    if (p.time_ns <= out.time_ns) continue;
+    out.time_ns = p.time_ns;
+    out.sync_ns = count.TailNs(p.form) - library.templates[p.form].optimizer_ns;
+  }
+  return out;
+}
 
 double Composition::Busy(const Library& library) const {
   double work = 0;
@@ -225,37 +266,15 @@ Answer<Composition> Compose(const Library& library, const ComposeInput& input) {
         fmt::format("{} microbatches for at least {} pipelines", input.microbatches, fewest),
         fmt::format("{} to {} microbatches, or fewer faults", fewest, kMaxMicrobatches)};
   }
-  const std::uint64_t cap = library.input.most_microbatches;
   const auto most = static_cast<std::uint32_t>(
       std::min<std::uint64_t>(input.nodes / library.least_nodes, input.microbatches));
-  // For each number of pipelines the least time that it could have.
-  std::vector<Alternative> bounds;
-  bounds.reserve(most);
-  std::int64_t near = 0;
-  for (std::uint32_t q = most; q >= fewest; --q) {
-    if (cap != 0 && cap * q < input.microbatches) break;
-    ForCount count(library, input, q);
-    const auto possible = [&count](std::int64_t ns) { return count.MayBeWithin(ns); };
-    const std::int64_t enough = count.Enough();
-    if (!possible(enough)) continue;
-    // Its neighbour's is not far.
-    std::int64_t low = 0, high = enough;
-    if (near > 0 && near < enough) {
-      std::int64_t step = near / 64 + 1;
-      if (possible(near)) {
-        for (high = near; high > step && possible(high - step); step *= 2) high -= step;
-        low = std::max<std::int64_t>(0, high - step);
-      } else {
-        for (low = near; low + step < enough && !possible(low + step); step *= 2) low += step;
-        high = std::min(enough, low + step);
-      }
-    }
-    near = count.Least(low, high, possible);
-    bounds.push_back({q, near, false});
+  if (input.pipelines != 0 && (input.pipelines < fewest || input.pipelines > most)) {
+    return Refusal{fmt::format("{} pipelines on {} nodes", input.pipelines, input.nodes),
+                   fmt::format("{} to {}", fewest, most)};
   }
-  std::stable_sort(bounds.begin(), bounds.end(), [](const Alternative& a, const Alternative& b) {
-    return a.time_ns < b.time_ns;
-  });
+  std::vector<Alternative> bounds =
+      Bounds(library, input, input.pipelines == 0 ? fewest : input.pipelines,
+             input.pipelines == 0 ? most : input.pipelines);
   std::uint32_t best_q = 0;
   std::int64_t best_ns = kNever;
   std::vector<std::uint32_t> best_sizes;
@@ -264,7 +283,9 @@ Answer<Composition> Compose(const Library& library, const ComposeInput& input) {
     ForCount count(library, input, a.pipelines);
     const std::int64_t upto =
         std::min(count.Enough(), a.pipelines > best_q ? best_ns : best_ns - 1);
-    if (upto < a.time_ns) continue;
+    if (upto < a.time_ns || !count.MayBeWithin(upto)) continue;
+    a.time_ns =
+        count.Least(a.time_ns, upto, [&count](std::int64_t ns) { return count.MayBeWithin(ns); });
     const auto possible = [&count](std::int64_t ns) { return count.IsWithin(ns, nullptr); };
     if (!possible(a.time_ns)) {
       if (!possible(upto)) continue;
@@ -276,12 +297,19 @@ Answer<Composition> Compose(const Library& library, const ComposeInput& input) {
     EVERSTEP_CHECK(count.IsWithin(best_ns, &best_sizes));
   }
   if (best_q == 0) {
-    return Refusal{fmt::format("no pipelines for {} microbatches on {} nodes", input.microbatches,
-                               input.nodes),
-                   fmt::format("more microbatches for a pipeline than {}", cap)};
+    return Refusal{fmt::format("{} nodes have no pipelines for {} microbatches", input.nodes,
+                               input.microbatches),
+                   library.input.most_microbatches == 0
+                       ? "another number of pipelines"
+                       : fmt::format("more microbatches for a pipeline than {}",
+                                     library.input.most_microbatches)};
   }
-  ForCount count(library, input, best_q);
-  Composition out = Finished(library, input, &count, best_ns, best_sizes);
+  const ForCount count(library, input, best_q);
+  std::vector<std::uint32_t> forms;
+  forms.reserve(best_sizes.size());
+  for (const std::uint32_t size : best_sizes) forms.push_back(count.FormWithin(size, best_ns));
+  Composition out = ComposeOf(library, forms, input.microbatches);
+  EVERSTEP_CHECK(out.time_ns == best_ns, "a composition is not as fast as was found");
   std::sort(bounds.begin(), bounds.end(),
             [](const Alternative& a, const Alternative& b) { return a.pipelines < b.pipelines; });
   out.alternatives = std::move(bounds);

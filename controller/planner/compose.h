@@ -34,6 +34,7 @@ inline constexpr std::uint64_t kMaxMicrobatches = 1'000'000;  // of one iteratio
 struct ComposeInput {
   std::uint32_t nodes = 0;
   std::uint64_t microbatches = 0;  // of one iteration, all pipelines together
+  std::uint32_t pipelines = 0;     // exactly so many; 0: as many as is best
 };
 
 struct Pipeline {
@@ -63,6 +64,11 @@ struct Composition {
 
 // Microbatches of an iteration of `batch` samples; a batch that does not divide is refused.
 Answer<std::uint64_t> MicrobatchesOf(const Profile& profile, std::uint64_t batch);
+
+// The composition of these templates (indexes, each as often as it stands there), the microbatches
+// distributed as well as can be. REQUIRES at least one for each, and no more than they may get.
+Composition ComposeOf(const Library& library, const std::vector<std::uint32_t>& forms,
+                      std::uint64_t microbatches);
 
 // A refusal names the limit: nodes outside what the library covers, fewer microbatches than
 // f + 1 pipelines need.

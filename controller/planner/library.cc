@@ -26,6 +26,29 @@ std::vector<Shape> ShapesOf(const Profile& profile, std::uint32_t most_nodes) {
   return shapes;
 }
 
+// Stage after stage, from its first layer on: the layers up to l are sent once the gradients of l
+// are final, which is when only the layers before it are left of the backward pass.
+std::vector<Unsynced> UnsyncedOf(const Profile& profile, const Template& t) {
+  std::vector<Unsynced> out;
+  std::int64_t drain = 0;  // from this stage's end to the pipeline's
+  for (const Stage& stage : t.stages) {
+    Unsynced now{.hidden_ns = drain};
+    for (std::uint32_t l = stage.first; l < stage.end; ++l) {
+      const Layer& layer = profile.layers[l];
+      ++now.layers;
+      now.bytes += profile.GradientBytes(layer);
+      const bool outlasted = std::any_of(out.begin(), out.end(), [&now](const Unsynced& other) {
+        return other.layers >= now.layers && other.bytes >= now.bytes &&
+               other.hidden_ns <= now.hidden_ns;
+      });
+      if (!outlasted) out.push_back(now);
+      now.hidden_ns += (layer.backward_ns + t.devices - 1) / t.devices;
+    }
+    drain = now.hidden_ns;
+  }
+  return out;
+}
+
 Template FromPartition(const Profile& profile, const ShapeCosts& costs, std::uint32_t nodes,
                        Partition partition, std::uint32_t most_microbatches) {
   Template t;
@@ -45,6 +68,7 @@ Template FromPartition(const Profile& profile, const ShapeCosts& costs, std::uin
     t.stages.push_back({cuts[i], cuts[i + 1], StageNs(costs, cuts, i),
                         StageBytes(costs, cuts, i, most_microbatches)});
   }
+  t.unsynced = UnsyncedOf(profile, t);
   return t;
 }
 
@@ -265,27 +289,16 @@ std::int64_t SyncNs(const Profile& profile, const Template& t, std::uint32_t cop
   const std::uint32_t replicas = copies * t.devices;
   if (replicas <= 1) return 0;
   const Link& link = copies > 1 || t.shape.nodes_per_stage > 1 ? profile.between : profile.inside;
-  const std::int64_t hops = 2LL * std::bit_width(replicas - 1) * link.latency_ns;
+  const auto hops = static_cast<double>(2 * std::bit_width(replicas - 1) * link.latency_ns);
   // Stages of one node share its link.
   const double factor = 2.0 * (replicas - 1) / replicas * t.shape.stages_per_node;
   const double ns_per_byte =
       link.bytes_per_s == 0 ? 0 : factor * 1e9 / static_cast<double>(link.bytes_per_s);
   std::int64_t exposed = 0;
-  std::int64_t drain = 0;  // from this stage's end to the pipeline's
-  for (const Stage& stage : t.stages) {
-    // From the stage's end backwards in time: the first layer's gradients are final at 0.
-    std::int64_t behind = 0;  // sent from that layer on, without waiting
-    std::int64_t final_at = 0;
-    std::int64_t finish = 0;
-    for (std::uint32_t l = stage.first; l < stage.end; ++l) {
-      const Layer& layer = profile.layers[l];
-      const auto bytes = static_cast<double>(profile.GradientBytes(layer));
-      behind += hops + static_cast<std::int64_t>(std::ceil(bytes * ns_per_byte));
-      finish = std::max(finish, behind - final_at);
-      final_at += (layer.backward_ns + t.devices - 1) / t.devices;
-    }
-    exposed = std::max(exposed, finish - drain);
-    drain += final_at;
+  for (const Unsynced& u : t.unsynced) {
+    const double ns =
+        static_cast<double>(u.layers) * hops + static_cast<double>(u.bytes) * ns_per_byte;
+    exposed = std::max(exposed, static_cast<std::int64_t>(ns) - u.hidden_ns);
   }
   return exposed;
 }

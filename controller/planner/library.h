@@ -27,13 +27,22 @@ struct Stage {
   std::int64_t bytes = 0;            // most on one of its devices
 };
 
+// Gradients that may still be on their way when a pipeline is done: those of the first `layers`
+// layers of a stage, the last of which is final `hidden_ns` before the end.
+struct Unsynced {
+  std::int64_t layers = 0;
+  std::int64_t bytes = 0;
+  std::int64_t hidden_ns = 0;
+};
+
 struct Template {
   std::uint32_t nodes = 0;
   Shape shape;
   std::uint32_t devices = 1;  // of a stage
   Partition partition;
   std::vector<Stage> stages;
-  std::int64_t optimizer_ns = 0;  // of the stage that takes longest, once an iteration
+  std::int64_t optimizer_ns = 0;   // of the stage that takes longest, once an iteration
+  std::vector<Unsynced> unsynced;  // without those that others outlast
 
   std::int64_t TimeNs(std::int64_t microbatches) const { return partition.TimeNs(microbatches); }
   // The most microbatches within `ns`; 0: not one.
@@ -72,9 +81,10 @@ Answer<Library> MakeLibrary(const Profile& profile, const LibraryInput& input);
 std::vector<std::uint32_t> MostParts(const std::vector<std::uint32_t>& sizes, std::uint32_t most);
 
 // Exposed time of the layers' gradient synchronisation after the last backward pass, over `copies`
-// pipelines: what the slowest stage still has to send when the pipeline is done. Layers are
-// synchronised one after the other as their gradients become final, a tree's latency and a ring's
-// bytes each (2 log2 r hops, 2 (r - 1) / r of the bytes), over the link between nodes.
+// pipelines: what some stage still has to send when the pipeline is done. Layers are synchronised
+// one after the other as their gradients become final, with a tree's latency and a ring's bytes
+// each (2 log2 r hops, 2 (r - 1) / r of the bytes), over the link between nodes. More copies never
+// take less.
 std::int64_t SyncNs(const Profile& profile, const Template& t, std::uint32_t copies);
 
 }  // namespace everstep::planner

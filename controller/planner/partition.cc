@@ -259,7 +259,7 @@ class Greedy {
 class Tables {
  public:
   explicit Tables(const StageRules& rules)
-      : r_(rules), stages_(rules.stages()), layers_(rules.layers()) {}
+      : r_(rules), stages_(rules.stages()), layers_(rules.layers()), none_(layers_ + 1, 0) {}
 
   std::optional<Partition> Best() {
     const std::vector<std::int64_t> ws = EveryW();
@@ -275,12 +275,21 @@ class Tables {
       FillBefore(w);
       return before_[At(stages_, layers_)] >= kNever;
     });
+    // T >= 2 T1 + (m - S - 1) W. Within the largest W that is left, T1 may have to be larger than
+    // the cheapest transfers would make it.
     const std::int64_t m = 4LL * stages_;
+    const std::int64_t each = m - stages_ - 1;
     Candidate best{.t = kNever};
-    for (auto w = low; w != ws.end() && 2 * t1 + (m - stages_ - 1) * *w < best.t; ++w) {
+    for (auto w = low; w != ws.end() && 2 * t1 + each * *w < best.t; ++w) {
+      const std::int64_t before = best.t;
       FillBefore(*w);
       FillAfter(*w);
       Look(*w, &best);
+      for (bool tighter = best.t < before; tighter;) {
+        FillBefore((best.t - 2 * t1) / each);
+        tighter = before_[At(stages_, layers_)] > t1;
+        t1 = std::max(t1, before_[At(stages_, layers_)]);
+      }
     }
     if (best.t == kNever) return std::nullopt;
     Partition found = Measure(r_.costs(), Cuts(best));
@@ -291,6 +300,12 @@ class Tables {
  private:
   std::size_t At(std::uint32_t stage, std::uint32_t boundary) const {
     return static_cast<std::size_t>(stage) * (layers_ + 1) + boundary;
+  }
+
+  // Transfers over each boundary, between stages j - 1 and j.
+  const std::int64_t* Edges(std::uint32_t j) const {
+    const int kind = r_.EdgeKind(j);
+    return (kind == 0 ? none_ : kind == 1 ? r_.costs().inside : r_.costs().between).data();
   }
 
   std::vector<std::int64_t> EveryW() const {
@@ -314,12 +329,15 @@ class Tables {
   void FillBefore(std::int64_t w) {
     before_.assign(At(stages_ + 1, 0), kNever);
     before_[At(0, 0)] = 0;
+    const std::int64_t* const sums = r_.costs().time.data();
     for (std::uint32_t i = 0; i < stages_; ++i) {
+      const std::int64_t* const right = Edges(i + 1);
       for (std::uint32_t a = i; a + (stages_ - i) <= layers_; ++a) {
         const std::int64_t sum = before_[At(i, a)];
         if (sum >= kNever) continue;
-        for (std::uint32_t b = a + 1; b <= layers_ && r_.Plain(a, b) <= w; ++b) {
-          const std::int64_t time = r_.Time(i, a, b);
+        const std::int64_t from = r_.Edge(i, a) - sums[a];
+        for (std::uint32_t b = a + 1; b <= layers_ && from + sums[b] <= w; ++b) {
+          const std::int64_t time = from + sums[b] + right[b];
           if (time > w || !r_.Fits(i, a, b)) continue;
           std::int64_t& to = before_[At(i + 1, b)];
           to = std::min(to, sum + time);
@@ -331,12 +349,15 @@ class Tables {
   void FillAfter(std::int64_t w) {
     after_.assign(At(stages_ + 1, 0), kNever);
     after_[At(stages_, layers_)] = 0;
+    const std::int64_t* const sums = r_.costs().time.data();
     for (std::uint32_t j = stages_; j-- > 0;) {
+      const std::int64_t* const left = Edges(j);
       for (std::uint32_t b = layers_ - (stages_ - 1 - j); b > j; --b) {
         const std::int64_t sum = after_[At(j + 1, b)];
         if (sum >= kNever) continue;
-        for (std::uint32_t a = b; a-- > j && r_.Plain(a, b) < w;) {
-          const std::int64_t time = r_.Time(j, a, b);
+        const std::int64_t upto = r_.Edge(j + 1, b) + sums[b];
+        for (std::uint32_t a = b; a-- > j && upto - sums[a] < w;) {
+          const std::int64_t time = upto - sums[a] + left[a];
           if (time >= w || !r_.Fits(j, a, b)) continue;
           std::int64_t& to = after_[At(j, a)];
           to = std::min(to, sum + time);
@@ -397,6 +418,7 @@ class Tables {
 
   const StageRules& r_;
   const std::uint32_t stages_, layers_;
+  const std::vector<std::int64_t> none_;
   std::vector<std::int64_t> before_, after_;
 };
 

@@ -9,15 +9,18 @@
 // Case compose-N: which of the templates of a model of 96 layers N nodes run, f = 1, with 4
 // microbatches for each node. `pipelines`: how many that makes. `iteration`: what it then takes,
 // beside the best homogeneous grid (system `grid`).
+// Case replan-N: a node of N lost, ten minutes to the next change; `moved`: state that moves.
 // Beside it what Oobleck's planner was measured to take for the same sizes on a machine like this
 // (docs/reference/performance.md), which cannot be run here.
 #include <cstdlib>
+#include <numeric>
 #include <string>
 
 #include <fmt/format.h>
 
 #include "controller/planner/compose.h"
 #include "controller/planner/library.h"
+#include "controller/planner/replan.h"
 #include "proto/base/clock.h"
 #include "proto/base/random.h"
 #include "tests/bench/results.h"
@@ -108,6 +111,31 @@ void Compositions(std::uint32_t nodes, int runs, Results* results) {
   }
 }
 
+// A node lost out of N, every plan anew: the composition, the seating, with a price for moving.
+void Losses(std::uint32_t nodes, int runs, Results* results) {
+  const std::string name = fmt::format("replan-{}", nodes);
+  Profile p = Model(96, 1, false);
+  p.device_memory_bytes = std::int64_t{16} << 30;
+  const auto library = planner::MakeLibrary(p, {.nodes = nodes, .faults = 1});
+  const auto made =
+      planner::Compose(library.value(), {.nodes = nodes, .microbatches = std::uint64_t{4} * nodes});
+  std::vector<planner::NodeId> all(nodes);
+  std::iota(all.begin(), all.end(), 0U);
+  const planner::Seated seated = planner::Seat(made.value(), library.value(), all);
+  for (int run = 0; run < runs; ++run) {
+    const auto victim = static_cast<planner::NodeId>(static_cast<std::uint32_t>(run) * nodes /
+                                                     static_cast<std::uint32_t>(runs));
+    double moved = 0;
+    const double ms = Milliseconds([&] {
+      const auto after = planner::Replan(
+          library.value(), seated, {.lost = {victim}, .joined = {}, .horizon_ns = 600'000'000'000});
+      if (after.ok()) moved = static_cast<double>(after.value().moved_bytes) / 1e9;
+    });
+    results->Add(name, "everstep", "time", "s", ms / 1e3);
+    results->Add(name, "everstep", "moved", "GB", moved);
+  }
+}
+
 int Main(int argc, char** argv) {
   int runs = 21;
   std::string json;
@@ -131,9 +159,11 @@ int Main(int argc, char** argv) {
   for (const std::uint32_t nodes : {16U, 24U, 64U, 256U, 1024U}) {
     Compositions(nodes, runs, &results);
   }
+  Losses(64, runs, &results);
+  Losses(1024, runs, &results);
   fmt::print(
       "limits: templates-64x8 0.3 ms, -128x64 5 ms, -96x64x8 50 ms; "
-      "compose-64 1 ms, compose-1024 50 ms\n");
+      "compose-64 1 ms, compose-1024 50 ms; replan-1024 100 ms\n");
   return results.Finish(json);
 }
 

@@ -7,7 +7,7 @@
 #   startup     `everstep run --standalone` of a trivial script beside torchrun's
 #   capture     what Checkpointer.step() costs, in plain memcpys of the same bytes, two nodes
 #   controller  heartbeats a second, decision p99, memory
-#   planner     pipeline templates for every number of nodes
+#   planner     templates for every number of nodes, which of them N nodes run, and plans after a loss
 #   placement   copies of 1,024 nodes' state placed over four levels of failure domains, and what they survive
 #   parity      parity of shards made and used, beside a memcpy of the same bytes
 #   restore     a state from the node's own memory and from a peer's, and N nodes from one holder

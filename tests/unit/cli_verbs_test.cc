@@ -667,6 +667,22 @@ TEST_F(CliTranscripts, CheckpointFiles) {
   Check("ckpt_files");
   std::filesystem::current_path(before);
 }
+TEST_F(CliTranscripts, Plans) {
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(state_);
+  const std::string head =
+      "everstep-profile 1\nmodel = toy\nmicrobatch = 2\ndevice-memory-mib = 16384\n"
+      "layer,forward_ms,backward_ms,optimizer_ms,activation_mib,output_mib,parameters\n";
+  std::string layers;
+  for (int l = 0; l < 8; ++l) {
+    layers +=
+        std::to_string(l) + (l == 0 ? ",2,4,3,64,8,150000000\n" : ",10,20,3,256,8,150000000\n");
+  }
+  std::ofstream("toy.csv") << head << layers;
+  std::ofstream("wrong.csv") << head << "0,10,-20,3,256,8,150000000\n";
+  Check("plan");
+  std::filesystem::current_path(before);
+}
 TEST_F(CliTranscripts, Events) {
   Check("events");
 }

@@ -1,0 +1,69 @@
+// Who runs what, and what it becomes when nodes are lost or come: the composition is solved anew
+// for the nodes that there are then, and nodes take the places for which they lack least.
+//
+//   Seated       a composition with a node on every place
+//   Replan       survivors + newcomers -> Seated, with the bytes that each node must receive
+//
+// Places that need exactly the layers that a node has are filled with such nodes first (no exchange
+// could save more: |R n X| + |R n Y| <= |R| + |X n Y|), whole pipelines that lost nobody as they
+// are. The rest is a transportation problem between layer ranges, solved exactly by successive
+// shortest paths: the fewest bytes that any seating of the composition moves.
+//
+// With an expected time to the next change the fastest composition need not be the best one. Those
+// of other numbers of pipelines, and the one that leaves alone every pipeline that lost nobody, are
+// weighed by what they lose to their move: m seconds of moving in h cost 1 + m / h of the time.
+//
+// Pure and deterministic.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "controller/planner/compose.h"
+
+namespace everstep::planner {
+
+using NodeId = std::uint32_t;  // any numbers, each once
+
+struct Range {
+  std::uint32_t first = 0, end = 0;  // layers
+  friend auto operator<=>(const Range&, const Range&) = default;
+};
+
+// The layers of the node at `place` (0 .. nodes - 1) of a template's pipeline.
+Range LayersAt(const Template& t, std::uint32_t place);
+
+struct Seated {
+  Composition composition;
+  std::vector<std::vector<NodeId>> nodes;  // [pipeline][place]
+};
+
+// The first seating: nodes in order, pipeline by pipeline. REQUIRES as many as the composition has.
+Seated Seat(Composition composition, const Library& library, const std::vector<NodeId>& nodes);
+
+struct Arrival {  // what one node must receive
+  NodeId node = 0;
+  std::uint32_t pipeline = 0, place = 0;
+  std::int64_t bytes = 0;
+};
+
+struct ReplanInput {
+  std::vector<NodeId> lost;     // of the nodes now seated
+  std::vector<NodeId> joined;   // not seated now
+  std::int64_t horizon_ns = 0;  // expected time to the next change; 0: any, the fastest plan wins
+};
+
+struct Replanned {
+  Seated seated;
+  std::vector<Arrival> arrivals;        // with bytes > 0, by node
+  std::int64_t moved_bytes = 0;         // their sum
+  std::int64_t move_ns = 0;             // of the node that receives most, over its link
+  std::uint32_t stayed = 0;             // nodes that keep their layers and their pipeline's others
+  std::vector<std::uint32_t> orphaned;  // layers that no survivor has: they come from files
+};
+
+// A refusal: a node that is not seated or is lost twice, too few nodes left, ...
+Answer<Replanned> Replan(const Library& library, const Seated& now, const ReplanInput& input);
+
+}  // namespace everstep::planner
