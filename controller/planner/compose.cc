@@ -288,8 +288,13 @@ Answer<Composition> Compose(const Library& library, const ComposeInput& input) {
         count.Least(a.time_ns, upto, [&count](std::int64_t ns) { return count.MayBeWithin(ns); });
     const auto possible = [&count](std::int64_t ns) { return count.IsWithin(ns, nullptr); };
     if (!possible(a.time_ns)) {
-      if (!possible(upto)) continue;
-      a.time_ns = count.Least(a.time_ns, upto, possible);
+      // Close to its bound, where few sizes are left to sum.
+      std::int64_t low = a.time_ns;
+      std::int64_t step = low / 4096 + 1;
+      for (; low + step < upto && !possible(low + step); step *= 2) low += step;
+      const std::int64_t high = std::min(upto, low + step);
+      if (high == upto && !possible(upto)) continue;
+      a.time_ns = count.Least(low, high, possible);
     }
     a.exact = true;
     best_ns = a.time_ns;

@@ -20,11 +20,12 @@ std::vector<std::vector<std::int64_t>> CheapestTransport(
   // Vertices: supplies 0..n-1, demands n..n+m-1. Potentials keep reduced costs >= 0.
   std::vector<std::int64_t> potential(n + m, 0), distance(n + m);
   std::vector<std::size_t> before(n + m);
-  std::vector<bool> done(n + m);
+  std::vector<char> done(n + m);
+  std::int64_t sink = 0;  // the potential of where all demands lead
   for (;;) {
     std::fill(distance.begin(), distance.end(), kFar);
     std::fill(before.begin(), before.end(), kNone);
-    std::fill(done.begin(), done.end(), false);
+    std::fill(done.begin(), done.end(), char{0});
     bool any = false;
     for (std::size_t i = 0; i < n; ++i) {
       if (supply[i] == 0) continue;
@@ -32,13 +33,22 @@ std::vector<std::vector<std::int64_t>> CheapestTransport(
       any = true;
     }
     if (!any) return flow;
+    // The nearest demand that is not met, its distance to the sink counted.
+    std::size_t target = kNone;
+    std::int64_t nearest = kFar;
     for (;;) {
       std::size_t at = kNone;
       for (std::size_t v = 0; v < n + m; ++v) {
-        if (!done[v] && distance[v] < kFar && (at == kNone || distance[v] < distance[at])) at = v;
+        if (done[v] == 0 && distance[v] < nearest && (at == kNone || distance[v] < distance[at])) {
+          at = v;
+        }
       }
       if (at == kNone) break;
-      done[at] = true;
+      done[at] = 1;
+      if (at >= n && demand[at - n] > 0 && distance[at] + potential[at] - sink < nearest) {
+        nearest = distance[at] + potential[at] - sink;
+        target = at;
+      }
       if (at < n) {
         for (std::size_t j = 0; j < m; ++j) {
           const std::int64_t d = distance[at] + cost[at][j] + potential[at] - potential[n + j];
@@ -56,16 +66,9 @@ std::vector<std::vector<std::int64_t>> CheapestTransport(
         }
       }
     }
-    for (std::size_t v = 0; v < n + m; ++v) {
-      if (distance[v] < kFar) potential[v] += distance[v];
-    }
-    // The cheapest way to anything that is still wanted; potentials are true distances now.
-    std::size_t target = kNone;
-    for (std::size_t v = n; v < n + m; ++v) {
-      if (demand[v - n] == 0 || distance[v] >= kFar) continue;
-      if (target == kNone || potential[v] < potential[target]) target = v;
-    }
     EVERSTEP_CHECK(target != kNone, "every demand can be reached from every supply");
+    for (std::size_t v = 0; v < n + m; ++v) potential[v] += std::min(distance[v], nearest);
+    sink += nearest;
     // As much as the path carries.
     std::int64_t amount = demand[target - n];
     std::size_t first = target;

@@ -10,8 +10,8 @@
 // microbatches for each node. `pipelines`: how many that makes. `iteration`: what it then takes,
 // beside the best homogeneous grid (system `grid`).
 // Case replan-N: a node of N lost, ten minutes to the next change; `moved`: state that moves.
-// Beside it what Oobleck's planner was measured to take for the same sizes on a machine like this
-// (docs/reference/performance.md), which cannot be run here.
+// What Oobleck's planners were measured to take stands in docs/reference/performance.md; they
+// cannot be run here.
 #include <cstdlib>
 #include <numeric>
 #include <string>
