@@ -180,6 +180,7 @@ Result<bool> FileTier::Seal(Step step, Generation generation, std::uint64_t now_
                                f.world_size)};
     }
     m.replicated_layout = m.replicated_layout && (f.flags & kFlagReplicatedLayout) != 0;
+    m.shares = m.shares || (f.flags & kFlagShare) != 0;
     m.ranks.push_back({.rank = f.rank,
                        .file = file,
                        .bytes = head.file_bytes(),

@@ -74,10 +74,11 @@ bool ReadFile(JsonReader* in, ManifestFile* file) {
 std::string WriteManifest(const Manifest& m) {
   std::string text = fmt::format(
       "{{\"format\": \"{}\", \"version\": {},\n \"job\": {}, \"generation\": {}, \"step\": {},\n"
-      " \"world_size\": {}, \"replicated_layout\": {},\n \"captured_ns\": {}, \"sealed_ns\": {}, "
+      " \"world_size\": {}, \"replicated_layout\": {},{}\n \"captured_ns\": {}, \"sealed_ns\": {}, "
       "\"writer\": {},\n \"ranks\": [",
       kFormat, kManifestVersion, JsonString(m.job), m.generation, m.step, m.world_size,
-      m.replicated_layout, m.captured_ns, m.sealed_ns, JsonString(m.writer));
+      m.replicated_layout, m.shares ? " \"shares\": true," : "", m.captured_ns, m.sealed_ns,
+      JsonString(m.writer));
   for (const ManifestFile& f : m.ranks) {
     text += fmt::format(
         "{}\n  {{\"rank\": {}, \"file\": {}, \"bytes\": {}, \"crc32c\": \"{:08x}\", "
@@ -133,6 +134,9 @@ Result<Manifest> ParseManifest(std::string_view text) {
       in.Signed(&world);
     } else if (key == "replicated_layout") {
       in.Bool(&m.replicated_layout);
+    } else if (key == "shares") {  // came later: absent is false
+      in.Bool(&m.shares);
+      --seen;
     } else if (key == "captured_ns") {
       in.Unsigned(&m.captured_ns);
     } else if (key == "sealed_ns") {

@@ -36,6 +36,7 @@ struct Manifest {
   Step step = kNoStep;
   std::int32_t world_size = 0;
   bool replicated_layout = false;
+  bool shares = false;              // each rank's file is a share of one state (SlotFields)
   std::uint64_t captured_ns = 0;    // wall clock, of rank 0's capture
   std::uint64_t sealed_ns = 0;      // wall clock, when the manifest was written
   std::string writer;               // "everstep 0.1.0"

@@ -158,7 +158,8 @@ HeldShard ToShard(const SlotView& view, bool replica) {
           .crc_root = view.crc_root,
           .bytes = view.fields.payload_bytes,
           .replica = replica,
-          .replicated_layout = view.replicated_layout()};
+          .replicated_layout = view.replicated_layout(),
+          .share = view.share()};
 }
 
 std::uint32_t CrcRoot(const SlotFields& fields, const std::uint32_t* chunk_crcs) {
@@ -269,6 +270,11 @@ std::optional<SlotView> Arena::LookExchange(std::uint32_t slot, std::uint32_t fl
   auto view = LookAny(slot);
   if (!view || (view->fields.flags & kFlagsExchange) != flag) return std::nullopt;
   return view;
+}
+
+std::optional<SlotView> Arena::LookRestored(std::uint32_t slot) const {
+  auto view = Look(slot);
+  return view ? view : LookExchange(slot, kFlagAssembled);
 }
 
 std::optional<SlotView> Arena::LookAny(std::uint32_t slot) const {

@@ -49,6 +49,7 @@ struct SlotView {
   // Names this content within its arena (sequences count per slot).
   std::uint64_t content() const { return seq * kSlots + slot; }
   bool replicated_layout() const { return (fields.flags & kFlagReplicatedLayout) != 0; }
+  bool share() const { return (fields.flags & kFlagShare) != 0; }
   std::uint64_t chunks() const { return ChunkCount(fields.payload_bytes); }
   std::uint32_t chunk_size(std::uint64_t chunk) const {
     const std::uint64_t left = fields.payload_bytes - chunk * kChunkBytes;
@@ -99,8 +100,11 @@ class Arena {
   // The finished content of a slot; none: never written, being written, its facts cannot be, or it
   // is no state but an exchange.
   std::optional<SlotView> Look(std::uint32_t slot) const;
-  // The finished exchange of this kind (kFlagCatalog, kFlagRequest) in a slot.
+  // The finished exchange of this kind (kFlagCatalog, kFlagRequest, kFlagAssembled) in a slot.
   std::optional<SlotView> LookExchange(std::uint32_t slot, std::uint32_t flag) const;
+  // As Look, for who was told of the slot by a RestoreWord: also what was put together for this
+  // rank alone.
+  std::optional<SlotView> LookRestored(std::uint32_t slot) const;
   // The finished slot with the greatest (step, generation) among steps <= max_step; not verified.
   std::optional<SlotView> Newest(Step max_step = INT64_MAX) const;
   // The slot was not touched since the view was taken.

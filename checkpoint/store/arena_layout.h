@@ -44,11 +44,17 @@ struct SlotFields {
 };
 static_assert(sizeof(SlotFields) == 72);
 inline constexpr std::uint32_t kFlagReplicatedLayout = 1;  // every rank's state is the same (DDP)
+// Every rank's state is the same and this is its share of it: a rank is restored from the slots of
+// all ranks, by ranges, also in a world of the same size.
+inline constexpr std::uint32_t kFlagShare = 8;
 // No state, but what agent and trainer say to each other in a slot while a restore by ranges runs
 // (range_exchange.h). Nobody else sees such a slot: Arena::Look takes it for one that is not whole.
 inline constexpr std::uint32_t kFlagCatalog = 2;  // agent: the shards there are, with their tables
 inline constexpr std::uint32_t kFlagRequest = 4;  // trainer: the ranges it wants, and its table
-inline constexpr std::uint32_t kFlagsExchange = kFlagCatalog | kFlagRequest;
+// What came of a request that asked for it: the whole state, put together for this rank's trainer
+// alone, who captures its own shard of it (kFlagShare) next.
+inline constexpr std::uint32_t kFlagAssembled = 16;
+inline constexpr std::uint32_t kFlagsExchange = kFlagCatalog | kFlagRequest | kFlagAssembled;
 
 struct alignas(64) SlotHeader {
   // Writer: the trainer for its own arena, the agent while it fills one. 0: never written.

@@ -49,7 +49,7 @@ struct RequestHead {
   std::uint64_t data_bytes = 0;  // of the new payload, without its table; a multiple of 64
   std::uint64_t table_bytes = 0;
   std::uint64_t catalog_seq = 0;  // the answer is to this sequence of the slot
-  std::uint32_t flags = 0;        // of the new slot: kFlagReplicatedLayout
+  std::uint32_t flags = 0;        // of the new slot: kFlagReplicatedLayout or kFlagAssembled
   std::uint32_t reserved = 0;
 };
 static_assert(sizeof(RequestHead) == 48);

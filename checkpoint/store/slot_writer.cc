@@ -54,6 +54,12 @@ std::uint64_t Missing(int fd, std::uint64_t offset, std::uint64_t bytes) {
   return missing;
 }
 
+bool IsSane(const SlotHeader& h, std::uint64_t file) {
+  return h.extent_offset >= kArenaHeaderBytes && h.extent_offset % kPageBytes == 0 &&
+         h.extent_offset <= file && h.extent_bytes <= file - h.extent_offset &&
+         h.extent_bytes % kPageBytes == 0;
+}
+
 // Both extents have all their memory: by the file's count of it, where going through the pages
 // costs a fiftieth of filling them. False: perhaps not.
 bool AllTaken(const Arena& arena) {
@@ -90,9 +96,7 @@ Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payl
   struct stat st {};
   if (fstat(arena->fd(), &st) != 0) return System(*arena, "fstat");
   const auto file = static_cast<std::uint64_t>(st.st_size);
-  const bool sane = h.extent_offset >= kArenaHeaderBytes && h.extent_offset % kPageBytes == 0 &&
-                    h.extent_offset <= file && h.extent_bytes <= file - h.extent_offset &&
-                    h.extent_bytes % kPageBytes == 0;
+  const bool sane = IsSane(h, file);
   if (!sane || ExtentCapacity(h.extent_bytes) < payload_bytes) {
     const std::uint64_t bytes = ExtentBytes(payload_bytes + Slack(payload_bytes));
     const std::uint64_t freed = sane ? h.extent_bytes : 0;
@@ -151,6 +155,22 @@ Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payl
   arena->taken_[slot] = h.extent_offset;
   KillPoint("slot.memory_taken");
   return Done{};
+}
+
+void SlotWriter::Trim(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes) {
+  SlotHeader& h = arena->header()->slot[slot];
+  struct stat st {};
+  if (fstat(arena->fd(), &st) != 0 || !IsSane(h, static_cast<std::uint64_t>(st.st_size))) return;
+  const std::uint64_t bytes = ExtentBytes(payload_bytes + Slack(payload_bytes));
+  const std::uint64_t had = h.extent_bytes;
+  if (had / 2 < bytes) return;
+  const std::uint64_t seq = h.seq.load(std::memory_order_relaxed);
+  h.seq.store(seq | 1, std::memory_order_seq_cst);
+  AwaitMender(&h, seq);
+  StoreFence();
+  StoreWords(&h.extent_bytes, &bytes, 8);
+  fallocate(arena->fd(), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+            static_cast<off_t>(h.extent_offset + bytes), static_cast<off_t>(had - bytes));
 }
 
 Result<SlotWriter> SlotWriter::Begin(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes,

@@ -29,6 +29,8 @@ class SlotWriter {
   // Tears the slot and gives it room for `payload_bytes`. `arena` must outlive the writer.
   static Result<SlotWriter> Begin(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes,
                                   Touch touch = Touch::kNow);
+  // Gives back what a slot has beyond twice the memory for `payload_bytes`; tears it then.
+  static void Trim(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes);
 
   // --- in order ---
   // kInvalid when the bytes do not fit.

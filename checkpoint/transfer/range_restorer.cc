@@ -369,7 +369,8 @@ Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local
   });
   if (!brought.ok()) return brought.error();
   std::copy(wants.table.begin(), wants.table.end(), dest + data_bytes);
-  SlotFields fields = FieldsOf(local, local.generation, wants.head.flags & kFlagReplicatedLayout);
+  SlotFields fields = FieldsOf(local, local.generation,
+                               wants.head.flags & (kFlagReplicatedLayout | kFlagAssembled));
   fields.payload_bytes = bytes;
   fields.table_offset = data_bytes;
   fields.table_bytes = wants.table.size();

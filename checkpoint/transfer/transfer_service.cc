@@ -204,7 +204,7 @@ bool Service::RestoreFailed(const JobId& job, Generation generation, Rank rank) 
   if (word.generation != generation) return false;
   if (word.state == RestoreState::kFailed) return true;
   if (word.state != RestoreState::kReady || word.slot >= kSlots) return false;
-  const auto view = arena.Look(word.slot);
+  const auto view = arena.LookRestored(word.slot);
   return view && view->seq == word.slot_seq && arena.Damaged(*view);
 }
 

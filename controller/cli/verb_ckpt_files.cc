@@ -126,10 +126,11 @@ std::string FileJson(const cp::ManifestFile& f) {
 std::string CheckpointJson(const cp::FileCheckpoint& c, bool files) {
   std::string text = fmt::format(
       "{{\"checkpoint\":{},\"step\":{},\"generation\":{},\"state\":\"{}\",\"why\":{},\"job\":{},"
-      "\"worldSize\":{},\"replicatedLayout\":{},\"bytes\":{},\"saved\":{},\"trust\":\"{}\"",
+      "\"worldSize\":{},\"replicatedLayout\":{},\"shares\":{},\"bytes\":{},\"saved\":{},\"trust\":"
+      "\"{}\"",
       JsonQuote(c.name), c.step, c.generation, cp::FileStateName(c.state), JsonQuote(c.why),
       JsonQuote(c.manifest.job), c.manifest.world_size, c.manifest.replicated_layout,
-      c.manifest.bytes(), JsonQuote(Saved(c.manifest.sealed_ns)), TrustOf(c));
+      c.manifest.shares, c.manifest.bytes(), JsonQuote(Saved(c.manifest.sealed_ns)), TrustOf(c));
   if (files) {
     text += ",\"files\":[";
     for (const cp::ManifestFile& f : c.manifest.ranks) {
@@ -218,6 +219,7 @@ VerbResult RunCkptShow(Context& context) {
       {"ranks", known ? std::to_string(c.manifest.world_size) : "-"},
       {"layout", !known                         ? "-"
                  : c.manifest.replicated_layout ? "replicated: any rank's file serves any rank"
+                 : c.manifest.shares            ? "shares: a rank's file is its share of one state"
                                                 : "each rank its own"},
       {"size", known ? cp::HumanBytes(c.manifest.bytes()) : "-"},
       {"captured", OrDash(Saved(c.manifest.captured_ns))},

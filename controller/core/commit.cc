@@ -242,7 +242,9 @@ void Controller::Impl::PlanRestore(JobStateView* job) {
     }
     const bool replicated = std::all_of(holders.begin(), holders.end(),
                                         [](const Holder& h) { return h.shard.replicated_layout; });
-    const bool served = replicated || captured_world == world
+    const bool shares =
+        std::any_of(holders.begin(), holders.end(), [](const Holder& h) { return h.shard.share; });
+    const bool served = replicated || (captured_world == world && !shares)
                             ? ServeFrom(job, holders, replicated)
                             : ServeRanges(job,
                                           {.step = step,

@@ -1,6 +1,7 @@
-// Where a world of another size starts from: every shard of one step that is committed (or stands
-// in the checkpoint directory) and all nodes that hold it. Which bytes of them a rank wants, its
-// own process says once its model exists; the agent brings them (checkpoint/core/range_plan.h).
+// Where a world of another size, or any world from shares of one state, starts from: every shard of
+// one step that is committed (or stands in the checkpoint directory) and all nodes that hold it.
+// Which bytes of them a rank wants, its own process says once its model exists; the agent brings
+// them (checkpoint/core/range_plan.h).
 //
 // Uncommitted steps do not serve: the first copies of the new generation may overwrite one, while
 // what is committed stays until a newer commit.
@@ -33,11 +34,13 @@ bool Controller::Impl::ServeRanges(JobStateView* job, RestoreCut cut,
   if (roots.empty()) return false;
   std::string missing;
   std::uint64_t bytes = 0;
+  bool shares = false;  // of one state, of which every rank wants all
   for (Rank rank = 0; rank < cut.world_size; ++rank) {
     CutShard shard{.rank = rank, .crc_root = roots[rank], .bytes = 0, .holders = {}};
     for (const Holder& h : holders) {
       if (h.shard.rank != rank || h.shard.crc_root != shard.crc_root) continue;
       shard.bytes = h.shard.bytes;
+      shares = shares || h.shard.share;
       if (h.shard.file) continue;
       CutHolder holder{h.node, DataAddress(h.node)};
       if (std::find(shard.holders.begin(), shard.holders.end(), holder) == shard.holders.end()) {
@@ -58,13 +61,13 @@ bool Controller::Impl::ServeRanges(JobStateView* job, RestoreCut cut,
     }
     return false;
   }
-  const std::size_t world = job->plan.nodes.size() * job->record.spec.nproc_per_node;
+  const std::size_t parts = shares ? 1 : job->plan.nodes.size() * job->record.spec.nproc_per_node;
   for (NodePlan& member : job->plan.nodes) {
     for (WorkerPlan& worker : member.workers) {
       worker.restore = {.step = cut.step,
                         .shard_rank = worker.rank,
                         .shard_generation = cut.generation,
-                        .bytes = bytes / world,
+                        .bytes = bytes / parts,
                         .source_node = {},
                         .source_address = {},
                         .ranges = true};

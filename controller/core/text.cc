@@ -45,6 +45,7 @@ std::string ShardText(const HeldShard& s) {
       .Add("g={} step={} crc={}", s.generation, s.step, s.crc_root)
       .If(s.replica, "replica")
       .If(s.replicated_layout, "replicated_layout")
+      .If(s.share, "share")
       .If(s.file, "file");
 }
 

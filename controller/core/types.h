@@ -76,7 +76,7 @@ enum class Reason : std::uint8_t {
   kRolledBack,         // an operator sent the job back to a step
   kQuietSteps,         // enough steps followed in which nothing strange was reported
   kOperatorAnomaly,    // an operator reported an anomaly of the training
-  kRestoredByRanges,   // a world of another size: each rank takes its bytes from all shards
+  kRestoredByRanges,   // another world, or shares: each rank takes its bytes from all shards
   kTargetOverwritten,  // the step of a roll-back is gone, nothing older is left: it is undone
   kCount
 };

@@ -138,7 +138,8 @@ constexpr std::array kMeanings = {
     "an operator sent the job back to a step",
     "enough steps followed in which nothing strange was reported",
     "an operator reported that something is wrong with the training",
-    "a world of another size: each rank takes its bytes from all shards of the step",
+    "a world of another size, or shares of one state: each rank takes its bytes from all shards of "
+    "the step",
     "the step of a roll-back was overwritten before the workers stopped, and nothing older is left",
 };
 static_assert(kMeanings.size() == static_cast<std::size_t>(Reason::kCount),

@@ -74,6 +74,11 @@ const Commit* NewestCommit(const JobStateView& job) {
   return job.commits.commits.empty() ? nullptr : &job.commits.commits.front();
 }
 
+bool IsOfShares(const Commit& commit) {
+  return std::any_of(commit.shards.begin(), commit.shards.end(),
+                     [](const HeldShard& s) { return s.share; });
+}
+
 // "zone=a": nodes of the cluster that lie in it and are not lost.
 std::vector<NodeId> NodesIn(const ClusterState& state, const std::string& domain) {
   const std::size_t equals = domain.find('=');
@@ -227,6 +232,11 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
   std::map<NodeId, std::uint64_t> in, out;
   std::uint64_t copy = 0;
   std::uint32_t deepest = 0;  // who takes what others pass on is a chunk behind each of them
+  // Of shares each rank reads all, and its own goes to its peers.
+  const Commit* commit = NewestCommit(job);
+  const std::size_t parts = commit != nullptr && IsOfShares(*commit)
+                                ? forecast.plan.nodes.size() * job.record.spec.nproc_per_node
+                                : 1;
   for (const NodePlan& member : forecast.plan.nodes) {
     if (forecast.state == JobState::kActivating) to->add_members(member.node);
     for (const WorkerPlan& worker : member.workers) {
@@ -240,7 +250,7 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
         source->set_source_node(fmt::format("{} shards", forecast.plan.cut.shards.size()));
         source->set_source_rank(worker.rank);
         source->set_bytes(r.bytes);
-        copy += forecast.state == JobState::kActivating ? member.peers.size() * r.bytes : 0;
+        copy += forecast.state == JobState::kActivating ? member.peers.size() * r.bytes / parts : 0;
         CountRanges(forecast.plan.cut, member.node, worker, &in, &out);
         continue;
       }
@@ -285,6 +295,10 @@ std::string RanksText(const google::protobuf::RepeatedField<std::int32_t>& ranks
                      ranks.size() > kShown ? ", ..." : "");
 }
 
+const char* LayoutOf(const Commit& commit) {
+  return commit.replicated_layout ? "replicated" : IsOfShares(commit) ? "shares" : "sharded";
+}
+
 }  // namespace
 
 v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateView& job,
@@ -295,7 +309,7 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
   const CopySets copies = CopiesNow(state, job);
   const Commit* commit = NewestCommit(job);
   to.set_committed_step(copies.step);
-  to.set_layout(commit == nullptr ? "unknown" : copies.replicated ? "replicated" : "sharded");
+  to.set_layout(commit == nullptr ? "unknown" : LayoutOf(*commit));
   to.set_copies(CopiesOf(job.record.spec, job.plan.nodes.size()));
   const std::vector<NodeSet> planned = PlannedHosts(job);
   const std::size_t sets = Distinct(planned);
@@ -380,6 +394,9 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
     }
   }
   if (copies.replicated) why += "; every rank's state is the same: any node that holds one will do";
+  if (commit != nullptr && IsOfShares(*commit)) {
+    why += "; each rank keeps its share of one state: every restore reads the shares of all ranks";
+  }
   if (commit == nullptr) why += "; nothing is committed yet: this is the plan";
   to.set_why(why);
   FillPolicies(domains, job, copies.replicated, most, &to);

@@ -52,6 +52,7 @@ struct HeldShard {
   bool replica = false;            // a peer's slot kept here
   bool replicated_layout = false;  // every rank's state is the same: any shard serves any rank
   bool file = false;               // this node sees it in the checkpoint directory; unverified
+  bool share = false;  // of one state that is the same on every rank: restored from all shares
   friend bool operator==(const HeldShard&, const HeldShard&) = default;
 };
 

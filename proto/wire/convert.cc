@@ -113,6 +113,7 @@ void ToProto(const HeldShard& from, v1::HeldShard* to) {
   to->set_replica(from.replica);
   to->set_replicated_layout(from.replicated_layout);
   to->set_file(from.file);
+  to->set_share(from.share);
 }
 
 HeldShard FromProto(const v1::HeldShard& from) {
@@ -124,7 +125,8 @@ HeldShard FromProto(const v1::HeldShard& from) {
           .bytes = from.bytes(),
           .replica = from.replica(),
           .replicated_layout = from.replicated_layout(),
-          .file = from.file()};
+          .file = from.file(),
+          .share = from.share()};
 }
 
 void ToProto(const JobOnNode& from, v1::JobOnNode* to) {

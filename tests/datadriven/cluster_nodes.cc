@@ -279,7 +279,8 @@ void Cluster::Captured(const Words& c) {
                       .step = std::atoll(c.Get("step", "0").c_str()),
                       .crc_root = 1000u + static_cast<std::uint32_t>(worker.rank),
                       .bytes = 64,
-                      .replicated_layout = c.Has("replicated")};
+                      .replicated_layout = c.Has("replicated"),
+                      .share = c.Has("shares")};
       Hold(member.node, First(c), shard);
       Do(ShardCopied{member.node, nodes_[member.node].incarnation, First(c), shard}, true);
       shard.replica = true;
@@ -324,7 +325,8 @@ void Cluster::Copied(const Words& c) {
                   .crc_root = static_cast<std::uint32_t>(std::atoi(c.Get("crc", "1000").c_str())),
                   .bytes = 64,
                   .replica = c.Has("replica"),
-                  .replicated_layout = c.Has("replicated")};
+                  .replicated_layout = c.Has("replicated"),
+                  .share = c.Has("shares")};
   Hold(node, c.words[1], shard);
   Do(ShardCopied{node, IncarnationOf(c, node), c.words[1], shard});
 }
@@ -339,7 +341,8 @@ void Cluster::Damaged(const Words& c) {
                   .step = std::atoll(c.Get("step", "0").c_str()),
                   .bytes = 64,
                   .replica = c.Has("replica"),
-                  .replicated_layout = c.Has("replicated")};
+                  .replicated_layout = c.Has("replicated"),
+                  .share = c.Has("shares")};
   shard.crc_root = static_cast<std::uint32_t>(
       std::atoi(c.Get("crc", std::to_string(1000 + shard.rank)).c_str()));
   std::erase_if(nodes_[node].jobs[c.words[1]].shards, [&shard](const HeldShard& s) {
@@ -365,7 +368,8 @@ void Cluster::Files(const Words& c) {
            .crc_root = 1000u + static_cast<std::uint32_t>(rank),
            .bytes = 64,
            .replicated_layout = c.Has("replicated"),
-           .file = true});
+           .file = true,
+           .share = c.Has("shares")});
     }
   }
   Print("ok");

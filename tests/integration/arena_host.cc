@@ -47,7 +47,8 @@ class Commits final : public checkpoint::Listener {
   std::map<std::pair<Generation, Step>, std::set<Rank>> copied_;
 };
 
-// Every shard of the step, when another number of ranks than `world` captured them, each its own.
+// Every shard of the step, when another number of ranks than `world` captured them, each its own,
+// or each its share of one state.
 std::shared_ptr<const RestoreCut> CutOf(const std::vector<HeldShard>& held, Step step,
                                         std::int32_t world) {
   std::map<Rank, const HeldShard*> shards;
@@ -56,7 +57,8 @@ std::shared_ptr<const RestoreCut> CutOf(const std::vector<HeldShard>& held, Step
     const HeldShard*& newest = shards[s.rank];
     if (newest == nullptr || newest->generation < s.generation) newest = &s;
   }
-  if (shards.empty() || shards.begin()->second->world_size == world) return nullptr;
+  if (shards.empty()) return nullptr;
+  if (shards.begin()->second->world_size == world && !shards.begin()->second->share) return nullptr;
   auto cut = std::make_shared<RestoreCut>();
   cut->step = step;
   cut->generation = shards.begin()->second->generation;

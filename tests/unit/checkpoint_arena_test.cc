@@ -273,6 +273,32 @@ TEST(Arena, AHoleInASlotIsFilledEvenWhenTheOtherSlotIsWhole) {
   }
 }
 
+TEST(Arena, AShareGivesBackTheMemoryThatTheWholeStateHad) {
+  Arena arena = MakeArena(1 << 16);
+  constexpr std::size_t kWhole = 8u << 20, kPart = 3u << 20;
+  Write(&arena, 1, 6, 1 << 16);
+  const std::uint64_t other = arena.Look(1)->extent_bytes;
+  Write(&arena, 0, 7, kWhole);
+  Arena reader = Again(arena);
+  ASSERT_TRUE(reader.Verify(*reader.Look(0)).ok());
+  SlotWriter::Trim(&arena, 0, kWhole / 4 * 3);  // not worth it
+  EXPECT_TRUE(arena.Look(0));
+  struct stat before {};
+  struct stat after {};
+  ASSERT_EQ(fstat(arena.fd(), &before), 0);
+  SlotWriter::Trim(&arena, 0, kPart);
+  EXPECT_FALSE(arena.Look(0)) << "what lies in memory that was given back is no content";
+  ASSERT_EQ(fstat(arena.fd(), &after), 0);
+  EXPECT_GE((before.st_blocks - after.st_blocks) * 512, static_cast<long>(kWhole - kPart) * 9 / 10);
+  Write(&arena, 0, 8, kPart);
+  EXPECT_TRUE(reader.Verify(*reader.Look(0)).ok());
+  EXPECT_LT(reader.Look(0)->extent_bytes, kWhole / 2);
+  EXPECT_EQ(arena.Look(1)->extent_bytes, other);
+  EXPECT_TRUE(arena.Verify(*arena.Look(1)).ok());
+  Write(&arena, 0, 9, kWhole);  // and back, for the next restore
+  EXPECT_TRUE(reader.Verify(*reader.Look(0)).ok());
+}
+
 TEST(Arena, ChunksFromAPeerArePublishedOnlyWhenTheRootAgrees) {
   const std::size_t size = (1u << 20) + 50;
   Arena source = MakeArena(size);

@@ -85,12 +85,13 @@ class Trainer {
     return tables;
   }
   void Request(const std::vector<WantedRange>& ranges, std::uint64_t data_bytes,
-               const std::string& table) {
+               const std::string& table, std::uint32_t flags = 0) {
     const RestoreView word = arena_.Restore();
     const RequestHead head{.ranges = static_cast<std::uint32_t>(ranges.size()),
                            .data_bytes = data_bytes,
                            .table_bytes = table.size(),
-                           .catalog_seq = word.slot_seq};
+                           .catalog_seq = word.slot_seq,
+                           .flags = flags};
     auto writer = SlotWriter::Begin(&arena_, word.slot, 1 << 20);
     ASSERT_TRUE(writer.ok());
     ASSERT_TRUE(writer.value().Append(&head, sizeof head).ok());
@@ -107,7 +108,7 @@ class Trainer {
   }
   std::vector<unsigned char> State() {
     const RestoreView word = arena_.Restore();
-    const auto view = arena_.Look(word.slot);
+    const auto view = arena_.LookRestored(word.slot);
     if (!view || view->seq != word.slot_seq || !arena_.Verify(*view).ok()) return {};
     EXPECT_EQ(view->fields.generation, 2u);
     EXPECT_EQ(view->fields.step, kStep);
@@ -187,6 +188,38 @@ TEST(RangeRestore, TheSlotThatHoldsThisRanksPartOfTheCutIsLeftAlone) {
   const auto kept = trainer.arena().Look(0);
   ASSERT_TRUE(kept.has_value());
   EXPECT_EQ(kept->crc_root, old.cut->shards[2].crc_root);
+}
+
+// Of a state in shares each rank wants all, and then captures its own share over it.
+TEST(RangeRestore, WhatIsPutTogetherForARankAloneIsNoShardAndGivesWayToItsShare) {
+  OldWorld old;
+  Node& node = old.nodes[2];
+  node.Activate(old.PartOf(&node, 2));
+  Trainer trainer(&node, 2);
+  ASSERT_TRUE(trainer.Reaches(RestoreState::kAsk)) << trainer.Message();
+  trainer.Request(kWants, kData, "t", kFlagAssembled);
+  ASSERT_TRUE(trainer.Reaches(RestoreState::kReady)) << trainer.Message();
+  EXPECT_EQ(trainer.State(), Expected("t"));
+  const std::uint32_t slot = trainer.arena().Restore().slot;
+  EXPECT_FALSE(trainer.arena().Look(slot));
+  ASSERT_TRUE(trainer.arena().Newest());
+  EXPECT_EQ(trainer.arena().Newest()->crc_root, old.cut->shards[2].crc_root);
+  for (const HeldShard& held : node.service->Survey(kJob)) EXPECT_EQ(held.generation, 1u);
+  auto writer = SlotWriter::Begin(&trainer.arena(), slot, 100);
+  ASSERT_TRUE(writer.ok());
+  ASSERT_TRUE(writer.value().Append("share", 5).ok());
+  const SlotFields fields{
+      .generation = 2, .step = kStep, .rank = 2, .world_size = 8, .flags = kFlagShare};
+  ASSERT_TRUE(writer.value().Finish(fields, 0).ok());
+  EXPECT_TRUE(node.heard.Copied(kStep, false));
+  std::size_t told = 0;
+  for (const HeldShard& held : node.service->Survey(kJob)) {
+    if (held.generation != 2) continue;
+    EXPECT_TRUE(held.share);
+    EXPECT_EQ(held.bytes, 5u) << "the whole state was told of";
+    ++told;
+  }
+  EXPECT_EQ(told, 1u);
 }
 
 TEST(RangeRestore, ABrokenConnectionIsResumedAndAFlippedByteIsFoundAndReadElsewhere) {

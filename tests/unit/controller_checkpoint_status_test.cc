@@ -102,6 +102,15 @@ TEST(CheckpointStatus, AnyHolderWillDoWhenEveryRanksStateIsTheSame) {
   EXPECT_DOUBLE_EQ(p.by_nodes(3).probability(), 0);
 }
 
+TEST(CheckpointStatus, SharesOfOneStateSurviveAsAShardedOneAndSaySo) {
+  World w({"", "", "", ""}, {1, 0, 3, 2});
+  for (HeldShard& shard : w.job.commits.commits.front().shards) shard.share = true;
+  const v1::CheckpointPlacement p = PlacementOf(w.state, w.job, 2);
+  EXPECT_EQ(p.layout(), "shares");
+  EXPECT_NEAR(p.by_nodes(1).probability(), 1 - 2. / 6, 1e-12);
+  EXPECT_NE(p.why().find("every restore reads the shares of all ranks"), std::string::npos);
+}
+
 TEST(CheckpointStatus, ACopyOnANodeOutsideTheJobOutlivesItsMembers) {
   World w({"", ""}, {1, 0});
   w.state.nodes["spare"] = w.state.nodes["n1"];

@@ -176,6 +176,16 @@ TEST(Manifest, GoesBothWaysAndEveryTruncationAndFlipIsKnown) {
   }
 }
 
+TEST(Manifest, SaysThatEachFileIsAShareAndOlderOnesDoNot) {
+  Manifest m = TwoRanks();
+  EXPECT_EQ(WriteManifest(m).find("shares"), std::string::npos);
+  m.replicated_layout = false;
+  m.shares = true;
+  auto parsed = ParseManifest(WriteManifest(m));
+  ASSERT_TRUE(parsed.ok()) << parsed.error().message;
+  EXPECT_EQ(parsed.value(), m);
+}
+
 TEST(Manifest, AWholeOneThatSaysWhatCannotBeIsRefusedByField) {
   Manifest m = TwoRanks();
   m.ranks[1].file = "../../etc/passwd";

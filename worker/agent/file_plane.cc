@@ -192,7 +192,8 @@ std::vector<HeldShard> FilePlane::Survey(const CheckpointDir& dir, const JobId& 
                       .crc_root = f.crc_root,
                       .bytes = f.payload_bytes,
                       .replicated_layout = c.manifest.replicated_layout,
-                      .file = true};
+                      .file = true,
+                      .share = c.manifest.shares};
       if (c.manifest.job != job) {  // its root as this job's slots have it
         auto head = tier.ReadHead(c, f.rank);
         if (!head.ok()) break;

@@ -317,7 +317,8 @@ static int RestoreWord(everstep_client* c, uint32_t timeout_ms, everstep_slot* s
                                 c->arena.Name(), restore.step));
       }
       if (restore.state == cp::RestoreState::kReady) {
-        const auto view = restore.slot < cp::kSlots ? c->arena.Look(restore.slot) : std::nullopt;
+        const auto view =
+            restore.slot < cp::kSlots ? c->arena.LookRestored(restore.slot) : std::nullopt;
         if (view && view->seq == restore.slot_seq) {
           KillPoint("restore.told");
           c->base = *view;
@@ -360,7 +361,7 @@ int everstep_load(everstep_client* c, const everstep_slot* slot, const everstep_
     return Fail(c, EVERSTEP_EINVAL,
                 "everstep_load: a slot from restore_table and its targets must be given");
   }
-  const auto view = c->arena.Look(slot->slot);
+  const auto view = c->arena.LookRestored(slot->slot);
   if (!view || view->seq != slot->sequence) {
     return Fail(c, EVERSTEP_ESTALE,
                 fmt::format("{}: step {} was overwritten", c->arena.Name(), slot->step));
@@ -427,7 +428,7 @@ int everstep_request(everstep_client* c, const everstep_slot* catalog, const eve
                              .data_bytes = data_bytes,
                              .table_bytes = table_bytes,
                              .catalog_seq = catalog->sequence,
-                             .flags = flags & EVERSTEP_REPLICATED_LAYOUT};
+                             .flags = flags & (EVERSTEP_REPLICATED_LAYOUT | EVERSTEP_ASSEMBLED)};
   const std::uint64_t range_bytes = std::uint64_t{count} * sizeof(everstep_range);
   auto writer =
       cp::SlotWriter::Begin(&c->arena, catalog->slot, sizeof head + range_bytes + table_bytes);
@@ -471,7 +472,7 @@ int everstep_payload(everstep_client* c, const everstep_slot* slot, const void**
       slot->slot >= cp::kSlots) {
     return Fail(c, EVERSTEP_EINVAL, "everstep_payload: a slot from restore or find must be given");
   }
-  auto view = c->arena.Look(slot->slot);
+  auto view = c->arena.LookRestored(slot->slot);
   if (!view) view = c->arena.LookExchange(slot->slot, cp::kFlagCatalog);
   if (!view || view->seq != slot->sequence) {
     return Fail(c, EVERSTEP_ESTALE,
@@ -531,6 +532,9 @@ int everstep_capture_begin(everstep_client* c, int64_t step, uint64_t payload_by
   }
   KillPoint("capture.decided");
   if (decision.replaces) t.replaced.fetch_add(1, std::memory_order_relaxed);
+  if ((flags & EVERSTEP_SHARE) != 0) {  // the whole state may have lain there for a restore
+    cp::SlotWriter::Trim(&c->arena, decision.slot, payload_bytes);
+  }
   auto writer = cp::SlotWriter::Begin(&c->arena, decision.slot, payload_bytes);
   if (!writer.ok()) return Fail(c, writer.error());
   KillPoint("capture.begun");
@@ -540,7 +544,7 @@ int everstep_capture_begin(everstep_client* c, int64_t step, uint64_t payload_by
                .step = step,
                .rank = c->rank,
                .world_size = c->world_size,
-               .flags = flags & EVERSTEP_REPLICATED_LAYOUT,
+               .flags = flags & (EVERSTEP_REPLICATED_LAYOUT | EVERSTEP_SHARE),
                .captured_ns = Nanos(CLOCK_REALTIME)};
   return EVERSTEP_OK;
 }

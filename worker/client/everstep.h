@@ -48,6 +48,9 @@ extern "C" {
 
 /* Flags of a capture. */
 #define EVERSTEP_REPLICATED_LAYOUT 1u /* every rank's state is the same (data parallel) */
+#define EVERSTEP_SHARE 8u             /* ... and this is one rank's share of it */
+/* Flag of a request: for this process alone, which captures its own share next. */
+#define EVERSTEP_ASSEMBLED 16u
 
 typedef struct everstep_client everstep_client;
 
@@ -150,8 +153,9 @@ int everstep_load(everstep_client* client, const everstep_slot* slot,
 int everstep_catalog(everstep_client* client, uint32_t timeout_ms, everstep_slot* slot);
 /* Says which ranges of the shards make up this rank's state: data_bytes (a multiple of 64), then
  * the table. Bytes that no range names become zero; none may be named twice. Writes over the
- * catalog. flags: of the slot that comes of it. What the agent finds wrong with it,
- * everstep_restore says. */
+ * catalog. flags: of the slot that comes of it: EVERSTEP_REPLICATED_LAYOUT, or EVERSTEP_ASSEMBLED
+ * for one that is this process's alone, neither copied nor committed. What the agent finds wrong
+ * with it, everstep_restore says. */
 int everstep_request(everstep_client* client, const everstep_slot* catalog,
                      const everstep_range* ranges, uint32_t count, uint64_t data_bytes,
                      uint32_t flags, const void* table, uint64_t table_bytes);

@@ -267,6 +267,12 @@ void SimNode::Restored(const JobId& job, ProcessKey key, const RestorePlan& plan
                                     shard.crc_root, plan.crc_root));
     return;
   }
+  if (shard.share) {
+    env_.truth->Violate(env_.timeline->now(), "shares_together",
+                        fmt::format("{} restores rank {} from the share of rank {} alone", name_,
+                                    key.second, shard.rank));
+    return;
+  }
   HeldShard own = shard;
   own.replica = false;
   FindJob(job)->memory.Restore(key.second, own);
@@ -329,6 +335,7 @@ void SimNode::Assembled(const JobId& job, ProcessKey key, const RestoreCut& cut)
                 .step = cut.step,
                 .crc_root = env_.truth->Checksum(*state, key.second),
                 .bytes = cut.shards.front().bytes};
+  own.share = env_.options->shares && own.world_size > 1;
   FindJob(job)->memory.Assemble(key.second, own, cut);
   env_.truth->Copied(name_, keeper_->id, job, own);
   env_.truth->Count("restores by ranges");
@@ -464,6 +471,7 @@ void SimNode::Capture(const JobId& job, ProcessKey key, std::int32_t pid, Lineag
   shard.generation = key.first;
   shard.step = step;
   shard.replicated_layout = env_.options->replicated_layout;
+  shard.share = env_.options->shares && shard.world_size > 1;
   shard.crc_root = env_.truth->Checksum(state, key.second);
   shard.bytes = 1 << 20;
   Memory::Trainer trainer;

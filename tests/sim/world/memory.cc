@@ -88,7 +88,8 @@ void Memory::Assemble(Rank rank, const HeldShard& shard, const RestoreCut& cut) 
     }
   }
   arena.slots[target] = Slot{shard, true, IsCommitted(shard)};
-  arena.base = static_cast<int>(target);
+  // A share is captured anew from what was put together: the process came from no slot.
+  arena.base = shard.share ? -1 : static_cast<int>(target);
 }
 
 bool Memory::Receive(const HeldShard& shard, Generation generation,

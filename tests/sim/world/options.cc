@@ -87,6 +87,7 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
   o.step_time = Milliseconds(random.Between(80, 600));
   o.total_steps = std::max<Step>(10, Milliseconds(random.Between(5000, 35000)) / o.step_time);
   o.replicated_layout = random.Chance(650);
+  if (!o.replicated_layout) o.shares = Random(seed ^ 0x5AA4E5ULL).Chance(500);
   o.peers_exit = random.Chance(400);
   o.same_machine = random.Chance(300);
   const std::int64_t jobs = random.Chance(250) ? 2 : 1;
@@ -131,11 +132,13 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
 }
 
 std::string Describe(const WorldOptions& o) {
-  std::string text =
-      fmt::format("{} nodes, links up to {} ms, step {} ms, {} steps, {} layout, a lost peer {}",
-                  o.nodes, ToMilliseconds(o.network.max_delay), ToMilliseconds(o.step_time),
-                  o.total_steps, o.replicated_layout ? "replicated" : "sharded",
-                  o.peers_exit ? "ends a worker" : "hangs a worker");
+  std::string text = fmt::format(
+      "{} nodes, links up to {} ms, step {} ms, {} steps, {} layout, a lost peer {}", o.nodes,
+      ToMilliseconds(o.network.max_delay), ToMilliseconds(o.step_time), o.total_steps,
+      o.replicated_layout ? "replicated"
+      : o.shares          ? "shares"
+                          : "sharded",
+      o.peers_exit ? "ends a worker" : "hangs a worker");
   for (const SimJob& sim_job : o.jobs) {
     const controller::JobSpec& job = sim_job.spec;
     text += fmt::format(

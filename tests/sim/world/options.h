@@ -27,9 +27,10 @@ struct WorldOptions {
   std::vector<SimJob> jobs;
   Step total_steps = 40;  // a script ends there with exit code 0
   Duration step_time = Milliseconds(300);
-  bool replicated_layout = true;       // every rank's state is the same (data parallel)
-  bool peers_exit = false;             // a worker that loses a peer exits 1 (else it hangs)
-  bool same_machine = false;           // the controller's shell sees dead keepers
+  bool replicated_layout = true;  // every rank's state is the same (data parallel)
+  bool shares = false;            // ... and a rank captures its share of it; not with the above
+  bool peers_exit = false;        // a worker that loses a peer exits 1 (else it hangs)
+  bool same_machine = false;      // the controller's shell sees dead keepers
   Duration fault_phase = Seconds(20);  // after it every fault is over, and jobs must end
   Duration settle = Seconds(400);      // ... within this: the bound on liveness
 };
