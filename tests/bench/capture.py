@@ -1,6 +1,7 @@
 """What a capture costs: two nodes on loopback with their agents and keepers, a state of 64 float32 tensors.
 
-Cases first-SIZE (a fresh arena's first save), blocking-SIZE and overlapped-SIZE (from the second save on). Metrics,
+Cases first-SIZE (a fresh arena's first save), blocking-SIZE, overlapped-SIZE and shares-SIZE (from the second save on; shares:
+both ranks hold the state, each captures half of it, and both restore all of it at once). Metrics,
 each a multiple (x) of one warm memcpy of the same bytes in the same process, measured around it:
   blocked     how long the training waits: step(), and in overlapped mode optimizer.step()'s wait for the copy
   replicated  from step() until the step is committed: checked on the peer's node and recorded by the controller
@@ -63,7 +64,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", action="store_true", help="also print the table for docs/reference/performance.md")
     parser.add_argument("--sizes", default="64MiB,1GiB")
-    parser.add_argument("--modes", default="blocking,overlapped")
+    parser.add_argument("--modes", default="blocking,overlapped,shares")
     parser.add_argument("--everstep", type=Path, default=BIN / "everstep")
     parser.add_argument("--realtime", action="store_true", help="before all other processes of a busy machine (as root)")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for one job")

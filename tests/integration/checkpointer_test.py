@@ -756,6 +756,8 @@ def test_steps_must_grow_and_arguments_make_sense(tmp_path: Path) -> None:
             everstep.Checkpointer(bad)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="every"):
         everstep.Checkpointer({"x": 1}, every=0)
+    with pytest.raises(ValueError, match="replicated must be"):
+        everstep.Checkpointer({"x": 1}, replicated="parts")  # type: ignore[arg-type]
 
 
 def test_importing_it_imports_no_torch() -> None:

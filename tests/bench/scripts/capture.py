@@ -1,4 +1,5 @@
-"""What tests/bench/capture.py launches: rank 0 holds the state and measures, rank 1 is its peer's trainer.
+"""What tests/bench/capture.py launches: rank 0 holds the state and measures, rank 1 is its peer's trainer, or holds the
+same state and captures the other half of it (shares).
 
 Generation 1 captures, writes its figures and kills itself; generation 2 restores from the node's memory and
 writes how long that took. Every figure is a multiple of one warm memcpy of the same bytes in the same process,
@@ -41,11 +42,13 @@ def compute(seconds: float, a: torch.Tensor) -> None:
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    size = BYTES if RANK == 0 else 4096
+    shares = MODE == "shares"
+    size = BYTES if RANK == 0 or shares else 4096
     model = nn.ParameterList([torch.rand(size // TENSORS // 4) for _ in range(TENSORS)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     copy = Copier(size)
-    ck = everstep.Checkpointer({"model": model, "optimizer": optimizer}, replicated=False, commit_wait=60.0, mode=MODE)
+    ck = everstep.Checkpointer({"model": model, "optimizer": optimizer}, replicated="shares" if shares else False, commit_wait=60.0,
+                               mode="blocking" if shares else MODE)
     dist.barrier()
     began = time.perf_counter()
     start = ck.restore()
@@ -82,7 +85,7 @@ def main() -> None:
             once = (before + copy()) / 2
             first = "first" if step == 0 else "steady"
             tell(metric="blocked", when=first, value=blocked / once, memcpy=once)
-            if MODE == "blocking":
+            if MODE != "overlapped":
                 tell(metric="replicated", when=first, value=replicated / once)
         dist.barrier()
     if MODE == "overlapped":  # a fixed piece of work, by turns with and without a capture beside it

@@ -1,7 +1,8 @@
 """FSDP2 or DDP with AdamW at any number of ranks; sizes that no number of ranks divides, one shard empty.
 
 KIND fsdp2 | ddp: under a Checkpointer it goes on from memory; dcp: FSDP2 likewise, by dcp.save and dcp.load through
-everstep.dcp. With FROM=STEP each goes on from a stock DCP folder of that step.
+everstep.dcp. With FROM=STEP each goes on from a stock DCP folder of that step. shares | whole: a wider model under DDP
+with buffers of each rank's own, captured in shares or whole, and no DCP folder.
 Rank 0 writes a line a step: generation, world, step, loss and a digest of the whole state, both to the last bit.
 """
 
@@ -25,24 +26,29 @@ from torch.distributed.fsdp import fully_shard
 
 OUT = Path(os.environ["OUT_DIR"])
 BATCH = 12  # samples a step, whatever the world
+KIND = os.environ["KIND"]
+WIDE = KIND in ("shares", "whole")
 
 
 def build() -> tuple[Any, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    model: Any = nn.Sequential(nn.Linear(24, 37), nn.GELU(), nn.Linear(37, 10), nn.GELU(), nn.Linear(10, 2))
-    if os.environ["KIND"] != "ddp":
+    width = 1031 if WIDE else 37
+    model: Any = nn.Sequential(nn.Linear(24, width), nn.BatchNorm1d(width) if WIDE else nn.GELU(), nn.Linear(width, 10),
+                               nn.GELU(), nn.Linear(10, 2))
+    if KIND in ("fsdp2", "dcp"):
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         fully_shard(model[0], mesh=mesh)
         fully_shard(model, mesh=mesh)
     else:
-        model = nn.parallel.DistributedDataParallel(model)
+        # Buckets that stay as they are from the first step on: what restarted adds in the order of what did not.
+        model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=WIDE)
     return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
 
 
 def digest(model: Any, optimizer: torch.optim.Optimizer) -> str:
-    """Of parameters and moments, each put together whole. A collective call."""
+    """Of parameters, buffers and moments, each put together whole. A collective call."""
     found = hashlib.sha256()
-    tensors = list(model.parameters())
+    tensors = [*model.parameters(), *model.buffers()]
     tensors += [v for p in model.parameters() for _, v in sorted(optimizer.state.get(p, {}).items())]
     for tensor in tensors:
         whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
@@ -54,6 +60,7 @@ def main() -> None:
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     generation = int(os.environ.get("EVERSTEP_GENERATION", "0"))
+    (OUT / f"pid-{rank}").write_text(str(os.getpid()))
     model, optimizer = build()
     checkpoint, writer = None, None
     if "FROM" in os.environ:
@@ -62,7 +69,7 @@ def main() -> None:
         dcp.load({"model": kept, "optimizer": moments}, checkpoint_id=OUT / "dcp" / f"step{before}")
         set_state_dict(model, optimizer, model_state_dict=kept, optim_state_dict=moments)
         first = before + 1
-    elif os.environ["KIND"] == "dcp":
+    elif KIND == "dcp":
         writer, reader = everstep.dcp.StorageWriter(), everstep.dcp.StorageReader()
         found, first = reader.newest(), 0
         if found is not None:
@@ -72,7 +79,8 @@ def main() -> None:
             set_state_dict(model, optimizer, model_state_dict=kept, optim_state_dict=moments)
             first = found.step + 1
     else:
-        checkpoint = everstep.Checkpointer({"model": model, "optimizer": optimizer})
+        checkpoint = everstep.Checkpointer({"model": model, "optimizer": optimizer},
+                                           replicated="shares" if KIND == "shares" else None)
         first = checkpoint.restore()
         assert checkpoint.tier == "memory"
     lines = open(OUT / os.environ["LINES"], "a", buffering=1)  # noqa: SIM115
@@ -94,8 +102,9 @@ def main() -> None:
         if rank == 0:  # before the capture: what is restored was told
             lines.write(f"step {generation} {world} {step} {loss.item().hex()} {state}\n")
         if checkpoint is not None or writer is not None:
-            kept, moments = get_state_dict(model, optimizer)
-            dcp.save({"model": kept, "optimizer": moments}, checkpoint_id=OUT / "dcp" / f"step{step}")
+            if not WIDE:
+                kept, moments = get_state_dict(model, optimizer)
+                dcp.save({"model": kept, "optimizer": moments}, checkpoint_id=OUT / "dcp" / f"step{step}")
             if checkpoint is not None:
                 checkpoint.step(step)
             else:
@@ -107,6 +116,7 @@ def main() -> None:
         if end.item():
             break
     if checkpoint is not None:
+        (OUT / f"bytes-{KIND}-{rank}").write_text(str(checkpoint.stats().bytes))
         checkpoint.close()
     dist.destroy_process_group()
     lines.close()

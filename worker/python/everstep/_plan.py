@@ -8,6 +8,9 @@ Payload of a slot, in order:
     loose   everything else, looked at anew each time: schedulers, samplers, plain values, random streams
     table   what lies where, and all that is no tensor
 
+With `share` a rank keeps its part of each parameter and of its optimizer's state only (_division.py): the same on
+every rank, so that all of them together have everything once. The rest stays whole.
+
 A plan is used again when its watches find the same containers, tensors, addresses and shapes as before; what a
 plan cannot watch (hooks on state_dict, sharded tensors) makes it one for a single step.
 """
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from everstep._division import Part, divide
 from everstep._library import PieceArray, pieces
 from everstep._state import RNG, gather_rng, is_stateful, unwrap
 from everstep._table import ALIGNMENT, FORMAT, Encoder
@@ -43,8 +47,10 @@ class Step:
 class Plan:
     """The layout of one state. Holds its tensors' memory as long as it lives."""
 
-    def __init__(self, state: Mapping[str, Any], with_rng: bool, never_late: frozenset[int] = frozenset()) -> None:
-        """Lays `state` out. Tensors whose memory begins at an address of `never_late` are not late.
+    def __init__(self, state: Mapping[str, Any], with_rng: bool, never_late: frozenset[int] = frozenset(),
+                 share: tuple[int, int] | None = None) -> None:
+        """Lays `state` out. Tensors whose memory begins at an address of `never_late` are not late. `share`: the rank
+        and the world that capture a state in shares.
 
         Raises TypeError, with its path, for a part that cannot be kept.
         """
@@ -63,17 +69,20 @@ class Plan:
             if not isinstance(name, str) or name == RNG:
                 raise TypeError(f"state: a name must be a str other than {RNG!r}, not {name!r}")
             self._targets.append((name, unwrap(value)))
-        encoder = Encoder(_late_addresses([t for _, t in self._targets]) - never_late)
-        trees: list[tuple[str, Any, Any]] = []
+        known: list[tuple[str, Any, Any, Any]] = []  # name, target, its tree (None: loose), the numbers of its groups
         for name, target in self._targets:
             if isinstance(target, nn.Module):
-                trees.append((name, encoder.node(self._module(target), name), None))
+                known.append((name, target, self._module(target), None))
             elif isinstance(target, torch.optim.Optimizer):
                 tree, watched = self._optimizer(target)
-                node = encoder.node(tree, name)
-                trees.append((name, node, (target, _numbers(target)) if watched else None))
+                known.append((name, target, tree, _numbers(target) if watched else None))
             else:
-                trees.append((name, None, None))
+                known.append((name, target, None, None))
+        parts = _parts(known, *share) if share is not None else {}
+        self.shared = bool(parts)  # some tensor is kept in part, the rest of it by other ranks
+        encoder = Encoder(_late_addresses([t for _, t in self._targets]) - never_late, parts=parts)
+        trees = [(name, None if tree is None else encoder.node(tree, name),
+                  None if numbers is None else (target, numbers)) for name, target, tree, numbers in known]
         if encoder.sharded:
             self.reusable = False  # a DTensor's part is another object each time it is asked for
         self.sharded = encoder.sharded
@@ -193,6 +202,30 @@ class Plan:
 
 def _text(node: Any) -> str:
     return json.dumps(node, separators=(",", ":"), allow_nan=False)
+
+
+def _parts(known: list[tuple[str, Any, Any, Any]], rank: int, world: int) -> dict[str, Part]:
+    """Of each tensor that is divided between the ranks, by its path, the part of this one."""
+    found: dict[tuple[Any, ...], list[str]] = {}  # memory -> paths: tied tensors are one
+
+    def add(path: str, value: Any) -> None:
+        if type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta:
+            found.setdefault((value.data_ptr(), value.dtype, tuple(value.shape), value.stride()), []).append(path)
+
+    for name, target, tree, numbers in known:
+        if isinstance(target, nn.Module):
+            parameters = {key for key, _ in target.named_parameters(remove_duplicate=False)}
+            for key in parameters.intersection(tree):
+                add(f"{name}[{key!r}]", tree[key])
+        elif isinstance(target, torch.optim.Optimizer):
+            # A tree with groups apart from it is the state alone.
+            states, path = (tree, name) if numbers is not None else (tree.get("state"), f"{name}['state']")
+            for index, values in states.items() if isinstance(states, dict) else ():
+                for key, value in values.items() if isinstance(values, dict) else ():
+                    add(f"{path}[{index!r}][{key!r}]", value)
+    paths = {min(same): same for same in found.values()}
+    tensors = {min(same): (memory[2], memory[1].itemsize) for memory, same in found.items()}
+    return {path: part for first, part in divide(tensors, rank, world).items() for path in paths[first]}
 
 
 def _is_fixed(target: Any) -> bool:

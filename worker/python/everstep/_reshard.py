@@ -4,10 +4,11 @@
                              ├─ reshard() ──► the table of this rank's state, and for each of its bytes: from
     this rank's own tensors ─┘                which shard, from where in it, to where in the new state
 
-What is sharded (a DTensor's part) is put together from whoever holds a part of it; its layout is that of this
-rank's own tensor of that name, an optimizer's state lies as its parameter does. What is whole is the same on every
-rank and comes from the cheapest one. Numbers, strings and random streams come from one rank, `ancestor()`. Every
-shard must describe the same state: a shape or dtype that differs between ranks is an error that names it.
+What is sharded (a DTensor's part, a share) is put together from whoever holds a part of it; its layout is that of
+this rank's own tensor of that name, an optimizer's state lies as its parameter does. What is whole is the same on
+every rank and comes from the cheapest one, beside shares from `ancestor()`. Numbers, strings and random streams come
+from `ancestor()`. Every shard must describe the same state: a shape or dtype that differs between ranks is an error
+that names it.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 
 from everstep._state import RNG, unwrap
-from everstep._table import ALIGNMENT, FORMAT, is_sharded, itemsize, region
+from everstep._table import ALIGNMENT, FORMAT, SHARE, is_sharded, itemsize, region
 
 LOCAL, PEER, FILE = 0, 1, 2  # where a shard's bytes come from, cheapest first
 
@@ -144,6 +145,15 @@ class _Leaf:
     def sharded(self) -> bool:
         return len(self.bodies[0]) > 3
 
+    def shared(self) -> bool:
+        return self.sharded() and self.bodies[0][3]["placements"] == SHARE
+
+    def piece(self, mine: int) -> tuple[Any, ...] | None:
+        """What names its memory, as rank `mine` has it: the same for tied tensors. None: it has none."""
+        ranks = range(len(self.bodies)) if self.shared() else (mine,)
+        lies = tuple((self.bodies[r][2], math.prod(self.bodies[r][1])) for r in ranks)
+        return lies if any(n for _, n in lies) else None
+
     def whole(self, rank: int) -> list[int]:
         body = self.bodies[rank]
         return list(body[3]["global"]) if len(body) > 3 else list(body[1])
@@ -167,7 +177,7 @@ class _Leaf:
 class _Drift(RuntimeError):
     def __init__(self, path: str, one: int, other: int, what: str) -> None:
         super().__init__(f"{path or 'state'}: rank {one} and rank {other} captured {what}; ranks of one step must "
-                         "hold the same state to be restored by another number of ranks")
+                         "hold the same state to be restored in shares or by another number of ranks")
 
 
 def _walk(nodes: Sequence[Any], path: str, mine: int) -> Iterator[tuple[Any, _Leaf]]:
@@ -236,13 +246,14 @@ def _own(leaf: _Leaf, mine: Mapping[str, torch.Tensor]) -> torch.Tensor | None:
 
 
 class _Builder:
-    def __init__(self, shards: Sequence[Shard], rank: int) -> None:
+    def __init__(self, shards: Sequence[Shard], rank: int, whole_from: int | None) -> None:
         self._shards, self._rank = shards, rank
+        self._whole_from = whole_from  # the shard that whole tensors come from; None: the cheapest
         self._load = [0] * len(shards)  # bytes taken from each so far
-        self._placed: dict[tuple[int, int], int] = {}  # (offset, bytes) of a piece of the ancestor -> new offset
+        self._placed: dict[tuple[Any, ...], int] = {}  # _Leaf.piece -> new offset
         self.out = Resharded()
 
-    def place(self, size: int, key: tuple[int, int] | None) -> tuple[int, bool]:
+    def place(self, size: int, key: tuple[Any, ...] | None) -> tuple[int, bool]:
         """Where `size` bytes go, and whether they are new."""
         if size == 0:
             return 0, False
@@ -271,7 +282,7 @@ class _Builder:
             if part is None:
                 continue
             found += part.elements
-            source = self._cheapest(ranks)
+            source = self._cheapest(ranks) if leaf.sharded() or self._whole_from is None else self._whole_from
             self._load[source] += part.elements * size
             base = leaf.bodies[source][2]
             for count, begin, stride, to, to_stride, run in runs(part, box, want, size):
@@ -295,7 +306,8 @@ def reshard(shards: Sequence[Shard], state: Mapping[str, Any], rank: int, alike:
                                f"this release reads {FORMAT}")
     mine = ancestor(rank, len(shards))
     own = wanted(state)
-    builder = _Builder(shards, rank)
+    # Of a state in shares each rank keeps whole what may differ a little, a buffer say: its own is the right one.
+    builder = _Builder(shards, rank, mine if any(map(is_shared, shards)) else None)
     document = documents[mine]
     for name, *nodes in _entries(documents, mine):
         # Random streams differ by rank, sizes too (numpy may be imported in some).
@@ -321,14 +333,13 @@ def reshard(shards: Sequence[Shard], state: Mapping[str, Any], rank: int, alike:
                 local: Any = tensor
                 want = Box(tuple(described["offsets"]), tuple(local.to_local().shape))
                 new = [body[0], list(want.lengths), 0, described]
-            elif tensor is None and leaf.sharded():
+            elif tensor is None and leaf.sharded() and not leaf.shared():
                 raise RuntimeError(f"{leaf.path}: {len(shards)} ranks captured parts of it, and this rank has no "
                                    "tensor of "
                                    "that name and shape; a sharded tensor outside of a model or an optimizer cannot "
                                    "be put back")
             size = want.elements * itemsize(leaf.kind, body[0])
-            piece = (body[2], math.prod(body[1]))
-            new[2], fresh = builder.place(size, piece if piece[1] else None)
+            new[2], fresh = builder.place(size, leaf.piece(mine if name != RNG else 0))
             if fresh and name == RNG:
                 builder.out.ranges.append(Range(mine, 1, body[2], 0, new[2], 0, size))
             elif fresh:
@@ -345,6 +356,11 @@ def reshard(shards: Sequence[Shard], state: Mapping[str, Any], rank: int, alike:
 def is_divided(shard: Shard) -> bool:
     """Some tensor of it is a part of a larger one."""
     return b'"placements"' in shard.table
+
+
+def is_shared(shard: Shard) -> bool:
+    """It is one rank's share of a state that is the same on every rank."""
+    return b'"placements":["share"]' in shard.table
 
 
 def assemble(part: Resharded, payloads: Sequence[memoryview]) -> memoryview:

@@ -329,7 +329,7 @@ class ShardFile(Decoder):
         size = math.prod(shape) * dtype.itemsize
         local = torch.frombuffer(self._bytes_at(body[2], size), dtype=torch.uint8).view(dtype).reshape(shape) \
             if size else torch.empty(shape, dtype=dtype)
-        return ShardedLeaf(local, body[3]["global"], body[3]["placements"]) if len(body) > 3 else local
+        return ShardedLeaf(local, body[3]) if len(body) > 3 else local
 
     def _array(self, body: list[Any]) -> Any:
         import numpy as np

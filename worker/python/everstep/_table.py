@@ -15,13 +15,16 @@ import json
 import math
 import struct
 from collections import Counter, OrderedDict, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from everstep._division import Part
+
 FORMAT = 1
 ALIGNMENT = 64
+SHARE = ["share"]  # "placements" of a part of a tensor that is the same on every rank (_division.py)
 _DEEPEST = 100  # containers in containers; the reader of tables (checkpoint/files/json.h) has a limit, too
 _LONGEST_INT = 14_000  # bits: Python itself reads no longer ones (sys.set_int_max_str_digits)
 
@@ -76,17 +79,19 @@ class Encoder:
     """Flattens one state. The memory of its tensors must not change until the pieces are copied.
 
     Tensors whose memory begins at one of the addresses `late` come into a zone of their own. `known`: memory
-    that already lies somewhere, by its key. `start`: where the other zone begins.
+    that already lies somewhere, by its key. `start`: where the other zone begins. `parts`: of the tensors at these
+    paths only this part is kept.
     """
 
     def __init__(self, late: frozenset[int] = frozenset(), known: dict[tuple[Any, ...], int] | None = None,
-                 start: int = 0) -> None:
+                 start: int = 0, parts: Mapping[str, Part] | None = None) -> None:
         self.late, self.rest = Zone(), Zone()
         self.rest.end = start
         self.tensors: list[torch.Tensor] = []  # all that were met, pieces of their own or not
         self.sharded = False
         self._late_addresses = late
         self._known = {} if known is None else known
+        self._parts = {} if parts is None else parts
         self._depth = 0
         self._seen: dict[tuple[Any, ...], tuple[Zone, int]] = {}
 
@@ -136,7 +141,9 @@ class Encoder:
                             f"{local.device}; keep dense tensors with data in the state")
         self.tensors.append(local)
         address = local.data_ptr()
-        flat = local.detach()
+        part = self._parts.get(path)
+        source = local.detach() if part is None else local.detach().narrow(*part)
+        flat = source
         if flat.is_conj() or flat.is_neg():
             flat = flat.resolve_conj().resolve_neg()
         if flat.device.type != "cpu":
@@ -149,10 +156,12 @@ class Encoder:
         zone = self._raw(body, here, flat.numel() * flat.element_size(), flat, address in self._late_addresses, key)
         if zone is not None:
             zone.tensors.append((path, local))
-            if here != address:
-                zone.copies.append((flat, local))
+            if here != source.data_ptr():
+                zone.copies.append((flat, source))
         if placements is not None:
             body.append(region(value))
+        elif part is not None:
+            body.append({"global": list(local.shape), "placements": SHARE, "offsets": part.offsets(local.dim())})
         return {"T": body}
 
     def _array(self, value: Any, path: str) -> object:
@@ -279,12 +288,13 @@ def _name(value: object) -> str:
 
 
 class ShardedLeaf:
-    """This rank's part of a DTensor: put back into the DTensor that the new process has."""
+    """This rank's part of a larger tensor: a share, or of a DTensor, put back into the one of the new process."""
 
-    def __init__(self, local: torch.Tensor, shape: list[int], placements: list[str]) -> None:
+    def __init__(self, local: torch.Tensor, described: Mapping[str, Any]) -> None:
         self.local = local
-        self.shape = shape
-        self.placements = placements
+        self.shape: list[int] = described["global"]
+        self.placements: list[str] = described["placements"]
+        self.offsets: list[int] | None = described.get("offsets")  # None: cannot be told
 
 
 class Decoder:
@@ -314,7 +324,7 @@ class Decoder:
             assert self._bytes is not None
             local = self._bytes[offset:offset + size].view(dtype).reshape(shape)
         if len(body) > 3:
-            return ShardedLeaf(local, body[3]["global"], body[3]["placements"])
+            return ShardedLeaf(local, body[3])
         return local
 
     def _array(self, body: list[Any]) -> Any:

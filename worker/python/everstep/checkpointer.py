@@ -52,6 +52,7 @@ class Stats:
     why: str = ""  # every="auto": what the interval was chosen from
     spoiled: int = 0  # overlapped captures given up, since parameters were changed outside of optimizer.step()
     layouts: int = 0  # times that the state was laid out anew, the first time included
+    bytes: int = 0  # of this rank's newest capture, tensors and table
 
 
 class _Parts:
@@ -96,7 +97,11 @@ class Checkpointer:
             serves any other. None: it is, unless some tensor is a DTensor. The world may change its size either
             way: parts of DTensors are put together anew from the parts that the old ranks held, all else is taken
             to be the same on every rank. Say False when ranks hold different plain tensors (pipeline or hand-made
-            tensor parallelism): those are restored by as many ranks as captured them only.
+            tensor parallelism): those are restored by as many ranks as captured them only. "shares": it is the
+            same, and the ranks capture it once together: of each parameter and its optimizer state a rank keeps its
+            share, 1/N of the memory, of the copying and of what goes to peers; buffers and all else stay whole. The
+            price: every restore, also of this rank alone, reads the shares of all ranks over the network, and a step
+            survives while each share does, not while any rank's copy does. Files of `directory` stay whole.
         rng: Python's, numpy's, torch's and CUDA's random streams are part of the state.
         restore_timeout: seconds that restore() waits for the agent, and 10 more for each GB that is on its way.
         commit_wait: seconds that step() waits at most until the step before is held by enough nodes; then it
@@ -107,7 +112,7 @@ class Checkpointer:
 
     def __init__(self, state: Mapping[str, Any], *, directory: str | os.PathLike[str] | None = None,
                  mode: Literal["blocking", "overlapped", "auto"] = "blocking", every: int | Literal["auto"] = 1,
-                 replicated: bool | None = None, rng: bool = True, restore_timeout: float = 120.0,
+                 replicated: bool | Literal["shares"] | None = None, rng: bool = True, restore_timeout: float = 120.0,
                  commit_wait: float = 2.0) -> None:
         if not isinstance(state, Mapping) or not state:
             raise TypeError("Checkpointer: state must be a mapping of names to objects, and not empty")
@@ -115,6 +120,8 @@ class Checkpointer:
             raise ValueError(f"Checkpointer: mode must be 'blocking', 'overlapped' or 'auto', not {mode!r}")
         if every != "auto" and (not isinstance(every, int) or every < 1):
             raise ValueError(f"Checkpointer: every must be 1 or more, or 'auto', not {every!r}")
+        if replicated not in (None, True, False, "shares"):
+            raise ValueError(f"Checkpointer: replicated must be None, True, False or 'shares', not {replicated!r}")
         self._state = state
         self._mode = mode
         self._auto_every = every == "auto"
@@ -125,8 +132,10 @@ class Checkpointer:
         self._restore_timeout = restore_timeout
         self._rank = number("RANK", 0)
         self._world = max(number("WORLD_SIZE", 1), self._rank + 1)
+        self._share = (self._rank, self._world) if replicated == "shares" and self._world > 1 else None
         self._last = -1
         self._captured = 0
+        self._bytes = 0
         self._copy_seconds = 0.0
         self._block_seconds = 0.0
         self._meter = Meter()
@@ -136,6 +145,7 @@ class Checkpointer:
         self._spoilers: dict[int, int] = {}  # address of a late tensor -> captures that its change spoiled
         self._spoiled = 0
         self._closed = False
+        self._assembled = False  # what restore() found was put together for this rank alone
         self._files = FileTier(directory, self._rank, self._world) if directory is not None else None
         self._parts = _Parts()
         self._parts.client = self._attach(commit_wait)
@@ -170,7 +180,8 @@ class Checkpointer:
 
         A sharded state (FSDP2, any DTensor) that another number of ranks captured is put together in this
         world's layout, each rank reading the ranges of bytes it lacks from wherever they lie. Optimizers must
-        hold their parameters by then.
+        hold their parameters by then. So is a state that was captured in shares, which is then captured anew,
+        each rank its share, so that it has its copies again.
 
         Raises EverstepError when the agent cannot bring the bytes, RuntimeError when they are of another
         model, or when the old ranks did not hold the same tensors; it names them. A torn or damaged state is
@@ -180,12 +191,15 @@ class Checkpointer:
         began = time.monotonic()
         found = self._newest(at_load=True)
         if found is None:
-            self._reserve_ahead(self._guess_bytes())
+            self._reserve_ahead(self._guess_bytes() // (1 if self._share is None else self._world))
             return 0
         decoder, step, rank, size, load = found
         self._load(decoder, rank, began, load)
         self._last = step
-        self._reserve_ahead(size)
+        if self._assembled:
+            self._capture(step, at_once=True)
+            return step + 1
+        self._reserve_ahead(size // (1 if self._share is None else self._world))
         return step + 1
 
     def view(self) -> tuple[int, dict[str, Any]] | None:
@@ -209,7 +223,11 @@ class Checkpointer:
             began = time.monotonic()
             self._reshard(self._client, began)
             slot = self._client.restore(max(0.0, self._restore_timeout - (time.monotonic() - began)), at_load)
+            self._assembled = slot is not None and bool(slot.flags & _library.ASSEMBLED)
             if slot is not None:
+                if slot.flags & _library.SHARE:
+                    raise RuntimeError(f"step {slot.step} lies here as this rank's share alone: shares are put "
+                                       "together when a process starts, before its first step()")
                 payload = self._client.payload(slot)
                 table = bytes(payload[slot.table_offset:slot.table_offset + slot.table_bytes])
                 load = self._loader(self._client, slot, payload) if at_load else None
@@ -225,7 +243,8 @@ class Checkpointer:
         return None
 
     def _reshard(self, client: Client, began: float) -> None:
-        """Asks the agent for this rank's part, when what there is was captured by another number of ranks."""
+        """Asks the agent for this rank's part, when what there is was captured in shares or by another number of
+        ranks."""
         while True:  # it may ask anew
             catalog = client.catalog(max(0.0, self._restore_timeout - (time.monotonic() - began)))
             if catalog is None:
@@ -234,7 +253,8 @@ class Checkpointer:
             _log.info("everstep: rank %d of %d takes its part of step %d from %d shards", self._rank, self._world,
                       catalog.step, len(shards))
             part = reshard(shards, self._state, self._rank, self._replicated is not False)
-            client.request(catalog, part.ranges, part.data_bytes, 0, part.table)
+            flags = 0 if self._share is None else _library.ASSEMBLED
+            client.request(catalog, part.ranges, part.data_bytes, flags, part.table)
 
     def _from_shards(self, files: FileTier, after: int) -> tuple[Decoder, int, int, int, None] | None:
         """As _newest(): this rank's part of what another number of ranks left in files, when they divided it."""
@@ -349,11 +369,11 @@ class Checkpointer:
             _log.info("everstep: rank %d captures %s", self._rank, self._why)
         self._every = choice
 
-    def _capture(self, n: int) -> bool:
+    def _capture(self, n: int, at_once: bool = False) -> bool:
         meta = {"step": n, "torch": torch.__version__, **self._meter.meta()}
         if self._client is not None:
             try:
-                return self._to_memory(n, meta)
+                return self._to_memory(n, meta, at_once)
             except EverstepError as error:
                 if isinstance(error, StaleGenerationError) or error.code != _library.ENOMEM:
                     raise
@@ -364,31 +384,34 @@ class Checkpointer:
             return False
         with torch.no_grad():
             flat = Encoder().finish(gather(self._state, self._rng), meta)
+        self._bytes = flat.payload_bytes + len(flat.table)
         began = time.monotonic()
         self._files.save(n, flat)
         self._copy_seconds += time.monotonic() - began
         self._captured += 1
         return True
 
-    def _to_memory(self, n: int, meta: dict[str, object]) -> bool:
+    def _to_memory(self, n: int, meta: dict[str, object], at_once: bool) -> bool:
         client = self._parts.client
         assert client is not None
         with torch.no_grad():
             if self._plan is None or not self._plan.fits():
                 self._plan = None  # gives the old one's tensors back first
-                self._plan = Plan(self._state, self._rng, frozenset(a for a, n in self._spoilers.items() if n > 1))
+                self._plan = Plan(self._state, self._rng, frozenset(a for a, n in self._spoilers.items() if n > 1),
+                                  self._share)
                 self._layouts += 1
             plan = self._plan
             step = plan.step(meta)
         if self._parts.reserving is not None:
             self._parts.reserving.join()
             self._parts.reserving = None
-        replicated = self._replicated if self._replicated is not None else not plan.sharded
-        flags = _library.REPLICATED_LAYOUT if replicated else 0
+        replicated = self._replicated if isinstance(self._replicated, bool) else not plan.sharded
+        flags = _library.SHARE if plan.shared else _library.REPLICATED_LAYOUT if replicated else 0
         if not client.begin(n, step.payload_bytes + 2 * ALIGNMENT + len(step.table), flags):
             return False
+        self._bytes = step.payload_bytes + len(step.table)
         try:
-            if self._overlaps(plan):
+            if self._overlaps(plan) and not at_once:
                 if self._parts.overlap is None:
                     self._parts.overlap = Overlap(client)
                 self._parts.overlap.start(n, step)
@@ -434,7 +457,7 @@ class Checkpointer:
         plan = self._plan
         mode = "overlapped" if self._client is not None and plan is not None and self._overlaps(plan) else "blocking"
         more: dict[str, Any] = {"mode": mode, "every": self._every, "why": self._why, "spoiled": self._spoiled,
-                "layouts": self._layouts}
+                "layouts": self._layouts, "bytes": self._bytes}
         if self._client is None:
             return Stats(self.tier, self._captured, 0, 0, 0.0, self._copy_seconds, self._block_seconds, -1, "",
                          **more)

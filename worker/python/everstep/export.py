@@ -3,7 +3,8 @@
     python -m everstep.export CHECKPOINT OUT --format safetensors|dcp
 
 safetensors: OUT/NAME.safetensors for each name given to Checkpointer, tensors whole (the parts of a
-DTensor put together), and OUT/state.json with every other value, tensors named where they stood.
+DTensor and the ranks' shares put together), and OUT/state.json with every other value, tensors named where
+they stood.
 dcp: what torch.distributed.checkpoint.load reads, names joined by dots.
 
 The file format is docs/internals/checkpoint-files.md. No pickle is read or, but by DCP itself, written.
@@ -26,7 +27,7 @@ from typing import Any
 import torch
 
 from everstep._shards import open_shards, read_manifest
-from everstep._table import ShardedLeaf
+from everstep._table import SHARE, ShardedLeaf
 
 _SHARD = re.compile(r"S(?:hard)?\((?:dim=)?(\d+)\)$")
 _STORED = {  # dtypes of safetensors by torch's; others are refused by name
@@ -38,7 +39,7 @@ _STORED = {  # dtypes of safetensors by torch's; others are refused by name
 
 
 def read_checkpoint(folder: Path) -> dict[str, Any]:
-    """The whole state: rank 0's, with every DTensor put together from the ranks' parts.
+    """The whole state: rank 0's, with every tensor of which the ranks kept parts put together.
 
     Raises OSError, or ValueError (DamagedError) with the name of what is damaged.
     """
@@ -77,6 +78,8 @@ def _joined(value: Any, ranks: list[Any], path: str) -> Any:
 
 def _whole(path: str, parts: list[ShardedLeaf]) -> torch.Tensor:
     shape, placements = parts[0].shape, parts[0].placements
+    if placements == SHARE:
+        return _of_shares(path, parts)
     dims = [(i, int(match[1])) for i, p in enumerate(placements) if (match := _SHARD.match(p))]
     if not dims:
         return parts[0].local
@@ -88,6 +91,21 @@ def _whole(path: str, parts: list[ShardedLeaf]) -> torch.Tensor:
     whole = torch.cat(local, dim=dim) if local else parts[0].local
     if list(whole.shape) != list(shape):
         raise SystemExit(f"error: {path}: the ranks' parts give {tuple(whole.shape)}, the tensor is {tuple(shape)}")
+    return whole
+
+
+def _of_shares(path: str, parts: list[ShardedLeaf]) -> torch.Tensor:
+    whole = torch.empty(parts[0].shape, dtype=parts[0].local.dtype)
+    flat, at = whole.reshape(-1), 0  # a share is one run of it
+    for begin, local in sorted(((sum(map(math.prod, zip(p.offsets or (), whole.stride()))), p.local) for p in parts
+                                if p.local.numel()), key=lambda part: part[0]):
+        if begin != at:
+            break
+        flat[begin:begin + local.numel()] = local.reshape(-1)
+        at += local.numel()
+    if at != flat.numel():
+        raise SystemExit(f"error: {path}: of its {flat.numel()} elements no rank's share holds the one at {at}, or "
+                         "two do")
     return whole
 
 
