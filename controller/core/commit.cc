@@ -81,6 +81,8 @@ void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const He
     });
     commit.shards.push_back(source->second);
     commit.replicated_layout = commit.replicated_layout && source->second.replicated_layout;
+    // Shares beside whole states put nothing together: the step before stays the one to go back to.
+    if (source->second.share != commit.shards.front().share) return Release(job, step);
   }
   if (needed > 1) {
     std::map<NodeId, std::uint64_t> sent;

@@ -410,6 +410,10 @@ void Checkers::CheckCommit(Timestamp now, const ClusterState& state,
       Violate(now, "one_state", fmt::format("{}: rank {} is of another state", name, shard.rank));
     }
     lineage = of;
+    if (shard.share != commit.shards.front().share) {
+      Violate(now, "shares_together",
+              fmt::format("{} is of shares, but not for rank {} and 0 alike", name, shard.rank));
+    }
   }
 }
 

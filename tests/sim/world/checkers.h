@@ -6,6 +6,7 @@
 // - one_active: no worker of an older generation lives where a generation is activated
 // - one_plan: a plan names each rank once, on nodes that may run it
 // - one_state: every rank of a generation starts from one state of one step
+// - shares_together: no rank starts from one share alone; no commit has shares beside whole states
 // - commit_has_copies: each rank's shard of a committed step was verified on min(m, nodes) nodes
 // - commit_kept: a generation starts from the newest committed step or a later one, unless every
 // copy

@@ -87,7 +87,9 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
   o.step_time = Milliseconds(random.Between(80, 600));
   o.total_steps = std::max<Step>(10, Milliseconds(random.Between(5000, 35000)) / o.step_time);
   o.replicated_layout = random.Chance(650);
-  if (!o.replicated_layout) o.shares = Random(seed ^ 0x5AA4E5ULL).Chance(500);
+  Random shares(seed ^ 0x5AA4E5ULL);
+  if (!o.replicated_layout) o.shares = shares.Chance(500);
+  o.mixed = o.shares && shares.Chance(300);
   o.peers_exit = random.Chance(400);
   o.same_machine = random.Chance(300);
   const std::int64_t jobs = random.Chance(250) ? 2 : 1;
@@ -136,6 +138,7 @@ std::string Describe(const WorldOptions& o) {
       "{} nodes, links up to {} ms, step {} ms, {} steps, {} layout, a lost peer {}", o.nodes,
       ToMilliseconds(o.network.max_delay), ToMilliseconds(o.step_time), o.total_steps,
       o.replicated_layout ? "replicated"
+      : o.mixed           ? "shares, now and then mixed,"
       : o.shares          ? "shares"
                           : "sharded",
       o.peers_exit ? "ends a worker" : "hangs a worker");

@@ -29,6 +29,7 @@ struct WorldOptions {
   Duration step_time = Milliseconds(300);
   bool replicated_layout = true;  // every rank's state is the same (data parallel)
   bool shares = false;            // ... and a rank captures its share of it; not with the above
+  bool mixed = false;             // ... but rank 0, of some steps, its whole state
   bool peers_exit = false;        // a worker that loses a peer exits 1 (else it hangs)
   bool same_machine = false;      // the controller's shell sees dead keepers
   Duration fault_phase = Seconds(20);  // after it every fault is over, and jobs must end
