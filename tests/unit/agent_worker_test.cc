@@ -35,12 +35,14 @@ WorkerIdentity Second() {
   id.node = "n2";
   id.generation = 9;
   id.keeper_socket = "/tmp/k.sock";
+  id.holders = 2;
   return id;
 }
 
-TEST(WorkerEnvironment, IsTorchrunsBlockAndOurFour) {
+TEST(WorkerEnvironment, IsTorchrunsBlockAndOurFive) {
   const Environment expected = {
       {"EVERSTEP_GENERATION", "9"},
+      {"EVERSTEP_HOLDERS", "2"},
       {"EVERSTEP_JOB", "j"},
       {"EVERSTEP_KEEPER", "/tmp/k.sock"},
       {"EVERSTEP_NODE", "n2"},

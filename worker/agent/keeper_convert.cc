@@ -191,6 +191,7 @@ std::vector<WorkerSpawn> BuildSpawns(const Activate& activate, const v1::Command
     id.node = node.node;
     id.generation = activate.generation;
     id.keeper_socket = node.keeper_socket;
+    id.holders = activate.plan.peers.size() + 1;
 
     v1::KeeperSpawn& m = spawn.request;
     m.set_job(activate.job);

@@ -69,6 +69,7 @@ Environment WorkerEnvironment(const Environment& base, const WorkerIdentity& id)
   env["EVERSTEP_NODE"] = id.node;
   env["EVERSTEP_GENERATION"] = std::to_string(id.generation);
   env["EVERSTEP_KEEPER"] = id.keeper_socket;
+  env["EVERSTEP_HOLDERS"] = std::to_string(id.holders);
   return env;
 }
 

@@ -5,6 +5,7 @@
 // of PyTorch 2.x; docs/reference/environment.md is the table for users.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <map>
 #include <string>
@@ -39,6 +40,7 @@ struct WorkerIdentity {
   NodeId node;
   Generation generation = 0;
   std::string keeper_socket;
+  std::size_t holders = 1;  // nodes that are to hold what this rank captures, its own among them
 };
 
 // `base` is the submitter's environment; the block wins over it. What the submitter may choose
