@@ -93,3 +93,26 @@ def test_shares_are_put_together_by_any_number_of_ranks(world: World) -> None:
     halves = [int((world.out / f"bytes-shares-{rank}").read_text()) for rank in range(2)]
     # Parameters and moments of 458 KB; streams, buffers and the table beside them stay whole.
     assert max(shares) - min(shares) < 50_000 and 40_000 < min(halves) - max(shares) < 130_000, (shares, halves)
+
+
+def test_what_is_found_to_be_the_same_is_captured_in_shares(world: World) -> None:
+    """replicated="auto": nobody says that the ranks hold the same; they compare it, after a restore as well."""
+    three = world.run(3, 2, KIND="auto")
+    shares = [int((world.out / f"bytes-auto-{rank}").read_text()) for rank in range(3)]
+    two = world.run(2, 3, start=1, KIND="auto")
+    assert two[0] == ["start", "2", "2", "1", three[-1][5]], "not what three ranks captured"
+    halves = [int((world.out / f"bytes-auto-{rank}").read_text()) for rank in range(2)]
+    whole = 12 * 40_009 * 37  # parameters and two moments of the wide layers; buffers of its width stay whole
+    beside = 2 * 4 * 40_009 + 60_000
+    assert all(0 < share - whole // 3 < beside for share in shares), shares
+    assert all(0 < half - whole // 2 < beside for half in halves), halves
+
+
+def test_ranks_that_hold_other_values_keep_each_its_own(world: World) -> None:
+    two = world.run(2, 2, KIND="apart")
+    sizes = [int((world.out / f"bytes-apart-{rank}").read_text()) for rank in range(2)]
+    assert min(sizes) > 12 * 40_009 * 37, "a state that differs was divided"
+    again = world.run(2, 3, start=1, KIND="apart")
+    assert again[0] == ["start", "2", "2", "1", two[-1][5]]
+    with pytest.raises(AssertionError, match=r"captured with replicated=False, or found to differ"):
+        world.run(1, 4, start=2, KIND="apart")

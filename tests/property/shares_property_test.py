@@ -9,7 +9,8 @@ import ctypes
 import math
 import random
 import sys
-import tempfile
+import threading
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch import nn
 
 sys.path.insert(0, __file__.rsplit("/tests/", 1)[0] + "/worker/python")
 
-from everstep import _reshard  # noqa: E402
+from everstep import _alike, _reshard  # noqa: E402
+from everstep._alike import LEAST_BYTES, PERIOD, Sameness  # noqa: E402
 from everstep._division import Part, divide  # noqa: E402
 from everstep._plan import Plan, Step  # noqa: E402
 from everstep._shards import Facts, write_manifest, write_shard  # noqa: E402
@@ -258,9 +260,62 @@ def test_an_export_puts_shares_together_or_says_what_lacks(tmp_path: Path) -> No
         assert "model.w: of its 21700 elements no rank's share holds the one at 14477, or two do" in str(error), error
 
 
-if __name__ == "__main__":
-    for name, test in list(globals().items()):
-        if name.startswith("test_"):
-            with tempfile.TemporaryDirectory() as folder:
-                test(*[Path(folder)] if "tmp_path" in test.__code__.co_varnames[:1] else [])
-            print(f"ok {name}")
+def looks(store: torch.distributed.Store, all_of: list[Sameness], n: int, states: list[Any]) -> list[bool]:
+    """What each rank comes to, all asking at step `n` at once."""
+    def ask(rank: int) -> None:
+        assert all_of[rank].due(n)
+        all_of[rank].look(n, states[rank])
+
+    threads = [threading.Thread(target=ask, args=(rank,)) for rank in range(len(all_of))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return [same.divides(state) for same, state in zip(all_of, states)]
+
+
+def test_all_ranks_come_to_the_same_and_name_what_differs(monkeypatch: Any) -> None:
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(_alike, "_store", lambda: store)
+    monkeypatch.setattr(_alike, "_WAIT", timedelta(seconds=20))
+    big = torch.rand(LEAST_BYTES // 4)
+
+    def states(world: int = 3) -> list[list[tuple[str, torch.Tensor]]]:
+        return [[("big", big.clone()), ("turned", torch.arange(6.0).reshape(2, 3).t()), ("step", torch.tensor(3.0))] for _ in range(world)]
+
+    ranks, held = [Sameness(rank, 3) for rank in range(3)], states()
+    assert looks(store, ranks, 5, held) == [True] * 3 and {r.same for r in ranks} == {True}
+    assert not any(r.due(PERIOD - 1) for r in ranks), "looked at again within a period"
+    for state in held:
+        state[0][1].add_(1)
+    assert all(r.divides(state) for r, state in zip(ranks, held)), "values alone undo what was found"
+    assert not ranks[0].divides(held[0][:2]), "a layout that nobody compared"
+    held[2][1][1][1, 0] += 1e-6
+    assert looks(store, ranks, PERIOD, held) == [False] * 3
+    assert {r.why for r in ranks} == {"turned has other values on rank 2 than on rank 0"}
+    assert not any(r.due(2 * PERIOD) for r in ranks), "what was found to differ once is trusted again"
+
+    for n, (change, said) in enumerate([
+            (lambda s: s.append(("more", torch.zeros(1))), "more is on one of the ranks 0 and 1 only"),
+            (lambda s: s.__setitem__(2, ("step", torch.tensor(3))), "step is float32 () on rank 0 and int64 () on rank 1")]):
+        ranks, held = [Sameness(rank, 2) for rank in range(2)], states(2)
+        change(held[1])
+        assert looks(store, ranks, 100_000 + n, held) == [False] * 2 and {r.why for r in ranks} == {said}
+    ranks = [Sameness(rank, 2) for rank in range(2)]
+    assert looks(store, ranks, 200_000, [state[1:] for state in states(2)]) == [False] * 2
+    assert all(r.same and f"under {LEAST_BYTES}" in r.why for r in ranks), "a small state is the same, and captured whole"
+    assert not Sameness(0, 1).due(0), "one rank has nobody to ask"
+
+
+def test_a_rank_that_does_not_come_and_nodes_without_copies_mean_whole_states(monkeypatch: Any) -> None:
+    state = [("big", torch.zeros(LEAST_BYTES // 4))]
+    monkeypatch.setattr(_alike, "_WAIT", timedelta(milliseconds=200))
+    monkeypatch.setattr(_alike, "_store", lambda: torch.distributed.HashStore())
+    alone = Sameness(0, 2)
+    alone.look(0, state)
+    assert alone.same is None and "could not compare" in alone.why and not alone.divides(state) and not alone.due(PERIOD)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("EVERSTEP_HOLDERS", "1")
+    lonely = Sameness(0, 2)
+    lonely.look(0, state)
+    assert lonely.same is None and "takes its shares along" in lonely.why and not lonely.due(PERIOD)

@@ -2,7 +2,8 @@
 
 KIND fsdp2 | ddp: under a Checkpointer it goes on from memory; dcp: FSDP2 likewise, by dcp.save and dcp.load through
 everstep.dcp. With FROM=STEP each goes on from a stock DCP folder of that step. shares | whole: a wider model under DDP
-with buffers of each rank's own, captured in shares or whole, and no DCP folder.
+with buffers of each rank's own, captured in shares or whole, and no DCP folder. auto | apart: one wide enough that
+replicated="auto" divides it; apart: each rank's first weight is its own.
 Rank 0 writes a line a step: generation, world, step, loss and a digest of the whole state, both to the last bit.
 """
 
@@ -27,12 +28,13 @@ from torch.distributed.fsdp import fully_shard
 OUT = Path(os.environ["OUT_DIR"])
 BATCH = 12  # samples a step, whatever the world
 KIND = os.environ["KIND"]
-WIDE = KIND in ("shares", "whole")
+AUTO = KIND in ("auto", "apart")
+WIDE = AUTO or KIND in ("shares", "whole")
 
 
 def build() -> tuple[Any, torch.optim.Optimizer]:
     torch.manual_seed(0)
-    width = 1031 if WIDE else 37
+    width = 40_009 if AUTO else 1031 if WIDE else 37
     model: Any = nn.Sequential(nn.Linear(24, width), nn.BatchNorm1d(width) if WIDE else nn.GELU(), nn.Linear(width, 10),
                                nn.GELU(), nn.Linear(10, 2))
     if KIND in ("fsdp2", "dcp"):
@@ -80,9 +82,11 @@ def main() -> None:
             first = found.step + 1
     else:
         checkpoint = everstep.Checkpointer({"model": model, "optimizer": optimizer},
-                                           replicated="shares" if KIND == "shares" else None)
+                                           replicated="shares" if KIND == "shares" else "auto" if AUTO else None)
         first = checkpoint.restore()
         assert checkpoint.tier == "memory"
+    if KIND == "apart" and first == 0:
+        model.module[0].weight.data[0, 0] += rank
     lines = open(OUT / os.environ["LINES"], "a", buffering=1)  # noqa: SIM115
     start = digest(model, optimizer)
     if rank == 0:

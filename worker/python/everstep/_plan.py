@@ -48,9 +48,9 @@ class Plan:
     """The layout of one state. Holds its tensors' memory as long as it lives."""
 
     def __init__(self, state: Mapping[str, Any], with_rng: bool, never_late: frozenset[int] = frozenset(),
-                 share: tuple[int, int] | None = None) -> None:
+                 share: tuple[int, int] | None = None, find_common: bool = False) -> None:
         """Lays `state` out. Tensors whose memory begins at an address of `never_late` are not late. `share`: the rank
-        and the world that capture a state in shares.
+        and the world that capture a state in shares. `find_common`: `common` is asked for.
 
         Raises TypeError, with its path, for a part that cannot be kept.
         """
@@ -78,7 +78,9 @@ class Plan:
                 known.append((name, target, tree, _numbers(target) if watched else None))
             else:
                 known.append((name, target, None, None))
-        parts = _parts(known, *share) if share is not None else {}
+        found = _common(known) if share is not None or find_common else {}
+        self.common = [(path, tensor) for path, (tensor, _) in sorted(found.items())]  # what shares may divide
+        parts = _parts(found, *share) if share is not None else {}
         self.shared = bool(parts)  # some tensor is kept in part, the rest of it by other ranks
         encoder = Encoder(_late_addresses([t for _, t in self._targets]) - never_late, parts=parts)
         trees = [(name, None if tree is None else encoder.node(tree, name),
@@ -204,13 +206,15 @@ def _text(node: Any) -> str:
     return json.dumps(node, separators=(",", ":"), allow_nan=False)
 
 
-def _parts(known: list[tuple[str, Any, Any, Any]], rank: int, world: int) -> dict[str, Part]:
-    """Of each tensor that is divided between the ranks, by its path, the part of this one."""
-    found: dict[tuple[Any, ...], list[str]] = {}  # memory -> paths: tied tensors are one
+def _common(known: list[tuple[str, Any, Any, Any]]) -> dict[str, tuple[torch.Tensor, list[str]]]:
+    """What is the same on every rank under data parallelism: parameters and their optimizer's state. By path, and
+    with all paths of the same memory: tied tensors are one."""
+    found: dict[tuple[Any, ...], tuple[torch.Tensor, list[str]]] = {}  # by memory
 
     def add(path: str, value: Any) -> None:
         if type(value) in (torch.Tensor, nn.Parameter) and value.layout == torch.strided and not value.is_meta:
-            found.setdefault((value.data_ptr(), value.dtype, tuple(value.shape), value.stride()), []).append(path)
+            memory = (value.data_ptr(), value.dtype, tuple(value.shape), value.stride())
+            found.setdefault(memory, (value, []))[1].append(path)
 
     for name, target, tree, numbers in known:
         if isinstance(target, nn.Module):
@@ -223,9 +227,13 @@ def _parts(known: list[tuple[str, Any, Any, Any]], rank: int, world: int) -> dic
             for index, values in states.items() if isinstance(states, dict) else ():
                 for key, value in values.items() if isinstance(values, dict) else ():
                     add(f"{path}[{index!r}][{key!r}]", value)
-    paths = {min(same): same for same in found.values()}
-    tensors = {min(same): (memory[2], memory[1].itemsize) for memory, same in found.items()}
-    return {path: part for first, part in divide(tensors, rank, world).items() for path in paths[first]}
+    return {min(paths): (tensor, paths) for tensor, paths in found.values()}
+
+
+def _parts(common: Mapping[str, tuple[torch.Tensor, list[str]]], rank: int, world: int) -> dict[str, Part]:
+    """Of each tensor that is divided between the ranks, by its path, the part of this one."""
+    tensors = {first: (tuple(tensor.shape), tensor.itemsize) for first, (tensor, _) in common.items()}
+    return {path: part for first, part in divide(tensors, rank, world).items() for path in common[first][1]}
 
 
 def _is_fixed(target: Any) -> bool:

@@ -306,6 +306,7 @@ def reshard(shards: Sequence[Shard], state: Mapping[str, Any], rank: int, alike:
                                f"this release reads {FORMAT}")
     mine = ancestor(rank, len(shards))
     own = wanted(state)
+    alike = alike and all(document["meta"].get("alike", True) for document in documents)
     # Of a state in shares each rank keeps whole what may differ a little, a buffer say: its own is the right one.
     builder = _Builder(shards, rank, mine if any(map(is_shared, shards)) else None)
     document = documents[mine]
@@ -322,9 +323,9 @@ def reshard(shards: Sequence[Shard], state: Mapping[str, Any], rank: int, alike:
                 raise RuntimeError(f"{leaf.path}: the checkpoint holds {body[0]} {tuple(leaf.whole(0))}, this rank "
                                    f"has {tensor.dtype} {tuple(tensor.shape)}; the model has changed")
             if not alike and name != RNG and not leaf.sharded() and math.prod(body[1]) > 1:
-                raise RuntimeError(f"{leaf.path}: captured with replicated=False, so that each of the {len(shards)} "
-                                   f"ranks may hold another tensor there; start {len(shards)} ranks, or keep what is "
-                                   "divided as DTensors")
+                raise RuntimeError(f"{leaf.path}: captured with replicated=False, or found to differ, so that "
+                                   f"each of the {len(shards)} ranks may hold another tensor there; start "
+                                   f"{len(shards)} ranks, or keep what is divided as DTensors")
             if tensor is not None and is_sharded(tensor):
                 described = region(tensor)
                 if described.get("offsets") is None:

@@ -17,13 +17,14 @@ from typing import Any, Literal
 import torch
 
 from everstep import _library
+from everstep._alike import LEAST_BYTES, PERIOD, Sameness
 from everstep._attach import attach, number, warn
 from everstep._files import FileTier
 from everstep._interval import Meter, best_interval, explain
 from everstep._library import Client, EverstepError, Slot, StaleGenerationError, address_of
 from everstep._overlap import Overlap
 from everstep._plan import Plan
-from everstep._reshard import FILE, Shard, assemble, is_divided, read_catalog, reshard
+from everstep._reshard import FILE, Shard, assemble, is_divided, is_shared, read_catalog, reshard
 from everstep._state import RNG, Loader, apply, apply_rng, derive_rng, gather, is_stateful, unwrap
 from everstep._table import ALIGNMENT, Decoder, Encoder
 
@@ -53,6 +54,7 @@ class Stats:
     spoiled: int = 0  # overlapped captures given up, since parameters were changed outside of optimizer.step()
     layouts: int = 0  # times that the state was laid out anew, the first time included
     bytes: int = 0  # of this rank's newest capture, tensors and table
+    shares: bool = False  # captures are this rank's share of a state that is the same on every rank
 
 
 class _Parts:
@@ -101,7 +103,10 @@ class Checkpointer:
             same, and the ranks capture it once together: of each parameter and its optimizer state a rank keeps its
             share, 1/N of the memory, of the copying and of what goes to peers; buffers and all else stay whole. The
             price: every restore, also of this rank alone, reads the shares of all ranks over the network, and a step
-            survives while each share does, not while any rank's copy does. Files of `directory` stay whole.
+            survives while each share does, not while any rank's copy does. Files of `directory` stay whole. "auto":
+            in shares where it is found to be the same, by a checksum of every rank's parameters and optimizer state
+            at a start and every 32 steps, where it is 16 MiB or more, and where other nodes keep copies (or there is
+            one node); else whole, and said to differ where it does: it is then restored as with False.
         rng: Python's, numpy's, torch's and CUDA's random streams are part of the state.
         restore_timeout: seconds that restore() waits for the agent, and 10 more for each GB that is on its way.
         commit_wait: seconds that step() waits at most until the step before is held by enough nodes; then it
@@ -112,16 +117,17 @@ class Checkpointer:
 
     def __init__(self, state: Mapping[str, Any], *, directory: str | os.PathLike[str] | None = None,
                  mode: Literal["blocking", "overlapped", "auto"] = "blocking", every: int | Literal["auto"] = 1,
-                 replicated: bool | Literal["shares"] | None = None, rng: bool = True, restore_timeout: float = 120.0,
-                 commit_wait: float = 2.0) -> None:
+                 replicated: bool | Literal["shares", "auto"] | None = None, rng: bool = True,
+                 restore_timeout: float = 120.0, commit_wait: float = 2.0) -> None:
         if not isinstance(state, Mapping) or not state:
             raise TypeError("Checkpointer: state must be a mapping of names to objects, and not empty")
         if mode not in ("blocking", "overlapped", "auto"):
             raise ValueError(f"Checkpointer: mode must be 'blocking', 'overlapped' or 'auto', not {mode!r}")
         if every != "auto" and (not isinstance(every, int) or every < 1):
             raise ValueError(f"Checkpointer: every must be 1 or more, or 'auto', not {every!r}")
-        if replicated not in (None, True, False, "shares"):
-            raise ValueError(f"Checkpointer: replicated must be None, True, False or 'shares', not {replicated!r}")
+        if replicated not in (None, True, False, "shares", "auto"):
+            raise ValueError("Checkpointer: replicated must be None, True, False, 'shares' or 'auto', not "
+                             f"{replicated!r}")
         self._state = state
         self._mode = mode
         self._auto_every = every == "auto"
@@ -133,6 +139,7 @@ class Checkpointer:
         self._rank = number("RANK", 0)
         self._world = max(number("WORLD_SIZE", 1), self._rank + 1)
         self._share = (self._rank, self._world) if replicated == "shares" and self._world > 1 else None
+        self._sameness = Sameness(self._rank, self._world) if replicated == "auto" else None
         self._last = -1
         self._captured = 0
         self._bytes = 0
@@ -191,7 +198,9 @@ class Checkpointer:
         began = time.monotonic()
         found = self._newest(at_load=True)
         if found is None:
-            self._reserve_ahead(self._guess_bytes() // (1 if self._share is None else self._world))
+            size = self._guess_bytes()
+            divided = self._share is not None or (self._sameness is not None and size >= LEAST_BYTES)
+            self._reserve_ahead(size // self._world if divided else size)
             return 0
         decoder, step, rank, size, load = found
         self._load(decoder, rank, began, load)
@@ -253,7 +262,9 @@ class Checkpointer:
             _log.info("everstep: rank %d of %d takes its part of step %d from %d shards", self._rank, self._world,
                       catalog.step, len(shards))
             part = reshard(shards, self._state, self._rank, self._replicated is not False)
-            flags = 0 if self._share is None else _library.ASSEMBLED
+            shares = self._share is not None or (self._sameness is not None and self._world > 1
+                                                 and any(map(is_shared, shards)))
+            flags = _library.ASSEMBLED if shares else 0
             client.request(catalog, part.ranges, part.data_bytes, flags, part.table)
 
     def _from_shards(self, files: FileTier, after: int) -> tuple[Decoder, int, int, int, None] | None:
@@ -396,16 +407,18 @@ class Checkpointer:
         assert client is not None
         with torch.no_grad():
             if self._plan is None or not self._plan.fits():
-                self._plan = None  # gives the old one's tensors back first
-                self._plan = Plan(self._state, self._rng, frozenset(a for a, n in self._spoilers.items() if n > 1),
-                                  self._share)
-                self._layouts += 1
+                self._lay_out()
+            if self._sameness is not None:
+                meta |= self._compare(n, self._sameness)
             plan = self._plan
+            assert plan is not None
             step = plan.step(meta)
         if self._parts.reserving is not None:
             self._parts.reserving.join()
             self._parts.reserving = None
-        replicated = self._replicated if isinstance(self._replicated, bool) else not plan.sharded
+        replicated = not plan.sharded and "alike" not in meta
+        if isinstance(self._replicated, bool):
+            replicated = self._replicated
         flags = _library.SHARE if plan.shared else _library.REPLICATED_LAYOUT if replicated else 0
         if not client.begin(n, step.payload_bytes + 2 * ALIGNMENT + len(step.table), flags):
             return False
@@ -424,6 +437,29 @@ class Checkpointer:
             client.abort()
             raise
         return True
+
+    def _lay_out(self) -> None:
+        self._plan = None  # gives the old one's tensors back first
+        self._plan = Plan(self._state, self._rng, frozenset(a for a, n in self._spoilers.items() if n > 1),
+                          self._share, find_common=self._sameness is not None)
+        self._layouts += 1
+
+    def _compare(self, n: int, sameness: Sameness) -> dict[str, object]:
+        """Lays the state out in shares while it is the same on every rank, else whole; what a capture says of it."""
+        assert self._plan is not None
+        if sameness.due(n):
+            was = sameness.same
+            sameness.look(n, self._plan.common)
+            if sameness.why:
+                _log.info("everstep: rank %d captures its whole state: %s", self._rank, sameness.why)
+            if was and sameness.same is False:
+                warn(f"step {n}: {sameness.why}, and {PERIOD} steps before all were the same; data parallelism keeps "
+                     "them equal, so look at this rank's memory and at what changes parameters on one rank alone")
+        share = (self._rank, self._world) if sameness.divides(self._plan.common) else None
+        if share != self._share:
+            self._share = share
+            self._lay_out()
+        return {"alike": False} if sameness.same is False else {}
 
     def _guess_bytes(self) -> int:
         """How much a slot will hold once the optimizer has state; a guess."""
@@ -457,7 +493,7 @@ class Checkpointer:
         plan = self._plan
         mode = "overlapped" if self._client is not None and plan is not None and self._overlaps(plan) else "blocking"
         more: dict[str, Any] = {"mode": mode, "every": self._every, "why": self._why, "spoiled": self._spoiled,
-                "layouts": self._layouts, "bytes": self._bytes}
+                "layouts": self._layouts, "bytes": self._bytes, "shares": plan is not None and plan.shared}
         if self._client is None:
             return Stats(self.tier, self._captured, 0, 0, 0.0, self._copy_seconds, self._block_seconds, -1, "",
                          **more)

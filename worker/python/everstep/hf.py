@@ -53,7 +53,7 @@ class EverstepCallback(_Base):  # type: ignore[misc]
 
     def __init__(self, every: int | Literal["auto"] = 1, *, directory: str | os.PathLike[str] | None = None,
                  mode: Literal["blocking", "overlapped", "auto"] = "blocking",
-                 replicated: bool | Literal["shares"] | None = None) -> None:
+                 replicated: bool | Literal["shares", "auto"] | None = None) -> None:
         self._state: dict[str, Any] = {"trainer": {"state": "{}", "log": _bytes(b"")}}
         self._make = lambda: Checkpointer(self._state, directory=directory, mode=mode, every=every,
                                           replicated=replicated)
