@@ -298,7 +298,7 @@ std::int64_t SyncNs(const Profile& profile, const Template& t, std::uint32_t cop
   for (const Unsynced& u : t.unsynced) {
     const double ns =
         static_cast<double>(u.layers) * hops + static_cast<double>(u.bytes) * ns_per_byte;
-    exposed = std::max(exposed, static_cast<std::int64_t>(ns) - u.hidden_ns);
+    exposed = std::max(exposed, static_cast<std::int64_t>(std::min(ns, 1e15)) - u.hidden_ns);
   }
   return exposed;
 }

@@ -61,7 +61,7 @@ constexpr Field kColumns[] = {
     {"optimizer_ms", 0, kMaxLayerMs, false, 1e6},
     {"activation_mib", 0, static_cast<double>(kMaxLayerBytes) / kMiB, false, kMiB},
     {"output_mib", 0, static_cast<double>(kMaxLayerBytes) / kMiB, false, kMiB},
-    {"parameters", 0, static_cast<double>(kMaxLayerBytes / 64), true, 1},
+    {"parameters", 0, static_cast<double>(kMaxLayerParameters), true, 1},
 };
 constexpr std::size_t kColumnCount = std::size(kColumns);
 constexpr std::size_t kRequired[] = {0, 1, 2, 6};
@@ -320,22 +320,29 @@ Answer<Profile> CheckProfile(Profile p) {
     return Refusal{fmt::format("a device memory of {} bytes", p.device_memory_bytes),
                    "0 for no limit"};
   }
+  const auto most_ns = static_cast<std::int64_t>(kMaxLayerMs * 1e6);
+  std::int64_t total_ns = 0;
   for (std::size_t i = 0; i < p.layers.size(); ++i) {
     const Layer& l = p.layers[i];
     const std::int64_t least = std::min({l.forward_ns, l.backward_ns, l.optimizer_ns, l.parameters,
                                          l.activation_bytes, l.output_bytes});
-    const auto most_ns = static_cast<std::int64_t>(kMaxLayerMs * 1e6);
     if (least < 0 || l.forward_ns + l.backward_ns == 0) {
       return Refusal{fmt::format("layer {} has a negative number or takes no time", i),
                      "measure it again"};
     }
     if (std::max({l.forward_ns, l.backward_ns, l.optimizer_ns}) > most_ns ||
         std::max(l.activation_bytes, l.output_bytes) > kMaxLayerBytes ||
-        l.parameters > kMaxLayerBytes / 64) {
+        l.parameters > kMaxLayerParameters) {
       return Refusal{fmt::format("layer {} is beyond the planner's limits", i),
                      fmt::format("{} ms, {} bytes, {} parameters", kMaxLayerMs, kMaxLayerBytes,
-                                 kMaxLayerBytes / 64)};
+                                 kMaxLayerParameters)};
     }
+    total_ns += l.forward_ns + l.backward_ns;
+  }
+  if (total_ns > most_ns) {
+    return Refusal{
+        fmt::format("a microbatch takes {} ms in all layers together", total_ns / 1000000),
+        fmt::format("at most {} ms; a smaller microbatch", kMaxLayerMs)};
   }
   return p;
 }
@@ -372,7 +379,7 @@ std::int64_t TransferNs(const Link& link, std::int64_t bytes) {
   const double ns =
       std::ceil(static_cast<double>(bytes) / static_cast<double>(link.bytes_per_s) * 1e9);
   // A link so slow that nothing ever arrives is no reason to overflow.
-  return link.latency_ns + static_cast<std::int64_t>(std::min(ns, 1e15));
+  return link.latency_ns + static_cast<std::int64_t>(std::min(ns, 1e12));
 }
 
 }  // namespace everstep::planner

@@ -36,8 +36,10 @@ namespace everstep::planner {
 inline constexpr std::size_t kMaxProfileBytes = std::size_t{4} << 20;
 inline constexpr std::uint32_t kMaxLayers = 4096;
 inline constexpr std::uint32_t kMaxDevices = 64;  // of a node
-inline constexpr double kMaxLayerMs = 1e6;        // of one layer, forward or backward
-inline constexpr std::int64_t kMaxLayerBytes = std::int64_t{1} << 45;
+// With these no sum or product of the planner overflows, however many microbatches there are.
+inline constexpr double kMaxLayerMs = 1e6;  // of one layer, and of all of them together
+inline constexpr std::int64_t kMaxLayerBytes = std::int64_t{1} << 38;
+inline constexpr std::int64_t kMaxLayerParameters = std::int64_t{1} << 36;
 
 struct Layer {
   std::int64_t forward_ns = 0;  // of one microbatch on one device

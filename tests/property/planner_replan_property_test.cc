@@ -300,6 +300,35 @@ TEST(ReplanProperty, APriceForMovingKeepsWhatPaysToKeep) {
   EXPECT_GT(kept, 0) << "the price never mattered";
 }
 
+TEST(ReplanProperty, RealProfilesSurviveEverySingleLossFrom16NodesDownToTheirFewest) {
+  const auto files = models::RealProfiles();
+  if (files.empty()) GTEST_SKIP() << "no measured profiles: set EVERSTEP_TRACES";
+  for (const auto& file : files) {
+    Profile p = ParseProfile(models::ReadText(file)).value();
+    p.device_memory_bytes = std::int64_t{32} << 30;
+    const Answer<Library> made = MakeLibrary(p, {.nodes = 16, .faults = 1});
+    ASSERT_TRUE(made.ok()) << file << ": " << made.refusal().what;
+    const Library& library = made.value();
+    Seated now =
+        Seat(Compose(library, {.nodes = 16, .microbatches = 64}).value(), library, Nodes(16));
+    std::int64_t before = 0;
+    for (; now.composition.nodes > library.fewest_nodes;) {
+      EXPECT_GE(now.composition.time_ns, before) << file << ": fewer nodes, yet faster";
+      before = now.composition.time_ns;
+      Seated next;
+      for (const NodeId lost : SeatedNodes(now)) {
+        const Answer<Replanned> after = Replan(library, now, {.lost = {lost}, .joined = {}});
+        ASSERT_TRUE(after.ok()) << file << ": " << after.refusal().what;
+        EXPECT_TRUE(after.value().orphaned.empty()) << file;
+        EXPECT_EQ(SeatedNodes(after.value().seated).size(), now.composition.nodes - 1);
+        next = after.value().seated;
+      }
+      now = std::move(next);
+    }
+    EXPECT_EQ(now.composition.nodes, library.fewest_nodes) << file;
+  }
+}
+
 TEST(Replan, RefusesWhatCannotBe) {
   Random random(35);
   const Profile p = Draw(&random, {.layers = 8});

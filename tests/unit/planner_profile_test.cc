@@ -42,8 +42,8 @@ TEST(Profile, IsWrittenAsItIsRead) {
   Random random(3);
   for (int i = 0; i < 200; ++i) {
     Profile p = models::Draw(&random, {.layers = 5, .uneven_links = true, .tight_memory = true});
-    p.layers[0].forward_ns = random.Between(1, 1'000'000'000'000);
-    p.layers[0].activation_bytes = random.Between(0, std::int64_t{1} << 40);
+    p.layers[0].forward_ns = random.Between(1, 900'000'000'000);
+    p.layers[0].activation_bytes = random.Between(0, std::int64_t{1} << 37);
     p.inside.bytes_per_s = random.Between(1, 900'000'000'000);
     const Answer<Profile> again = ParseProfile(ProfileText(p));
     ASSERT_TRUE(again.ok()) << again.refusal().what;
@@ -108,6 +108,9 @@ TEST(Profile, RefusesWithTheLineTheValueAndTheLimit) {
             "backward_ms, optimizer_ms, activation_mib, output_mib, parameters");
   EXPECT_EQ(Refused(std::string(kMaxProfileBytes + 1, '#')),
             "a profile of 4194305 bytes | at most 4194304 bytes are read");
+  EXPECT_EQ(Refused(With("6.51", "999999")),
+            "a microbatch takes 1000014 ms in all layers together | at most 1000000 ms; a smaller "
+            "microbatch");
   std::string many = "layer,forward_ms,backward_ms,parameters\n";
   for (int i = 0; i < 4097; ++i) many += std::to_string(i % 4096) + ",1,1,1\n";
   EXPECT_EQ(Refused(many),
