@@ -159,7 +159,8 @@ HeldShard ToShard(const SlotView& view, bool replica) {
           .bytes = view.fields.payload_bytes,
           .replica = replica,
           .replicated_layout = view.replicated_layout(),
-          .share = view.share()};
+          .share = view.share(),
+          .built = view.fields.built};
 }
 
 std::uint32_t CrcRoot(const SlotFields& fields, const std::uint32_t* chunk_crcs) {
@@ -181,7 +182,8 @@ Outcome CheckFields(const SlotFields& f) {
     return wrong(fmt::format("a table at {} of {} bytes does not end a payload of {}",
                              f.table_offset, f.table_bytes, f.payload_bytes));
   }
-  if (f.step < 0 || f.rank < 0 || f.world_size <= f.rank) {
+  // Parities are numbered behind the world's ranks (checkpoint/core/parity_ranks.h).
+  if (f.step < 0 || f.rank < 0 || (f.world_size <= f.rank) != (f.built != 0)) {
     return wrong(fmt::format("step {}, rank {} of {}", f.step, f.rank, f.world_size));
   }
   return Done{};

@@ -40,7 +40,8 @@ struct SlotFields {
   std::uint64_t table_bytes = 0;
   std::uint64_t captured_ns = 0;  // wall clock of the node, when the capture began
   std::uint32_t job_crc = 0;      // CRC32C of the job's id
-  std::uint32_t reserved = 0;
+  // A parity over other ranks' states: the generation whose groups it is of. 0: a rank's state.
+  std::uint32_t built = 0;
 };
 static_assert(sizeof(SlotFields) == 72);
 inline constexpr std::uint32_t kFlagReplicatedLayout = 1;  // every rank's state is the same (DDP)

@@ -141,6 +141,52 @@ ReplicaStore::ReplicaPtr ReplicaStore::Get(const JobId& job, Rank rank) {
   return replica;
 }
 
+Outcome ReplicaStore::OpenArena(const JobId& job, Rank rank, std::uint64_t payload_bytes,
+                                Replica* replica) {
+  if (replica->arena.open()) return Done{};
+  // 0 would mean "only when it is there".
+  const std::uint64_t room = std::max<std::uint64_t>(payload_bytes, 1);
+  auto fds = host_->Open(job, {.rank = rank, .replica = true}, room);
+  if (!fds.ok()) return fds.error();
+  if (fds.value().eventfd >= 0) close(fds.value().eventfd);
+  const ArenaSpec blank{.job = job, .rank = rank, .replica = true};
+  auto arena = Arena::Open(fds.value().memfd, &blank);
+  if (!arena.ok()) return arena.error();
+  KillPoint("arrive.arena_opened");
+  replica->arena = std::move(arena.value());
+  return Done{};
+}
+
+Result<SlotView> ReplicaStore::Keep(const JobId& job, Rank rank, Generation received,
+                                    std::uint64_t payload_bytes,
+                                    const std::function<Result<Filled>(SlotWriter*)>& fill) {
+  const Error over{ErrorCode::kStale, fmt::format("job {} is over on this node", job)};
+  const ReplicaPtr replica = Get(job, rank);
+  std::lock_guard<std::mutex> busy(replica->busy);
+  {
+    std::lock_guard<std::mutex> lock(replica->state);
+    if (replica->gone) return over;
+    replica->received = std::max(replica->received, received);
+    replica->arrival.reset();  // its slot may be the one that is taken
+  }
+  if (auto ok = OpenArena(job, rank, payload_bytes, replica.get()); !ok.ok()) return ok.error();
+  const JobFacts facts = jobs_->Find(job).value_or(JobFacts{});
+  if (facts.committed_step != kNoStep) {
+    MarkSlots(replica->arena, facts.committed_generation, facts.committed_step);
+  }
+  const std::uint32_t slot =
+      ChooseSlot(replica->arena, facts.committed_generation, facts.committed_step);
+  auto writer = SlotWriter::Begin(&replica->arena, slot, payload_bytes);
+  if (!writer.ok()) return writer.error();
+  auto filled = fill(&writer.value());
+  if (!filled.ok()) return filled.error();
+  {
+    std::lock_guard<std::mutex> lock(replica->state);
+    if (replica->gone) return over;
+  }
+  return writer.value().Publish(filled.value().fields, filled.value().crc_root);
+}
+
 void ReplicaStore::Push(PeerSession* session, const JobFacts& facts) {
   const RequestFrame& request = session->request();
   const SlotFields& fields = request.fields;
@@ -214,18 +260,7 @@ Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica*
   const RequestFrame& request = session->request();
   const SlotFields& fields = request.fields;
   const JobId job = session->job();
-  if (!replica->arena.open()) {
-    // 0 would mean "only when it is there".
-    const std::uint64_t room = std::max<std::uint64_t>(fields.payload_bytes, 1);
-    auto fds = host_->Open(job, {.rank = fields.rank, .replica = true}, room);
-    if (!fds.ok()) return fds.error();
-    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-    const ArenaSpec blank{.job = job, .rank = fields.rank, .replica = true};
-    auto arena = Arena::Open(fds.value().memfd, &blank);
-    if (!arena.ok()) return arena.error();
-    KillPoint("arrive.arena_opened");
-    replica->arena = std::move(arena.value());
-  }
+  if (auto ok = OpenArena(job, fields.rank, fields.payload_bytes, replica); !ok.ok()) return ok;
   Arena& arena = replica->arena;
   JobFacts newest = facts;
   if (std::pair(request.committed_generation, request.committed_step) >

@@ -5,11 +5,13 @@
 // is held; the same bytes again are acknowledged at once. Chunks that the sender knows to be those
 // of a slot that is here are copied from it, and checked on the way. A connection that breaks
 // leaves its verified chunks, and the next one for the same slot brings the others. A newer push
-// for a rank ends an older one that hangs. The newest committed slot is never overwritten.
+// for a rank ends an older one that hangs. The newest committed slot is never overwritten. Shards
+// that this node makes itself (shard_maker.h) are kept in the same way.
 #pragma once
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -48,6 +50,18 @@ class ReplicaStore final : public PeerHandler {
   std::optional<SipKey> KeyOf(const JobId& job) override;
   void Serve(PeerSession* session) override;
 
+  // Fills a slot of this node's copy of the rank with what `fill` makes of it: it gets a writer of
+  // a torn slot with room for `payload_bytes`, and answers the slot's fields and checksum. Blocks
+  // as long as `fill` does; pushes of the rank wait. `received`: counts as pushed under that
+  // generation (0: it does not).
+  struct Filled {
+    SlotFields fields;
+    std::uint32_t crc_root = 0;
+  };
+  Result<SlotView> Keep(const JobId& job, Rank rank, Generation received,
+                        std::uint64_t payload_bytes,
+                        const std::function<Result<Filled>(SlotWriter*)>& fill);
+
   void MarkCommitted(const JobId& job, Generation generation, Step step);
   // Ranks of which something was pushed here under this generation.
   std::set<Rank> Received(const JobId& job, Generation generation);
@@ -72,6 +86,7 @@ class ReplicaStore final : public PeerHandler {
   using ReplicaPtr = std::shared_ptr<Replica>;
 
   ReplicaPtr Get(const JobId& job, Rank rank);
+  Outcome OpenArena(const JobId& job, Rank rank, std::uint64_t payload_bytes, Replica* replica);
   void Push(PeerSession* session, const JobFacts& facts);
   Outcome Take(PeerSession* session, const JobFacts& facts, Replica* replica, bool* answered,
                std::uint64_t* chunk);

@@ -25,6 +25,7 @@
 #include "checkpoint/transfer/range_restorer.h"
 #include "checkpoint/transfer/replica_store.h"
 #include "checkpoint/transfer/restorer.h"
+#include "checkpoint/transfer/shard_maker.h"
 #include "checkpoint/transfer/task_pool.h"
 #include "checkpoint/transfer/upkeep.h"
 #include "proto/base/kill_point.h"
@@ -65,7 +66,8 @@ class Service final : public TransferService {
         traffic_(options.pacing),
         replicas_(options, host, listener, &jobs_, &traffic_, &relays_),
         pool_(std::max(1, options.push_threads)),
-        upkeep_(options, host, listener, &jobs_, &traffic_, &pool_) {}
+        upkeep_(options, host, listener, &jobs_, &traffic_, &pool_),
+        maker_(options, host, listener, &jobs_, &traffic_, &replicas_) {}
   ~Service() override { Stop(); }
 
   Outcome Open() {
@@ -94,6 +96,9 @@ class Service final : public TransferService {
   void KeeperGone() override;
   void Mend(const JobId& job, const HeldShard& shard, const std::string& source) override {
     upkeep_.Mend(job, shard, source);
+  }
+  void Make(const JobId& job, Generation generation, const ShardBuild& build) override {
+    maker_.Make(job, generation, build, OwnAddress());
   }
   Traffic* traffic() override { return &traffic_; }
   ScrubReport scrubbed() const override { return upkeep_.report(); }
@@ -132,6 +137,7 @@ class Service final : public TransferService {
   std::optional<SlotView> ToPush(const LocalRank& local, const PeerPush& peer) const;
   void PushBegins(LocalRank* local, const SlotView& view);
   void PushEnds(LocalRank* local, PeerPush* peer, const SlotView& view, bool done);
+  bool HoldsOf(const JobId& job, const ArenaName& name, Generation generation);
   void Tidy(const JobId& job, Generation generation, const std::set<Rank>& ranks);
   std::vector<LocalPtr> Locals() const;
   std::vector<JobId> Jobs() const;
@@ -151,6 +157,7 @@ class Service final : public TransferService {
   ReplicaStore replicas_;
   TaskPool pool_;
   Upkeep upkeep_;
+  ShardMaker maker_;
   std::unique_ptr<PeerServer> server_;
   int wake_ = -1;
   std::thread watch_;
@@ -182,6 +189,7 @@ std::vector<JobId> Service::Jobs() const {
 
 void Service::Begin(const JobId& job, Generation generation, const std::string& data_key) {
   jobs_.Begin(job, generation, data_key);
+  maker_.End(job, generation);
   std::lock_guard<std::mutex> lock(mutex_);
   const auto it = active_.find(job);
   if (it == active_.end() || it->second.generation >= generation) return;
@@ -276,7 +284,7 @@ bool Service::Activate(const Part& part, std::string* error) {
       if (!again) slot.replicated_seq.store(0, std::memory_order_relaxed);  // of an earlier peer
     }
     if (!again) header.agent.released_step.store(kNoStep);
-    header.agent.has_peer.store(part.peers.empty() ? 0 : 1);
+    header.agent.has_peer.store(part.peers.empty() && !part.kept_by_parity ? 0 : 1);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       header.agent.controller_away.store(controller_away_ ? 1 : 0);
@@ -694,13 +702,29 @@ void Service::MarkReleased(const JobId& job, Generation generation, Step step) {
   }
 }
 
+// What an agent before this one received of the generation.
+bool Service::HoldsOf(const JobId& job, const ArenaName& name, Generation generation) {
+  auto fds = host_->Open(job, name, 0);
+  if (!fds.ok()) return false;
+  if (fds.value().eventfd >= 0) close(fds.value().eventfd);
+  const auto arena = Arena::Open(fds.value().memfd);
+  for (std::uint32_t i = 0; i < kSlots && arena.ok(); ++i) {
+    const auto view = arena.value().Look(i);
+    if (view && view->fields.generation == generation) return true;
+  }
+  return false;
+}
+
 // A step of this generation is committed: whatever earlier memberships left here is surplus.
 void Service::Tidy(const JobId& job, Generation generation, const std::set<Rank>& ranks) {
   auto names = host_->List(job);
   if (!names.ok()) return;
   const std::set<Rank> received = replicas_.Received(job, generation);
   for (const ArenaName& name : names.value()) {
-    if (name.replica ? received.count(name.rank) != 0 : ranks.count(name.rank) != 0) continue;
+    if (name.replica ? received.count(name.rank) != 0 || HoldsOf(job, name, generation)
+                     : ranks.count(name.rank) != 0) {
+      continue;
+    }
     if (jobs_.Find(job).value_or(JobFacts{}).generation != generation) return;  // things changed
     if (name.replica) replicas_.Drop(job, name.rank);
     host_->Drop(job, name);
@@ -720,6 +744,7 @@ void Service::SetControllerAway(bool away) {
 
 void Service::Forget(const JobId& job) {
   jobs_.Erase(job);
+  maker_.End(job, UINT64_MAX);
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (const auto it = active_.find(job); it != active_.end()) {
@@ -733,6 +758,7 @@ void Service::Forget(const JobId& job) {
 }
 
 void Service::KeeperGone() {
+  maker_.EndAll();
   {
     std::lock_guard<std::mutex> lock(mutex_);
     for (auto& [id, job] : active_) {
@@ -759,6 +785,7 @@ void Service::Stop() {
     watch_.join();
   }
   if (server_ != nullptr) server_->Stop();
+  maker_.Stop();
   pool_.Stop();
   if (wake_ >= 0) close(wake_);
   wake_ = -1;

@@ -97,6 +97,7 @@ struct Part {
   std::string data_key;
   std::vector<WorkerPart> workers;
   std::vector<std::string> peers;  // host:port each; every capture goes to all of them
+  bool kept_by_parity = false;     // other nodes make parities of every capture instead
   Step committed_step = kNoStep;
   std::vector<Cut> given_up;  // slots beyond are torn before anything else
 };
@@ -178,6 +179,11 @@ class TransferService {
   // these very bytes. Listener::OnCopied follows when it is whole again.
   virtual void Mend(const JobId& job, const HeldShard& shard,
                     const std::string& source_address) = 0;
+
+  // Effect MakeShard: a parity of what other nodes captured, or a lost shard out of parities, is to
+  // be made here and kept as a replica. Listener::OnCopied follows when it is there (again); the
+  // order ends with `generation`.
+  virtual void Make(const JobId& job, Generation generation, const ShardBuild& build) = 0;
 
   // Effect MarkCommitted, ControllerAway, ForgetJob (the keeper's arenas are the caller's to drop).
   virtual void MarkCommitted(const JobId& job, Generation generation, Step step) = 0;

@@ -132,6 +132,7 @@ void Upkeep::RunMend(const JobId& job, const HeldShard& shard, const std::string
         view->fields.rank != shard.rank || view->crc_root != shard.crc_root) {
       continue;
     }
+    if (KnownDamaged(job, shard)) arena.value().MarkDamaged(*view);  // no source, of itself neither
     MendReport report;
     const auto mended = MendSlot(task, &arena.value(), *view, &report);
     if (mended.ok()) {

@@ -111,7 +111,12 @@ std::string Policies(const v1::CheckpointPlacement& p, const RenderOptions& opti
 std::string RenderPlacement(const v1::CheckpointPlacement& p, const RenderOptions& options) {
   std::string out = FormatPairs(
       {{"Job", fmt::format("{}, generation {}", p.job(), p.generation())},
-       {"Copies", fmt::format("{} of each rank's state, own memory included", p.copies())},
+       {"Redundancy", p.redundancy()},
+       {"Copies",
+        fmt::format("{} of each rank's state, own memory included{}", p.copies(),
+                    p.parities_wanted() == 0
+                        ? ""
+                        : fmt::format("; {} of {} parities", p.parities(), p.parities_wanted()))},
        {"Strategy", fmt::format("{}: {}", p.shape(), p.why())},
        {"Layout", p.layout()},
        {"Committed step", Step(p.committed_step())},
@@ -120,8 +125,8 @@ std::string RenderPlacement(const v1::CheckpointPlacement& p, const RenderOption
   Table nodes({{"NODE"},
                {"DOMAIN"},
                {"RANKS"},
-               {"COPY ON"},
-               {"KEEPS COPIES OF"},
+               {p.parities_wanted() == 0 ? "COPY ON" : "PARITY ON"},
+               {p.parities_wanted() == 0 ? "KEEPS COPIES OF" : "KEEPS PARITY OF"},
                {"BYTES", Align::kRight}});
   for (const v1::NodeCopies& n : p.nodes()) {
     nodes.Add({n.node(), OrDash(n.domain()), Ranks(n.ranks()),

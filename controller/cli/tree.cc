@@ -130,10 +130,8 @@ CommandSpec CkptCommands() {
                "to "
                "bring back one lost node, how many nodes whichever may be lost, how many domains "
                "are "
-               "fatal alone, P(k): the probability to survive k. Jobs are kept by copies (everstep "
-               "run "
-               "--copies M); xor and rs, parity over several nodes' states, are priced, not yet "
-               "run.",
+               "fatal alone, P(k): the probability to survive k. A job's policy is chosen with "
+               "everstep run --redundancy 'rs(4+2)', or replicate(M), or xor(K+1).",
            .words = {Job()},
            .options = {{"nodes", 0, "K", "show losses of up to K nodes", "8"},
                        Watch("show it again every second until Ctrl-C")},

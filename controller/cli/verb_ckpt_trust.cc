@@ -24,7 +24,12 @@ std::string CopiesText(const v1::JobCheckpoints& c) {
   for (const v1::JobCheckpoint& item : c.items()) {
     if (item.step() == c.committed_step()) least = std::max(least, item.least_copies());
   }
-  return fmt::format("{} of {}{}", least, c.copies(), least < c.copies() ? ": being made" : "");
+  const std::string parities =
+      c.parities_wanted() == 0
+          ? ""
+          : fmt::format(", {} of {} parities", c.parities(), c.parities_wanted());
+  const bool lacking = least < c.copies() || c.parities() < c.parities_wanted();
+  return fmt::format("{} of {}{}{}", least, c.copies(), parities, lacking ? ": being made" : "");
 }
 
 std::string Render(const v1::JobCheckpoints& c, const RenderOptions& options) {
@@ -32,6 +37,7 @@ std::string Render(const v1::JobCheckpoints& c, const RenderOptions& options) {
       {"job", fmt::format("{}, generation {}", c.job(), c.generation())},
       {"newest step", StepText(c.newest_step())},
       {"committed", StepText(c.committed_step())},
+      {"redundancy", c.redundancy()},
       {"copies", CopiesText(c)},
       {"verified", c.verify_after_steps() == 0
                        ? "- (started without --verify-after)"

@@ -6,6 +6,7 @@
 #include <iterator>
 #include <tuple>
 
+#include "checkpoint/core/parity_ranks.h"
 #include "controller/core/copies.h"
 #include "controller/core/impl.h"
 
@@ -17,9 +18,10 @@ void Controller::Impl::On(const ShardCopied& e) {
   if (job == nullptr || IsTerminal(job->record.state)) return;
   // Of what runs now, of what it started from, or of a commit whose copies are being made whole.
   const bool current =
-      (e.shard.generation == job->record.generation || IsBase(*job, e.shard) ||
-       IsCommitted(*job, e.shard)) &&
-      (job->record.state == JobState::kRunning || job->record.state == JobState::kActivating);
+      ((e.shard.generation == job->record.generation || IsBase(*job, e.shard) ||
+        IsCommitted(*job, e.shard)) &&
+       (job->record.state == JobState::kRunning || job->record.state == JobState::kActivating)) ||
+      Rebuilds(*job, e);
   if (!current && !Bug(kBugMissingFence)) {
     ++state_.stale_dropped;
     return;
@@ -28,11 +30,15 @@ void Controller::Impl::On(const ShardCopied& e) {
   std::vector<HeldShard>& held = job->holdings[e.node].shards;
   std::erase_if(held, [&e](const HeldShard& s) {
     return s.rank == e.shard.rank &&
+           checkpoint::IsParity(s.rank, s.world_size) ==
+               checkpoint::IsParity(e.shard.rank, e.shard.world_size) &&
            (s.step + 2 <= e.shard.step ||
             (s.step == e.shard.step && s.generation == e.shard.generation));
   });
   held.push_back(e.shard);
+  if (Rebuilds(*job, e)) return Rebuilt(job, e);
   const bool repaired = Repaired(job, e.node, e.shard);
+  if (job->record.state == JobState::kRunning) MendBeside(*job, e.node, e.shard);
   CountCopy(job, e.node, e.shard);
   if (repaired || runtime_[e.job].short_since.ns != 0) WatchCopies(job);
 }
@@ -60,16 +66,18 @@ void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const He
   auto& by_rank = copies_of_step->second.by_rank;
   by_rank[copy.rank][node] = copy;
   const std::size_t world = job->plan.nodes.size() * job->record.spec.nproc_per_node;
-  if (by_rank.size() < world) return;
+  const auto parities = by_rank.lower_bound(static_cast<Rank>(world));
+  if (static_cast<std::size_t>(std::distance(by_rank.begin(), parities)) < world) return;
   const std::size_t needed =
       Bug(kBugPrematureCommit) ? 1 : CopiesOf(job->record.spec, job->plan.nodes.size());
   Commit commit{.generation = job->record.generation,
                 .step = step,
                 .world_size = static_cast<std::int32_t>(world),
                 .copies = static_cast<std::uint32_t>(needed),
-                .replicated_layout = copy.replicated_layout,
+                .replicated_layout = by_rank.begin()->second.begin()->second.replicated_layout,
                 .shards = {}};
-  for (const auto& [rank, copies] : by_rank) {
+  for (auto it = by_rank.begin(); it != parities; ++it) {
+    const auto& copies = it->second;
     std::map<std::uint32_t, std::size_t> equal;  // copies that agree, by checksum
     for (const auto& [holder, shard] : copies) ++equal[shard.crc_root];
     const auto best =
@@ -84,7 +92,8 @@ void Controller::Impl::CountCopy(JobStateView* job, const NodeId& node, const He
     // Shares beside whole states put nothing together: the step before stays the one to go back to.
     if (source->second.share != commit.shards.front().share) return Release(job, step);
   }
-  if (needed > 1) {
+  if (!AddParities(job, &commit, by_rank, &copies_of_step->second.ordered)) return;
+  if (needed > 1 || !commit.parities.empty()) {
     std::map<NodeId, std::uint64_t> sent;
     for (const auto& [rank, copies] : by_rank) {
       for (const auto& [holder, shard] : copies) {
@@ -129,7 +138,7 @@ bool Controller::Impl::IsBase(const JobStateView& job, const HeldShard& shard) c
 }
 
 void Controller::Impl::CountBase(JobStateView* job, const NodeId& node, const HeldShard& copy) {
-  if (!IsBase(*job, copy)) return;
+  if (!IsBase(*job, copy)) return SealAnew(job);
   runtime_[job->record.spec.job].base_copies[copy.rank][node] = copy;
   CommitBase(job);
 }
@@ -165,6 +174,7 @@ void Controller::Impl::CommitBase(JobStateView* job) {
       commit.shards.push_back(*shard);
     }
   }
+  if (!AddParities(job, &commit, copies, &runtime_[job->record.spec.job].base_ordered)) return;
   AddCommit(job, std::move(commit));
 }
 
@@ -220,6 +230,7 @@ void Controller::Impl::PlanRestore(JobStateView* job) {
     for (const HeldShard& shard : holds.shards) {
       if (!shard.file && shard.generation <= job->record.earlier_runs) continue;
       if (GivenUp(job->record.given_up, shard.generation, shard.step)) continue;
+      if (checkpoint::IsParity(shard.rank, shard.world_size)) continue;
       candidates[{shard.step, shard.generation, shard.world_size, !shard.file}].push_back(
           {id, shard});
     }

@@ -61,6 +61,7 @@ struct Forecast {
   // that the memory left would allow. restore_step kNoStep: nothing is left.
   GenerationPlan plan;
   std::vector<NodeId> lost;
+  std::map<Rank, NodeId> rebuilt;  // shards that are made anew out of parities first, and where
 };
 
 class Controller {

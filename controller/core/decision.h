@@ -152,12 +152,17 @@ struct RepairShardCommand {
   NodeId source_node;
   std::string source_address;  // host:port; these very bytes lie there
 };
+struct BuildShardCommand {
+  JobId job;
+  Generation generation = 0;  // of the job now
+  ShardBuild build;
+};
 struct Command {
   NodeId node;
   Incarnation incarnation = 0;
   std::uint64_t sequence = 0;
   std::variant<RegisteredCommand, WarmCommand, PrepareCommand, ActivateCommand, StopJobCommand,
-               CommittedCommand, PersistCommand, RepairShardCommand>
+               CommittedCommand, PersistCommand, RepairShardCommand, BuildShardCommand>
       body;
 };
 

@@ -30,6 +30,7 @@ Forecast Controller::Impl::IfLost(Timestamp now, const JobId& id,
     }
   }
   JobStateView* job = &copy.state_.jobs.at(id);
+  std::map<Rank, NodeId> rebuilt;
   // Every node that is asked answers at once, with what it is known to hold.
   for (bool asked = true; asked && job->record.state == JobState::kPreparing;) {
     asked = false;
@@ -48,6 +49,7 @@ Forecast Controller::Impl::IfLost(Timestamp now, const JobId& id,
       copy.On(answer);
       asked = true;
     }
+    if (!asked) asked = copy.PretendRebuilt(job, &rebuilt);
   }
   if (job->record.state == JobState::kWaiting) {
     job->plan = state_.jobs.at(id).plan;
@@ -55,8 +57,10 @@ Forecast Controller::Impl::IfLost(Timestamp now, const JobId& id,
       AddFiles(*job, &job->holdings[member.node].shards);
     }
     copy.PlanRestore(job);
+    if (copy.PretendAtHand(job, &rebuilt)) copy.PlanRestore(job);
   }
-  Forecast forecast{job->record.state, job->message, std::move(job->plan), lost};
+  Forecast forecast{job->record.state, job->message, std::move(job->plan), lost,
+                    std::move(rebuilt)};
   if (IsTerminal(job->record.state) || job->record.state == JobState::kStopping) {
     forecast.message = job->record.end_message;
   }

@@ -137,6 +137,9 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
   run.released = kNoStep;
   run.base_copies.clear();
   run.base_released = false;
+  run.base_ordered = false;
+  run.rebuilding.clear();
+  run.rebuild_over = false;
   run.misreported.clear();
   run.store_ports.clear();
   run.surveyed.clear();
@@ -304,7 +307,8 @@ void Controller::Impl::Activate(JobStateView* job) {
   AssignPeers(state_, *job, &plan);
   PlanRestore(job);
   const auto must_ask = [&] { return !Bug(kBugDoubleActivation) && AskSources(job); };
-  if (must_ask() || (UndoRollBack(job) && must_ask())) {
+  const auto must_rebuild = [&] { return !Bug(kBugDoubleActivation) && RebuildLost(job); };
+  if (must_ask() || must_rebuild() || (UndoRollBack(job) && must_ask())) {
     plan = prepared;
     return;
   }
@@ -475,6 +479,7 @@ void Controller::Impl::On(const Tick&) {
         LoseNode(node, Reason::kPrepareTimeout,
                  fmt::format("owed generation {} of {} an answer", generation, id));
       }
+      if (late.empty() && job.record.generation == generation) GiveUpRebuild(&job);
     }
     TellLingerers(&job);
     if (run.grow_at.ns != 0 && now_ >= run.grow_at && job.record.state == JobState::kRunning) {

@@ -2,8 +2,8 @@
 // nodes.cc (who is alive), jobs.cc (a job's life), faults.cc (who pays for a restart), retention.cc
 // (what stays of an ended job), generation.cc (the two-phase switch), commit.cc (which step is
 // safe, where a generation starts from), sources.cc (from whom each rank takes it), ranges.cc (a
-// world of another size), repair.cc (copies that went bad), trust.cc (verified checkpoints,
-// roll-backs), forecast.cc (what if).
+// world of another size), parity.cc (parities, and lost shards made out of them), repair.cc (copies
+// that went bad), trust.cc (verified checkpoints, roll-backs), forecast.cc (what if).
 #pragma once
 
 #include <map>
@@ -52,12 +52,16 @@ class Controller::Impl {
     std::map<NodeId, Exclusion> excluded;  // refused; forgotten when they prepare or register anew
     struct Copies {
       Timestamp since;
-      std::map<Rank, std::map<NodeId, HeldShard>> by_rank;
+      std::map<Rank, std::map<NodeId, HeldShard>> by_rank;  // parities behind the ranks
+      bool ordered = false;                                 // its parities are
     };
     std::map<everstep::Step, Copies> copies;  // of the newest generation, uncommitted steps
     std::map<Rank, std::map<NodeId, HeldShard>> base_copies;  // of the step it started from
     std::set<NodeId> emptied;  // members whose keeper died: no state, no fork server yet
     bool base_released = false;
+    bool base_ordered = false;          // its parities are
+    std::map<Rank, NodeId> rebuilding;  // lost shards of the newest commit, and who makes them
+    bool rebuild_over = false;          // it took too long in this generation
     std::string unserved;  // evidence: shards of a cut of another world size that nobody holds
     std::set<NodeId> misreported;       // told of ranks of this generation that are not theirs
     everstep::Step released = kNoStep;  // of the newest generation; see CommittedCommand
@@ -197,6 +201,37 @@ class Controller::Impl {
   bool ServeFrom(JobStateView* job, const std::vector<Holder>& holders, bool replicated);
   std::string DataAddress(const NodeId& node) const;  // host:port of its data plane
 
+  // parity.cc
+  // Completes a commit that has all of its shards with their parities; false: some are not there
+  // yet, and were ordered from their holders if they had not been (*ordered).
+  bool AddParities(JobStateView* job, Commit* commit,
+                   const std::map<Rank, std::map<NodeId, HeldShard>>& held, bool* ordered);
+  void SealAnew(JobStateView* job);
+  // The newest commit is out of reach but for its parities: has its lost shards made. True: the
+  // switch waits for them.
+  bool RebuildLost(JobStateView* job);
+  bool Rebuilds(const JobStateView& job, const ShardCopied& e) const;
+  void Rebuilt(JobStateView* job, const ShardCopied& e);
+  void GiveUpRebuild(JobStateView* job);  // at the switch's deadline
+  // Shards and parities of the commit that some node which is not lost has, by rank.
+  std::map<Rank, CutShard> AtHand(const JobStateView& job, const Commit& commit) const;
+  // How a shard or parity of the commit is made anew; none: what is at hand does not suffice.
+  std::optional<ShardBuild> BuildOf(const Commit& commit, const HeldShard& shard,
+                                    const std::map<Rank, CutShard>& at_hand) const;
+  // What of the newest commit only its parities bring back; empty: the restore that is planned is
+  // as new, or they do not suffice.
+  std::vector<ShardBuild> LostShards(const JobStateView& job) const;
+  // What puts a damaged shard right that no other node has; none: nothing does.
+  using Remedy = std::variant<RepairShardCommand, BuildShardCommand>;
+  std::optional<Remedy> RemedyOf(const JobStateView& job, const NodeId& node,
+                                 const HeldShard& damaged) const;
+  void SendRemedy(const NodeId& node, Remedy remedy);
+  // Of a forecast: what is being made anew lies there; *rebuilt: where. False: nothing is.
+  bool PretendRebuilt(JobStateView* job, std::map<Rank, NodeId>* rebuilt);
+  // ... what would be, if the job had its nodes again.
+  bool PretendAtHand(JobStateView* job, std::map<Rank, NodeId>* rebuilt);
+  static void Pretend(JobStateView* job, const std::map<Rank, NodeId>& rebuilt);
+
   // ranges.cc
   // Makes `cut` the plan's, each worker to take its ranges of it. False: it is neither committed
   // nor in files, or a shard has no holder in any tier (Runtime::unserved says which).
@@ -209,6 +244,7 @@ class Controller::Impl {
   bool IsCommitted(const JobStateView& job, const HeldShard& shard) const;
   NodeId RepairSource(const JobStateView& job, const NodeId& damaged, const HeldShard& shard) const;
   void NoteMemoryFinding(NodeState* node);
+  void MendBeside(const JobStateView& job, const NodeId& node, const HeldShard& shard);
   bool Repaired(JobStateView* job, const NodeId& node, const HeldShard& shard);
   void ForgetDamage(JobStateView* job);
   void WatchCopies(JobStateView* job);

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "controller/core/copies.h"
 #include "controller/core/impl.h"
 
 namespace everstep::controller {
@@ -22,6 +23,11 @@ void Controller::Impl::On(const SubmitJob& e) {
                        spec.job, spec.min_nodes, spec.max_nodes, spec.nproc_per_node,
                        spec.max_restarts),
            "1 <= MIN <= MAX nodes, at least 1 worker a node, restarts from 0 on");
+    return;
+  }
+  if (const std::string wrong = RedundancyTrouble(spec); !wrong.empty()) {
+    Answer(e.request, ReplyCode::kInvalid, fmt::format("job '{}': {}", spec.job, wrong),
+           "fewer states under a parity, fewer parities, or more nodes");
     return;
   }
   if (spec.copies > spec.max_nodes) {
@@ -340,7 +346,10 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
       Send(e.node, StopJobCommand{id, holds.generation, forget, true, Reason::kStale});
     }
     if (job.record.generation == generation && IsMember(job, e.node)) {
-      // A broken stream may have swallowed copies, and the word of what is committed.
+      // A broken stream may have swallowed copies, orders of parities, and the word of what is
+      // committed.
+      runtime_[id].base_ordered = false;
+      for (auto& [step, copies] : runtime_[id].copies) copies.ordered = false;
       for (const HeldShard& copy : holds.shards) CountCopy(&job, e.node, copy);
       if (s != JobState::kPreparing) TellCommits(&job, e.node);
     }

@@ -31,8 +31,10 @@ bool Controller::Impl::IsCommitted(const JobStateView& job, const HeldShard& sha
   return std::any_of(
       job.commits.commits.begin(), job.commits.commits.end(), [&shard](const Commit& c) {
         return c.step == shard.step && c.generation == shard.generation &&
-               std::any_of(c.shards.begin(), c.shards.end(),
-                           [&shard](const HeldShard& s) { return s.rank == shard.rank; });
+               (std::any_of(c.shards.begin(), c.shards.end(),
+                            [&shard](const HeldShard& s) { return s.rank == shard.rank; }) ||
+                std::any_of(c.parities.begin(), c.parities.end(),
+                            [&shard](const HeldShard& s) { return s.rank == shard.rank; }));
       });
 }
 
@@ -58,6 +60,8 @@ void Controller::Impl::On(const ShardDamaged& e) {
     if (holders.empty()) step->second.by_rank.erase(e.shard.rank);
   }
   const NodeId source = RepairSource(*job, e.node, e.shard);
+  std::optional<Remedy> remedy;
+  if (source.empty()) remedy = RemedyOf(*job, e.node, e.shard);
   const DamageKey key{e.node, e.shard.rank, e.shard.generation, e.shard.step, e.shard.replica};
   if (job->damaged.insert(key).second) {
     ++job->record.shards_damaged;
@@ -71,17 +75,22 @@ void Controller::Impl::On(const ShardDamaged& e) {
              .generation = e.shard.generation,
              .message = fmt::format("{} in node {}'s memory fails its checksum; {}",
                                     WhatOf(e.shard), e.node,
-                                    source.empty() ? std::string("no other copy is known")
-                                                   : fmt::format("node {} has it whole", source)),
+                                    remedy ? std::string("it is made anew out of parities")
+                                    : source.empty() ? std::string("no other copy is known")
+                                                     : fmt::format("node {} has it whole", source)),
              .evidence = fmt::format("step={} chunk={} copy={} found_by={} source={}", e.shard.step,
                                      e.chunk < 0 ? "table" : std::to_string(e.chunk),
                                      e.shard.replica ? "replica" : "own", e.found_by,
-                                     source.empty() ? "none" : source)});
+                                     remedy           ? "parity"
+                                     : source.empty() ? "none"
+                                                      : source)});
     NoteMemoryFinding(node);
     run.short_since = run.short_since.ns == 0 ? now_ : run.short_since;
     if (e.found_by != "survey") NoteAnomaly(job, fmt::format("memory of node {}", e.node));
   }
-  if (source.empty() || job->record.state != JobState::kRunning) return;
+  if (job->record.state != JobState::kRunning) return;
+  if (remedy) SendRemedy(e.node, std::move(*remedy));
+  if (source.empty()) return;
   Send(e.node, RepairShardCommand{e.job, e.shard, source, DataAddress(source)});
 }
 
@@ -125,6 +134,16 @@ void Controller::Impl::NoteMemoryFinding(NodeState* node) {
            .evidence = node->memory_suspect});
 }
 
+// A copy was made out of parities beside a damaged one.
+void Controller::Impl::MendBeside(const JobStateView& job, const NodeId& node,
+                                  const HeldShard& shard) {
+  HeldShard damaged = shard;
+  damaged.replica = false;
+  const DamageKey key{node, shard.rank, shard.generation, shard.step, damaged.replica};
+  if (!shard.replica || !job.damaged.contains(key)) return;
+  if (auto remedy = RemedyOf(job, node, damaged)) SendRemedy(node, std::move(*remedy));
+}
+
 // A copy came (again). True: it was known to be damaged.
 bool Controller::Impl::Repaired(JobStateView* job, const NodeId& node, const HeldShard& shard) {
   const DamageKey key{node, shard.rank, shard.generation, shard.step, shard.replica};
@@ -160,7 +179,8 @@ void Controller::Impl::WatchCopies(JobStateView* job) {
   Runtime& run = runtime_[job->record.spec.job];
   const std::size_t wanted = CopiesOf(job->record.spec, job->plan.nodes.size());
   const CopySets copies = CopiesNow(state_, *job);
-  const bool full = copies.step != kNoStep && LeastCopies(copies) >= wanted;
+  const bool full =
+      copies.step != kNoStep && LeastCopies(copies) >= wanted && copies.parities == copies.wanted;
   if (!full) {
     if (run.short_since.ns == 0 && copies.step != kNoStep) run.short_since = now_;
     return;
@@ -170,9 +190,10 @@ void Controller::Impl::WatchCopies(JobStateView* job) {
            .reason = Reason::kCommitted,
            .job = job->record.spec.job,
            .generation = job->record.generation,
-           .message = fmt::format("job {}: step {} has {} again of every rank's state",
+           .message = fmt::format("job {}: step {} has {} again of every rank's state{}",
                                   job->record.spec.job, copies.step,
-                                  wanted == 1 ? "its copy" : fmt::format("{} copies", wanted)),
+                                  wanted == 1 ? "its copy" : fmt::format("{} copies", wanted),
+                                  copies.wanted > 0 ? ", and every parity" : ""),
            .evidence = fmt::format("step={} copies={} short_ms={}", copies.step, wanted,
                                    ToMilliseconds(now_ - run.short_since))});
   run.short_since = {};

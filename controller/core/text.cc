@@ -312,6 +312,15 @@ struct CommandText {
   std::string operator()(const RepairShardCommand& c) const {
     return fmt::format("repair {} {} from {}", c.job, ShardText(c.shard), c.source_node);
   }
+  std::string operator()(const BuildShardCommand& c) const {
+    std::string from;
+    for (const CutShard& s : c.build.sources) {
+      from += fmt::format("{}{}@{}", from.empty() ? "" : ",", s.rank,
+                          s.holders.empty() ? NodeId("?") : s.holders.front().node);
+    }
+    return fmt::format("build {} g={} {} from {}", c.job, c.generation, ShardText(c.build.shard),
+                       from);
+  }
 };
 
 std::string Names(const std::set<NodeId>& nodes) {

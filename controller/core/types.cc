@@ -60,7 +60,9 @@ constexpr std::array<const char*, static_cast<std::size_t>(Reason::kCount)> kRea
     "operator_anomaly",
 
     "restored_by_ranges",
-    "target_overwritten"};
+    "target_overwritten",
+    "rebuilt_from_parity",
+    "rebuild_timeout"};
 static_assert(kReasons.back() != nullptr, "every reason has a name");
 
 }  // namespace

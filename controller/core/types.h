@@ -78,6 +78,8 @@ enum class Reason : std::uint8_t {
   kOperatorAnomaly,    // an operator reported an anomaly of the training
   kRestoredByRanges,   // another world, or shares: each rank takes its bytes from all shards
   kTargetOverwritten,  // the step of a roll-back is gone, nothing older is left: it is undone
+  kRebuiltFromParity,  // shards whose every copy was lost are made anew out of parities
+  kRebuildTimeout,     // ... which took too long: an older step is taken
   kCount
 };
 const char* ReasonName(Reason reason);  // "worker_killed"
@@ -126,6 +128,9 @@ struct JobSpec {
   Duration ckpt_every = {};            // the newest step goes there this often; 0: not by time
   std::uint32_t copies =
       0;  // of each rank's state in memory, its own among them; 0: kDefaultCopies
+  // k of xor(k+1) and rs(k+r): states that share a parity, of which there are copies - 1. Below 2:
+  // kept by copies.
+  std::uint32_t parity_states = 0;
   std::uint32_t verify_after = 0;  // quiet steps that make a checkpoint a verified one; 0: never
   Timestamp submitted;
   CommandSpec command;
@@ -152,7 +157,8 @@ struct GenerationPlan {
   std::uint32_t master_port = 0;
   std::uint32_t restart_count = 0;
   Step restore_step = kNoStep;
-  RestoreCut cut;  // of restores by ranges: the world or its layout is another one
+  ParityPlan parity;  // of what this generation captures
+  RestoreCut cut;     // of restores by ranges: the world or its layout is another one
   Reason reason = Reason::kNone;
   std::string evidence;
   friend bool operator==(const GenerationPlan&, const GenerationPlan&) = default;
@@ -181,7 +187,9 @@ struct Commit {
   std::int32_t world_size = 0;
   std::uint32_t copies = 0;
   bool replicated_layout = false;
-  std::vector<HeldShard> shards;  // one per rank, by rank
+  std::vector<HeldShard> shards;    // one per rank, by rank
+  ParityPlan parity;                // of the parities
+  std::vector<HeldShard> parities;  // one per rank and parity, by rank; empty: kept by copies
   friend bool operator==(const Commit&, const Commit&) = default;
 };
 

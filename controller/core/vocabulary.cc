@@ -46,6 +46,9 @@ constexpr std::array kEvents = {
               "The generation's plan is on disk; its workers are being "
               "started."},
     EventName{"restore", "Which step the generation starts from, and where its bytes come from."},
+    EventName{"rebuild",
+              "Shards of the newest committed step were lost with their nodes: members make them "
+              "anew out of parities before the generation starts, or it took too long."},
     EventName{"shard_damaged",
               "A copy in a node's memory fails its checksum: which one, who found it, who has it "
               "whole. It is not restored from, and repaired from there."},
@@ -141,6 +144,8 @@ constexpr std::array kMeanings = {
     "a world of another size, or shares of one state: each rank takes its bytes from all shards of "
     "the step",
     "the step of a roll-back was overwritten before the workers stopped, and nothing older is left",
+    "shards whose every copy was lost are made anew out of parities",
+    "lost shards were not made anew out of parities in time: an older step is taken",
 };
 static_assert(kMeanings.size() == static_cast<std::size_t>(Reason::kCount),
               "every reason has a meaning");

@@ -5,6 +5,7 @@
 #include <set>
 #include <utility>
 
+#include "checkpoint/core/parity_ranks.h"
 #include "controller/core/copies.h"
 #include "proto/wire/convert.h"
 
@@ -44,6 +45,10 @@ v1::JobCheckpoints CheckpointsOf(const ClusterState& state, const JobStateView& 
   to.set_job(record.spec.job);
   to.set_generation(record.generation);
   to.set_copies(CopiesOf(record.spec, job.plan.nodes.size()));
+  to.set_redundancy(checkpoint::PrintRedundancy(RedundancyOf(record.spec, job.plan.nodes.size())));
+  const CopySets copies = CopiesNow(state, job);
+  to.set_parities(static_cast<std::uint32_t>(copies.step == kNoStep ? 0 : copies.parities));
+  to.set_parities_wanted(static_cast<std::uint32_t>(copies.wanted));
   to.set_newest_step(job.step);
   to.set_committed_step(commits.commits.empty() ? kNoStep : commits.commits.front().step);
   to.set_verified_step(commits.verified_at.ns == 0 ? kNoStep : commits.verified.step);
@@ -72,6 +77,7 @@ v1::JobCheckpoints CheckpointsOf(const ClusterState& state, const JobStateView& 
         found.files = true;
         continue;
       }
+      if (checkpoint::IsParity(s.rank, s.world_size)) continue;
       found.replicated = s.replicated_layout;
       found.ranks[s.rank].first.insert(id);
       found.ranks[s.rank].second = s.bytes;

@@ -9,6 +9,7 @@
 #include <set>
 #include <utility>
 
+#include "checkpoint/core/parity_ranks.h"
 #include "checkpoint/core/survival.h"
 #include "checkpoint/core/swarm.h"
 #include "controller/core/copies.h"
@@ -125,7 +126,19 @@ std::string DomainsThereAre(const ClusterState& state) {
 std::vector<NodeId> Worst(const ClusterState& state, const JobStateView& job, std::uint32_t count) {
   const CopySets copies = CopiesNow(state, job);
   const NodeSet* smallest = nullptr;
+  NodeSet of_group;  // one more of a group than it bears
+  if (!copies.parity.groups.empty()) {
+    for (const checkpoint::LossGroup& group : LossGroupsOf(copies)) {
+      NodeSet members = group.nodes;
+      std::erase_if(members, [&](std::uint32_t v) { return v >= copies.members; });
+      if (members.size() <= group.tolerates || group.tolerates + 1 > count) continue;
+      if (!of_group.empty() && of_group.size() <= group.tolerates + 1) continue;
+      of_group.assign(members.begin(), members.begin() + group.tolerates + 1);
+    }
+    smallest = of_group.empty() ? nullptr : &of_group;
+  }
   for (const NodeSet& set : copies.hosts) {
+    if (!copies.parity.groups.empty()) break;
     const bool members =
         std::all_of(set.begin(), set.end(), [&](std::uint32_t v) { return v < copies.members; });
     if (members && set.size() <= count && (smallest == nullptr || set.size() < smallest->size())) {
@@ -142,6 +155,66 @@ std::vector<NodeId> Worst(const ClusterState& state, const JobStateView& job, st
   for (const std::uint32_t v : chosen) out.push_back(copies.nodes[v]);
   return out;
 }
+
+// What the losses of members may take: host sets, or groups that share parities. What lies on other
+// nodes, too, outlives all of theirs.
+struct Losses {
+  std::uint32_t members = 0;
+  std::vector<NodeSet> hosts;
+  std::vector<checkpoint::LossGroup> groups;  // in place of hosts
+
+  explicit Losses(const CopySets& copies)
+      : members(static_cast<std::uint32_t>(copies.members)), hosts(copies.hosts) {
+    if (!copies.parity.groups.empty()) {
+      groups = LossGroupsOf(copies);
+      for (checkpoint::LossGroup& group : groups) {
+        std::erase_if(group.nodes, [this](std::uint32_t v) { return v >= members; });
+      }
+    }
+    std::erase_if(hosts, [this](const NodeSet& set) {
+      return std::any_of(set.begin(), set.end(), [this](std::uint32_t v) { return v >= members; });
+    });
+  }
+  checkpoint::Estimate OfNodes(std::uint32_t k) const {
+    if (groups.empty()) return checkpoint::Survival(members, hosts, k);
+    const double p = checkpoint::SurvivalByLosses(members, groups, k).at(k);
+    return {.probability = p, .low = p, .high = p, .exact = true};
+  }
+  checkpoint::Estimate OfDomains(const std::vector<NodeSet>& domains, std::uint32_t k) const {
+    return groups.empty() ? checkpoint::SurvivalByDomain(hosts, domains, k)
+                          : checkpoint::SurvivalByDomain(groups, domains, k);
+  }
+  bool Fatal(const NodeSet& gone) const {
+    return !(groups.empty() ? checkpoint::LostWith(hosts, gone)
+                            : checkpoint::LostWith(groups, gone))
+                .empty();
+  }
+};
+
+// Nodes that keep parities over each member's ranks, and the ranks that each keeps parities over.
+struct ParityHolders {
+  std::map<NodeId, std::set<NodeId>> holders;
+  std::map<NodeId, std::set<Rank>> keeps;
+
+  explicit ParityHolders(const JobStateView& job) {
+    const std::uint32_t workers = std::max(1U, job.record.spec.nproc_per_node);
+    const auto world = static_cast<std::int32_t>(job.plan.nodes.size() * workers);
+    const auto node = [&](Rank rank) -> const NodeId& {
+      return job.plan.nodes[static_cast<std::size_t>(rank) / workers].node;
+    };
+    for (const std::vector<Rank>& group : job.plan.parity.groups) {
+      for (const auto& word : checkpoint::CodewordsOf(group, job.plan.parity.parity, world)) {
+        for (const Rank parity : word.parities) {
+          const NodeId& holder = node(checkpoint::HolderOf(parity, world));
+          for (const Rank rank : word.members) {
+            holders[node(rank)].insert(holder);
+            keeps[holder].insert(rank);
+          }
+        }
+      }
+    }
+  }
+};
 
 // Memory has no step as new as the one that stands in the job's checkpoint directory.
 void FromFiles(const JobStateView& job, const Forecast& forecast, v1::LossForecast* to) {
@@ -227,6 +300,54 @@ void CountRanges(const RestoreCut& cut, const NodeId& node, const WorkerPlan& wo
   }
 }
 
+std::string GroupText(const JobStateView& job, Rank rank) {
+  for (const std::vector<Rank>& group : job.commits.commits.front().parity.groups) {
+    if (std::find(group.begin(), group.end(), rank) != group.end()) {
+      return fmt::format("its group of {}", group.size());
+    }
+  }
+  return "its group";
+}
+
+// Who makes a lost shard anew reads, for each of its k pieces, as much from k of the others. Its
+// parities are made anew, too, where the groups stay: of k shards' pieces each.
+void CountRebuilt(const JobStateView& job, const Forecast& forecast,
+                  std::map<NodeId, std::uint64_t>* in, std::map<NodeId, std::uint64_t>* out,
+                  std::uint64_t* copy) {
+  if (job.commits.commits.empty()) return;
+  const Commit& commit = job.commits.commits.front();
+  const std::uint32_t workers = std::max(1U, job.record.spec.nproc_per_node);
+  const auto gone = [&](const NodeId& node) {
+    return std::find(forecast.lost.begin(), forecast.lost.end(), node) != forecast.lost.end();
+  };
+  for (const std::vector<Rank>& group : commit.parity.groups) {
+    const std::uint64_t k = group.size() - commit.parity.parity;
+    for (const HeldShard& shard : commit.shards) {
+      const auto rebuilt = forecast.rebuilt.find(shard.rank);
+      if (rebuilt == forecast.rebuilt.end() ||
+          std::find(group.begin(), group.end(), shard.rank) == group.end()) {
+        continue;
+      }
+      (*in)[rebuilt->second] += k * shard.bytes;
+      for (const Rank other : group) {
+        const auto place = static_cast<std::size_t>(other) / workers;
+        if (other == shard.rank || place >= job.plan.nodes.size()) continue;
+        const NodeId& node = job.plan.nodes[place].node;
+        if (!gone(node)) (*out)[node] += k * shard.bytes / (group.size() - 1);
+      }
+    }
+    if (forecast.state != JobState::kActivating || forecast.plan.parity != commit.parity) continue;
+    for (const HeldShard& parity : commit.parities) {
+      const Rank holder = checkpoint::HolderOf(parity.rank, commit.world_size);
+      const auto place = static_cast<std::size_t>(holder) / workers;
+      if (std::find(group.begin(), group.end(), holder) != group.end() &&
+          place < job.plan.nodes.size() && gone(job.plan.nodes[place].node)) {
+        *copy += k * parity.bytes;
+      }
+    }
+  }
+}
+
 void FillSources(const ClusterState& state, const JobStateView& job, const Forecast& forecast,
                  v1::LossForecast* to) {
   std::map<NodeId, std::uint64_t> in, out;
@@ -254,16 +375,26 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
         CountRanges(forecast.plan.cut, member.node, worker, &in, &out);
         continue;
       }
-      source->set_tier(r.file                         ? "file"
-                       : r.relay > 0                  ? "relay"
-                       : r.source_node == member.node ? "local"
-                                                      : "peer");
+      const auto rebuilt = forecast.rebuilt.find(r.shard_rank);
+      source->set_tier(rebuilt != forecast.rebuilt.end() && !r.file && r.relay == 0 ? "parity"
+                       : r.file                                                     ? "file"
+                       : r.relay > 0                                                ? "relay"
+                       : r.source_node == member.node                               ? "local"
+                                                                                    : "peer");
       source->set_source_node(r.file ? job.record.spec.ckpt_dir : r.source_node);
       source->set_source_rank(r.shard_rank);
       source->set_bytes(r.bytes);
-      Explain(state, job, forecast, member.node, r, source);
+      if (source->tier() == "parity") {
+        source->set_choices(1);
+        source->set_source_node(GroupText(job, r.shard_rank));
+        source->set_why(fmt::format(
+            "every copy is lost: {} makes it anew out of parities and what is left of its group",
+            rebuilt->second));
+      } else {
+        Explain(state, job, forecast, member.node, r, source);
+      }
       deepest = std::max(deepest, r.relay);
-      if (!r.file && r.source_node != member.node) {
+      if (!r.file && r.source_node != member.node && source->tier() != "parity") {
         in[member.node] += r.bytes;
         out[r.source_node] += r.bytes;
       }
@@ -273,6 +404,7 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
       }
     }
   }
+  CountRebuilt(job, forecast, &in, &out, &copy);
   std::sort(to->mutable_sources()->begin(), to->mutable_sources()->end(),
             [](const auto& a, const auto& b) { return a.rank() < b.rank(); });
   std::uint64_t total = 0, busiest = 0;
@@ -311,9 +443,17 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
   to.set_committed_step(copies.step);
   to.set_layout(commit == nullptr ? "unknown" : LayoutOf(*commit));
   to.set_copies(CopiesOf(job.record.spec, job.plan.nodes.size()));
+  to.set_redundancy(
+      checkpoint::PrintRedundancy(RedundancyOf(job.record.spec, job.plan.nodes.size())));
+  to.set_parities(static_cast<std::uint32_t>(copies.parities));
+  to.set_parities_wanted(static_cast<std::uint32_t>(copies.wanted));
+  const bool by_parity = !job.plan.parity.groups.empty();
+  const ParityHolders parity(job);
   const std::vector<NodeSet> planned = PlannedHosts(job);
-  const std::size_t sets = Distinct(planned);
-  to.set_shape(Shape(planned, sets));
+  const std::size_t sets =
+      by_parity ? job.plan.parity.groups.size() / std::max(1U, job.record.spec.nproc_per_node)
+                : Distinct(planned);
+  to.set_shape(by_parity ? "parity" : Shape(planned, sets));
   to.set_host_sets(static_cast<std::uint32_t>(sets));
   std::map<NodeId, std::vector<Rank>> keeps;
   for (const NodePlan& member : job.plan.nodes) {
@@ -330,24 +470,26 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
     for (const WorkerPlan& w : member.workers) node->add_ranks(w.rank);
     for (const PeerPlan& peer : member.peers) node->add_peers(peer.node);
     for (const Rank rank : keeps[member.node]) node->add_keeps(rank);
+    if (const auto at = parity.holders.find(member.node); at != parity.holders.end()) {
+      for (const NodeId& holder : at->second) node->add_peers(holder);
+    }
+    if (const auto at = parity.keeps.find(member.node); at != parity.keeps.end()) {
+      for (const Rank rank : at->second) node->add_keeps(rank);
+    }
     node->set_bytes(BytesHeld(job, member.node));
   }
   if (members.empty()) {
     to.set_why("the job runs on no node now");
     return to;
   }
-  // Losses of members; a copy on another node outlives them all.
-  std::vector<NodeSet> hosts = copies.hosts;
+  const Losses losses(copies);
   const auto count = static_cast<std::uint32_t>(members.size());
-  std::erase_if(hosts, [&](const NodeSet& set) {
-    return std::any_of(set.begin(), set.end(), [&](std::uint32_t v) { return v >= count; });
-  });
   const std::uint32_t most = std::min(max_lost == 0 ? kDefaultMaxLost : max_lost, count);
   for (std::uint32_t k = 1; k <= most; ++k) {
     v1::Survival* s = to.add_by_nodes();
     s->set_domains(count);
     s->set_lost(k);
-    FillSurvival(checkpoint::Survival(count, hosts, k), s);
+    FillSurvival(losses.OfNodes(k), s);
   }
   const FailureDomains domains = DomainsOf(state, members);
   std::vector<std::string> spread, within;
@@ -359,7 +501,7 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
       s->set_level(level.name);
       s->set_domains(static_cast<std::uint32_t>(by_domain.size()));
       s->set_lost(k);
-      FillSurvival(checkpoint::SurvivalByDomain(hosts, by_domain, k), s);
+      FillSurvival(losses.OfDomains(by_domain, k), s);
     }
     bool fatal = false;
     for (std::uint32_t d = 0; d < level.values.size(); ++d) {
@@ -367,7 +509,7 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
       for (std::uint32_t i = 0; i < count; ++i) {
         if (level.of[i] == d) nodes.push_back(i);
       }
-      if (checkpoint::LostWith(hosts, nodes).empty()) continue;
+      if (!losses.Fatal(nodes)) continue;
       fatal = true;
       to.add_fatal(
           fmt::format("{}={} ({} of {} nodes)", level.name, level.values[d], nodes.size(), count));
@@ -375,7 +517,7 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
     (fatal ? within : spread).push_back(level.name);
   }
   for (const auto& [name, nodes] : domains.evicted) {
-    const bool fatal = !checkpoint::LostWith(hosts, nodes).empty();
+    const bool fatal = losses.Fatal(nodes);
     (fatal ? within : spread).push_back(fmt::format("{}={}", kEvictLabel, name));
     if (fatal) {
       to.add_fatal(fmt::format("{}={} ({} of {} nodes)", kEvictLabel, name, nodes.size(), count));
@@ -385,9 +527,16 @@ v1::CheckpointPlacement PlacementOf(const ClusterState& state, const JobStateVie
   if (count == 1) {
     why = "one node: its state lies in its own memory alone";
   } else {
-    why = fmt::format("{} host set{} for {} nodes, the fewest with equal load", sets,
-                      sets == 1 ? "" : "s", count);
-    if (!spread.empty()) why += fmt::format("; copies cross every {}", fmt::join(spread, ", "));
+    why = by_parity ? fmt::format(
+                          "{} group{} of {} nodes share parities, {} for each piece of "
+                          "their states",
+                          sets, sets == 1 ? "" : "s", count, job.plan.parity.parity)
+                    : fmt::format("{} host set{} for {} nodes, the fewest with equal load", sets,
+                                  sets == 1 ? "" : "s", count);
+    if (!spread.empty()) {
+      why += fmt::format("; {} cross every {}", by_parity ? "groups" : "copies",
+                         fmt::join(spread, ", "));
+    }
     if (!within.empty()) {
       why += fmt::format("; not every {}: too few nodes outside, or copies that have not moved yet",
                          fmt::join(within, ", "));
@@ -463,23 +612,18 @@ v1::LossForecast LossForecastOf(const ClusterState& state, const JobStateView& j
   for (std::uint32_t i = 0; i < copies.nodes.size(); ++i) {
     if (std::find(lost.begin(), lost.end(), copies.nodes[i]) != lost.end()) gone.push_back(i);
   }
-  const NodeSet losers = checkpoint::LostWith(copies.hosts, gone);
-  for (const std::uint32_t r : losers) {
-    if (copies.step != kNoStep && !copies.replicated) to.add_ranks_lost(static_cast<Rank>(r));
+  for (const Rank rank : RanksLostWith(copies, gone)) {
+    if (copies.step != kNoStep && !copies.replicated) to.add_ranks_lost(rank);
   }
   for (const NodeId& id : lost) {
     to.set_detect_seconds(std::max(to.detect_seconds(), ToSeconds(state.nodes.at(id).lease)));
   }
   if (count > 0) {
-    std::vector<NodeSet> hosts = copies.hosts;
-    const auto members = static_cast<std::uint32_t>(copies.members);
-    std::erase_if(hosts, [&](const NodeSet& set) {
-      return std::any_of(set.begin(), set.end(), [&](std::uint32_t v) { return v >= members; });
-    });
+    const Losses losses(copies);
     v1::Survival* s = to.mutable_survival();
-    s->set_domains(members);
+    s->set_domains(losses.members);
     s->set_lost(count);
-    FillSurvival(checkpoint::Survival(members, hosts, count), s);
+    FillSurvival(losses.OfNodes(count), s);
   }
   if (!touched && Switches(forecast.state)) {
     to.set_recoverable(true);
@@ -502,30 +646,39 @@ v1::LossForecast LossForecastOf(const ClusterState& state, const JobStateView& j
   }
   FillSources(state, job, forecast, &to);
   if (!to.recoverable()) to.set_estimated_seconds(0);
+  const std::string too_many =
+      copies.parity.groups.empty() ? "" : ", more than its group's parities bring back";
   std::string why;
   if (to.recoverable()) {
     std::size_t local = 0;
     for (const v1::ShardSource& s : to.sources()) local += s.tier() == "local";
-    std::size_t files = 0;
-    for (const v1::ShardSource& s : to.sources()) files += s.tier() == "file";
+    std::size_t files = 0, anew = 0;
+    for (const v1::ShardSource& s : to.sources()) {
+      files += s.tier() == "file";
+      anew += s.tier() == "parity";
+    }
     why = fmt::format(
         "every rank's state of step {} is left: {} in the memory of the rank's own "
-        "node, {} on a peer{}",
-        to.step(), local, static_cast<std::size_t>(to.sources_size()) - local - files,
-        files == 0 ? "" : fmt::format(", {} in files", files));
+        "node, {} on a peer{}{}",
+        to.step(), local, static_cast<std::size_t>(to.sources_size()) - local - files - anew,
+        files == 0 ? "" : fmt::format(", {} in files", files),
+        anew == 0 ? "" : fmt::format(", {} in parities", anew));
     if (const RestoreCut& cut = forecast.plan.cut; !cut.shards.empty()) {
-      why =
-          fmt::format("every shard of step {} is left: {} ranks take their bytes from those of {}",
-                      to.step(), to.sources_size(), cut.world_size);
+      why = fmt::format(
+          "every shard of step {} is left{}: {} ranks take their bytes from those of {}", to.step(),
+          forecast.rebuilt.empty()
+              ? ""
+              : fmt::format(", {} of them in parities", forecast.rebuilt.size()),
+          to.sources_size(), cut.world_size);
     }
     if (to.step() < to.committed_step()) {
       why +=
-          fmt::format("; of step {}, which was committed, every copy of {} goes with these nodes",
-                      to.committed_step(), RanksText(to.ranks_lost()));
+          fmt::format("; of step {}, which was committed, every copy of {} goes with these nodes{}",
+                      to.committed_step(), RanksText(to.ranks_lost()), too_many);
     }
   } else if (to.ranks_lost_size() > 0) {
-    why = fmt::format("every copy of {} goes with these nodes, and no older step is complete",
-                      RanksText(to.ranks_lost()));
+    why = fmt::format("every copy of {} goes with these nodes{}, and no older step is complete",
+                      RanksText(to.ranks_lost()), too_many);
   } else if (copies.step == kNoStep) {
     why = "nothing was committed yet";
   } else if (const auto world = forecast.plan.nodes.size() * job.record.spec.nproc_per_node;

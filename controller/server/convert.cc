@@ -101,6 +101,7 @@ struct Writer {
     to->set_plan_crc(numbers->crc);
     for (const everstep::Cut& cut : c.given_up) wire::ToProto(cut, to->add_given_up());
     if (!c.plan->cut.shards.empty()) wire::ToProto(c.plan->cut, to->mutable_cut());
+    to->set_kept_by_parity(!c.plan->parity.groups.empty());
   }
   void operator()(const StopJobCommand& c) const {
     v1::StopJob* to = m->mutable_stop_job();
@@ -131,6 +132,15 @@ struct Writer {
     wire::ToProto(c.shard, to->mutable_shard());
     to->set_source_node(c.source_node);
     to->set_source_address(c.source_address);
+  }
+  void operator()(const BuildShardCommand& c) const {
+    v1::BuildShard* to = m->mutable_build_shard();
+    to->set_job(c.job);
+    to->set_generation(c.generation);
+    wire::ToProto(c.build.shard, to->mutable_shard());
+    to->set_parity(c.build.parity);
+    for (const Rank rank : c.build.group) to->add_group(rank);
+    for (const CutShard& source : c.build.sources) wire::ToProto(source, to->add_sources());
   }
 };
 

@@ -49,8 +49,7 @@ void FillPolicies(const FailureDomains& domains, const JobStateView& job, bool r
     where.levels.push_back(level.of);
   }
   for (const auto& [name, members] : domains.evicted) where.together.push_back(members);
-  const checkpoint::Redundancy in_force{.shards = 1,
-                                        .parity = CopiesOf(job.record.spec, nodes) - 1};
+  const checkpoint::Redundancy in_force = RedundancyOf(job.record.spec, nodes);
   const Pace pace = PaceOf(job);
   const std::uint64_t bytes = BytesOfANode(job);
   to->set_node_bytes(bytes);

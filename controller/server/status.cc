@@ -241,6 +241,7 @@ v1::JobStatus JobStatusOf(const ClusterState& state, const JobStateView& job, Ti
   to.set_committed_step(committed);
   to.set_ckpt_dir(r.spec.ckpt_dir);
   to.set_copies(CopiesOf(r.spec, job.plan.nodes.size()));
+  to.set_redundancy(checkpoint::PrintRedundancy(RedundancyOf(r.spec, job.plan.nodes.size())));
   to.set_verified_step(job.commits.verified_at.ns == 0 ? kNoStep : job.commits.verified.step);
   to.set_persisted_step(job.commits.persisted.ns == 0 ? kNoStep : job.commits.persisted_step);
   to.set_persisted(TimeText(job.commits.persisted));

@@ -131,6 +131,7 @@ void ToProto(const JobSpec& from, v1::JobSpec* to) {
   to->set_ckpt_every_steps(from.ckpt_every_steps);
   to->set_ckpt_every_ms(Milliseconds32(from.ckpt_every));
   to->set_copies(from.copies);
+  to->set_parity_states(from.parity_states);
   to->set_verify_after_steps(from.verify_after);
   // An unreadable command was refused at submission.
   wire::ToProto(from.command, to->mutable_command());
@@ -162,6 +163,7 @@ void FromProto(const v1::JobSpec& from, JobSpec* to) {
   to->ckpt_every_steps = from.ckpt_every_steps();
   to->ckpt_every = Milliseconds(from.ckpt_every_ms());
   to->copies = from.copies();
+  to->parity_states = from.parity_states();
   to->verify_after = from.verify_after_steps();
   to->command = wire::FromProto(from.command());
 }
@@ -232,6 +234,7 @@ void ToProto(const GenerationRecord& from, v1::GenerationRecord* to) {
   to->set_reason(Number(plan.reason));
   to->set_evidence(plan.evidence);
   if (!plan.cut.shards.empty()) wire::ToProto(plan.cut, to->mutable_cut());
+  if (!plan.parity.groups.empty()) wire::ToProto(plan.parity, to->mutable_parity());
 }
 
 bool FromProto(const v1::GenerationRecord& from, GenerationRecord* to) {
@@ -245,6 +248,7 @@ bool FromProto(const v1::GenerationRecord& from, GenerationRecord* to) {
   plan.restore_step = from.restore_step();
   plan.evidence = from.evidence();
   if (from.has_cut()) plan.cut = wire::FromProto(from.cut());
+  if (from.has_parity()) plan.parity = wire::FromProto(from.parity());
   return ToEnum(from.phase(), Phase::kEnded, &plan.phase) && ToReason(from.reason(), &plan.reason);
 }
 
@@ -258,6 +262,8 @@ void ToProto(const CommitRecord& from, v1::CommitRecord* to) {
     c->set_copies(commit.copies);
     c->set_replicated_layout(commit.replicated_layout);
     for (const HeldShard& shard : commit.shards) wire::ToProto(shard, c->add_shards());
+    for (const HeldShard& shard : commit.parities) wire::ToProto(shard, c->add_parities());
+    if (!commit.parity.groups.empty()) wire::ToProto(commit.parity, c->mutable_parity());
   }
   to->set_persisted_generation(from.persisted_generation);
   to->set_persisted_step(from.persisted_step);
@@ -280,6 +286,8 @@ bool FromProto(const v1::CommitRecord& from, CommitRecord* to) {
     commit.copies = c.copies();
     commit.replicated_layout = c.replicated_layout();
     for (const v1::HeldShard& shard : c.shards()) commit.shards.push_back(wire::FromProto(shard));
+    for (const v1::HeldShard& s : c.parities()) commit.parities.push_back(wire::FromProto(s));
+    if (c.has_parity()) commit.parity = wire::FromProto(c.parity());
   }
   to->persisted_generation = from.persisted_generation();
   to->persisted_step = from.persisted_ns() == 0 ? kNoStep : from.persisted_step();

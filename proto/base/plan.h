@@ -53,6 +53,7 @@ struct HeldShard {
   bool replicated_layout = false;  // every rank's state is the same: any shard serves any rank
   bool file = false;               // this node sees it in the checkpoint directory; unverified
   bool share = false;  // of one state that is the same on every rank: restored from all shares
+  Generation built = 0;            // a parity: the generation whose ParityPlan it is of; 0: none
   friend bool operator==(const HeldShard&, const HeldShard&) = default;
 };
 
@@ -107,6 +108,14 @@ struct RestorePlan {
   friend bool operator==(const RestorePlan&, const RestorePlan&) = default;
 };
 
+// Which ranks' shards share parities in a generation. Each group has one rank of each of its nodes,
+// in the order of the code; a rank is in one group. checkpoint/core/parity_ranks.h: who holds what.
+struct ParityPlan {
+  std::uint32_t parity = 0;               // parities of a codeword: any so many nodes may go
+  std::vector<std::vector<Rank>> groups;  // empty: shards are kept by copies
+  friend bool operator==(const ParityPlan&, const ParityPlan&) = default;
+};
+
 // Every shard of one step: what a world of another size starts from.
 struct CutShard {
   Rank rank = 0;  // that captured it
@@ -122,6 +131,16 @@ struct RestoreCut {
   std::int32_t world_size = 0;   // likewise
   std::vector<CutShard> shards;  // by rank; empty: no restore is by ranges
   friend bool operator==(const RestoreCut&, const RestoreCut&) = default;
+};
+
+// A shard that a node makes out of others' bytes: a parity (its rank is of the world's size or
+// beyond), or a lost one out of parities. It is kept as a replica.
+struct ShardBuild {
+  HeldShard shard;  // what is to come; crc_root 0: not known before it is there
+  std::uint32_t parity = 0;
+  std::vector<Rank> group;        // the code's ranks, in order
+  std::vector<CutShard> sources;  // of the same step, shards and parities
+  friend bool operator==(const ShardBuild&, const ShardBuild&) = default;
 };
 
 struct WorkerPlan {

@@ -114,6 +114,7 @@ void ToProto(const HeldShard& from, v1::HeldShard* to) {
   to->set_replicated_layout(from.replicated_layout);
   to->set_file(from.file);
   to->set_share(from.share);
+  to->set_built(from.built);
 }
 
 HeldShard FromProto(const v1::HeldShard& from) {
@@ -126,7 +127,8 @@ HeldShard FromProto(const v1::HeldShard& from) {
           .replica = from.replica(),
           .replicated_layout = from.replicated_layout(),
           .file = from.file(),
-          .share = from.share()};
+          .share = from.share(),
+          .built = from.built()};
 }
 
 void ToProto(const JobOnNode& from, v1::JobOnNode* to) {
@@ -183,18 +185,51 @@ NodePlan FromProto(const v1::NodePlan& from) {
   return to;
 }
 
+void ToProto(const ParityPlan& from, v1::ParityPlan* to) {
+  to->set_parity(from.parity);
+  for (const std::vector<Rank>& group : from.groups) {
+    v1::ParityPlan::Group* g = to->add_groups();
+    for (const Rank rank : group) g->add_ranks(rank);
+  }
+}
+
+ParityPlan FromProto(const v1::ParityPlan& from) {
+  ParityPlan to{.parity = from.parity(), .groups = {}};
+  to.groups.reserve(static_cast<std::size_t>(from.groups_size()));
+  for (const v1::ParityPlan::Group& g : from.groups()) {
+    to.groups.emplace_back(g.ranks().begin(), g.ranks().end());
+  }
+  return to;
+}
+
+void ToProto(const CutShard& from, v1::CutShard* to) {
+  to->set_rank(from.rank);
+  to->set_crc_root(from.crc_root);
+  to->set_bytes(from.bytes);
+  to->set_file(from.file);
+  for (const CutHolder& holder : from.holders) {
+    v1::CutHolder* h = to->add_holders();
+    h->set_node(holder.node);
+    h->set_address(holder.address);
+  }
+}
+
+CutShard FromProto(const v1::CutShard& from) {
+  CutShard to{.rank = from.rank(),
+              .crc_root = from.crc_root(),
+              .bytes = from.bytes(),
+              .holders = {},
+              .file = from.file()};
+  to.holders.reserve(static_cast<std::size_t>(from.holders_size()));
+  for (const v1::CutHolder& h : from.holders()) to.holders.push_back({h.node(), h.address()});
+  return to;
+}
+
 void ToProto(const RestoreCut& from, v1::RestoreCut* to) {
   to->set_step(from.step);
   to->set_generation(from.generation);
   to->set_world_size(from.world_size);
-  for (const CutShard& shard : from.shards) {
-    v1::CutShard* s = to->add_shards();
-    s->set_rank(shard.rank);
-    s->set_crc_root(shard.crc_root);
-    s->set_bytes(shard.bytes);
-    s->set_file(shard.file);
-    for (const CutHolder& holder : shard.holders) ToProto(holder, s->add_holders());
-  }
+  for (const CutShard& shard : from.shards) ToProto(shard, to->add_shards());
 }
 
 RestoreCut FromProto(const v1::RestoreCut& from) {
@@ -203,16 +238,7 @@ RestoreCut FromProto(const v1::RestoreCut& from) {
                 .world_size = from.world_size(),
                 .shards = {}};
   to.shards.reserve(static_cast<std::size_t>(from.shards_size()));
-  for (const v1::CutShard& s : from.shards()) {
-    CutShard shard{.rank = s.rank(),
-                   .crc_root = s.crc_root(),
-                   .bytes = s.bytes(),
-                   .holders = {},
-                   .file = s.file()};
-    shard.holders.reserve(static_cast<std::size_t>(s.holders_size()));
-    for (const v1::CutHolder& h : s.holders()) shard.holders.push_back({h.node(), h.address()});
-    to.shards.push_back(std::move(shard));
-  }
+  for (const v1::CutShard& s : from.shards()) to.shards.push_back(FromProto(s));
   return to;
 }
 

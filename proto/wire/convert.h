@@ -36,6 +36,13 @@ Cut FromProto(const v1::Cut& from);
 void ToProto(const NodePlan& from, v1::NodePlan* to);
 NodePlan FromProto(const v1::NodePlan& from);
 
+// Callers leave the message out when there are no groups.
+void ToProto(const ParityPlan& from, v1::ParityPlan* to);
+ParityPlan FromProto(const v1::ParityPlan& from);
+
+void ToProto(const CutShard& from, v1::CutShard* to);
+CutShard FromProto(const v1::CutShard& from);
+
 // Callers leave the message out when there are no shards.
 void ToProto(const RestoreCut& from, v1::RestoreCut* to);
 RestoreCut FromProto(const v1::RestoreCut& from);

@@ -261,6 +261,7 @@ void Cluster::Submit(const Words& c) {
   spec.max_start_failures = ParseNumber(c.Get("max_start_failures", "5"));
   spec.only_nodes = Split(c.Get("only"));
   spec.copies = ParseNumber(c.Get("copies", "0"));
+  spec.parity_states = ParseNumber(c.Get("parity", "0"));
   spec.verify_after = ParseNumber(c.Get("verify_after", "0"));
   spec.ckpt_dir = c.Get("ckpt");
   spec.ckpt_every_steps = ParseNumber(c.Get("every_steps", "0"));

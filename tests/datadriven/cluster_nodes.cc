@@ -121,6 +121,11 @@ void Cluster::Answer(const NodeId& id, const controller::Command& order) {
   } else if (const auto* repair = std::get_if<RepairShardCommand>(&order.body)) {
     Hold(id, repair->job, repair->shard);
     Do(ShardCopied{id, incarnation, repair->job, repair->shard}, true);
+  } else if (const auto* build = std::get_if<BuildShardCommand>(&order.body)) {
+    HeldShard shard = build->build.shard;
+    if (shard.crc_root == 0) shard.crc_root = 5000u + static_cast<std::uint32_t>(shard.rank);
+    Hold(id, build->job, shard);
+    Do(ShardCopied{id, incarnation, build->job, shard}, true);
   } else if (const auto* stop = std::get_if<StopJobCommand>(&order.body)) {
     const auto job = node.jobs.find(stop->job);
     if (job != node.jobs.end() && job->second.generation <= stop->generation) {

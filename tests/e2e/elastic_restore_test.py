@@ -53,9 +53,9 @@ def newest(work: Path) -> tuple[int, int, int]:
     return int(next(w[2] for w in found if int(w[1]) == generation)), generation, len(steps(work, generation))
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "ddp", "dcp"])
-def test_four_ranks_then_three_then_four(work: Path, kind: str) -> None:
-    nodes = Nodes(work, 4, nnodes="3:4", script=SCRIPT, env=environment(work, kind))
+@pytest.mark.parametrize(("kind", "redundancy"), [("fsdp2", "replicate(2)"), ("fsdp2", "xor(2+1)"), ("ddp", "replicate(2)"), ("dcp", "replicate(2)")])
+def test_four_ranks_then_three_then_four(work: Path, kind: str, redundancy: str) -> None:
+    nodes = Nodes(work, 4, "--redundancy", redundancy, nnodes="3:4", script=SCRIPT, env=environment(work, kind))
     try:
         def runs_at(world: int, after: int) -> int:
             def there() -> int:

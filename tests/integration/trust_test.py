@@ -25,12 +25,12 @@ CHUNK = 1 << 20
 def start(tmp_path: Path) -> Iterator[Callable[..., Cluster]]:
     clusters: list[Cluster] = []
 
-    def begin(*job: str, scrub: bool = True, zones: dict[str, str] | None = None) -> Cluster:
+    def begin(*job: str, scrub: bool = True, zones: dict[str, str] | None = None, nodes: int = 2) -> Cluster:
         args = ("--ckpt-scrub-every", "0.2", "--ckpt-scrub-rate", "4096" if scrub else "0")
-        clusters.append(Cluster(tmp_path, zones or ZONES, ranks=2, agent_args=args))
+        clusters.append(Cluster(tmp_path, zones or ZONES, ranks=nodes, agent_args=args))
         cluster = clusters[-1]
         cluster.wait("all nodes", lambda: list(cluster.nodes().values()).count("ALIVE") == len(cluster.zones))
-        cluster.submit("--nnodes", "2", "--spares", "1", *job)
+        cluster.submit("--nnodes", str(nodes), "--spares", str(len(cluster.zones) - nodes), *job)
         return cluster
 
     yield begin
@@ -118,6 +118,30 @@ def test_a_flipped_bit_is_found_named_and_put_right(start: Callable[..., Cluster
     cluster.kill(members[1])
     cluster.wait("the next generation", lambda: int(cluster.job()["generation"]) == 2)
     right(cluster, 2, 4)
+
+
+def test_of_a_job_of_parities_a_flipped_bit_is_put_right_too(start: Callable[..., Cluster]) -> None:
+    """Nobody has another copy: a state is made anew out of parities, a parity out of states."""
+    cluster = start("--redundancy", "xor(2+1)", nodes=3)
+    cluster.settled(4)
+    members = cluster.job()["members"]
+    # Parity 4 is what rank 1 holds of the two others (docs/internals/arena.md, "Parities").
+    for done, (node, rank, replica, chunk) in enumerate([(members[0], 0, False, 3), (members[1], 4, True, 0), (members[2], 2, False, 5)], 1):
+        slot(cluster, node, rank, 4, replica).flip(chunk)
+        cluster.wait(f"flip {done} repaired", lambda done=done: len(cluster.events("shard_repaired")) == done)
+        told = cluster.events("shard_damaged")[-1]
+        assert (told["node"], told["rank"], told["facts"]["source"]) == (node, rank, "parity")
+        assert "made anew out of parities" in told["message"]
+    shown = checkpoints(cluster)
+    assert (int(shown["shards_damaged"]), int(shown["shards_repaired"])) == (3, 3)
+    assert (shown["parities"], shown["parities_wanted"]) == (3, 3)
+    # It is the very state again: a loss is undone with it.
+    generation = int(cluster.job()["generation"])
+    cluster.tell(step=4, generation=generation)
+    cluster.kill(members[1])
+    cluster.join(members[1])
+    cluster.wait("a later generation", lambda: int(cluster.job()["generation"]) > generation and cluster.job()["state"] == "RUNNING")
+    right(cluster, int(cluster.job()["generation"]), 4)
 
 
 def test_a_damaged_copy_is_never_restored_from(start: Callable[..., Cluster]) -> None:

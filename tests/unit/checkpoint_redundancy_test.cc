@@ -4,8 +4,11 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <bit>
+#include <set>
 
 #include "checkpoint/core/parity_groups.h"
+#include "checkpoint/core/parity_ranks.h"
 #include "checkpoint/core/policy_prices.h"
 
 namespace everstep::checkpoint {
@@ -118,6 +121,55 @@ TEST(Redundancy, ThePriceIsWhatTheRowsCost) {
         if (strategy == Strategy::kBalanced) {
           ASSERT_LE(p.price.memory, bound + 1e-12);
         }
+      }
+    }
+  }
+}
+
+// Ranks 1, 4, 7, 9, 2 of a world of 10 in one group.
+TEST(ParityRanks, EveryRankHoldsOneOfEachNumberAndCoversNothingOfItsOwn) {
+  const std::vector<Rank> group = {1, 4, 7, 9, 2};
+  const std::int32_t world = 10;
+  const std::vector<Codeword> words = CodewordsOf(group, 2, world);
+  ASSERT_EQ(words.size(), group.size());
+  std::set<Rank> parities;
+  std::vector<int> pieces(10, 0);
+  for (const Codeword& word : words) {
+    ASSERT_EQ(word.members.size(), 3U);
+    ASSERT_EQ(word.parities.size(), 2U);
+    for (std::uint32_t p = 0; p < 2; ++p) {
+      const Rank parity = word.parities[p];
+      EXPECT_TRUE(IsParity(parity, world));
+      EXPECT_EQ(parity, ParityRank(HolderOf(parity, world), p, world));
+      EXPECT_EQ(std::count(word.members.begin(), word.members.end(), HolderOf(parity, world)), 0);
+      EXPECT_TRUE(parities.insert(parity).second) << parity << " is of two rows";
+    }
+    for (const Rank rank : word.members) ++pieces[static_cast<std::size_t>(rank)];
+  }
+  EXPECT_EQ(parities.size(), 10U);
+  for (const Rank rank : group) EXPECT_EQ(pieces[static_cast<std::size_t>(rank)], 3);
+  EXPECT_FALSE(IsParity(9, world));
+}
+
+// Ranks go with what they hold: any r of them come back, r + 1 do not.
+TEST(ParityRanks, AGroupBearsTheLossOfAsManyRanksAsItHasParities) {
+  for (std::uint32_t n = 2; n <= 8; ++n) {
+    for (std::uint32_t r = 1; r < n; ++r) {
+      std::vector<Rank> group;
+      for (std::uint32_t i = 0; i < n; ++i) group.push_back(static_cast<Rank>(i));
+      const auto world = static_cast<std::int32_t>(n);
+      const std::vector<Codeword> words = CodewordsOf(group, r, world);
+      for (std::uint32_t lost = 0; lost < 1U << n; ++lost) {
+        std::set<Rank> have;
+        for (std::uint32_t i = 0; i < n; ++i) {
+          if ((lost >> i & 1) != 0) continue;
+          have.insert(static_cast<Rank>(i));
+          for (std::uint32_t p = 0; p < r; ++p) {
+            have.insert(ParityRank(static_cast<Rank>(i), p, world));
+          }
+        }
+        ASSERT_EQ(Recoverable(words, have), std::popcount(lost) <= static_cast<int>(r))
+            << n << " ranks, " << r << " parities, lost " << lost;
       }
     }
   }

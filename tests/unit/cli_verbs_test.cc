@@ -71,6 +71,7 @@ v1::CheckpointPlacement Placement() {
   p.set_job("gpt-large");
   p.set_generation(3);
   p.set_copies(2);
+  p.set_redundancy("replicate(2)");
   p.set_shape("group");
   p.set_host_sets(2);
   p.set_layout("sharded");
@@ -137,6 +138,7 @@ v1::JobCheckpoints Checkpoints() {
   c.set_job("gpt-large");
   c.set_generation(3);
   c.set_copies(2);
+  c.set_redundancy("replicate(2)");
   c.set_newest_step(182442);
   c.set_committed_step(182441);
   c.set_verified_step(182000);

@@ -287,6 +287,90 @@ TEST(CheckpointStatus, AForecastCountsWhatMovesAndWhatIsCopiedAnew) {
       "every rank's state of step 7 is left: 3 in the memory of the rank's own node, 1 on a peer");
 }
 
+// The same kept by xor(3+1): a parity of a third of a state on each node, and no copies.
+World ByParity() {
+  World w({"a", "a", "b", "b"}, {2, 3, 0, 1});
+  w.job.record.spec.parity_states = 3;
+  w.job.record.spec.copies = 2;
+  w.job.plan.parity = {.parity = 1, .groups = {{0, 1, 2, 3}}};
+  Commit& commit = w.job.commits.commits.front();
+  commit.copies = 1;
+  commit.parity = w.job.plan.parity;
+  for (int i = 0; i < 4; ++i) {
+    w.job.plan.nodes[static_cast<std::size_t>(i)].peers.clear();
+    std::vector<HeldShard>& held = w.job.holdings[World::Name(i)].shards;
+    std::erase_if(held, [](const HeldShard& s) { return s.replica; });
+    HeldShard parity = held.front();
+    parity.rank = 4 + i;
+    parity.replica = true;
+    parity.built = 2;
+    parity.crc_root = 200;
+    parity.bytes = 22 * kMiB;
+    held.push_back(parity);
+    commit.parities.push_back(parity);
+  }
+  return w;
+}
+
+TEST(CheckpointStatus, OfAJobOfParitiesItTellsWhatThoseBringBack) {
+  World w = ByParity();
+  const v1::CheckpointPlacement p = PlacementOf(w.state, w.job, 2);
+  EXPECT_EQ(p.redundancy(), "xor(3+1)");
+  EXPECT_EQ(p.shape(), "parity");
+  EXPECT_EQ(p.copies(), 1u);
+  EXPECT_EQ(p.parities(), 4u);
+  EXPECT_EQ(p.parities_wanted(), 4u);
+  EXPECT_EQ(p.policies(0).policy(), "xor(3+1)");
+  EXPECT_TRUE(p.policies(0).in_force());
+  EXPECT_DOUBLE_EQ(p.by_nodes(0).probability(), 1);
+  EXPECT_DOUBLE_EQ(p.by_nodes(1).probability(), 0);
+  EXPECT_EQ(p.fatal_size(), 2) << "a zone is two of the four";
+  EXPECT_EQ(p.nodes(0).peers_size(), 3);
+  EXPECT_EQ(p.nodes(0).keeps_size(), 3);
+  EXPECT_EQ(p.nodes(0).bytes(), 86 * kMiB);
+  EXPECT_EQ(p.why().find("1 group of 4 nodes share parities, 1 for each piece of their states"), 0u)
+      << p.why();
+
+  // One node: its shard is made anew on n5, of three of three pieces' size each; then its parity.
+  w.state.nodes["n5"] = w.state.nodes["n2"];
+  Forecast goes_on = GoesOn(w, "n2", "n5", "n5");
+  goes_on.lost = {"n2"};
+  goes_on.rebuilt = {{1, "n5"}};
+  goes_on.plan.parity = w.job.plan.parity;
+  const v1::LossForecast f = LossForecastOf(w.state, w.job, {"n2"}, goes_on, 0);
+  EXPECT_TRUE(f.recoverable());
+  EXPECT_TRUE(f.ranks_lost().empty());
+  EXPECT_EQ(f.sources(1).tier(), "parity");
+  EXPECT_EQ(f.sources(1).source_node(), "its group of 4");
+  EXPECT_EQ(f.bytes_to_move(), std::uint64_t{3} * 64 * kMiB);
+  EXPECT_EQ(f.bytes_to_copy(), std::uint64_t{3} * 22 * kMiB);
+  EXPECT_EQ(f.why(),
+            "every rank's state of step 7 is left: 3 in the memory of the rank's own node, 0 on a "
+            "peer, 1 in parities");
+
+  // Two: which ranks are gone, and why.
+  Forecast none{JobState::kWaiting, "2 of at least 4 nodes", w.job.plan};
+  none.plan.restore_step = kNoStep;
+  const v1::LossForecast two = LossForecastOf(w.state, w.job, {"n1", "n3"}, none, 2);
+  EXPECT_EQ(std::vector<int>(two.ranks_lost().begin(), two.ranks_lost().end()),
+            (std::vector<int>{0, 2}));
+  EXPECT_EQ(two.why().find("every copy of ranks 0, 2 goes with these nodes, more than its group's "
+                           "parities bring back, and no older step is complete"),
+            0u)
+      << two.why();
+  EXPECT_DOUBLE_EQ(two.survival().probability(), 0);
+}
+
+// A parity that is not there any more is not counted on.
+TEST(CheckpointStatus, AParityThatLacksLeavesItsRowWithLess) {
+  World w = ByParity();
+  std::vector<HeldShard>& held = w.job.holdings["n4"].shards;
+  std::erase_if(held, [](const HeldShard& s) { return s.replica; });
+  const v1::CheckpointPlacement p = PlacementOf(w.state, w.job, 2);
+  EXPECT_EQ(p.parities(), 3u);
+  EXPECT_DOUBLE_EQ(p.by_nodes(0).probability(), 0) << "a group counts as its weakest row";
+}
+
 TEST(CheckpointStatus, AForecastTellsWhoPassesItOn) {
   World w({"a", "a", "b", "b"}, {2, 3, 0, 1});
   for (const char* node : {"n5", "n6"}) w.state.nodes[node] = w.state.nodes["n2"];

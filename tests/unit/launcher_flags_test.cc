@@ -153,6 +153,27 @@ TEST(LauncherFlags, ErrorsNameTheFlagAndTheWayOut) {
   EXPECT_TRUE(Has(Bad({""}), "empty"));
 }
 
+TEST(LauncherFlags, RedundancyIsCopiesOrParityAndFitsTheNodes) {
+  const LaunchFlags copies = Good({"--nnodes=4", "--redundancy=replicate(3)", "t.py"});
+  EXPECT_EQ(copies.copies, 3U);
+  EXPECT_EQ(copies.parity_states, 0U);
+  const LaunchFlags parity = Good({"--nnodes=2:6", "--redundancy", "rs(4+2)", "t.py"});
+  EXPECT_EQ(parity.copies, 3U);
+  EXPECT_EQ(parity.parity_states, 4U);
+  const LaunchFlags one = Good({"--nnodes=4", "t.py"}, {{"EVERSTEP_REDUNDANCY", " xor( 3 + 1 ) "}});
+  EXPECT_EQ(one.copies, 2U);
+  EXPECT_EQ(one.parity_states, 3U);
+  EXPECT_EQ(Good({"--nnodes=4", "t.py"}).copies, 0U) << "the controller's default";
+  EXPECT_TRUE(Has(Bad({"--nnodes=3", "--redundancy=rs(4+2)", "t.py"}),
+                  "takes 6 nodes and --nnodes asks for up to 3; replicate(3) fits"));
+  EXPECT_TRUE(Has(Bad({"--nnodes=5", "--redundancy=xor(8+1)", "t.py"}), "up to 5; xor(4+1) fits"));
+  EXPECT_TRUE(Has(Bad({"--nnodes=4", "--redundancy=xor(2+2)", "t.py"}), "write rs(2+2)"));
+  EXPECT_TRUE(Has(Bad({"--nnodes=4", "--redundancy=raid5", "t.py"}), "rs(k+r)"));
+  EXPECT_TRUE(Has(Bad({"--nnodes=4", "--copies=3", "--redundancy=xor(3+1)", "t.py"}),
+                  "contradict each other"));
+  EXPECT_EQ(Good({"--nnodes=4", "--copies=2", "--redundancy=replicate(2)", "t.py"}).copies, 2U);
+}
+
 TEST(LauncherFlags, FiltersKeepDoubledCommas) {
   EXPECT_EQ(Good({"--duplicate-stdout-filters=a,,b,c", "t.py"}).duplicate_stdout_filters,
             (Words{"a,b", "c"}));

@@ -32,6 +32,7 @@ const std::string* JobOf(const v1::ControllerMessage& m) {
     case v1::ControllerMessage::kTailLogs: return &m.tail_logs().job();
     case v1::ControllerMessage::kPersist: return &m.persist().job();
     case v1::ControllerMessage::kRepairShard: return &m.repair_shard().job();
+    case v1::ControllerMessage::kBuildShard: return &m.build_shard().job();
     case v1::ControllerMessage::kKillForDrill: return &m.kill_for_drill().job();
     default: return nullptr;
   }
@@ -55,6 +56,7 @@ Activate ActivateFromWire(const v1::Activate& m) {
   e.plan = wire::FromProto(m.plan());
   e.given_up = CutsOf(m.given_up());
   if (m.has_cut()) e.cut = wire::FromProto(m.cut());
+  e.kept_by_parity = m.kept_by_parity();
   return e;
 }
 
@@ -74,6 +76,7 @@ v1::Activate ToWire(const Activate& e) {
   wire::ToProto(e.plan, m.mutable_plan());
   for (const Cut& cut : e.given_up) wire::ToProto(cut, m.add_given_up());
   if (!e.cut.shards.empty()) wire::ToProto(e.cut, m.mutable_cut());
+  m.set_kept_by_parity(e.kept_by_parity);
   return m;
 }
 
@@ -129,6 +132,15 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
       const v1::RepairShard& r = m.repair_shard();
       return RepairShard{header, r.job(), wire::FromProto(r.shard()), r.source_node(),
                          r.source_address()};
+    }
+    case v1::ControllerMessage::kBuildShard: {
+      const v1::BuildShard& b = m.build_shard();
+      BuildShard e{header, b.job(), b.generation(), {}};
+      e.build.shard = wire::FromProto(b.shard());
+      e.build.parity = b.parity();
+      e.build.group.assign(b.group().begin(), b.group().end());
+      for (const v1::CutShard& s : b.sources()) e.build.sources.push_back(wire::FromProto(s));
+      return e;
     }
     case v1::ControllerMessage::kTailLogs: {
       const v1::TailLogs& t = m.tail_logs();

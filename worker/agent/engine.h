@@ -137,6 +137,7 @@ class Engine final : private checkpoint::Listener {
   void On(const RememberActivated& e);
   void On(const Survey& e);
   void On(const MendShard& e);
+  void On(const MakeShard& e);
   void On(const MarkCommitted& e);
   void On(const PersistStep& e);
   void On(const ControllerAway& e);

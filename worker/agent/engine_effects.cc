@@ -353,6 +353,10 @@ void Engine::On(const MendShard& e) {
   if (transfer_ != nullptr) transfer_->Mend(e.job, e.shard, e.source_address);
 }
 
+void Engine::On(const MakeShard& e) {
+  if (transfer_ != nullptr) transfer_->Make(e.job, e.generation, e.build);
+}
+
 CheckpointDir Engine::DirOf(const CommandSpec& spec) {
   v1::Command command;
   if (!wire::ToProto(spec, &command)) return {};

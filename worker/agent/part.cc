@@ -14,6 +14,7 @@ checkpoint::Part PartOf(const Activate& a, const std::string& directory) {
   part.data_key = a.data_key;
   part.peers.reserve(a.plan.peers.size());
   for (const PeerPlan& peer : a.plan.peers) part.peers.push_back(peer.address);
+  part.kept_by_parity = a.kept_by_parity;
   part.committed_step = a.committed_step;
   part.given_up = a.given_up;
   for (const WorkerPlan& w : a.plan.workers) {

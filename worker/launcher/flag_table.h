@@ -45,6 +45,7 @@ enum class FlagId : std::uint8_t {
   kSpares,
   kNoPreload,
   kCopies,
+  kRedundancy,
   kVerifyAfter,
   kCkptDir,
   kCkptEvery,
@@ -135,6 +136,10 @@ inline constexpr FlagRow kFlagTable[] = {
      "start workers cold, without the fork server", false},
     {FlagId::kCopies, "--copies", 0, true, "EVERSTEP_COPIES", "M",
      "nodes whose memory holds each rank's state, its own among them; 2 by default, 1: no peer",
+     false},
+    {FlagId::kRedundancy, "--redundancy", 0, true, "EVERSTEP_REDUNDANCY", "POLICY",
+     "replicate(M): as --copies M; xor(K+1), rs(K+R): parities over K nodes' states in place of "
+     "copies, for sharded states",
      false},
     {FlagId::kVerifyAfter, "--verify-after", 0, true, "EVERSTEP_VERIFY_AFTER", "STEPS",
      "steps without an anomaly that make a checkpoint a verified one; 0 by default: never", false},

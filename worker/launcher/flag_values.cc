@@ -208,6 +208,14 @@ std::string ReadJobName(std::string_view text, std::string* out) {
   return {};
 }
 
+std::string ReadRedundancy(std::string_view text, std::optional<checkpoint::Redundancy>* out) {
+  checkpoint::Redundancy policy;
+  const std::string wrong = checkpoint::ParseRedundancy(Strip(text), &policy);
+  if (!wrong.empty()) return wrong;
+  *out = policy;
+  return {};
+}
+
 std::vector<std::string> ReadFilters(std::string_view text) {
   std::vector<std::string> items(1);
   for (std::size_t i = 0; i < text.size(); ++i) {

@@ -4,10 +4,12 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "checkpoint/core/redundancy.h"
 #include "worker/launcher/flags.h"
 
 namespace everstep::launcher {
@@ -25,6 +27,8 @@ std::string ReadConfig(std::string_view text, std::map<std::string, std::string>
 std::string ReadRanks(std::string_view text, std::vector<std::int32_t>* out);
 std::string ReadSignals(std::string_view text, std::vector<std::string>* out);
 std::string ReadJobName(std::string_view text, std::string* out);
+// "rs(4+2)"; checkpoint/core/redundancy.h.
+std::string ReadRedundancy(std::string_view text, std::optional<checkpoint::Redundancy>* out);
 // "a,b" with ",," standing for a comma in an item.
 std::vector<std::string> ReadFilters(std::string_view text);
 

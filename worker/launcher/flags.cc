@@ -1,6 +1,7 @@
 #include "worker/launcher/flags.h"
 
 #include <algorithm>
+#include <optional>
 
 #include <fmt/format.h>
 
@@ -289,6 +290,7 @@ class Parser {
         wrong = ReadInteger(value, 1, kMaxNodes, &number);
         f.copies = static_cast<std::uint32_t>(number);
         return wrong;
+      case FlagId::kRedundancy: return ReadRedundancy(value, &redundancy_);
       case FlagId::kVerifyAfter:
         wrong = ReadInteger(value, 0, 1'000'000'000, &number);
         f.verify_after = static_cast<std::uint32_t>(number);
@@ -316,6 +318,29 @@ class Parser {
     }
     *out = value;
     return {};
+  }
+
+  // --redundancy, against --copies and --nnodes. False: it failed.
+  bool SettleRedundancy() {
+    LaunchFlags& f = result_.flags;
+    if (!redundancy_) return true;
+    const checkpoint::Redundancy& policy = *redundancy_;
+    const std::string text = checkpoint::PrintRedundancy(policy);
+    if (f.copies != 0 && (!policy.copies() || f.copies != policy.parity + 1)) {
+      return Fail(
+          Error(fmt::format("--copies={} and --redundancy={} contradict each other; leave "
+                            "one of the two out",
+                            f.copies, text)));
+    }
+    if (!policy.copies() && policy.shards + policy.parity > f.max_nodes) {
+      return Fail(Error(
+          fmt::format("--redundancy={} takes {} nodes and --nnodes asks for up to {}; {} fits",
+                      text, policy.shards + policy.parity, f.max_nodes,
+                      checkpoint::PrintRedundancy(checkpoint::OnNodes(policy, f.max_nodes)))));
+    }
+    f.copies = policy.parity + 1;
+    f.parity_states = policy.copies() ? 0 : policy.shards;
+    return true;
   }
 
   // What only the whole line tells.
@@ -363,6 +388,7 @@ class Parser {
       return Fail(Error(fmt::format("--node-rank={}: --nnodes={} makes {} the highest", f.node_rank,
                                     f.max_nodes, f.max_nodes - 1)));
     }
+    if (!SettleRedundancy()) return false;
     Warn();
     return true;
   }
@@ -392,6 +418,7 @@ class Parser {
   bool no_python_ = false;
   bool run_path_ = false;
   bool shutdown_timeout_given_ = false;
+  std::optional<checkpoint::Redundancy> redundancy_;
 };
 
 }  // namespace

@@ -95,6 +95,7 @@ struct LaunchFlags {
   std::uint32_t spares = 0;
   bool preload = true;                 // --no-preload: workers start cold
   std::uint32_t copies = 0;            // --copies; 0: the controller's default
+  std::uint32_t parity_states = 0;     // --redundancy: k, with r = copies - 1; 0: kept by copies
   std::uint32_t verify_after = 0;      // --verify-after; 0: never
   std::string ckpt_dir;                // --ckpt-dir; empty: no file tier
   double ckpt_every_seconds = 600;     // --ckpt-every; 0: by steps

@@ -102,6 +102,7 @@ std::string MakeJobSpec(const LaunchFlags& flags, const SubmitterFacts& facts, v
     command->set_log_dir((std::filesystem::path(facts.cwd) / flags.log_dir).lexically_normal());
   }
   spec->set_copies(flags.copies);
+  spec->set_parity_states(flags.parity_states);
   spec->set_verify_after_steps(flags.verify_after);
   if (!flags.ckpt_dir.empty()) {
     spec->set_ckpt_dir((std::filesystem::path(facts.cwd) / flags.ckpt_dir).lexically_normal());

@@ -5,6 +5,7 @@
 
 #include <fmt/format.h>
 
+#include "checkpoint/core/parity_ranks.h"
 #include "tests/sim/world/node.h"
 
 namespace everstep::sim {
@@ -47,7 +48,13 @@ std::optional<Origin> OriginOf(const controller::Event& event) {
 }
 
 // What the job's owner asked for, said apart from the core's own rule.
+std::size_t ParitiesWanted(const controller::JobSpec& spec, std::size_t nodes) {
+  // As many as asked for, and at least two states under each, or it is copies.
+  const std::size_t parities = spec.copies == 0 ? 1 : spec.copies - 1;
+  return spec.parity_states >= 2 && nodes >= parities + 2 ? parities : 0;
+}
 std::size_t CopiesWanted(const controller::JobSpec& spec, std::size_t nodes) {
+  if (ParitiesWanted(spec, nodes) > 0) return 1;
   return std::min<std::size_t>(spec.copies == 0 ? 2 : spec.copies, nodes);
 }
 
@@ -138,6 +145,12 @@ void Checkers::AfterStep(Timestamp now, const ClusterState& state, const control
       back != nullptr && !decisions.records.empty()) {
     env_.truth->Count("rolled back");
     commits_.erase(back->job);
+  }
+  for (const controller::Record& record : decisions.records) {
+    const auto* line = std::get_if<controller::JournalRecord>(&record);
+    if (line != nullptr && line->reason == controller::Reason::kRebuildTimeout) {
+      rebuild_timeouts_[line->job] = line->generation;
+    }
   }
   for (const controller::Record& record : decisions.records) {
     if (const auto* generation = std::get_if<controller::GenerationRecord>(&record)) {
@@ -320,8 +333,18 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
     }
     ranks_at_hand += at_hand ? 1 : 0;
   }
-  const bool whole =
-      commit.replicated_layout ? ranks_at_hand > 0 : ranks_at_hand == commit.shards.size();
+  bool whole = commit.replicated_layout ? ranks_at_hand > 0 : ranks_at_hand == commit.shards.size();
+  if (!whole && !commit.parity.groups.empty()) {
+    whole = AtHand(plan.job, commit, [&](const Truth::Holder& holder) {
+      return holder.intact && Reachable(state, holder.node, holder.keeper);
+    });
+    where = " its parities";
+    // Who makes them may die at it, again and again, until the time for it is over.
+    if (whole && rebuild_timeouts_[plan.job] == plan.generation) {
+      env_.truth->Count("rebuilds given up");
+      return;
+    }
+  }
   if (whole) TellMemory(now, state, plan.job);
   if (whole) {
     Violate(
@@ -413,6 +436,57 @@ void Checkers::CheckCommit(Timestamp now, const ClusterState& state,
     if (shard.share != commit.shards.front().share) {
       Violate(now, "shares_together",
               fmt::format("{} is of shares, but not for rank {} and 0 alike", name, shard.rank));
+    }
+  }
+  CheckParities(now, job, commit, name);
+}
+
+// The commit's shards are there or come back, counting only holders that `counts` takes.
+bool Checkers::AtHand(const JobId& job, const controller::Commit& commit,
+                      const std::function<bool(const Truth::Holder&)>& counts) const {
+  std::set<Rank> have;
+  for (const std::vector<HeldShard>* shards : {&commit.shards, &commit.parities}) {
+    for (const HeldShard& shard : *shards) {
+      const std::vector<Truth::Holder> holders = env_.truth->Holders(job, shard);
+      if (std::any_of(holders.begin(), holders.end(), counts)) have.insert(shard.rank);
+    }
+  }
+  return std::all_of(commit.parity.groups.begin(), commit.parity.groups.end(),
+                     [&](const std::vector<Rank>& group) {
+                       return checkpoint::Recoverable(
+                           checkpoint::CodewordsOf(group, commit.parity.parity, commit.world_size),
+                           have);
+                     });
+}
+
+// What is committed with parities bears the loss of any so many nodes as were asked for.
+void Checkers::CheckParities(Timestamp now, const controller::JobStateView& job,
+                             const controller::Commit& commit, const std::string& name) {
+  const std::size_t nodes = job.plan.nodes.size();
+  const std::size_t wanted = ParitiesWanted(job.record.spec, nodes);
+  if (wanted == 0 || commit.replicated_layout) return;
+  env_.truth->Count("commits with parities");
+  std::vector<std::size_t> lost(wanted);
+  for (std::size_t i = 0; i < wanted; ++i) lost[i] = i;
+  for (bool more = true; more;) {
+    const bool bears = commit.parity.groups.size() > 0 &&
+                       AtHand(job.record.spec.job, commit, [&](const Truth::Holder& holder) {
+                         return std::none_of(lost.begin(), lost.end(), [&](std::size_t i) {
+                           return job.plan.nodes[i].node == holder.node;
+                         });
+                       });
+    if (!bears) {
+      Violate(now, "commit_has_copies",
+              fmt::format("{} is committed and does not bear the loss of {} and {} others", name,
+                          job.plan.nodes[lost.front()].node, wanted - 1));
+      return;
+    }
+    more = false;
+    for (std::size_t i = wanted; i-- > 0 && !more;) {
+      if (lost[i] == nodes - wanted + i) continue;
+      ++lost[i];
+      for (std::size_t j = i + 1; j < wanted; ++j) lost[j] = lost[j - 1] + 1;
+      more = true;
     }
   }
 }

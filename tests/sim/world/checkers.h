@@ -80,6 +80,10 @@ class Checkers {
   void CheckSources(Timestamp now, const controller::GenerationPlan& plan);
   void CheckCommit(Timestamp now, const controller::ClusterState& state,
                    const controller::CommitRecord& record);
+  void CheckParities(Timestamp now, const controller::JobStateView& job,
+                     const controller::Commit& commit, const std::string& name);
+  bool AtHand(const JobId& job, const controller::Commit& commit,
+              const std::function<bool(const Truth::Holder&)>& counts) const;
   bool Reachable(const controller::ClusterState& state, const NodeId& node,
                  std::uint64_t keeper) const;
   void Violate(Timestamp now, const std::string& rule, const std::string& what) {
@@ -96,6 +100,7 @@ class Checkers {
   std::map<NodeId, Incarnation> incarnations_;            // newest said to a node
   std::map<JobId, Generation> generations_;               // newest said to any node
   std::map<JobId, std::pair<Generation, Step>> commits_;  // newest said to any node
+  std::map<JobId, Generation> rebuild_timeouts_;          // newest whose rebuild took too long
   std::map<JobId, Generation> planned_;                   // newest decided
   std::map<JobId, controller::Commit> checked_;           // newest of each job
   std::set<JobId> acknowledged_;

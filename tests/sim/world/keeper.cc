@@ -3,6 +3,7 @@
 
 #include <fmt/format.h>
 
+#include "checkpoint/core/parity_ranks.h"
 #include "tests/sim/world/node.h"
 #include "tests/sim/world/sim_controller.h"
 
@@ -71,6 +72,8 @@ void SimNode::CarryOutInKeeper(const agent::Effect& effect) {
     }
   } else if (const auto* mend = std::get_if<agent::MendShard>(&effect)) {
     Mend(*mend);
+  } else if (const auto* make = std::get_if<agent::MakeShard>(&effect)) {
+    Build(std::make_shared<Building>(Building{make->job, make->generation, make->build, {}}));
   } else if (const auto* c = std::get_if<agent::ControllerAway>(&effect)) {
     keeper_->controller_away = controller_away_ = c->away;
   }
@@ -477,6 +480,7 @@ void SimNode::Capture(const JobId& job, ProcessKey key, std::int32_t pid, Lineag
   shard.bytes = 1 << 20;
   Memory::Trainer trainer;
   trainer.peers = j.activate ? j.activate->plan.peers.size() : 0;
+  trainer.kept_by_parity = j.activate && j.activate->kept_by_parity;
   trainer.agent_alive = Responsive() || env_.timeline->now() < agent_gone_since_ + kAgentSilence;
   trainer.controller_away = keeper_->controller_away;
   trainer.waited = env_.timeline->now() - began >= process->patience;
@@ -564,12 +568,20 @@ void SimNode::Scrub() {
 // Asks the source for the very bytes; either message may be lost, the next scrub finds it again.
 void SimNode::Mend(const agent::MendShard& mend) {
   SimNode* source = env_.peer(mend.source_node);
-  if (source == nullptr || source == this) return;
+  if (source == nullptr) return;
   RestorePlan wanted;
   wanted.step = mend.shard.step;
   wanted.shard_rank = mend.shard.rank;
   wanted.shard_generation = mend.shard.generation;
   wanted.crc_root = mend.shard.crc_root;
+  if (source == this) {  // a copy beside it
+    KeeperJob* job = FindJob(mend.job);
+    if (job == nullptr || !agent_ || !Offer(mend.job, wanted) || !job->memory.Mend(mend.shard))
+      return;
+    env_.truth->Count("slots mended from beside");
+    env_.truth->Copied(name_, keeper_->id, mend.job, mend.shard);
+    return Tell(agent::ShardCopied{mend.job, mend.shard});
+  }
   env_.network->Send(name_, source->name_, name_ + " mends", [this, source, mend, wanted] {
     if (!source->Offer(mend.job, wanted)) return;
     env_.network->Send(source->name_, name_, "mended", [this, mend] {
@@ -580,6 +592,81 @@ void SimNode::Mend(const agent::MendShard& mend) {
       Tell(agent::ShardCopied{mend.job, mend.shard});
     });
   });
+}
+
+// Every source is asked for again and again; any message may be lost. A parity takes one piece of
+// each member of its codeword, a lost shard of each of its codewords as many as it has members.
+void SimNode::Build(const std::shared_ptr<Building>& building) {
+  KeeperJob* job = FindJob(building->job);
+  if (job == nullptr || !agent_ || job->generation != building->generation) return;
+  const ShardBuild& build = building->build;
+  const auto words = checkpoint::CodewordsOf(build.group, build.parity, build.shard.world_size);
+  const auto has = [&](Rank rank) { return building->gathered.contains(rank); };
+  const bool enough = std::all_of(words.begin(), words.end(), [&](const checkpoint::Codeword& w) {
+    const auto names = [&build](const std::vector<Rank>& ranks) {
+      return std::find(ranks.begin(), ranks.end(), build.shard.rank) != ranks.end();
+    };
+    if (names(w.parities)) return std::all_of(w.members.begin(), w.members.end(), has);
+    if (!names(w.members)) return true;
+    return std::count_if(w.members.begin(), w.members.end(), has) +
+               std::count_if(w.parities.begin(), w.parities.end(), has) >=
+           static_cast<std::ptrdiff_t>(w.members.size());
+  });
+  if (enough) return Built(*building);
+  for (const CutShard& source : build.sources) {
+    if (has(source.rank)) continue;
+    const RestorePlan wanted{.step = build.shard.step,
+                             .shard_rank = source.rank,
+                             .shard_generation = build.shard.generation,
+                             .crc_root = source.crc_root,
+                             .source_node = {},
+                             .source_address = {}};
+    SimNode* from = env_.peer(source.holders.front().node);
+    if (from == nullptr) continue;
+    if (from == this) {
+      if (Offer(building->job, wanted)) building->gathered.insert(source.rank);
+      continue;
+    }
+    env_.network->Send(name_, from->name_, name_ + " gathers", [this, from, wanted, building] {
+      if (!from->Offer(building->job, wanted)) return;
+      env_.network->Send(from->name_, name_, "gathered",
+                         [building, rank = wanted.shard_rank] { building->gathered.insert(rank); });
+    });
+  }
+  AfterKeeper(Draw(20, 300), "build", [this, building] { Build(building); });
+}
+
+void SimNode::Built(const Building& building) {
+  KeeperJob* job = FindJob(building.job);
+  HeldShard shard = building.build.shard;
+  std::optional<Lineage> state;
+  for (const CutShard& source : building.build.sources) {
+    const std::optional<Lineage> of = env_.truth->OfChecksum(source.crc_root);
+    if (!of || (state && *state != *of)) {
+      env_.truth->Violate(env_.timeline->now(), "one_state",
+                          fmt::format("{} makes rank {} of step {} out of different states", name_,
+                                      shard.rank, shard.step));
+      return;
+    }
+    state = of;
+  }
+  if (!state) return;
+  // Parities of different plans are different bytes.
+  const std::uint32_t crc_root =
+      env_.truth->Checksum(*state, shard.rank + 100'000 * static_cast<Rank>(shard.built));
+  if (shard.crc_root != 0 && shard.crc_root != crc_root) {
+    env_.truth->Violate(env_.timeline->now(), "verified_restore",
+                        fmt::format("{} makes rank {} with checksum {:08x}, {:08x} is wanted",
+                                    name_, shard.rank, crc_root, shard.crc_root));
+    return;
+  }
+  env_.truth->Count(shard.crc_root == 0 ? "parities made" : "lost shards made anew");
+  shard.crc_root = crc_root;
+  if (shard.bytes == 0) shard.bytes = 1 << 18;
+  // The newest commit stays, whatever comes.
+  if (!job->memory.Receive(shard, building.generation, std::nullopt)) return;
+  env_.truth->Copied(name_, keeper_->id, building.job, shard);
+  Tell(agent::ShardCopied{building.job, shard});
 }
 
 bool SimNode::Receive(const JobId& job, Generation generation, HeldShard shard,

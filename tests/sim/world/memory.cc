@@ -34,7 +34,7 @@ checkpoint::CaptureAction Memory::Capture(const HeldShard& shard, const Trainer&
   facts.generation = shard.generation;
   facts.base = arena.base;
   facts.replicated_layout = shard.replicated_layout;
-  facts.has_peer = trainer.peers > 0;
+  facts.has_peer = trainer.peers > 0 || trainer.kept_by_parity;
   facts.agent_alive = trainer.agent_alive;
   facts.controller_away = trainer.controller_away;
   facts.waited = trainer.waited;

@@ -31,6 +31,7 @@ class Memory {
   // Where and how a trainer captures.
   struct Trainer {
     std::size_t peers = 0;
+    bool kept_by_parity = false;
     bool agent_alive = false;
     bool controller_away = false;
     bool waited = false;  // its patience is used up

@@ -166,6 +166,7 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
       if (node.node == name_) activate.plan = node;
     }
     activate.cut = a->plan->cut;
+    activate.kept_by_parity = !a->plan->parity.groups.empty();
     activate.group_world_size = static_cast<std::uint32_t>(a->plan->nodes.size());
     activate.nproc_per_node = a->nproc_per_node;
     activate.world_size = activate.group_world_size * a->nproc_per_node;
@@ -184,6 +185,8 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
     Tell(agent::Persist{header, f->job, f->generation, f->step, f->ranks, f->verified});
   } else if (const auto* r = std::get_if<controller::RepairShardCommand>(&command.body)) {
     Tell(agent::RepairShard{header, r->job, r->shard, r->source_node, r->source_address});
+  } else if (const auto* b = std::get_if<controller::BuildShardCommand>(&command.body)) {
+    Tell(agent::BuildShard{header, b->job, b->generation, b->build});
   }
 }
 

@@ -164,6 +164,15 @@ class SimNode {
   void PushAll();
   void Scrub();  // every so often, as long as this keeper lives
   void Mend(const agent::MendShard& mend);
+  // Gathers what a shard is made of, until it is there or of no use.
+  struct Building {
+    JobId job;
+    Generation generation = 0;
+    ShardBuild build;
+    std::set<Rank> gathered;
+  };
+  void Build(const std::shared_ptr<Building>& building);
+  void Built(const Building& building);
   void DropKeeper();
   std::optional<std::pair<JobId, ProcessKey>> Pick(std::int32_t local_rank) const;
 

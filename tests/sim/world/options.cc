@@ -108,6 +108,13 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
     if (copies.Chance(400)) {  // the default otherwise
       spec.copies = static_cast<std::uint32_t>(copies.Between(1, std::min(4u, spec.max_nodes)));
     }
+    Random parity(seed ^ 0x9A217ULL ^ static_cast<std::uint64_t>(i));
+    if (!o.replicated_layout && spec.max_nodes >= 3 && parity.Chance(500)) {
+      spec.parity_states =
+          static_cast<std::uint32_t>(parity.Between(2, std::min(4u, spec.max_nodes - 1)));
+      spec.copies = static_cast<std::uint32_t>(
+          parity.Between(2, std::min(3u, spec.max_nodes - spec.parity_states + 1)));
+    }
     SimJob job;
     job.checkpoints = !random.Chance(120);
     if (random.Chance(200)) {
@@ -147,7 +154,9 @@ std::string Describe(const WorldOptions& o) {
     text += fmt::format(
         "\njob {}: {} to {} nodes, {} workers each{}{}{}{}{}{}", job.job, job.min_nodes,
         job.max_nodes, job.nproc_per_node,
-        job.copies == 0 ? "" : fmt::format(", {} copies", job.copies),
+        job.parity_states > 0 ? fmt::format(", rs({}+{})", job.parity_states, job.copies - 1)
+        : job.copies == 0     ? ""
+                              : fmt::format(", {} copies", job.copies),
         sim_job.checkpoints ? "" : ", without checkpoints",
         job.ckpt_dir.empty() ? "" : ", with files", sim_job.tight ? ", small budgets" : "",
         sim_job.cancel_at.count() > 0 ? ", cancelled" : "", sim_job.again ? ", run twice" : "");

@@ -60,6 +60,7 @@ class AgentCore {
   void On(Timestamp now, const Committed& e, Effects* out);
   void On(Timestamp now, const Persist& e, Effects* out);
   void On(Timestamp now, const RepairShard& e, Effects* out);
+  void On(Timestamp now, const BuildShard& e, Effects* out);
   void On(Timestamp now, const TailLogs& e, Effects* out);
   void On(Timestamp now, const KillForDrill& e, Effects* out);
   void On(Timestamp now, const KeeperAttached& e, Effects* out);

@@ -243,6 +243,18 @@ void AgentCore::On(Timestamp, const RepairShard& e, Effects* out) {
   out->push_back(MendShard{e.job, e.shard, e.source_node, e.source_address});
 }
 
+void AgentCore::On(Timestamp, const BuildShard& e, Effects* out) {
+  if (!Current(e.header, "build_shard", out)) return;
+  const JobView* job = Find(e.job);
+  if (job == nullptr || job->generation != e.generation) {
+    out->push_back(
+        Dropped{"build_shard", fmt::format("job {} is at generation {} here, this is {}", e.job,
+                                           job == nullptr ? 0 : job->generation, e.generation)});
+    return;
+  }
+  out->push_back(MakeShard{e.job, e.generation, e.build});
+}
+
 void AgentCore::On(Timestamp, const TailLogs& e, Effects* out) {
   if (!Current(e.header, "tail_logs", out)) return;
   Tail tail{e, 0, {}};

@@ -147,6 +147,12 @@ struct MendShard {
   NodeId source_node;
   std::string source_address;
 };
+// -> ShardCopied when it is there; tried again until the job is at a newer generation.
+struct MakeShard {
+  JobId job;
+  Generation generation = 0;
+  ShardBuild build;
+};
 struct MarkCommitted {
   JobId job;
   Generation generation = 0;
@@ -183,8 +189,8 @@ using Effect =
                  SendWorkerStalled, SendShardCopied, SendShardDamaged, SendPersisted, SendNotice,
                  SendNodeWarm, SendKeeperLost, SendStopped, CloseSession, StartForkServer,
                  StartStore, StartWorkers, KillWorkers, KillRank, ForgetJob, RememberIncarnation,
-                 RememberPrepared, RememberActivated, Survey, MendShard, MarkCommitted, PersistStep,
-                 ControllerAway, Tail, Dropped>;
+                 RememberPrepared, RememberActivated, Survey, MendShard, MakeShard, MarkCommitted,
+                 PersistStep, ControllerAway, Tail, Dropped>;
 using Effects = std::vector<Effect>;
 
 }  // namespace everstep::agent

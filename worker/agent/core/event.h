@@ -59,8 +59,9 @@ struct Activate {
   JobId job;
   Generation generation = 0;
   CommandSpec command;
-  NodePlan plan;   // this node's part
-  RestoreCut cut;  // of restores by ranges
+  NodePlan plan;                // this node's part
+  RestoreCut cut;               // of restores by ranges
+  bool kept_by_parity = false;  // other nodes make parities of what is captured here
   std::uint32_t world_size = 0;
   std::uint32_t group_world_size = 0;
   std::uint32_t nproc_per_node = 0;
@@ -100,6 +101,13 @@ struct RepairShard {
   HeldShard shard;
   NodeId source_node;
   std::string source_address;
+};
+// A shard to make out of others' bytes; of no use once the job is at a newer generation.
+struct BuildShard {
+  Header header;
+  JobId job;
+  Generation generation = 0;
+  ShardBuild build;
 };
 struct TailLogs {
   Header header;
@@ -233,9 +241,9 @@ struct Tick {};  // NextWakeup() has come
 
 using Event =
     std::variant<SessionOpened, SessionLost, Registered, Heard, Warm, Prepare, Activate, StopJob,
-                 Committed, Persist, RepairShard, TailLogs, KillForDrill, KeeperAttached,
-                 KeeperGone, WorkerStarted, WorkerStartFailed, WorkerExited, WorkerStalled,
-                 ForkServerState, StoreReady, StoreFailed, Surveyed, ShardCopied, ShardDamaged,
-                 Persisted, StepCaptured, Notice, Tick>;
+                 Committed, Persist, RepairShard, BuildShard, TailLogs, KillForDrill,
+                 KeeperAttached, KeeperGone, WorkerStarted, WorkerStartFailed, WorkerExited,
+                 WorkerStalled, ForkServerState, StoreReady, StoreFailed, Surveyed, ShardCopied,
+                 ShardDamaged, Persisted, StepCaptured, Notice, Tick>;
 
 }  // namespace everstep::agent

@@ -1,0 +1,374 @@
+#include "checkpoint/transfer/shard_maker.h"
+
+#include <fmt/format.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "checkpoint/core/parity_ranks.h"
+#include "proto/base/crc32c.h"
+
+namespace everstep::checkpoint {
+namespace {
+
+using std::chrono::milliseconds;
+
+constexpr int kGoneAfter = 5;     // answers of a source in a row that it has not got it
+constexpr int kCorruptAfter = 3;  // ... that it came damaged
+constexpr milliseconds kLook{20};
+
+bool MakesParity(const ShardBuild& build) {
+  return IsParity(build.shard.rank, build.shard.world_size);
+}
+
+std::string What(const ShardBuild& build) {
+  return fmt::format("{} {} of step {}", MakesParity(build) ? "parity" : "lost rank",
+                     build.shard.rank, build.shard.step);
+}
+
+// One source's chunks on their way into the payload. Lives through all attempts: what was added is
+// never added again.
+class Adder final : public ChunkTaker {
+ public:
+  Adder(const ShardRecipe* recipe, std::size_t source, std::byte* payload, bool table,
+        Traffic* traffic, TrafficClass traffic_class, const std::atomic<bool>* cancel)
+      : recipe_(recipe),
+        source_(source),
+        payload_(payload),
+        table_(table),
+        traffic_(traffic),
+        class_(traffic_class),
+        cancel_(cancel),
+        added_(recipe->sources()[source].chunks.size()) {}
+
+  std::vector<std::uint32_t> Lacks(const SlotFields& fields) override {
+    fields_ = fields;
+    std::vector<std::uint32_t> out;
+    const std::vector<std::uint32_t>& chunks = recipe_->sources()[source_].chunks;
+    out.reserve(chunks.size() + 2);
+    for (std::size_t i = 0; i < chunks.size(); ++i) {
+      if (!added_[i]) out.push_back(chunks[i]);
+    }
+    if (table_ && fields.table_bytes > 0 && fields.table_bytes <= kChunkBytes) {
+      table_bytes_.resize(fields.table_bytes);
+      const std::uint64_t first = fields.table_offset / kChunkBytes;
+      const std::uint64_t last = (fields.payload_bytes - 1) / kChunkBytes;
+      for (std::uint64_t i = first; i <= last; ++i) out.push_back(static_cast<std::uint32_t>(i));
+      std::sort(out.begin(), out.end());
+      out.erase(std::unique(out.begin(), out.end()), out.end());
+    }
+    return out;
+  }
+
+  bool Take(std::uint32_t chunk, const unsigned char* data, std::uint32_t bytes) override {
+    if (!traffic_->Admit(class_, bytes, cancel_)) return false;
+    const std::vector<std::uint32_t>& chunks = recipe_->sources()[source_].chunks;
+    const auto at = std::lower_bound(chunks.begin(), chunks.end(), chunk);
+    if (at != chunks.end() && *at == chunk &&
+        !added_[static_cast<std::size_t>(at - chunks.begin())]) {
+      recipe_->Add(source_, chunk, {reinterpret_cast<const std::byte*>(data), bytes}, payload_);
+      added_[static_cast<std::size_t>(at - chunks.begin())] = true;
+    }
+    TakeTable(std::uint64_t{chunk} * kChunkBytes, data, bytes);
+    return !*cancel_;
+  }
+
+  const SlotFields& fields() const { return fields_; }
+  const std::vector<unsigned char>& table() const { return table_bytes_; }
+
+ private:
+  // The part of the table that lies in these bytes, from `offset` of the payload.
+  void TakeTable(std::uint64_t offset, const unsigned char* data, std::uint32_t bytes) {
+    const std::uint64_t first = std::max(offset, fields_.table_offset);
+    const std::uint64_t end = std::min(offset + bytes, fields_.table_offset + table_bytes_.size());
+    if (table_bytes_.empty() || first >= end) return;
+    std::memcpy(table_bytes_.data() + (first - fields_.table_offset), data + (first - offset),
+                end - first);
+  }
+
+  const ShardRecipe* recipe_;
+  const std::size_t source_;
+  std::byte* payload_;
+  const bool table_;  // wanted, too
+  Traffic* traffic_;
+  const TrafficClass class_;
+  const std::atomic<bool>* cancel_;
+  std::vector<bool> added_;
+  SlotFields fields_;
+  std::vector<unsigned char> table_bytes_;
+};
+
+bool Pause(milliseconds pause, const std::atomic<bool>& cancel) {
+  for (milliseconds slept{0}; slept < pause && !cancel; slept += kLook) {
+    std::this_thread::sleep_for(kLook);
+  }
+  return !cancel;
+}
+
+}  // namespace
+
+void ShardMaker::Make(const JobId& job, Generation generation, const ShardBuild& build,
+                      const std::string& own) {
+  auto task = std::make_shared<Task>();
+  task->job = job;
+  task->generation = generation;
+  task->build = build;
+  task->own = own;
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (stopping_) return;
+  TaskPtr& current = tasks_[{job, build.shard.rank}];
+  if (current != nullptr) {
+    if (current->generation == generation && current->build == build) return;
+    current->cancel = true;
+  }
+  current = task;
+  if (pool_ == nullptr) pool_ = std::make_unique<TaskPool>(std::max(1, options_.push_threads));
+  pool_->Submit([this, task] { Run(task); });
+}
+
+void ShardMaker::End(const JobId& job, Generation generation) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [key, task] : tasks_) {
+    if (key.first == job && task->generation < generation) task->cancel = true;
+  }
+}
+
+void ShardMaker::EndAll() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (auto& [key, task] : tasks_) task->cancel = true;
+}
+
+void ShardMaker::Stop() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stopping_ = true;
+    for (auto& [key, task] : tasks_) task->cancel = true;
+  }
+  if (pool_ != nullptr) pool_->Stop();
+}
+
+void ShardMaker::Run(const TaskPtr& task) {
+  if (!task->cancel) {
+    Result<SlotView> made = Error{};
+    if (const auto held = Held(*task)) {
+      made = *held;
+    } else {
+      const Traffic::Turn turn(
+          traffic_, MakesParity(task->build) ? TrafficClass::kCommit : TrafficClass::kRepair);
+      made = Bring(task.get());
+    }
+    if (made.ok()) {
+      listener_->OnCopied(task->job, ToShard(made.value(), true));
+    } else if (!task->cancel) {
+      listener_->OnTrouble(task->job,
+                           fmt::format("making {}: {}", What(task->build), made.error().message));
+    }
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = tasks_.find({task->job, task->build.shard.rank});
+  if (it != tasks_.end() && it->second == task) tasks_.erase(it);
+}
+
+std::optional<SlotView> ShardMaker::Held(const Task& task) {
+  const HeldShard& wanted = task.build.shard;
+  auto fds = host_->Open(task.job, {.rank = wanted.rank, .replica = true}, 0);
+  if (!fds.ok()) return std::nullopt;
+  if (fds.value().eventfd >= 0) close(fds.value().eventfd);
+  auto opened = Arena::Open(fds.value().memfd);
+  if (!opened.ok()) return std::nullopt;
+  Arena& arena = opened.value();
+  for (std::uint32_t i = 0; i < kSlots; ++i) {
+    const auto view = arena.Look(i);
+    if (!view || view->fields.rank != wanted.rank || view->fields.step != wanted.step ||
+        view->fields.generation != wanted.generation || view->fields.built != wanted.built ||
+        (wanted.crc_root != 0 && view->crc_root != wanted.crc_root) || !arena.Verify(*view).ok()) {
+      continue;
+    }
+    if (wanted.crc_root != 0) return view;
+    // A parity of these very shards?
+    const unsigned char* data = arena.Payload(*view);
+    if (data == nullptr) continue;
+    const auto table =
+        ReadParityTable({data + view->fields.table_offset, view->fields.table_bytes});
+    if (!table.ok() || table.value().size() != task.build.sources.size()) continue;
+    const bool same = std::all_of(
+        task.build.sources.begin(), task.build.sources.end(), [&table](const CutShard& source) {
+          return std::any_of(table.value().begin(), table.value().end(),
+                             [&source](const ParityMember& m) {
+                               return m.fields.rank == source.rank && m.crc_root == source.crc_root;
+                             });
+        });
+    if (same) return view;
+  }
+  return std::nullopt;
+}
+
+Result<SlotView> ShardMaker::Bring(Task* task) {
+  ShardBuild build = task->build;
+  if (build.shard.built > UINT32_MAX) {
+    return Error{ErrorCode::kInvalid, fmt::format("generation {} of its groups is beyond {}",
+                                                  build.shard.built, UINT32_MAX)};
+  }
+  for (Error last;;) {
+    const auto recipe = ShardRecipe::Of(build);
+    if (!recipe.ok()) {
+      if (last.message.empty()) return recipe.error();
+      return Error{last.code, fmt::format("{}; {}", last.message, recipe.error().message)};
+    }
+    Rank failed = -1;
+    const Generation received = recipe.value().makes_parity() ? task->generation : 0;
+    auto kept = replicas_->Keep(
+        task->job, build.shard.rank, received, recipe.value().payload_bytes(),
+        [&](SlotWriter* writer) { return Fill(task, recipe.value(), writer, &failed); });
+    if (kept.ok() || failed < 0) return kept;
+    last = kept.error();
+    std::erase_if(build.sources, [failed](const CutShard& s) { return s.rank == failed; });
+  }
+}
+
+// One attempt to bring what lacks of a source.
+Outcome ShardMaker::Read(const Task& task, const JobFacts& facts, const SlotName& name,
+                         const std::string& address, TrafficClass of, ChunkTaker* taker) {
+  if (address != task.own) {
+    return PickChunks(
+        {.address = address,
+         .job = task.job,
+         .key = facts.key,
+         .generation = task.generation,
+         .committed_generation = facts.committed_generation,
+         .committed_step = facts.committed_step,
+         .limits = {.connect_timeout = options_.connect_timeout, .io_timeout = options_.io_timeout},
+         .cancel = &task.cancel,
+         .traffic_class = of},
+        name, taker);
+  }
+  Outcome read = Error{ErrorCode::kNotFound, "this node has no such arena (any more)"};
+  for (const bool replica : {false, true}) {
+    auto fds = host_->Open(task.job, {.rank = name.fields.rank, .replica = replica}, 0);
+    if (!fds.ok()) continue;
+    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
+    auto arena = Arena::Open(fds.value().memfd);
+    if (!arena.ok()) continue;
+    read = ReadChunks(&arena.value(), name, taker);
+    if (read.ok()) break;
+  }
+  return read;
+}
+
+// Every source's part, one source after the other. *failed: one that is to be left out.
+Result<ReplicaStore::Filled> ShardMaker::Fill(Task* task, const ShardRecipe& recipe,
+                                              SlotWriter* writer, Rank* failed) {
+  const HeldShard& wanted = task->build.shard;
+  auto* payload = reinterpret_cast<std::byte*>(writer->Chunk(0));
+  std::memset(payload, 0, recipe.payload_bytes());
+  const TrafficClass of = recipe.makes_parity() ? TrafficClass::kCommit : TrafficClass::kRepair;
+  const Error over{ErrorCode::kStale, "its generation is over, or a newer order came"};
+  const auto deadline = std::chrono::steady_clock::now() + options_.restore_timeout +
+                        milliseconds(RestoreMillis(recipe.payload_bytes()));
+  std::vector<ParityMember> sources;
+  sources.reserve(recipe.sources().size());
+  std::vector<unsigned char> table;
+  for (std::size_t s = 0; s < recipe.sources().size(); ++s) {
+    const CutShard& shard = recipe.sources()[s].shard;
+    const bool with_table = !recipe.makes_parity() && s == recipe.table_source();
+    SlotName name{.job = task->job, .fields = {}, .crc_root = shard.crc_root};
+    name.fields.rank = shard.rank;
+    name.fields.generation = wanted.generation;
+    name.fields.step = wanted.step;
+    name.fields.payload_bytes = shard.bytes;
+    Adder adder(&recipe, s, payload, with_table, traffic_, of, &task->cancel);
+    auto pause = options_.retry_first;
+    int gone = 0, corrupt = 0;
+    for (std::size_t attempt = 0;; ++attempt) {
+      const auto facts = jobs_->Find(task->job);
+      if (task->cancel || !facts || facts->generation > task->generation) return over;
+      const std::string& address = shard.holders[attempt % shard.holders.size()].address;
+      const Outcome read = Read(*task, *facts, name, address, of, &adder);
+      if (read.ok()) break;
+      if (task->cancel) return over;
+      const ErrorCode code = read.error().code;
+      gone += code == ErrorCode::kNotFound || code == ErrorCode::kStale ? 1 : 0;
+      corrupt += code == ErrorCode::kCorrupt ? 1 : 0;
+      const bool late = std::chrono::steady_clock::now() + pause >= deadline;
+      if (gone >= kGoneAfter || corrupt >= kCorruptAfter || late) {
+        if (!late) *failed = shard.rank;
+        return Error{code, fmt::format("rank {} at {}: {} (attempt {})", shard.rank, address,
+                                       read.error().message, attempt + 1)};
+      }
+      if (!Pause(pause, task->cancel)) return over;
+      pause = std::min(pause * 2, options_.retry_last);
+    }
+    sources.push_back({adder.fields(), shard.crc_root});
+    if (with_table) table = adder.table();
+  }
+  auto fields = recipe.makes_parity() ? ParityFields(*task, recipe, sources, payload)
+                                      : LostFields(*task, table);
+  if (!fields.ok()) return fields.error();
+  return Seal(fields.value(), wanted.crc_root, writer);
+}
+
+// Writes a parity's table; its slot's fields.
+Result<SlotFields> ShardMaker::ParityFields(const Task& task, const ShardRecipe& recipe,
+                                            const std::vector<ParityMember>& members,
+                                            std::byte* payload) {
+  const HeldShard& wanted = task.build.shard;
+  const std::vector<unsigned char> table = PrintParityTable(members);
+  const std::uint64_t offset = recipe.payload_bytes() - table.size();
+  std::memcpy(payload + offset, table.data(), table.size());
+  SlotFields fields{.generation = wanted.generation,
+                    .step = wanted.step,
+                    .rank = wanted.rank,
+                    .world_size = wanted.world_size,
+                    .payload_bytes = recipe.payload_bytes(),
+                    .table_offset = offset,
+                    .table_bytes = table.size(),
+                    .job_crc = Crc32c(task.job.data(), task.job.size()),
+                    .built = static_cast<std::uint32_t>(wanted.built)};
+  for (const ParityMember& m : members) {
+    fields.captured_ns = std::max(fields.captured_ns, m.fields.captured_ns);
+  }
+  return fields;
+}
+
+// A lost slot's fields, out of the table of a parity that covered it.
+Result<SlotFields> ShardMaker::LostFields(const Task& task,
+                                          const std::vector<unsigned char>& table) {
+  const HeldShard& wanted = task.build.shard;
+  const auto members = ReadParityTable(table);
+  if (!members.ok()) return members.error();
+  for (const ParityMember& m : members.value()) {
+    if (m.fields.rank == wanted.rank && m.crc_root == wanted.crc_root &&
+        m.fields.payload_bytes == wanted.bytes) {
+      return m.fields;
+    }
+  }
+  return Error{ErrorCode::kInvalid,
+               fmt::format("its parity covers other bytes of rank {} than those with checksum "
+                           "{:08x}",
+                           wanted.rank, wanted.crc_root)};
+}
+
+// The checksums of what lies there. A lost shard's must give the one that was committed.
+Result<ReplicaStore::Filled> ShardMaker::Seal(const SlotFields& fields, std::uint32_t wanted,
+                                              SlotWriter* writer) {
+  SlotView shape;
+  shape.fields = fields;
+  std::vector<std::uint32_t> crcs(shape.chunks());
+  for (std::uint64_t i = 0; i < shape.chunks(); ++i) {
+    crcs[i] = Crc32c(writer->Chunk(i), shape.chunk_size(i));
+    writer->SetChunkCrc(i, crcs[i]);
+  }
+  const std::uint32_t root = CrcRoot(fields, crcs.data());
+  if (wanted != 0 && root != wanted) {
+    return Error{
+        ErrorCode::kCorrupt,
+        fmt::format("what was made has checksum {:08x}, {:08x} was committed", root, wanted)};
+  }
+  return ReplicaStore::Filled{fields, root};
+}
+
+}  // namespace everstep::checkpoint
