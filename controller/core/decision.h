@@ -113,6 +113,7 @@ struct PrepareCommand {
   bool failed = false;  // a peer is dead already: the short grace
   std::string data_key;
   std::vector<Cut> given_up = {};  // files beyond are marked, and not told of
+  bool park = false;               // the node stays: workers that can park live on
 };
 struct ActivateCommand {
   // Whole, the same for every node of the generation; the shell sends each its part. Never null.

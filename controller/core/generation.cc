@@ -226,9 +226,12 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
 
 void Controller::Impl::SendPrepare(JobStateView* job, const NodeId& node, bool failed) {
   const JobSpec& spec = job->record.spec;
+  // When two generations in a row did not come about, what outlives them may be the reason: all
+  // begin anew.
+  const bool park = IsMember(*job, node) && job->record.start_failures < 2;
   Send(node, PrepareCommand{spec.job, job->record.generation, spec.command, spec.nproc_per_node,
                             job->plan.nodes.front().node == node, failed, job->record.data_key,
-                            job->record.given_up});
+                            job->record.given_up, park});
 }
 
 void Controller::Impl::On(const Prepared& e) {

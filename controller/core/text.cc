@@ -280,6 +280,7 @@ struct CommandText {
     return Line(fmt::format("prepare {} g={}", c.job, c.generation))
         .If(c.host_store, "host_store")
         .If(c.failed, "failed")
+        .If(!c.park, "no_park")
         .If(!c.given_up.empty(), "given_up={}", CutsText(c.given_up));
   }
   std::string operator()(const ActivateCommand& c) const {

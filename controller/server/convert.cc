@@ -75,6 +75,7 @@ struct Writer {
     to->set_failed(c.failed);
     to->set_data_key(c.data_key);
     for (const everstep::Cut& cut : c.given_up) wire::ToProto(cut, to->add_given_up());
+    to->set_park(c.park);
   }
   void operator()(const ActivateCommand& c) const {
     v1::Activate* to = m->mutable_activate();

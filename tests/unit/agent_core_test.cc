@@ -54,8 +54,8 @@ class Node {
     Attach();
     Up();
   }
-  void Prepares(Generation g, bool host = false) {
-    Do(Prepare{Next(), "j", g, {"cmd"}, host, Milliseconds(1000)});
+  void Prepares(Generation g, bool host = false, bool park = false) {
+    Do(Prepare{Next(), "j", g, {"cmd"}, host, Milliseconds(1000), "", {}, park});
   }
   void Activates(Generation g, int workers = 2) {
     Activate a;
@@ -223,6 +223,109 @@ TEST(AgentCore, AWorkerWhoseForkIsUnderWayIsAwaitedToo) {
   n.Do(WorkerStarted{"j", 1, 0, 0, 99});
   EXPECT_TRUE(n.last.empty());
   n.Exits(1, 0, 99, -15);
+  EXPECT_NE(n.Find<Survey>(), nullptr);
+}
+
+TEST(AgentCore, PreparedMeansThatEachOldWorkerIsParkedOrDead) {
+  Node n;
+  n.Boot();
+  n.Run(1);
+  n.Prepares(2, /*host=*/false, /*park=*/true);
+  ASSERT_NE(n.Find<KillWorkers>(), nullptr);
+  EXPECT_EQ(n.Find<KillWorkers>()->park, CoreOptions{}.park_limit);
+  n.Do(WorkerParked{"j", 1, 0, 10});
+  EXPECT_EQ(n.Find<Survey>(), nullptr) << "rank 1 lives";
+  n.Do(WorkerParked{"j", 1, 1, 99});
+  EXPECT_EQ(n.Find<Survey>(), nullptr) << "that is not the process which is awaited";
+  n.Exits(1, 1, 11, -9);
+  EXPECT_NE(n.Find<Survey>(), nullptr);
+}
+
+TEST(AgentCore, AParkedWorkerIsResumedByActivateUnderItsOldPid) {
+  Node n;
+  n.Boot();
+  n.Run(1);
+  n.Prepares(2, /*host=*/false, /*park=*/true);
+  n.Do(WorkerParked{"j", 1, 0, 10});
+  n.Do(WorkerParked{"j", 1, 1, 11});
+  n.Do(Surveyed{"j", 2, {}});
+  n.Activates(2);
+  n.Do(WorkerStarted{"j", 2, 1, 1, 11});
+  n.Do(WorkerStarted{"j", 2, 0, 0, 10});
+  ASSERT_NE(n.Find<SendActivated>(), nullptr);
+  EXPECT_TRUE(n.core.jobs().at("j").parked.empty());
+  n.Exits(2, 1, 11, -9);
+  EXPECT_NE(n.Find<SendWorkerExited>(), nullptr);
+}
+
+TEST(AgentCore, ASecondPrepareFindsTheParkedOnesParked) {
+  Node n;
+  n.Boot();
+  n.Run(1);
+  n.Prepares(2, /*host=*/false, /*park=*/true);
+  n.Do(WorkerParked{"j", 1, 0, 10});
+  n.Prepares(3, /*host=*/false, /*park=*/true);
+  EXPECT_EQ(n.Find<Survey>(), nullptr) << "rank 1 lives";
+  n.Do(WorkerParked{"j", 1, 0, 10});  // the keeper says it again
+  n.Do(WorkerParked{"j", 1, 1, 11});
+  ASSERT_NE(n.Find<Survey>(), nullptr);
+  EXPECT_EQ(n.Find<Survey>()->generation, 3u);
+}
+
+// Found by the simulator: a stop waited for the end of a process that had ended under another rank.
+TEST(AgentCore, AWorkerResumedByAGenerationThatIsOverIsParkedNoMore) {
+  Node n;
+  n.Boot();
+  n.Run(1);
+  n.Prepares(2, /*host=*/false, /*park=*/true);
+  n.Do(WorkerParked{"j", 1, 0, 10});
+  n.Do(WorkerParked{"j", 1, 1, 11});
+  n.Do(Surveyed{"j", 2, {}});
+  n.Activates(2);
+  n.Prepares(3, /*host=*/false, /*park=*/true);
+  n.Do(WorkerStarted{"j", 2, 0, 0, 10});
+  n.Do(WorkerStarted{"j", 2, 1, 1, 11});
+  n.Do(StopJob{n.Next(), "j", 3, false, Milliseconds(1000)});
+  n.Exits(2, 0, 10, -15);
+  EXPECT_EQ(n.Find<SendStopped>(), nullptr) << "rank 1 lives";
+  n.Exits(2, 1, 11, -15);
+  EXPECT_NE(n.Find<SendStopped>(), nullptr);
+}
+
+TEST(AgentCore, ANodeThatLeavesAndAJobThatStopsEndTheParkedOnesToo) {
+  for (const bool leaves : {true, false}) {
+    Node n;
+    n.Boot();
+    n.Run(1);
+    n.Prepares(2, /*host=*/false, /*park=*/true);
+    n.Do(WorkerParked{"j", 1, 0, 10});
+    n.Do(WorkerParked{"j", 1, 1, 11});
+    n.Do(Surveyed{"j", 2, {}});
+    if (leaves) {
+      n.Prepares(3);
+    } else {
+      n.Do(StopJob{n.Next(), "j", 2, false, Milliseconds(1000)});
+    }
+    ASSERT_NE(n.Find<KillWorkers>(), nullptr);
+    EXPECT_EQ(n.Find<KillWorkers>()->park, Duration{});
+    n.Exits(1, 0, 10, -15);
+    EXPECT_EQ(n.Find<Survey>(), nullptr);
+    EXPECT_EQ(n.Find<SendStopped>(), nullptr) << "rank 1 lives";
+    n.Exits(1, 1, 11, -15);
+    EXPECT_EQ(n.Find<Survey>() != nullptr, leaves);
+    EXPECT_EQ(n.Find<SendStopped>() != nullptr, !leaves);
+  }
+}
+
+TEST(AgentCore, AWorkerThatDiesParkedHoldsNothingUp) {
+  Node n;
+  n.Boot();
+  n.Run(1);
+  n.Prepares(2, /*host=*/false, /*park=*/true);
+  n.Do(WorkerParked{"j", 1, 0, 10});
+  n.Exits(1, 0, 10, -9);
+  EXPECT_TRUE(n.last.empty());
+  n.Do(WorkerParked{"j", 1, 1, 11});
   EXPECT_NE(n.Find<Survey>(), nullptr);
 }
 

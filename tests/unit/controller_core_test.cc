@@ -466,6 +466,28 @@ TEST_F(ControllerTest, ANodeThatComesBackWhileOthersPrepareIsAskedAgain) {
   EXPECT_EQ(Job().record.state, JobState::kActivating);
 }
 
+TEST_F(ControllerTest, WorkersMayParkOnNodesThatStayAndAllBeginAnewAfterTwoStartsThatFailed) {
+  for (const char* node : {"n1", "n2", "n3"}) Join(node);
+  Submit(2, 2);
+  RunAll();
+  const auto parks = [](const Decisions& out) {
+    std::map<NodeId, bool> found;
+    for (const Command& c : out.commands) {
+      if (const auto* p = std::get_if<PrepareCommand>(&c.body)) found[c.node] = p->park;
+    }
+    return found;
+  };
+  const std::map<NodeId, bool> moved = {{"n1", false}, {"n2", true}, {"n3", true}};
+  EXPECT_EQ(parks(Do(DrainNode{.request = 2, .node = "n1", .reason = "disk"})), moved);
+  for (const bool park : {true, false}) {
+    for (const NodeId& n : std::set<NodeId>(Job().waiting_for)) Prepare(n, G());
+    Activated failed{.node = "n3", .incarnation = Inc("n3"), .job = "j", .generation = G()};
+    failed.failed = true;
+    const std::map<NodeId, bool> again = {{"n2", park}, {"n3", park}};
+    EXPECT_EQ(parks(Do(failed)), again);
+  }
+}
+
 // Found by the simulator: a job waited for ever for a node that had refused once.
 TEST_F(ControllerTest, ANodeThatRefusedIsAskedAgainLaterAndLater) {
   Join("n1");

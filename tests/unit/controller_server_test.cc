@@ -277,7 +277,8 @@ TEST(Convert, EachCommandBecomesItsMessage) {
   EXPECT_EQ(registered.registered().known_jobs(0), "train");
   EXPECT_EQ(registered.registered().controller_version(), kVersion);
   EXPECT_EQ(wire(WarmCommand{"train", {}, 2}).warm().nproc_per_node(), 2u);
-  const auto prepare = wire(PrepareCommand{"train", 5, {}, 2, true, true, "key"});
+  const auto prepare = wire(PrepareCommand{"train", 5, {}, 2, true, true, "key", {}, true});
+  EXPECT_TRUE(prepare.prepare().park());
   EXPECT_EQ(prepare.prepare().generation(), 5u);
   EXPECT_TRUE(prepare.prepare().host_store());
   EXPECT_TRUE(prepare.prepare().failed());

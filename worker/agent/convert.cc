@@ -102,7 +102,8 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
       return Prepare{header,         p.job(),
                      p.generation(), wire::FromProto(p.command()),
                      p.host_store(), Grace(p.command(), p.failed()),
-                     p.data_key(),   CutsOf(p.given_up())};
+                     p.data_key(),   CutsOf(p.given_up()),
+                     p.park()};
     }
     case v1::ControllerMessage::kActivate: {
       Activate e = ActivateFromWire(m.activate());

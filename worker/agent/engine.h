@@ -107,8 +107,9 @@ class Engine final : private checkpoint::Listener {
   void ResumeCheckpoints(const Adopted& adopted);
   void Ask(everstep::v1::KeeperRequest request,
            std::function<void(everstep::v1::KeeperReply)> done);
+  // `park` 0: nobody is parked.
   void AskKill(const JobId& job, Generation generation, Rank rank, int signal, Duration grace,
-               bool stores);
+               bool stores, Duration park = {});
 
   // --- engine_effects.cc: one method for each effect ---
   void Carry(const Effect& effect);

@@ -264,7 +264,8 @@ void Engine::Spawn(const JobId& job, Generation generation, std::vector<WorkerSp
                                      {"generation", generation},
                                      {"rank", rank},
                                      {"pid", reply.spawned().pid()},
-                                     {"forked", reply.spawned().from_fork_server()}});
+                                     {"forked", reply.spawned().from_fork_server()},
+                                     {"resumed", reply.spawned().resumed()}});
           KillPoint("switch.worker_started");
           Feed(WorkerStarted{job, generation, rank, local_rank, reply.spawned().pid()});
           // A kill may have passed the spawn on its way.
@@ -278,7 +279,8 @@ void Engine::Spawn(const JobId& job, Generation generation, std::vector<WorkerSp
 }
 
 void Engine::On(const KillWorkers& e) {
-  AskKill(e.job, e.generation, -1, e.grace > Duration{} ? SIGTERM : SIGKILL, e.grace, e.stores);
+  AskKill(e.job, e.generation, -1, e.grace > Duration{} ? SIGTERM : SIGKILL, e.grace, e.stores,
+          e.park);
 }
 
 // A drill is a real fault: the signal does not go through the keeper, which would take the death

@@ -196,6 +196,13 @@ void Engine::OnKeeperEvent(std::uint64_t link, const v1::KeeperReply& event) {
                               {"why", f.message().empty() ? "-" : f.message()}});
       return Feed(ForkServerState{f.job(), f.ready(), f.message()});
     }
+    case v1::KeeperReply::kParked: {
+      const v1::KeeperParked& p = event.parked();
+      LogInfo(
+          "worker_parked",
+          {{"job", p.job()}, {"generation", p.generation()}, {"rank", p.rank()}, {"pid", p.pid()}});
+      return Feed(WorkerParked{p.job(), p.generation(), p.rank(), p.pid()});
+    }
     case v1::KeeperReply::kStalled: {
       const v1::KeeperStalled& s = event.stalled();
       LogWarning("worker_stalled", {{"job", s.job()},
@@ -293,7 +300,7 @@ void Engine::Ask(v1::KeeperRequest request, std::function<void(v1::KeeperReply)>
 }
 
 void Engine::AskKill(const JobId& job, Generation generation, Rank rank, int signal, Duration grace,
-                     bool stores) {
+                     bool stores, Duration park) {
   v1::KeeperRequest request;
   v1::KeeperKill* kill = request.mutable_kill();
   kill->set_job(job);
@@ -302,6 +309,8 @@ void Engine::AskKill(const JobId& job, Generation generation, Rank rank, int sig
   kill->set_signal(signal);
   kill->set_grace_ms(static_cast<std::uint32_t>(ToMilliseconds(grace)));
   kill->set_stores(stores);
+  kill->set_park(park > Duration{});
+  kill->set_park_ms(static_cast<std::uint32_t>(ToMilliseconds(park)));
   Ask(std::move(request), nullptr);
 }
 

@@ -1,5 +1,6 @@
-// What a trainer process (libeverstep.so) says to the keeper to get its arena: fixed-size plain
-// structs over the keeper's unix socket, so that the library needs no protobuf.
+// What a trainer process says to the keeper: fixed-size plain structs over the keeper's unix
+// socket, so that the trainer needs no protobuf. libeverstep.so attaches to an arena; a worker that
+// can be parked (everstep.Session) opens a session.
 //
 // One request, one reply, on a connection of its own. The first four bytes tell it from a
 // length-prefixed KeeperRequest (whose length is at most 4 MiB). The reply carries two descriptors
@@ -33,5 +34,38 @@ struct AttachReply {
   char message[232] = {};         // who, what, limit, what to do next
 };
 static_assert(sizeof(AttachReply) == 256);
+
+// A session: a connection that a worker keeps open as long as it may be parked. It begins with one
+// SessionRequest, answered by an AttachReply without descriptors. From then on:
+//
+//   keeper:  SessionWord kPark                      leave the collective, end the capture, detach
+//   worker:  SessionWord kParked                    it holds nothing of that generation any more
+//   keeper:  SessionWord kResume, then `bytes` of   the stdout and stderr files, then NAME=VALUE of
+//            NUL-terminated texts                   the environment of the new generation
+//
+// Only the worker itself may ask (its process id, by SO_PEERCRED). A worker that closes its session
+// is ended at the next change as one that never opened it.
+inline constexpr std::uint32_t kSessionMagic = 0xE57E9A12;
+inline constexpr std::uint32_t kSessionVersion = 1;
+
+struct SessionRequest {
+  std::uint32_t magic = kSessionMagic;
+  std::uint32_t version = kSessionVersion;
+  char job[132] = {};  // NUL-terminated
+  std::int32_t rank = 0;
+  std::uint64_t generation = 0;
+};
+static_assert(sizeof(SessionRequest) == 152);
+
+enum class SessionWordKind : std::uint32_t { kPark = 1, kParked = 2, kResume = 3 };
+
+struct SessionWord {
+  std::uint32_t magic = kSessionMagic;
+  SessionWordKind kind = SessionWordKind::kPark;
+  std::uint64_t generation = 0;  // kPark: that ends; kParked: that ended; kResume: that begins
+  std::uint32_t bytes = 0;       // that follow
+  std::uint32_t reserved = 0;
+};
+static_assert(sizeof(SessionWord) == 24);
 
 }  // namespace everstep::keeper

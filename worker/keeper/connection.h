@@ -40,7 +40,8 @@ class Connection {
   bool closing = false;
   bool owner = false;
   bool greeted = false;
-  bool broken = false;  // to be closed by the loop
+  bool session = false;  // of a worker that may be parked
+  bool broken = false;   // to be closed by the loop
   std::uint64_t token = 0;
 
  private:

@@ -28,7 +28,12 @@ FrameReader::Result FrameReader::Pop(std::string* frame) {
   if (announced_ > limit_) return Result::kTooLong;
   if (rest.size() < 4 + announced_) return Result::kMore;
   frame->assign(rest.substr(4, announced_));
-  begin_ += 4 + announced_;
+  Skip(4 + announced_);
+  return Result::kFrame;
+}
+
+void FrameReader::Skip(std::size_t bytes) {
+  begin_ += bytes;
   if (begin_ == buffer_.size()) {
     buffer_.clear();
     begin_ = 0;
@@ -36,7 +41,6 @@ FrameReader::Result FrameReader::Pop(std::string* frame) {
     buffer_.erase(0, begin_);
     begin_ = 0;
   }
-  return Result::kFrame;
 }
 
 std::ptrdiff_t Receive(int socket, char* buffer, std::size_t size,

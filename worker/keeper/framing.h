@@ -34,6 +34,8 @@ class FrameReader {
   void Append(std::string_view piece) { buffer_.append(piece); }
   // kTooLong: the peer announced more than the limit; announced() tells how much.
   Result Pop(std::string* frame);
+  // Takes bytes that are pending: of messages that are no frames. REQUIRES as many of them.
+  void Skip(std::size_t bytes);
   std::uint32_t announced() const { return announced_; }
   // First bytes that arrived and were not popped yet.
   std::string_view pending() const { return std::string_view(buffer_).substr(begin_); }

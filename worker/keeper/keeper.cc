@@ -255,12 +255,17 @@ void Keeper::OnReady(Loop::Token token, std::uint32_t events) {
     connection->broken = true;
     return;
   }
+  if (connection->session) return OnSessionWords(connection);
   if (!connection->greeted) {
     const std::string_view first = connection->reader().pending();
     std::uint32_t magic = 0;
     if (first.size() >= sizeof(magic)) std::memcpy(&magic, first.data(), sizeof(magic));
     if (magic == kAttachMagic) {
       if (first.size() >= sizeof(AttachRequest)) OnAttach(connection);
+      return;
+    }
+    if (magic == kSessionMagic) {
+      if (first.size() >= sizeof(SessionRequest)) OnSession(connection);
       return;
     }
   }
@@ -303,7 +308,9 @@ void Keeper::Drop(Loop::Token token) {
     owner_ = 0;
     orphan_since_ns_ = MonotonicNanos();
   }
+  const bool session = connections_.at(token)->session;
   connections_.erase(token);
+  if (session) workers_.OnSessionLost(token);
 }
 
 // Closes what is to be closed and asks for writability where something waits.

@@ -54,6 +54,8 @@ class Keeper {
   void OnRemember(const everstep::v1::KeeperRemember& request, const Done& done);
   void OnForget(const everstep::v1::KeeperForget& request, const Done& done);
   void OnAttach(Connection* connection);
+  void OnSession(Connection* connection);
+  void OnSessionWords(Connection* connection);
   void Refuse(Connection* connection, std::uint64_t id, int error, const std::string& text);
   everstep::v1::KeeperState State() const;
 

@@ -187,6 +187,50 @@ void Keeper::OnAttach(Connection* connection) {
   connection->closing = true;
 }
 
+// A worker that may be parked: its connection stays open.
+void Keeper::OnSession(Connection* connection) {
+  SessionRequest request;
+  std::memcpy(static_cast<void*>(&request), connection->reader().pending().data(), sizeof(request));
+  connection->reader().Skip(sizeof(request));
+  request.job[sizeof(request.job) - 1] = '\0';
+  AttachReply reply;
+  std::string text;
+  if (request.version != kSessionVersion) {
+    reply.error = EPROTO;
+    text = fmt::format(
+        "the keeper of node {} speaks session version {}, this process {}; use one release of "
+        "everstep on the node",
+        options_.node, kSessionVersion, request.version);
+  } else {
+    const Loop::Token token = connection->token;
+    const auto send = [this, token](std::string bytes) {
+      const auto it = connections_.find(token);
+      if (it != connections_.end()) it->second->SendRaw(std::move(bytes));
+    };
+    reply.error = workers_.OpenSession({request.job, request.generation, request.rank},
+                                       connection->peer(), token, send, &text);
+  }
+  std::memcpy(reply.message, text.data(), std::min(text.size(), sizeof(reply.message) - 1));
+  connection->SendRaw(std::string(reinterpret_cast<const char*>(&reply), sizeof(reply)));
+  connection->session = reply.error == 0;
+  connection->closing = reply.error != 0;
+}
+
+void Keeper::OnSessionWords(Connection* connection) {
+  SessionWord word;
+  while (connection->reader().pending().size() >= sizeof(word)) {
+    std::memcpy(static_cast<void*>(&word), connection->reader().pending().data(), sizeof(word));
+    connection->reader().Skip(sizeof(word));
+    if (word.magic != kSessionMagic || word.kind != SessionWordKind::kParked || word.bytes != 0) {
+      LogWarning("session_refused",
+                 {{"pid", connection->peer()}, {"why", "no word of a worker's"}});
+      connection->broken = true;
+      return;
+    }
+    workers_.OnParked(connection->token, word.generation);
+  }
+}
+
 void Keeper::OnRemember(const v1::KeeperRemember& request, const Done& done) {
   const auto it = memory_.find(request.key());
   const std::size_t before = it == memory_.end() ? 0 : it->first.size() + it->second.size();

@@ -72,18 +72,11 @@ void Workers::Spawn(const v1::KeeperSpawn& request, Done done) {
                              Name(key))));
     return;
   }
+  if (Resume(request, done)) return;
   auto made = std::make_unique<Worker>(context_);
   Worker* worker = made.get();
-  worker->spec = request;
+  Take(worker, request);
   worker->done = std::move(done);
-  worker->world_size = static_cast<std::uint32_t>(Number(request, "WORLD_SIZE"));
-  const auto lazy = request.env().find("TORCH_GLOO_LAZY_INIT");
-  if (lazy != request.env().end() && lazy->second != "0" && !lazy->second.empty()) {
-    worker->spec.set_watch_start(false);  // its ranks connect when they first need each other
-  }
-  worker->store_port = static_cast<std::uint16_t>(Number(request, "MASTER_PORT"));
-  const auto error_file = request.env().find("TORCHELASTIC_ERROR_FILE");
-  if (error_file != request.env().end()) worker->error_file = error_file->second;
   worker->asked_ns = MonotonicNanos();
   worker->start_limit_ns = worker->asked_ns + (request.preload() ? kForkLimitNs : kStartLimitNs);
   workers_.emplace(key, std::move(made));
@@ -98,6 +91,19 @@ void Workers::Spawn(const v1::KeeperSpawn& request, Done done) {
   } else {
     StartFresh(worker);
   }
+}
+
+// What a worker of any origin is to be.
+void Workers::Take(Worker* worker, const v1::KeeperSpawn& request) {
+  worker->spec = request;
+  worker->world_size = static_cast<std::uint32_t>(Number(request, "WORLD_SIZE"));
+  const auto lazy = request.env().find("TORCH_GLOO_LAZY_INIT");
+  if (lazy != request.env().end() && lazy->second != "0" && !lazy->second.empty()) {
+    worker->spec.set_watch_start(false);  // its ranks connect when they first need each other
+  }
+  worker->store_port = static_cast<std::uint16_t>(Number(request, "MASTER_PORT"));
+  const auto error_file = request.env().find("TORCHELASTIC_ERROR_FILE");
+  if (error_file != request.env().end()) worker->error_file = error_file->second;
 }
 
 void Workers::StartForked(Worker* worker) {
@@ -267,6 +273,8 @@ void Workers::Signal(Worker* worker, int signal) {
 void Workers::Ask(Worker* worker, int signal, std::int64_t grace_ns) {
   if (worker->phase == Phase::kExited) return;
   worker->by_request = true;
+  worker->parked = false;  // it will not be resumed
+  worker->park_at_ns = 0;
   Signal(worker, signal);
   if (signal == SIGKILL) return;
   if (grace_ns == 0) {
@@ -308,6 +316,7 @@ void Workers::Kill(const v1::KeeperKill& request, const Done& done) {
   for (auto& [key, worker] : workers_) {
     if (key.job != request.job() || key.generation > request.generation()) continue;
     if (worker->phase == Phase::kExited) continue;
+    if (request.park() && Park(key, worker.get(), request.park_ms() * kMs, grace_ns)) continue;
     Ask(worker.get(), signal, grace_ns);
     ++killed;
   }
@@ -408,6 +417,7 @@ void Workers::Describe(v1::KeeperState* state) const {
     p->set_local_rank(worker->spec.local_rank());
     p->set_pid(worker->pid);
     p->set_running(worker->phase == Phase::kRunning);
+    p->set_parked(worker->parked);
     if (worker->phase == Phase::kExited) *p->mutable_exit() = worker->exit;
     p->set_error_file(worker->error_file);
     p->set_stdout_path(worker->spec.stdout_path());

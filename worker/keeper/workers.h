@@ -6,6 +6,7 @@
 
 #include <compare>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
@@ -48,6 +49,17 @@ class Workers {
 
   // Ends everything of the job at once, then drops what is known of it.
   void Forget(const std::string& job);
+
+  // --- sessions: workers that are parked where others are killed (workers_park.cc) ---
+
+  using Send = std::function<void(std::string bytes)>;
+  // The worker of process `pid` may be parked from now on, through `send`. Answers 0, or an errno
+  // with its text.
+  int OpenSession(const WorkerKey& key, pid_t pid, std::uint64_t token, Send send,
+                  std::string* error);
+  void OnParked(std::uint64_t token, std::uint64_t generation);
+  // The worker closed its session, or is gone.
+  void OnSessionLost(std::uint64_t token);
 
   // Everything: SIGTERM now, SIGKILL after the grace.
   void KillAll(std::uint32_t grace_ms);
@@ -98,7 +110,12 @@ class Workers {
     std::int64_t stopped_ns = 0;      // 0: not stopped
     Telling stop;                     // of stopped_ns
     bool learnt_from = false;
-    int signal_on_start = 0;  // killed before its pid was known
+    int signal_on_start = 0;    // killed before its pid was known
+    std::uint64_t session = 0;  // token of its connection; 0: it cannot be parked
+    Send send;                  // on it
+    bool parked = false;
+    std::int64_t park_at_ns = 0;     // asked to park by then, or parked until then; 0: neither
+    std::int64_t park_grace_ns = 0;  // for one that closes its session instead
     everstep::v1::KeeperExited exit;
     Done done;
     StatusPipe status;
@@ -112,6 +129,10 @@ class Workers {
   void LookAgain();
   void DropWaiting();
   void Ask(Worker* worker, int signal, std::int64_t grace_ns);
+  bool Park(const WorkerKey& key, Worker* worker, std::int64_t limit_ns, std::int64_t grace_ns);
+  void TellParked(const WorkerKey& key, const Worker& worker);
+  bool Resume(const everstep::v1::KeeperSpawn& request, const Done& done);
+  void Take(Worker* worker, const everstep::v1::KeeperSpawn& request);
   void PruneBefore(const std::string& job, std::uint64_t generation);
   Worker* FindPid(pid_t pid);
   bool Fenced(pid_t pid) const;

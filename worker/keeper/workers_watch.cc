@@ -43,6 +43,8 @@ Workers::ExitAnswer Workers::OnExit(pid_t pid, int code) {
   if (code != 0 || worker->by_request) ::kill(-pid, SIGKILL);
   worker->phase = Phase::kExited;
   worker->kill_at_ns = 0;
+  worker->park_at_ns = 0;
+  worker->parked = false;
   v1::KeeperExited& exit = worker->exit;
   exit.set_job(worker->spec.job());
   exit.set_generation(worker->spec.generation());
@@ -113,6 +115,7 @@ std::optional<std::int64_t> Workers::NextDeadline() const {
   for (const auto& [key, worker] : workers_) {
     if (worker->phase == Phase::kExited) continue;
     consider(worker->kill_at_ns);
+    consider(worker->park_at_ns);
     consider(worker->start_limit_ns);
     if (worker->stopped_ns != 0 && !worker->by_request) {
       consider(worker->stop.told() ? worker->stop.again_ns() : worker->stopped_ns + kStopToldNs);
@@ -136,6 +139,14 @@ void Workers::Tick(std::int64_t now) {
                                 {"pid", worker->pid},
                                 {"why", "still there after the grace"}});
       Signal(worker.get(), SIGKILL);
+    }
+    if (worker->park_at_ns != 0 && now >= worker->park_at_ns) {
+      LogWarning("worker_killed",
+                 {{"job", key.job},
+                  {"rank", key.rank},
+                  {"pid", worker->pid},
+                  {"why", worker->parked ? "nobody resumed it" : "it did not park in time"}});
+      Ask(worker.get(), SIGKILL, 0);
     }
     if (worker->phase != Phase::kRunning) continue;
     if (scan && worker->forked && !worker->learnt_from &&

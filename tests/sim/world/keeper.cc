@@ -41,9 +41,10 @@ void SimNode::CarryOutInKeeper(const agent::Effect& effect) {
   } else if (const auto* w = std::get_if<agent::StartWorkers>(&effect)) {
     StartWorkers(w->activate);
   } else if (const auto* k = std::get_if<agent::KillWorkers>(&effect)) {
-    Kill(k->job, k->generation, k->grace);
+    Kill(k->job, k->generation, k->grace, k->park);
   } else if (const auto* g = std::get_if<agent::ForgetJob>(&effect)) {
-    if (const KeeperJob* job = FindJob(g->job); job != nullptr && job->processes.empty()) {
+    if (const KeeperJob* job = FindJob(g->job);
+        job != nullptr && job->processes.empty() && job->parked.empty()) {
       keeper_->jobs.erase(g->job);
     }
   } else if (const auto* i = std::get_if<agent::RememberIncarnation>(&effect)) {
@@ -140,6 +141,14 @@ std::vector<agent::AdoptedJob> SimNode::Adopted() const {
       worker.running = true;
       adopted.old_workers.emplace_back(key.first, worker);
     }
+    for (const auto& [local_rank, parked] : job.parked) {
+      WorkerOnNode worker;
+      worker.rank = parked.first.second;
+      worker.local_rank = local_rank;
+      worker.pid = parked.second.pid;
+      worker.running = true;
+      adopted.old_workers.emplace_back(parked.first.first, worker);
+    }
     all.push_back(std::move(adopted));
   }
   return all;
@@ -174,7 +183,9 @@ void SimNode::Fork(const agent::Activate& activate, const WorkerPlan& worker) {
   KeeperJob* job = FindJob(activate.job);
   const ProcessKey key{activate.generation, worker.rank};
   if (job == nullptr || job->starting.erase(key) == 0) return;
-  if (env_.timeline->now() < forks_fail_until_) {
+  const auto parked = job->parked.find(worker.local_rank);
+  const bool resumed = parked != job->parked.end();
+  if (!resumed && env_.timeline->now() < forks_fail_until_) {
     Tell(agent::WorkerStartFailed{activate.job, activate.generation, worker.rank,
                                   "fork: resource temporarily unavailable"});
     return;
@@ -188,7 +199,17 @@ void SimNode::Fork(const agent::Activate& activate, const WorkerPlan& worker) {
                     name_, worker.rank, activate.job, key.first, other.second, other.first));
   }
   Process process;
-  process.pid = next_pid_++;
+  process.pid = resumed ? parked->second.second.pid : next_pid_++;
+  if (resumed) {
+    if (parked->second.first.first >= key.first) {
+      env_.truth->Violate(
+          env_.timeline->now(), "stale_obeyed",
+          fmt::format("{} resumes rank {} of job {} from generation {} in {}", name_, worker.rank,
+                      activate.job, parked->second.first.first, key.first));
+    }
+    env_.truth->Count("workers resumed in place");
+    job->parked.erase(parked);
+  }
   process.local_rank = worker.local_rank;
   process.world_size = static_cast<std::int32_t>(activate.world_size);
   process.started = env_.timeline->now();
@@ -375,12 +396,40 @@ bool SimNode::Checkpoints(const JobId& job) const {
                       [&](const SimJob& j) { return j.spec.job == job && !j.checkpoints; });
 }
 
-void SimNode::Kill(const JobId& job, Generation generation, Duration grace) {
+bool SimNode::Sessions(const JobId& job) const {
+  return std::any_of(env_.options->jobs.begin(), env_.options->jobs.end(),
+                     [&](const SimJob& j) { return j.spec.job == job && j.sessions; });
+}
+
+void SimNode::Kill(const JobId& job, Generation generation, Duration grace, Duration park) {
   KeeperJob* j = FindJob(job);
   if (j == nullptr) return;
   j->killed = std::max(j->killed, generation);
-  for (const auto& [key, process] : j->processes) {
+  const bool parks = park > Duration{} && Sessions(job);
+  for (const auto& [local_rank, parked] : j->parked) {
+    const auto& [key, process] = parked;
     if (key.first > generation) continue;
+    if (parks) {
+      Tell(agent::WorkerParked{job, key.first, key.second, process.pid});
+    } else {
+      AfterKeeper(Draw(1, 300), "kill", [this, job, local = local_rank, pid = process.pid] {
+        DieParked(job, local, pid, /*by_everstep=*/true);
+      });
+    }
+  }
+  for (auto& [key, process] : j->processes) {
+    if (key.first > generation) continue;
+    if (parks && !process.stopped && !process.ending) {
+      // Some compute for so long that they are killed; some die while they are parked.
+      const bool in_time = env_.timeline->random().Chance(850);
+      AfterKeeper(in_time ? Draw(1, 500) : park, "park",
+                  [this, job, k = key, pid = process.pid, in_time] {
+                    if (in_time) return Park(job, k, pid);
+                    Die(job, k, pid, -9, /*by_everstep=*/true);
+                  });
+      continue;
+    }
+    process.ending = true;
     // Most end on SIGTERM, some only on SIGKILL; a stopped process takes no SIGTERM.
     const bool term = !process.stopped && env_.timeline->random().Chance(800);
     const Duration after =
@@ -389,6 +438,41 @@ void SimNode::Kill(const JobId& job, Generation generation, Duration grace) {
       Die(job, k, pid, term ? -15 : -9, /*by_everstep=*/true);
     });
   }
+}
+
+// It holds nothing of its generation any more, but lives.
+void SimNode::Park(const JobId& job, ProcessKey key, std::int32_t pid) {
+  const Process* process = FindProcess(job, key);
+  if (process == nullptr || process->pid != pid || process->ending) return;
+  if (process->stopped) return Die(job, key, pid, -9, /*by_everstep=*/true);
+  const Process parked = *process;
+  KeeperJob& j = *FindJob(job);
+  j.processes.erase(key);
+  env_.training->Leave(job, key.first, key.second);
+  env_.truth->Count("workers parked");
+  j.parked[parked.local_rank] = {key, parked};
+  if (env_.timeline->random().Chance(100)) {
+    AfterKeeper(Draw(1, 400), "dies parked", [this, job, local = parked.local_rank, pid] {
+      DieParked(job, local, pid, /*by_everstep=*/false);
+    });
+  }
+  Tell(agent::WorkerParked{job, key.first, key.second, pid});
+}
+
+void SimNode::DieParked(const JobId& job, std::int32_t local_rank, std::int32_t pid,
+                        bool by_everstep) {
+  KeeperJob* j = FindJob(job);
+  if (j == nullptr) return;
+  const auto it = j->parked.find(local_rank);
+  if (it == j->parked.end() || it->second.second.pid != pid) return;
+  const auto [key, process] = it->second;
+  j->parked.erase(it);
+  ExitInfo exit;
+  exit.code = -9;
+  exit.by_everstep = by_everstep;
+  exit.occurred = env_.timeline->now();
+  exit.ran = env_.timeline->now() - process.started;
+  Tell(agent::WorkerExited{job, key.first, key.second, pid, exit});
 }
 
 void SimNode::Die(const JobId& job, ProcessKey key, std::int32_t pid, std::int32_t code,

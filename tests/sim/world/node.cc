@@ -155,7 +155,7 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
     Tell(agent::Warm{header, w->job, w->command});
   } else if (const auto* p = std::get_if<controller::PrepareCommand>(&command.body)) {
     Tell(agent::Prepare{header, p->job, p->generation, p->command, p->host_store, Grace(p->failed),
-                        p->data_key, p->given_up});
+                        p->data_key, p->given_up, p->park});
   } else if (const auto* a = std::get_if<controller::ActivateCommand>(&command.body)) {
     agent::Activate activate;
     activate.header = header;

@@ -98,6 +98,7 @@ class SimNode {
     std::int32_t world_size = 0;
     bool stopped = false;
     bool capturing = false;
+    bool ending = false;     // asked to end: it does not park any more
     Duration patience = {};  // with a commit, until a capture is given up
     Timestamp unkillable_until;
     Timestamp started;
@@ -108,6 +109,7 @@ class SimNode {
     Generation generation = 0;  // newest prepared or activated
     std::optional<agent::Activate> activate;
     std::map<ProcessKey, Process> processes;
+    std::map<std::int32_t, std::pair<ProcessKey, Process>> parked;  // by local rank
     std::set<ProcessKey> starting;
     std::map<ProcessKey, WorkerOnNode> exited;
     Generation killed = 0;  // processes of generations up to this die as soon as they are forked
@@ -154,7 +156,10 @@ class SimNode {
   void Assembled(const JobId& job, ProcessKey key, const RestoreCut& cut);
   void JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step step);
   bool Checkpoints(const JobId& job) const;
-  void Kill(const JobId& job, Generation generation, Duration grace);
+  void Kill(const JobId& job, Generation generation, Duration grace, Duration park);
+  void Park(const JobId& job, ProcessKey key, std::int32_t pid);
+  void DieParked(const JobId& job, std::int32_t local_rank, std::int32_t pid, bool by_everstep);
+  bool Sessions(const JobId& job) const;
   void Die(const JobId& job, ProcessKey key, std::int32_t pid, std::int32_t code, bool by_everstep);
   void ReportStopped(const JobId& job, ProcessKey key, std::int32_t pid);
   void Capture(const JobId& job, ProcessKey key, std::int32_t pid, Lineage state, Step step,

@@ -14,6 +14,7 @@ namespace everstep::sim {
 struct SimJob {
   controller::JobSpec spec;
   bool checkpoints = true;  // false: the script knows nothing of checkpoints; no steps are reported
+  bool sessions = false;    // its workers can be parked
   bool tight = false;       // small budgets: it may fail, with a reason
   Duration cancel_at = {};  // 0: never
   bool again = false;       // handed in once more under its name when it has ended

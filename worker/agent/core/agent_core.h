@@ -5,7 +5,9 @@
 // It decides: which of the controller's commands are current, when a node is prepared, when a
 // generation stands here, what is told to a controller and when. It does not decide which
 // generation runs: that is the controller's. Workers live on through the loss of the session and of
-// the agent; only Prepare, StopJob and a controller that does not know the job end them.
+// the agent; only Prepare, StopJob and a controller that does not know the job end them. A Prepare
+// on a node that stays ends them for their generation only: those that can park, and are resumed by
+// Activate. Prepared is never said before each is parked or dead.
 //
 // Everything it says is level-triggered: a report that a broken stream swallowed is said again by
 // the next registration, which carries the node's whole state.
@@ -27,6 +29,7 @@ struct CoreOptions {
   Duration heartbeat_interval = Milliseconds(250);  // until Registered names another
   Duration reap_slack = Seconds(10);  // after the grace: a worker that SIGKILL did not end by then
                                       // sits in the kernel, and this node refuses the generation
+  Duration park_limit = Seconds(5);   // for what computes between two collectives; then SIGKILL
   Duration store_timeout = Seconds(25);  // a store host must listen within
   Duration start_timeout = Seconds(60);  // the keeper must fork the workers within
   std::size_t max_jobs = 64;             // on one node
@@ -68,6 +71,7 @@ class AgentCore {
   void On(Timestamp now, const WorkerStarted& e, Effects* out);
   void On(Timestamp now, const WorkerStartFailed& e, Effects* out);
   void On(Timestamp now, const WorkerExited& e, Effects* out);
+  void On(Timestamp now, const WorkerParked& e, Effects* out);
   void On(Timestamp now, const WorkerStalled& e, Effects* out);
   void On(Timestamp now, const ForkServerState& e, Effects* out);
   void On(Timestamp now, const StoreReady& e, Effects* out);

@@ -49,8 +49,10 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
     return;  // under way, or activated already
   }
   RetireWorkers(job);
+  if (!e.park) RetireParked(job);
   if (!job->old_workers.empty() || job->generation > 0) {
-    out->push_back(KillWorkers{e.job, e.generation - 1, e.grace, /*stores=*/true});
+    out->push_back(KillWorkers{e.job, e.generation - 1, e.grace, /*stores=*/true,
+                               e.park ? options_.park_limit : Duration{}});
   }
   job->phase = JobView::Phase::kDraining;
   job->generation = e.generation;
@@ -62,8 +64,9 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
   job->trouble.clear();
   job->survey_done = false;
   job->forget = false;
-  job->deadline = now + std::max(e.grace + options_.reap_slack,
-                                 e.host_store ? options_.store_timeout : Duration{});
+  job->deadline =
+      now + std::max(e.grace + options_.reap_slack + (e.park ? options_.park_limit : Duration{}),
+                     e.host_store ? options_.store_timeout : Duration{});
   out->push_back(RememberPrepared{e.job, e.generation, e.command, e.data_key});
   if (e.host_store) out->push_back(StartStore{e.job, e.generation, e.command});
   Advance(e.job, out);
@@ -175,6 +178,7 @@ void AgentCore::BeginStop(Timestamp now, const JobId& id, JobView* job, Generati
   job->stop_answer = generation;
   if (generation >= job->generation) {
     RetireWorkers(job);
+    RetireParked(job);
     job->generation = generation;  // nothing older may start any more
     job->phase = JobView::Phase::kStopping;
     job->forget = forget;

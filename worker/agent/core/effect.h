@@ -100,11 +100,14 @@ struct StartWorkers {
   Activate activate;
 };
 // Every process of generations up to `generation`: SIGTERM, `grace`, SIGKILL. -> WorkerExited each.
+// With `park` (0: nobody) those that can are parked within that time instead, else killed.
+// -> WorkerParked.
 struct KillWorkers {
   JobId job;
   Generation generation = 0;
   Duration grace = {};
   bool stores = false;  // store hosts of those generations too
+  Duration park = {};
 };
 // A drill's real signal.
 struct KillRank {

@@ -53,6 +53,7 @@ struct Prepare {
   Duration grace = {};   // SIGTERM to SIGKILL
   std::string data_key;  // authenticates this job's checkpoint sessions
   std::vector<Cut> given_up = {};
+  bool park = false;  // this node stays: workers that can park live on
 };
 struct Activate {
   Header header;
@@ -169,6 +170,14 @@ struct WorkerExited {
   std::int32_t pid = 0;
   ExitInfo exit;
 };
+// It touches neither its arena nor its peers any more; whoever starts its local rank next gets this
+// very process.
+struct WorkerParked {
+  JobId job;
+  Generation generation = 0;
+  Rank rank = 0;
+  std::int32_t pid = 0;
+};
 struct WorkerStalled {
   JobId job;
   Generation generation = 0;
@@ -243,7 +252,7 @@ using Event =
     std::variant<SessionOpened, SessionLost, Registered, Heard, Warm, Prepare, Activate, StopJob,
                  Committed, Persist, RepairShard, BuildShard, TailLogs, KillForDrill,
                  KeeperAttached, KeeperGone, WorkerStarted, WorkerStartFailed, WorkerExited,
-                 WorkerStalled, ForkServerState, StoreReady, StoreFailed, Surveyed, ShardCopied,
-                 ShardDamaged, Persisted, StepCaptured, Notice, Tick>;
+                 WorkerParked, WorkerStalled, ForkServerState, StoreReady, StoreFailed, Surveyed,
+                 ShardCopied, ShardDamaged, Persisted, StepCaptured, Notice, Tick>;
 
 }  // namespace everstep::agent

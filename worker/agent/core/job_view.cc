@@ -55,6 +55,11 @@ void RetireWorkers(JobView* job) {
   job->workers.clear();
 }
 
+void RetireParked(JobView* job) {
+  job->old_workers.insert(job->old_workers.end(), job->parked.begin(), job->parked.end());
+  job->parked.clear();
+}
+
 JobOnNode Holds(const JobId& id, const JobView& job) {
   JobOnNode holds;
   holds.job = id;

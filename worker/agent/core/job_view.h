@@ -33,6 +33,8 @@ struct JobView {
   std::vector<WorkerOnNode> workers;  // of `generation`
   // Workers that are ending, or whose start is still under way, of generations that are over.
   std::vector<std::pair<Generation, WorkerOnNode>> old_workers;
+  // Of generations that are over; each waits for the Activate that resumes it.
+  std::vector<std::pair<Generation, WorkerOnNode>> parked;
   bool host_store = false;
   std::uint32_t store_port = 0;
   bool fork_server_asked = false;
@@ -58,6 +60,8 @@ WorkerOnNode* FindRank(std::vector<WorkerOnNode>* workers, Rank rank);  // null:
 std::string Lingering(const JobView& job);
 // Workers of the current generation become old ones: their exits are awaited, no longer reported.
 void RetireWorkers(JobView* job);
+// Workers that are parked are to end as well: their exits are awaited, too.
+void RetireParked(JobView* job);
 // The job's part of a registration; without its shards.
 JobOnNode Holds(const JobId& id, const JobView& job);
 

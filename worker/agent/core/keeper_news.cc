@@ -21,7 +21,8 @@ void AgentCore::On(Timestamp, const KeeperAttached& e, Effects* out) {
     job.command = adopted.command;
     job.group_rank = adopted.group_rank;
     job.workers = adopted.holds.workers;
-    job.old_workers = adopted.old_workers;
+    job.old_workers = adopted.old_workers;  // those that are parked say so at the next Prepare
+    job.parked.clear();
     job.step = adopted.step;
     job.fork_server_asked = job.fork_server_ready = adopted.fork_server_ready;
     // A prepare that was under way begins again when the controller repeats it.
@@ -55,6 +56,7 @@ void AgentCore::On(Timestamp, const KeeperGone& e, Effects*) {
     job.phase = JobView::Phase::kIdle;
     job.workers.clear();
     job.old_workers.clear();
+    job.parked.clear();
     job.surveyed.clear();
     job.survey_done = false;
     job.store_port = 0;
@@ -68,6 +70,8 @@ void AgentCore::On(Timestamp, const KeeperGone& e, Effects*) {
 void AgentCore::On(Timestamp, const WorkerStarted& e, Effects* out) {
   JobView* job = Find(e.job);
   if (job == nullptr) return;
+  // Resumed, also by a generation that is over meanwhile.
+  std::erase_if(job->parked, [&](const auto& parked) { return parked.second.pid == e.pid; });
   if (e.generation != job->generation || job->phase == JobView::Phase::kStopping) {
     for (auto& [generation, w] : job->old_workers) {
       if (generation != e.generation || w.rank != e.rank) continue;
@@ -108,17 +112,32 @@ void AgentCore::On(Timestamp, const WorkerStartFailed& e, Effects* out) {
 void AgentCore::On(Timestamp, const WorkerExited& e, Effects* out) {
   JobView* job = Find(e.job);
   if (job == nullptr) return;
-  const auto before = job->old_workers.size();
-  std::erase_if(job->old_workers, [&](const auto& old) {
+  const auto same = [&](const auto& old) {
     return old.first == e.generation && old.second.rank == e.rank;
-  });
-  if (job->old_workers.size() != before) return Advance(e.job, out);
+  };
+  if (std::erase_if(job->parked, same) > 0) return;
+  if (std::erase_if(job->old_workers, same) > 0) return Advance(e.job, out);
   if (e.generation != job->generation) return;
   WorkerOnNode* w = FindRank(&job->workers, e.rank);
   if (w == nullptr || !w->running || w->pid != e.pid) return;
   w->running = false;
   w->exit = e.exit;
   Say(SendWorkerExited{e.job, e.generation, *w}, out);
+}
+
+// As good as gone for the prepare that waits for the end of its generation. If it dies before it is
+// resumed, nobody else needs to know: the keeper forks a new process for its local rank.
+void AgentCore::On(Timestamp, const WorkerParked& e, Effects* out) {
+  JobView* job = Find(e.job);
+  if (job == nullptr || job->phase == JobView::Phase::kStopping) return;
+  const auto it =
+      std::find_if(job->old_workers.begin(), job->old_workers.end(), [&](const auto& old) {
+        return old.first == e.generation && old.second.rank == e.rank && old.second.pid == e.pid;
+      });
+  if (it == job->old_workers.end()) return;
+  job->parked.push_back(*it);
+  job->old_workers.erase(it);
+  Advance(e.job, out);
 }
 
 void AgentCore::On(Timestamp, const WorkerStalled& e, Effects* out) {

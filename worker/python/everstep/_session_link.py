@@ -1,0 +1,126 @@
+"""A worker's session with its node's keeper: asked to park, told of the next generation.
+
+The structs and the order of words stand in worker/keeper/attach_protocol.h; a test compares the sizes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from everstep._library import EREFUSED, ESTALE, EverstepError, StaleGenerationError
+
+MAGIC, VERSION = 0xE57E9A12, 1
+REQUEST = struct.Struct("<II132siQ")  # magic, version, job, rank, generation
+REPLY = struct.Struct("<Ii8x8x232s")  # magic, error, -, -, message
+WORD = struct.Struct("<IIQII")  # magic, kind, generation, bytes, reserved
+PARK, PARKED, RESUME = 1, 2, 3
+_STALE = 116  # errno ESTALE of the reply
+_AGAIN = 0.05  # seconds between two calls of on_park, until the worker has parked
+_MOST = 4 << 20  # bytes of an environment
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What a worker that was parked is now."""
+
+    generation: int
+    stdout: str  # files, as those of a fresh worker of that generation
+    stderr: str
+    environment: dict[str, str]
+
+
+class Link:
+    """The worker's end. parked() and wait_resume() are the training thread's; on_park is called by a thread of the
+    link's, again and again until parked()."""
+
+    def __init__(self, keeper: str, job: str, rank: int, generation: int, on_park: Callable[[], object],
+                 timeout: float = 5.0) -> None:
+        """Opens the session. Raises OSError (no keeper), StaleGenerationError (this process is to end) or
+        EverstepError (the keeper refuses, and says why)."""
+        self._on_park = on_park
+        self._generation = generation
+        self._asked = threading.Event()  # to park
+        self._parked = threading.Event()
+        self._resumed: queue.SimpleQueue[Resume | None] = queue.SimpleQueue()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._socket.settimeout(timeout)
+            self._socket.connect(keeper)
+            self._socket.sendall(REQUEST.pack(MAGIC, VERSION, job.encode(), rank, generation))
+            _, error, message = REPLY.unpack(self._exactly(REPLY.size))
+            if error != 0:
+                text = message.split(b"\0")[0].decode(errors="replace")
+                raise (StaleGenerationError if error == _STALE else EverstepError)(
+                    ESTALE if error == _STALE else EREFUSED, text)
+            self._socket.settimeout(None)
+        except BaseException:
+            self._socket.close()
+            raise
+        threading.Thread(target=self._listen, name="everstep-session", daemon=True).start()
+
+    @property
+    def asked(self) -> bool:
+        """The generation is over: park."""
+        return self._asked.is_set()
+
+    def wait_asked(self, timeout: float) -> bool:
+        """Waits, at most `timeout` seconds, until the worker is asked to park."""
+        return self._asked.wait(timeout)
+
+    def parked(self) -> None:
+        """Tells the keeper that this worker touches neither its arena nor its peers any more."""
+        self._asked.wait()
+        self._socket.sendall(WORD.pack(MAGIC, PARKED, self._generation, 0, 0))
+        self._parked.set()
+
+    def wait_resume(self) -> Resume:
+        """Waits for the next generation, as long as it takes. Raises EverstepError when the keeper is gone."""
+        resume = self._resumed.get()
+        if resume is None:
+            raise EverstepError(EREFUSED, "the node's keeper has ended this worker's session; nothing will resume it")
+        return resume
+
+    def close(self) -> None:
+        """From now on this worker is ended at a change of the generation. Idempotent."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
+    def _listen(self) -> None:
+        try:
+            while True:
+                magic, kind, generation, size, _ = WORD.unpack(self._exactly(WORD.size))
+                if magic != MAGIC or size > _MOST:
+                    break
+                texts = self._exactly(size)
+                if kind == PARK:
+                    self._asked.set()
+                    self._on_park()
+                    # It may have been between two collectives, or about to form its group.
+                    while not self._parked.wait(_AGAIN):
+                        self._on_park()
+                elif kind == RESUME:
+                    stdout, stderr, *pairs = texts.decode(errors="surrogateescape").split("\0")[:-1]
+                    self._generation = generation
+                    self._asked.clear()
+                    self._parked.clear()
+                    self._resumed.put(Resume(generation, stdout, stderr,
+                                             dict(pair.split("=", 1) for pair in pairs)))
+        except (OSError, ValueError):
+            pass  # closed, by either side
+        self._resumed.put(None)
+
+    def _exactly(self, size: int) -> bytes:
+        out = b""
+        while len(out) < size:
+            piece = self._socket.recv(size - len(out))
+            if not piece:
+                raise ConnectionError("the node's keeper closed the session")
+            out += piece
+        return out
