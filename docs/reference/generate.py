@@ -89,8 +89,9 @@ def python() -> str:
     out = ["# The everstep package", "",
            "Written by `docs/reference/generate.py` from the package's docstrings; a test keeps it equal.", "",
            inspect.cleandoc(ast.get_docstring(init) or ""), ""]
-    out += described("everstep", ("checkpointer.py", "_library.py"),
-                     ("Checkpointer", "Stats", "EverstepError", "StaleGenerationError"), called=("Checkpointer",))
+    out += described("everstep", ("checkpointer.py", "_library.py", "session.py", "_samples.py"),
+                     ("Checkpointer", "Stats", "Session", "Share", "EverstepError", "StaleGenerationError"),
+                     called=("Checkpointer", "Session"))
     dcp = ast.parse((PACKAGE / "dcp/__init__.py").read_text())
     out += ["## everstep.dcp", "", inspect.cleandoc(ast.get_docstring(dcp) or ""), ""]
     # What DCP calls is DCP's to describe.

@@ -18,7 +18,9 @@ from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
+import everstep
 import pytest
+import torch
 import torch.distributed as dist
 from everstep._collectives import Group, lost_peer
 
@@ -128,3 +130,33 @@ def test_a_lost_peer_is_told_from_a_mistake(error: Exception, lost: bool) -> Non
         raise ValueError("while logging") from error
     except ValueError as outer:
         assert lost_peer(outer) is lost
+
+
+def test_outside_of_everstep_a_session_trains_once(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("EVERSTEP_")]:
+        monkeypatch.delenv(name)
+    for name, value in {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port,
+                        "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, str(value))
+    calls = []
+
+    @everstep.resilient
+    def train(session: everstep.Session) -> list[int]:
+        calls.append((session.rank, session.world_size, session.generation, dist.get_world_size()))
+        start = session.restore({"values": torch.zeros(3)})
+        assert not session.step(start)
+        return session.share(0, samples=4, batch=4).indices
+
+    with pytest.warns(RuntimeWarning, match="a Session trains once there"):
+        assert sorted(train()) == [0, 1, 2, 3]
+    assert calls == [(0, 1, 0, 1)]
+    assert not dist.is_initialized()
+
+    def mistaken(session: everstep.Session) -> None:
+        raise ConnectionError("the script's own")
+
+    with pytest.raises(ConnectionError, match="own"):
+        everstep.Session(mistaken).run()
+    dist.destroy_process_group()
+    with pytest.raises(ValueError, match="'nccl' cannot be left in place yet"):
+        everstep.Session(mistaken, backend="nccl")

@@ -7,6 +7,10 @@
         ...
         ck.step(step)
 
+A Session goes further: its processes live on when others are lost, at another number of ranks.
+
+    everstep.Session(train).run()
+
 Importing it does nothing, and does not import torch; outside of `everstep run` a Checkpointer warns once
 and the script runs on.
 """
@@ -18,10 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from everstep._library import EverstepError, StaleGenerationError
+    from everstep._samples import Share
     from everstep.checkpointer import Checkpointer, Stats
+    from everstep.session import Session, resilient
 
 __version__ = "0.1.0"
-__all__ = ["Checkpointer", "EverstepError", "StaleGenerationError", "Stats", "__version__"]
+__all__ = ["Checkpointer", "EverstepError", "Session", "Share", "StaleGenerationError", "Stats", "__version__",
+           "resilient"]
 
 
 def __getattr__(name: str) -> Any:
@@ -30,6 +37,14 @@ def __getattr__(name: str) -> Any:
         from everstep import checkpointer
 
         return getattr(checkpointer, name)
+    if name in ("Session", "resilient"):
+        from everstep import session
+
+        return getattr(session, name)
+    if name == "Share":
+        from everstep._samples import Share
+
+        return Share
     if name in ("EverstepError", "StaleGenerationError"):
         from everstep import _library
 

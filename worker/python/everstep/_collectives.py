@@ -23,6 +23,7 @@ import gc
 import os
 import socket
 import stat
+import sys
 import traceback
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class Group:
     def __init__(self) -> None:
         self._before: frozenset[tuple[int, int]] | None = None  # None: no group
         self._store_port = 0
+        self._hook = sys.excepthook
 
     @property
     def formed(self) -> bool:
@@ -54,6 +56,7 @@ class Group:
         import torch.distributed as dist
 
         self._store_port = store_port
+        self._hook = sys.excepthook
         self._before = _sockets()
         dist.init_process_group(backend, **options)
 
@@ -78,6 +81,8 @@ class Group:
         with contextlib.suppress(Exception):  # what a half-formed group says of itself
             if dist.is_initialized():
                 dist.destroy_process_group()
+        sys.excepthook = self._hook  # init_process_group put one in front, which names the old rank
+        _forget_layouts()
         self._before = None
 
 
@@ -106,6 +111,20 @@ def release(error: BaseException | None) -> None:
         traceback.clear_frames(current.__traceback__)
         current = current.__cause__ or current.__context__
     gc.collect()
+
+
+def _forget_layouts() -> None:
+    """DTensor remembers by mesh what an operation gives, and two meshes of equal ranks are equal to it, though the
+    groups of one are gone and this process has another rank in the other."""
+    if "torch.distributed.tensor" not in sys.modules:
+        return
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    with contextlib.suppress(AttributeError):
+        DTensor._op_dispatcher.sharding_propagator.propagate_op_sharding.cache_clear()
+    with contextlib.suppress(AttributeError):  # of PyTorch 2.10 and newer
+        torch._C._clear_DTensor_sharding_propagator_cache()
 
 
 def _sockets() -> frozenset[tuple[int, int]]:
