@@ -292,6 +292,25 @@ TEST(AgentCore, AWorkerResumedByAGenerationThatIsOverIsParkedNoMore) {
   EXPECT_NE(n.Find<SendStopped>(), nullptr);
 }
 
+// Found by the simulator: the same, with the stop on its way while the keeper resumed.
+TEST(AgentCore, AStopThatMeetsAResumeWaitsForTheProcessOnce) {
+  Node n;
+  n.Boot();
+  n.Run(1);
+  n.Prepares(2, /*host=*/false, /*park=*/true);
+  n.Do(WorkerParked{"j", 1, 0, 10});
+  n.Do(WorkerParked{"j", 1, 1, 11});
+  n.Do(Surveyed{"j", 2, {}});
+  n.Activates(2);
+  n.Do(WorkerStarted{"j", 2, 0, 0, 10});
+  n.Do(StopJob{n.Next(), "j", 2, false, Milliseconds(1000)});
+  n.Do(WorkerStarted{"j", 2, 1, 1, 11});
+  n.Exits(2, 0, 10, -15);
+  EXPECT_EQ(n.Find<SendStopped>(), nullptr) << "rank 1 lives";
+  n.Exits(2, 1, 11, -15);
+  EXPECT_NE(n.Find<SendStopped>(), nullptr);
+}
+
 TEST(AgentCore, ANodeThatLeavesAndAJobThatStopsEndTheParkedOnesToo) {
   for (const bool leaves : {true, false}) {
     Node n;

@@ -70,8 +70,12 @@ void AgentCore::On(Timestamp, const KeeperGone& e, Effects*) {
 void AgentCore::On(Timestamp, const WorkerStarted& e, Effects* out) {
   JobView* job = Find(e.job);
   if (job == nullptr) return;
-  // Resumed, also by a generation that is over meanwhile.
-  std::erase_if(job->parked, [&](const auto& parked) { return parked.second.pid == e.pid; });
+  // Resumed, also by a generation that is over meanwhile: its end will be told under its new rank.
+  const auto before = [&](const auto& w) {
+    return w.second.pid == e.pid && (w.first != e.generation || w.second.rank != e.rank);
+  };
+  std::erase_if(job->parked, before);
+  const bool awaited = std::erase_if(job->old_workers, before) > 0;
   if (e.generation != job->generation || job->phase == JobView::Phase::kStopping) {
     for (auto& [generation, w] : job->old_workers) {
       if (generation != e.generation || w.rank != e.rank) continue;
@@ -90,6 +94,7 @@ void AgentCore::On(Timestamp, const WorkerStarted& e, Effects* out) {
     job->deadline.reset();
     AnswerActivate(e.job, *job, out);
   }
+  if (awaited) Advance(e.job, out);
 }
 
 void AgentCore::On(Timestamp, const WorkerStartFailed& e, Effects* out) {
