@@ -113,7 +113,9 @@ void SimNode::CrashKeeper() {
   if (!keeper_) return;
   DropKeeper();
   Tell(agent::KeeperGone{"the keeper's socket closed"});
-  AfterAgent(Draw(20, 400), "new keeper", [this] { AttachKeeper(); });
+  AfterAgent(Draw(20, 400), "new keeper", [this] {
+    if (!keeper_) AttachKeeper();  // an agent that had just started has one by now
+  });
 }
 
 void SimNode::Notice(Duration deadline) {
