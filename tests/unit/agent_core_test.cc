@@ -523,6 +523,24 @@ TEST(AgentCore, AStoreThatCannotStartRefusesTheGeneration) {
   EXPECT_NE(n.Find<StartStore>(), nullptr);
 }
 
+// Found by the simulator, seed 2604: a node that was drained and came back was told to stop, and
+// then asked what it holds: it never answered.
+TEST(AgentCore, ItAnswersAPrepareWhileItStopsTheSameGeneration) {
+  Node n;
+  n.Boot();
+  n.Run(1);
+  n.Prepares(2);
+  n.Do(StopJob{n.Next(), "j", 2, false, Milliseconds(500)});
+  n.Prepares(2);
+  n.Exits(1, 0, 10, -9);
+  n.Exits(1, 1, 11, -9);
+  EXPECT_NE(n.Find<SendStopped>(), nullptr);
+  EXPECT_NE(n.Find<Survey>(), nullptr);
+  n.Do(Surveyed{"j", 2, {}});
+  ASSERT_NE(n.Find<SendPrepared>(), nullptr);
+  EXPECT_FALSE(n.Find<SendPrepared>()->refused);
+}
+
 TEST(AgentCore, StopsAndForgetsWhenTheLastProcessIsGone) {
   Node n;
   n.Boot();

@@ -44,7 +44,10 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
                                                   job->generation, e.generation)});
     return;
   }
-  if (e.generation == job->generation && job->phase != JobView::Phase::kIdle) {
+  // One that was told to end this generation, since it has no part in it, may yet be asked what it
+  // holds.
+  const bool ends = job->phase == JobView::Phase::kStopping;
+  if (e.generation == job->generation && job->phase != JobView::Phase::kIdle && !ends) {
     if (job->phase == JobView::Phase::kPrepared) AnswerPrepare(e.job, *job, out);
     return;  // under way, or activated already
   }
