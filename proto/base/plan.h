@@ -52,8 +52,8 @@ struct HeldShard {
   bool replica = false;            // a peer's slot kept here
   bool replicated_layout = false;  // every rank's state is the same: any shard serves any rank
   bool file = false;               // this node sees it in the checkpoint directory; unverified
-  bool share = false;  // of one state that is the same on every rank: restored from all shares
-  Generation built = 0;            // a parity: the generation whose ParityPlan it is of; 0: none
+  bool share = false;    // of one state that is the same on every rank: restored from all shares
+  Generation built = 0;  // a parity: the generation whose ParityPlan it is of; 0: none
   friend bool operator==(const HeldShard&, const HeldShard&) = default;
 };
 
