@@ -289,7 +289,8 @@ std::int64_t SyncNs(const Profile& profile, const Template& t, std::uint32_t cop
   const std::uint32_t replicas = copies * t.devices;
   if (replicas <= 1) return 0;
   const Link& link = copies > 1 || t.shape.nodes_per_stage > 1 ? profile.between : profile.inside;
-  const auto hops = static_cast<double>(2 * std::bit_width(replicas - 1) * link.latency_ns);
+  const std::int64_t rounds = std::bit_width(replicas - 1);
+  const auto hops = static_cast<double>(2 * rounds * link.latency_ns);
   // Stages of one node share its link.
   const double factor = 2.0 * (replicas - 1) / replicas * t.shape.stages_per_node;
   const double ns_per_byte =
