@@ -489,11 +489,10 @@ bool ReplicaStore::FetchWhole(PeerSession* session, bool* damaged) {
   const RequestFrame& request = session->request();
   const JobId job = session->job();
   std::vector<ArenaName> names{{request.fields.rank, false}, {request.fields.rank, true}};
-  if (request.op == Op::kFetchRelay) {  // who took another rank's shard has it in its own arena
-    auto all = host_->List(job);
-    for (const ArenaName& name : all.ok() ? all.value() : std::vector<ArenaName>()) {
-      if (!name.replica && name.rank != request.fields.rank) names.push_back(name);
-    }
+  // Who started from another rank's shard has it in its own arena.
+  auto all = host_->List(job);
+  for (const ArenaName& name : all.ok() ? all.value() : std::vector<ArenaName>()) {
+    if (!name.replica && name.rank != request.fields.rank) names.push_back(name);
   }
   for (const ArenaName& name : names) {
     auto fds = host_->Open(job, name, 0);

@@ -177,6 +177,9 @@ TEST_F(Relays, OneWhoHasItAlreadyServesItWhicheverRankItIs) {
   ASSERT_TRUE(Restored(&b, 1));
   c.Activate(c.PartOf(2, 2, "", From(b.address(), 1, "")));
   EXPECT_TRUE(Restored(&c, 2));
+  // Also who is asked as a holder: it may be the only one that is left.
+  d.Activate(d.PartOf(2, 3, "", From(b.address(), 0, "")));
+  EXPECT_TRUE(Restored(&d, 3));
 }
 
 TEST_F(Relays, TwoRanksOfANodeTakeItOverTheLinkOnce) {
