@@ -210,7 +210,7 @@ std::string ReadJobName(std::string_view text, std::string* out) {
 
 std::string ReadRedundancy(std::string_view text, std::optional<checkpoint::Redundancy>* out) {
   checkpoint::Redundancy policy;
-  const std::string wrong = checkpoint::ParseRedundancy(Strip(text), &policy);
+  std::string wrong = checkpoint::ParseRedundancy(Strip(text), &policy);
   if (!wrong.empty()) return wrong;
   *out = policy;
   return {};
