@@ -96,17 +96,7 @@ bool Case(const checkpoint::Redundancy& policy, int runs, Results* results) {
 int Main(int argc, char** argv) {
   int runs = 11;
   std::string json;
-  for (int i = 1; i < argc; ++i) {
-    const std::string flag = argv[i];
-    if (i + 1 < argc && flag == "--runs") {
-      runs = std::max(1, std::atoi(argv[++i]));
-    } else if (i + 1 < argc && flag == "--json") {
-      json = argv[++i];
-    } else {
-      fmt::print(stderr, "usage: parity_bench [--runs 11] [--json FILE]\n");
-      return flag == "--help" ? 0 : 2;
-    }
-  }
+  if (const auto code = ReadFlags(argc, argv, "parity_bench", &runs, &json)) return *code;
   Results results("parity");
   for (const checkpoint::Redundancy policy :
        {checkpoint::Redundancy{4, 1}, checkpoint::Redundancy{4, 2}, checkpoint::Redundancy{8, 3}}) {

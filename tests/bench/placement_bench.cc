@@ -103,17 +103,7 @@ void Case(std::uint32_t nodes, std::uint32_t copies, int runs, Results* results)
 int Main(int argc, char** argv) {
   int runs = 21;
   std::string json;
-  for (int i = 1; i < argc; ++i) {
-    const std::string flag = argv[i];
-    if (i + 1 < argc && flag == "--runs") {
-      runs = std::max(1, std::atoi(argv[++i]));
-    } else if (i + 1 < argc && flag == "--json") {
-      json = argv[++i];
-    } else {
-      fmt::print(stderr, "usage: placement_bench [--runs 21] [--json FILE]\n");
-      return flag == "--help" ? 0 : 2;
-    }
-  }
+  if (const auto code = ReadFlags(argc, argv, "placement_bench", &runs, &json)) return *code;
   Results results("placement");
   Case(128, 2, runs, &results);
   Case(1024, 3, runs, &results);

@@ -139,17 +139,7 @@ void Losses(std::uint32_t nodes, int runs, Results* results) {
 int Main(int argc, char** argv) {
   int runs = 21;
   std::string json;
-  for (int i = 1; i < argc; ++i) {
-    const std::string flag = argv[i];
-    if (i + 1 < argc && flag == "--runs") {
-      runs = std::max(1, std::atoi(argv[++i]));
-    } else if (i + 1 < argc && flag == "--json") {
-      json = argv[++i];
-    } else {
-      fmt::print(stderr, "usage: planner_bench [--runs 21] [--json FILE]\n");
-      return flag == "--help" ? 0 : 2;
-    }
-  }
+  if (const auto code = ReadFlags(argc, argv, "planner_bench", &runs, &json)) return *code;
   Results results("planner");
   Templates(64, 8, 1, false, runs, &results);
   Templates(128, 64, 1, false, runs, &results);

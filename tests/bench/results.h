@@ -2,7 +2,9 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <fstream>
+#include <optional>
 #include <string>
 #include <thread>
 #include <tuple>
@@ -12,6 +14,25 @@
 #include <fmt/format.h>
 
 namespace everstep::bench {
+
+// --runs N and --json FILE, the flags of most benchmarks; *runs: the default. Nothing: go on. Else
+// the usage was printed, and this is the exit code.
+inline std::optional<int> ReadFlags(int argc, char** argv, const char* program, int* runs,
+                                    std::string* json) {
+  const int usual = *runs;
+  for (int i = 1; i < argc; ++i) {
+    const std::string flag = argv[i];
+    if (i + 1 < argc && flag == "--runs") {
+      *runs = std::max(1, std::atoi(argv[++i]));
+    } else if (i + 1 < argc && flag == "--json") {
+      *json = argv[++i];
+    } else {
+      fmt::print(stderr, "usage: {} [--runs {}] [--json FILE]\n", program, usual);
+      return flag == "--help" ? 0 : 2;
+    }
+  }
+  return std::nullopt;
+}
 
 class Results {
  public:
