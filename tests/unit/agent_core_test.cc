@@ -54,6 +54,12 @@ class Node {
     Attach();
     Up();
   }
+  // Generation 1 runs here and generation 2 is prepared: both workers park.
+  void Parks() {
+    Prepares(2, /*host=*/false, /*park=*/true);
+    Do(WorkerParked{"j", 1, 0, 10});
+    Do(WorkerParked{"j", 1, 1, 11});
+  }
   void Prepares(Generation g, bool host = false, bool park = false) {
     Do(Prepare{Next(), "j", g, {"cmd"}, host, Milliseconds(1000), "", {}, park});
   }
@@ -245,9 +251,7 @@ TEST(AgentCore, AParkedWorkerIsResumedByActivateUnderItsOldPid) {
   Node n;
   n.Boot();
   n.Run(1);
-  n.Prepares(2, /*host=*/false, /*park=*/true);
-  n.Do(WorkerParked{"j", 1, 0, 10});
-  n.Do(WorkerParked{"j", 1, 1, 11});
+  n.Parks();
   n.Do(Surveyed{"j", 2, {}});
   n.Activates(2);
   n.Do(WorkerStarted{"j", 2, 1, 1, 11});
@@ -277,9 +281,7 @@ TEST(AgentCore, AWorkerResumedByAGenerationThatIsOverIsParkedNoMore) {
   Node n;
   n.Boot();
   n.Run(1);
-  n.Prepares(2, /*host=*/false, /*park=*/true);
-  n.Do(WorkerParked{"j", 1, 0, 10});
-  n.Do(WorkerParked{"j", 1, 1, 11});
+  n.Parks();
   n.Do(Surveyed{"j", 2, {}});
   n.Activates(2);
   n.Prepares(3, /*host=*/false, /*park=*/true);
@@ -297,9 +299,7 @@ TEST(AgentCore, AStopThatMeetsAResumeWaitsForTheProcessOnce) {
   Node n;
   n.Boot();
   n.Run(1);
-  n.Prepares(2, /*host=*/false, /*park=*/true);
-  n.Do(WorkerParked{"j", 1, 0, 10});
-  n.Do(WorkerParked{"j", 1, 1, 11});
+  n.Parks();
   n.Do(Surveyed{"j", 2, {}});
   n.Activates(2);
   n.Do(WorkerStarted{"j", 2, 0, 0, 10});
