@@ -92,6 +92,8 @@ def python() -> str:
     out += described("everstep", ("checkpointer.py", "_library.py", "session.py", "_samples.py"),
                      ("Checkpointer", "Stats", "Session", "Share", "EverstepError", "StaleGenerationError"),
                      called=("Checkpointer", "Session"))
+    out += described("everstep.pipeline", ("pipeline/engine.py", "pipeline/_planner.py"),
+                     ("Pipeline", "Report", "PlanRefusedError"), called=("Pipeline",))
     dcp = ast.parse((PACKAGE / "dcp/__init__.py").read_text())
     out += ["## everstep.dcp", "", inspect.cleandoc(ast.get_docstring(dcp) or ""), ""]
     # What DCP calls is DCP's to describe.

@@ -45,17 +45,17 @@ def permuted(index: int, count: int, seed: int, epoch: int) -> int:
         raise ValueError(f"index {index} is not among {count} samples")
     half = max(1, ((count - 1).bit_length() + 1) // 2)
     mask = (1 << half) - 1
-    key = _mix(_mix(seed & _MASK) ^ (epoch & _MASK))
+    key = mix(mix(seed & _MASK) ^ (epoch & _MASK))
     while True:  # fewer than four turns on average: the domain is less than four times `count`
         left, right = index >> half, index & mask
         for number in range(_ROUNDS):
-            left, right = right, left ^ (_mix(key ^ (number << 56) ^ right) & mask)
+            left, right = right, left ^ (mix(key ^ (number << 56) ^ right) & mask)
         index = left << half | right
         if index < count:
             return index
 
 
-def _mix(value: int) -> int:
+def mix(value: int) -> int:
     """splitmix64's finaliser (Steele, Lea and Flood, 2014)."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _MASK

@@ -1,0 +1,157 @@
+"""everstep.Pipeline under `everstep run`: nodes go and come, survivors' processes stay, and every step is taken once.
+
+    6 nodes --SIGKILL of one--> 5 --SIGKILL of two at once--> 3 --two new ones--> 5 --one drains--> 4
+
+With deterministic=True the losses and weights are then the bits of one rank that was never disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from everstep.pipeline import _ledger
+from launch import Run, wait_for
+from nodes_test import Nodes
+
+SCRIPT = Path(__file__).parent / "scripts/pipeline.py"
+SAMPLES, BATCH, MICROBATCHES, SEED = 240, 24, 12, 11  # of SCRIPT
+
+
+@pytest.fixture
+def work() -> Iterator[Path]:
+    """Short, since a socket's path is below it."""
+    folder = Path(tempfile.mkdtemp(prefix="esp-", dir="/tmp"))
+    (folder / "lines").mkdir()
+    (folder / "plain").mkdir()
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def told(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """By process id: its lines."""
+    return {int(file.stem): [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+            for file in folder.glob("*.jsonl") if file.stem.isdigit()}
+
+
+class Job:
+    """SCRIPT on several nodes of this machine."""
+
+    def __init__(self, work: Path, count: int, nnodes: str, **environment: str) -> None:
+        self.work, self.lines = work, work / "lines"
+        self.environment = {"LINES": str(self.lines), "OMP_NUM_THREADS": "1", "PAUSE": "0.004"} | environment
+        self.nodes = Nodes(work, count, nnodes=nnodes, script=SCRIPT, env=self.environment)
+        self.gone: list[Run] = []
+        self.generation = 0
+
+    def at(self, world: int) -> dict[int, int]:
+        """Rank -> process id, once a later generation has `world` ranks that have taken 3 steps each."""
+
+        def there() -> dict[int, int]:
+            assert all(run.process.poll() is None for run in self.nodes.runs if run not in self.gone), self.nodes.told()
+            lines = told(self.lines)
+            newest = max((line["generation"] for each in lines.values() for line in each), default=0)
+            ranks = {}
+            for pid, each in lines.items():
+                mine = [line for line in each if line["generation"] == newest]
+                if len(mine) >= 3 and mine[0]["world"] == world:
+                    ranks[mine[0]["rank"]] = pid
+            return ranks if newest > self.generation and sorted(ranks) == list(range(world)) else {}
+
+        try:
+            ranks = wait_for(f"3 steps at {world} ranks", there, 60)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.nodes.told()}") from None
+        self.generation = max(line["generation"] for each in told(self.lines).values() for line in each)
+        return ranks
+
+    def worker(self, run: Run, ranks: dict[int, int]) -> int:
+        (pid,) = set(run.processes()) & set(ranks.values())
+        return pid
+
+    def lose(self, *runs: Run) -> None:
+        self.gone += runs
+        for run in runs:
+            self.nodes.kill(run)
+
+    def join(self, *names: str) -> list[Run]:
+        arguments = self.nodes.runs[-1].process.args
+        assert isinstance(arguments, list)
+        new = [Run(self.work, *arguments[3:], name=name, env=self.environment) for name in names]
+        self.nodes.runs += new
+        return new
+
+    def end(self) -> None:
+        (self.lines / "end").touch()
+        for run in self.nodes.runs:
+            if run not in self.gone:
+                assert run.wait(60) == 0, self.nodes.told()
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Of each step; every process that took it must have the same."""
+    found: dict[int, set[float]] = {}
+    for line in (line for each in told(folder).values() for line in each):
+        found.setdefault(line["step"], set()).add(line["loss"])
+    assert all(len(each) == 1 for each in found.values()), {s: e for s, e in found.items() if len(e) > 1}
+    assert sorted(found) == list(range(len(found))), "a step was left out"
+    return {step: next(iter(each)) for step, each in found.items()}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Of the whole model; every holder of a layer must have the same bits."""
+    out: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.pt"):
+        for index, state in torch.load(file).items():
+            for name, value in state.items():
+                assert torch.equal(out.setdefault(f"{index}.{name}", value), value), f"{index}.{name}"
+    return out
+
+
+def test_losses_joins_and_a_drain_in_one_process_life(work: Path) -> None:
+    job = Job(work, 6, "2:6", DETERMINISTIC="1")
+    try:
+        six = job.at(6)
+        runs = list(job.nodes.runs)
+        where = {run: job.worker(run, six) for run in runs}
+        job.lose(runs[2])
+        five = job.at(5)
+        assert set(five.values()) == {where[r] for r in runs if r is not runs[2]}
+        job.lose(runs[1], runs[4])
+        three = job.at(3)
+        stay = {where[runs[i]] for i in (0, 3, 5)}
+        assert set(three.values()) == stay
+        job.join("n6", "n7")
+        again = job.at(5)
+        assert stay < set(again.values())
+        drained = runs[5]
+        job.gone.append(drained)
+        drained.process.terminate()
+        four = job.at(4)
+        assert {where[runs[0]], where[runs[3]]} < set(four.values())
+        assert where[drained] not in four.values()
+        job.end()
+    finally:
+        job.nodes.stop()
+    disturbed = losses(job.lines)
+    ledger = (job.lines / "ledger.jsonl").read_text().splitlines()
+    verdict = _ledger.verify(ledger, lambda step: _ledger.expected(step, samples=SAMPLES, batch=BATCH, seed=SEED,
+                                                                   microbatches=MICROBATCHES))
+    assert verdict.ok and verdict.steps == len(disturbed) and verdict.generations >= 5, verdict
+    plain = Run(work, "--standalone", "--nproc-per-node", 1, SCRIPT, name="p",
+                env=job.environment | {"LINES": str(work / "plain"), "STEPS": str(len(disturbed)), "MEMORY": "0", "PAUSE": "0"})
+    try:
+        assert plain.wait(90) == 0, plain.told()
+    finally:
+        plain.stop()
+    assert losses(work / "plain") == disturbed
+    undisturbed, survived = weights(work / "plain"), weights(job.lines)
+    assert undisturbed.keys() == survived.keys()
+    for name, value in undisturbed.items():
+        assert torch.equal(value, survived[name]), name

@@ -1,0 +1,110 @@
+"""The planner through libeverstep_plan.so: which node runs which layers, and which microbatches.
+
+The texts stand in controller/planner/abi/plan_abi.h. Each rank asks for itself; Plan.checksum is what they compare.
+"""
+
+from __future__ import annotations
+
+import ctypes as c
+import functools
+import os
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from everstep._library import library_paths
+
+_VERSION = 1
+_ROOM = 1 << 16  # first guess of an answer's bytes
+
+
+class PlanRefusedError(ValueError):
+    """No plan: says which number is wrong, and what would work."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One pipeline: a whole copy of the model."""
+
+    first: int  # its microbatches are first .. end-1
+    end: int
+    cuts: tuple[int, ...]  # stage i has the layers cuts[i] .. cuts[i + 1]-1
+    nodes: tuple[int, ...]  # by stage
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the planner answered."""
+
+    text: str
+    rows: tuple[Row, ...]
+    time_ns: int  # of a step, as predicted
+
+    @property
+    def checksum(self) -> int:
+        """Equal on every rank, or they do not have the same plan."""
+        return zlib.crc32(self.text.encode())
+
+    @property
+    def picture(self) -> str:
+        """For people."""
+        return "\n".join(line[2:] for line in self.text.splitlines() if line.startswith("# "))
+
+
+def ask(profile: str, *, nodes: Sequence[int], microbatches: int, faults: int, most_nodes: int,
+        before: Plan | None = None, horizon_ms: int = 0) -> Plan:
+    """The best plan for `nodes`, with faults + 1 copies of each layer; after `before`, the one that moves least of
+    those. `most_nodes`: that the job has had. Raises PlanRefusedError, OSError without the library."""
+    lines = ["everstep-plan-request 1", f"faults = {faults}", f"most-nodes = {most_nodes}",
+             f"microbatches = {microbatches}", f"horizon-ms = {horizon_ms}", f"nodes = {','.join(map(str, nodes))}"]
+    if before is not None:
+        lines += [line for line in before.text.splitlines() if line.startswith("pipeline = ")]
+    request = "\n".join([*lines, "profile =", profile]).encode()
+    library, room = _load(), _ROOM
+    while True:
+        answer = c.create_string_buffer(room)
+        need = library.everstep_plan(request, len(request), answer, room)
+        if abs(need) <= room:
+            break
+        room = abs(need)
+    text = answer.value.decode(errors="replace")
+    if need < 0:
+        raise PlanRefusedError(text)
+    return read(text)
+
+
+def read(text: str) -> Plan:
+    """An answer's text. Raises ValueError."""
+    rows: list[Row] = []
+    time_ns = 0
+    for line in text.splitlines():
+        name, _, value = line.partition(" = ")
+        if name == "time-ns":
+            time_ns = int(value)
+        elif name == "pipeline":
+            count, cuts, nodes = value.split("; ")
+            first = rows[-1].end if rows else 0
+            rows.append(Row(first, first + int(count), tuple(map(int, cuts.split(","))),
+                            tuple(map(int, nodes.split(",")))))
+    if not rows:
+        raise ValueError("a plan without pipelines")
+    return Plan(text, tuple(rows), time_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _load() -> c.CDLL:
+    tried = [path.with_name("libeverstep_plan.so") for path in library_paths()]
+    given = os.environ.get("EVERSTEP_PLAN_LIBRARY")
+    for path in [Path(given)] if given else tried:
+        if path.exists():
+            library = c.CDLL(str(path))
+            library.everstep_plan_version.restype = c.c_uint32
+            if library.everstep_plan_version() != _VERSION:
+                raise OSError(f"{path} speaks version {library.everstep_plan_version()} of plans, this package "
+                              f"{_VERSION}; build both from the same release")
+            library.everstep_plan.argtypes = [c.c_char_p, c.c_uint64, c.c_char_p, c.c_uint64]
+            library.everstep_plan.restype = c.c_int64
+            return library
+    raise OSError("libeverstep_plan.so is not there; looked at " + ", ".join(map(str, tried))
+                  + "; run deploy/setup.sh, or set EVERSTEP_PLAN_LIBRARY")

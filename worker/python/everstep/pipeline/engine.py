@@ -1,0 +1,454 @@
+"""Pipeline: a model given as layers, on whatever ranks there are."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from everstep import _samples
+from everstep._attach import warn
+from everstep.pipeline import _agree, _keys, _ledger
+from everstep.pipeline._agree import Layout, Record, Status
+from everstep.pipeline._exchange import Exchange, sum_ties
+from everstep.pipeline._layer import (
+    Bundle,
+    Gradient,
+    Layer,
+    LayerLike,
+    OptimizerFactory,
+    Recipe,
+    SchedulerFactory,
+    untie,
+)
+from everstep.pipeline._measure import Measured, check_profile, collate, measure
+from everstep.pipeline._schedule import Stage, tensors
+from everstep.pipeline._switch import fetch, from_rank_0, gather
+from everstep.pipeline._tree import Node, nodes_of
+from everstep.session import Session
+
+_log = logging.getLogger("everstep")
+_LEAST_PATIENCE, _MOST_PATIENCE = 0.1, 1.5  # seconds; the agent kills who has not parked after 5
+
+
+@dataclass(frozen=True)
+class Report:
+    """A step that was taken."""
+
+    step: int
+    loss: float  # mean over the global batch
+    seconds: float  # of this step on this rank, without what was begun and left
+    generation: int
+    rank: int
+    world_size: int
+    pipelines: int
+
+
+class Pipeline:
+    """Trains a model that is given as an ordered list of layers, on pipelines side by side.
+
+        pipeline = everstep.Pipeline(
+            [Embedding(), *[Block() for _ in range(8)], Head()],
+            loss=lambda logits, target: cross_entropy(logits.flatten(0, 1), target.flatten()),
+            optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-4),
+            dataset=data, batch=64, microbatch=4)
+        pipeline.run(1000, on_step=lambda report: print(report.step, report.loss))
+
+    Which rank computes which layers is the planner's: pipelines of different depth, each with a whole copy of the
+    model, at least faults + 1 of them. When ranks are lost or come, those that are there stay in their process, make
+    a new plan, fetch the layers that they lack from a rank that has them, and go on with the step that was under
+    way. Every step has the same global batch, the same samples and the same random streams whatever the layout.
+
+    Args:
+        layers: modules, or functions that make one each (then no rank ever makes more than it needs); each takes what
+            the one before gives, a tensor or a tuple of tensors. Parameters that modules share are kept equal.
+        loss: (output of the last layer, target) -> the mean over the microbatch, one number.
+        optimizer: (parameters of one layer) -> optimizer. Of every kind that works on each parameter by itself.
+        dataset: dataset[i] is (input, target); has a length, which does not change.
+        batch: samples of a step, over all pipelines.
+        microbatch: samples that go through a pipeline at once; `batch` is a multiple of it.
+        scheduler: (optimizer) -> learning-rate scheduler, stepped once a step.
+        faults: ranks that may be lost at once without losing a layer; with fewer ranks than that needs, fewer.
+        clip: largest norm of the whole gradient.
+        seed: of the order of samples, of random streams and of layers that are made by functions.
+        deterministic: gradients are added up in an order that does not depend on the layout, so losses and weights
+            are the same bits for every layout and whatever was lost. Costs memory for some gradients more.
+        tied: names of parameters that are one, ("0.weight", "9.weight"), for layers that are made by functions.
+        profile: text of a profile (docs/reference/profile.md) in place of measuring layers.
+        memory: bytes of a node; 0: not limited.
+        link: between nodes: (microseconds, 10^9 bytes a second).
+        horizon: expected seconds to the next loss or join: a faster plan must pay for its move within that time.
+        ledger: a directory for ledger.jsonl: which (step, microbatch) went into the model; or a function that is
+            given its lines.
+        name: of the model, in profiles.
+
+    A rank counts as a node: with several ranks on one machine `faults` counts ranks. Runs under `everstep run` and
+    torchrun, and alone; only `everstep run` survives losses. Backend gloo. Not thread-safe.
+    """
+
+    def __init__(self, layers: Sequence[LayerLike], *, loss: Callable[[Any, Any], torch.Tensor],
+                 optimizer: OptimizerFactory, dataset: Any, batch: int, microbatch: int,
+                 scheduler: SchedulerFactory | None = None, faults: int = 1, clip: float | None = None, seed: int = 0,
+                 deterministic: bool = False, tied: Sequence[Sequence[str]] = (), profile: str | None = None,
+                 memory: int = 0, link: tuple[float, float] = (20.0, 1.25), horizon: float = 0.0,
+                 ledger: str | os.PathLike[str] | Callable[[bytes], object] | None = None,
+                 name: str = "model") -> None:
+        layers = list(layers)
+        if not layers:
+            raise ValueError("Pipeline: layers is empty; give the model as a list of modules")
+        for index, layer in enumerate(layers):
+            if not callable(layer):
+                raise TypeError(f"Pipeline: layer {index} is a {type(layer).__name__}; it must be a torch.nn.Module "
+                                "or a function that makes one")
+        for what, value in (("batch", batch), ("microbatch", microbatch)):
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"Pipeline: {what} is {value!r}; it must be 1 or more samples")
+        if batch % microbatch:
+            less = batch - batch % microbatch
+            raise ValueError(f"Pipeline: a batch of {batch} does not divide into microbatches of {microbatch}; "
+                             f"{f'{less} or ' if less else ''}{less + microbatch} would")
+        if faults < 0:
+            raise ValueError(f"Pipeline: faults is {faults}; it must be 0 or more")
+        if clip is not None and not clip > 0:
+            raise ValueError(f"Pipeline: clip is {clip}; it must be more than 0")
+        if not hasattr(dataset, "__getitem__") or not hasattr(dataset, "__len__"):
+            raise TypeError(f"Pipeline: the dataset is a {type(dataset).__name__}; it needs a length and an index")
+        if len(dataset) < batch:
+            raise ValueError(f"Pipeline: the dataset has {len(dataset)} samples, a batch {batch}")
+        ties = untie(layers, tied)
+        self._recipe = Recipe(layers, optimizer, scheduler, seed, ties)
+        self._loss = loss
+        self._dataset = dataset
+        self._samples = len(dataset)
+        self._batch = batch
+        self._microbatch = microbatch
+        self._microbatches = batch // microbatch
+        self._faults = faults
+        self._clip = clip
+        self._seed = seed
+        self._deterministic = deterministic
+        self._given_profile = profile
+        self._memory = memory
+        self._link = link
+        self._horizon_ms = int(horizon * 1000)
+        self._name = name
+        self._ledger = None if ledger is None else _ledger.Ledger(
+            ledger if callable(ledger) else _ledger.to_directory(ledger))
+        self._settings = {
+            "the number of layers": len(layers), "batch": batch, "microbatch": microbatch, "faults": faults,
+            "clip": clip, "seed": seed, "deterministic": deterministic, "the dataset's length": self._samples,
+            "memory": memory, "link": tuple(link), "horizon": horizon, "profile": profile,
+            "the list of tied parameters": tuple(tie.members for tie in ties),
+        }
+        self._member = _agree.new_member()
+        self._layers: dict[int, Layer] = {}
+        self._version = 0
+        self._reduced: int | None = None
+        self._vote: tuple[int, Sequence[float]] | None = None
+        self._line: dict[str, Any] | None = None
+        self._record: Record | None = None
+        self._measured: Measured | None = None
+        self._layout: Layout | None = None
+        self._stage: Stage | None = None
+        self._totals: dict[int, torch.Tensor] = {}
+        self._used: dict[int, int] = {}  # microbatch -> checksum of its samples
+        self._step_seconds: list[float] = []
+
+    # --- what the user sees ---
+
+    @property
+    def step(self) -> int:
+        """Steps taken."""
+        return self._version
+
+    @property
+    def layers(self) -> Mapping[int, torch.nn.Module]:
+        """Index -> module, of the layers that this rank holds now."""
+        return {index: layer.module for index, layer in sorted(self._layers.items())}
+
+    @property
+    def profile(self) -> str:
+        """The text that plans are made from; empty before run()."""
+        return "" if self._measured is None else self._given_profile or self._measured.profile
+
+    @property
+    def plan(self) -> str:
+        """A picture of the plan now; empty before run()."""
+        return "" if self._record is None else self._record.plan.picture
+
+    def run(self, steps: int, *, on_step: Callable[[Report], object] | None = None,
+            stop: Callable[[], bool] | None = None) -> int:
+        """Trains until `steps` steps are taken, or `stop()` is true on some rank at the end of one; returns how many
+        there are. `on_step` is called on every rank for each step that it has taken."""
+        if "RANK" not in os.environ:
+            _alone()
+        count: int = _PipelineSession(self, steps, on_step, stop).run()
+        return count
+
+    # --- a generation ---
+
+    def _generation(self, session: _PipelineSession, steps: int, on_step: Callable[[Report], object] | None,
+                    stop: Callable[[], bool] | None) -> int:
+        self._switch(session)
+        layout = self._layout
+        assert layout is not None
+        session.training = True
+        while self._version < steps:
+            began = time.perf_counter()
+            loss, leave, ended = self._take_step(session, layout, stop)
+            seconds = time.perf_counter() - began
+            self._step_seconds = [*self._step_seconds[-8:], seconds]
+            if on_step is not None:
+                on_step(Report(self._version - 1, loss, seconds, session.generation, session.rank,
+                               session.world_size, len(layout.ranks)))
+            if ended:
+                break
+            if leave:
+                session.leave_together()
+        return self._version
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that a step under way may take to end when the generation is over."""
+        usual = sorted(self._step_seconds)[len(self._step_seconds) // 2] if self._step_seconds else 0.0
+        return min(_MOST_PATIENCE, max(_LEAST_PATIENCE, 2 * usual))
+
+    def _switch(self, session: _PipelineSession) -> None:
+        """Agrees with the other ranks on the step to do next and on a plan, and takes the place in it."""
+        began = time.perf_counter()
+        rank, count = session.rank, len(self._recipe.layers)
+        self._settings["the dataset's length"] = len(self._dataset)
+        statuses = gather(Status(self._member, self._settings, {i: x.version for i, x in self._layers.items()},
+                                 self._reduced, self._vote, self._line, self._record, self._measured))
+        _agree.check_settings(statuses)
+        now = _agree.standing(statuses, count)
+        if now.vote is not None and self._reduced == now.vote[0] and self._version == now.vote[0]:
+            self._commit(session, now.vote[1], now.line)
+        self._reduced = None
+        measured = next((s.measured for s in statuses if s.measured is not None), None)
+        self._measured = measured or from_rank_0(self._measure)
+        fresh = now.version == 0 and not any(now.holds)
+        record, bears = _agree.next_record(statuses, session.generation, self.profile, self._microbatches,
+                                           self._faults, self._horizon_ms, fresh)
+        sums = gather(record.plan.checksum)
+        if len(set(sums)) > 1:
+            other = next(r for r, value in enumerate(sums) if value != sums[0])
+            raise RuntimeError(f"Pipeline: the plan's checksum is {sums[0]:08x} on rank 0 and {sums[other]:08x} on "
+                               f"rank {other}; both need the same release of Everstep")
+        if bears < self._faults and rank == 0:
+            warn(f"{len(statuses)} ranks hold {bears + 1} copies of each layer, not {self._faults + 1}: {bears} may "
+                 "be lost at once")
+        layout = _agree.layout_of(record, statuses)
+        moved = self._take_layers(now, layout, rank)
+        for index in [i for i in self._layers if i not in layout.layers(rank)]:
+            del self._layers[index]
+        self._version = now.version
+        self._record, self._layout = record, layout
+        self._stage = self._make_stage(layout, rank)
+        for layer in self._stage.layers:
+            layer.gradient = Gradient(layer) if layer.parameters else None
+        if rank == 0:
+            if self._ledger is not None:
+                self._ledger.begin(session.generation, self._version, self._microbatches, layout.parts,
+                                   layout.ranks, now.line)
+            _log.info("everstep: generation %d goes on with step %d on %d ranks; %d layers (%d bytes) moved, "
+                      "switched in %.0f ms\n%s", session.generation, self._version, session.world_size, moved[0],
+                      moved[1], (time.perf_counter() - began) * 1e3, record.plan.picture)
+        self._line = now.line
+
+    def _take_layers(self, now: _agree.Standing, layout: Layout, rank: int) -> tuple[int, int]:
+        """Gives this rank the layers of its place, at the version that goes on."""
+        assert self._measured is not None
+        count = len(self._recipe.layers)
+        offers = {index: [r for r, holds in enumerate(now.holds) if index in holds] for index in range(count)}
+        mine = layout.layers(rank)
+        held = now.holds[rank]
+        new = [index for index in range(count) if not offers[index]]
+        if new and now.version:
+            raise RuntimeError(f"Pipeline: layer {new[0]} of step {now.version} is nowhere")
+        made: dict[int, Layer] = {}
+        for index in new:  # nobody ever trained it: the first holder's is the one
+            whole = isinstance(self._recipe.layers[index], torch.nn.Module)
+            source = 0 if whole else min(layout.holder(p, index) for p in range(len(layout.ranks)))
+            offers[index] = [source]
+            if rank == source or index in mine:
+                made[index] = self._recipe.build(index)
+        sums = gather({index: layer.pack().checksum for index, layer in made.items()}) if new else [{}]
+        same = {index for index in made if sums[rank][index] == sums[offers[index][0]][index]}
+        self._layers |= {index: made[index] for index in same if index in mine}
+        wanted = [index for index in mine if index not in held and index not in same]
+
+        def pack(index: int) -> Bundle:
+            return made[index].pack() if index in made else self._layers[index].pack()
+
+        def install(index: int, bundle: Bundle) -> None:
+            layer = self._recipe.build(index)
+            layer.unpack(bundle, now.version)
+            self._layers[index] = layer
+
+        moved = fetch(wanted, offers, self._measured.state_bytes, pack, install)
+        return moved.layers, moved.bytes
+
+    def _measure(self) -> Measured:
+        given, target = self._data(0, 0)
+        measured = measure(self._recipe, tensors(given, "a microbatch's input"),
+                           lambda out: self._loss(out[0] if len(out) == 1 else out, target),
+                           microbatch=self._microbatch, memory=self._memory, name=self._name,
+                           latency_us=self._link[0], gb_s=self._link[1])
+        if self._given_profile is not None:
+            check_profile(self._given_profile, measured)
+        return measured
+
+    def _make_stage(self, layout: Layout, rank: int) -> Stage:
+        assert self._measured is not None
+        at, mine = layout.place(rank), layout.layers(rank)
+        ranks, specs = layout.ranks[at.pipeline], self._measured.specs
+        first, last = at.stage == 0, at.stage == len(ranks) - 1
+        return Stage([self._layers[i] for i in mine], at.stage, len(ranks),
+                     None if first else ranks[at.stage - 1], None if last else ranks[at.stage + 1],
+                     () if first else specs[mine[0] - 1], () if last else specs[mine[-1]], self._loss, self._data,
+                     lambda *numbers: _keys.key(self._seed, *numbers), 1 / self._microbatches)
+
+    # --- a step ---
+
+    def _data(self, step: int, microbatch: int) -> tuple[Any, Any]:
+        indices = _samples.share(step, samples=self._samples, batch=self._batch, rank=microbatch,
+                                 world=self._microbatches, seed=self._seed).indices
+        self._used[microbatch] = _ledger.samples_sum(indices)
+        _keys.set_all(_keys.key(self._seed, step, microbatch, _keys.DATA))
+        return collate([self._dataset[i] for i in indices])
+
+    def _take_step(self, session: _PipelineSession, layout: Layout,
+                   stop: Callable[[], bool] | None) -> tuple[float, bool, bool]:
+        """The loss, whether the generation is over, whether some rank wants to stop."""
+        stage, rank, step = self._stage, session.rank, self._version
+        assert stage is not None
+        self._reduced = None
+        self._used.clear()
+        at = layout.place(rank)
+        leaves = self._microbatches if self._deterministic else None
+        gradients = {x.index: x.gradient for x in stage.layers if x.gradient is not None}
+        exchanges = {i: Exchange(g.layer, rank, self._holders(layout, i), leaves) for i, g in gradients.items()}
+        for gradient in gradients.values():
+            gradient.begin(leaves)
+
+        def done(layer: Layer) -> None:
+            if layer.gradient is not None:
+                exchanges[layer.index].start(layer.gradient.parts())
+
+        losses = stage.run(step, range(*layout.parts[at.pipeline]), gradients, done)
+        order = sorted(exchanges, reverse=True)
+        for index in order:
+            exchanges[index].add_up()
+        self._totals = {index: exchanges[index].finish() for index in order}
+        sum_ties(self._recipe.ties, {x.index: x for x in stage.layers}, self._totals, rank,
+                 lambda layer: layout.holder(at.pipeline, layer))
+        # All that anybody must know of all: each number comes from one rank, so their sum is exact.
+        count = len(self._recipe.layers)
+        many = self._microbatches
+        vote = torch.zeros(2 * many + count + 2, dtype=torch.float64)
+        for microbatch, loss in losses.items():
+            vote[microbatch] = loss
+        if at.stage == 0:
+            for microbatch, samples in self._used.items():
+                vote[many + microbatch] = samples
+        for index, total in self._totals.items():
+            if layout.holder(0, index) == rank:
+                vote[2 * many + index] = self._squared_norm(index, total)
+        vote[-2] = float(session.asked)
+        vote[-1] = float(stop is not None and stop())
+        self._reduced = step
+        dist.all_reduce(vote)
+        told = vote.tolist()
+        return self._commit(session, told, None), told[-2] > 0, told[-1] > 0
+
+    def _holders(self, layout: Layout, layer: int) -> list[tuple[int, list[Node]]]:
+        return [(layout.holder(p, layer),
+                 nodes_of(range(*layout.parts[p]), self._microbatches) if self._deterministic else [(-1, 0)])
+                for p in range(len(layout.ranks))]
+
+    def _squared_norm(self, layer: int, total: torch.Tensor) -> float:
+        """Of a layer's gradient; of tied parameters the first one counts."""
+        cut = sorted(self._layers[layer].offsets[name] for tie in self._recipe.ties
+                     for index, name in tie.members[1:] if index == layer)
+        out, begin = 0.0, 0
+        for first, end in [*cut, (total.numel(), total.numel())]:
+            if first > begin:
+                out += float(torch.linalg.vector_norm(total[begin:first], dtype=torch.float64)) ** 2
+            begin = end
+        return out
+
+    def _commit(self, session: _PipelineSession, vote: Sequence[float], line: dict[str, Any] | None) -> float:
+        """Takes the step whose gradients are summed. Nothing here waits for another rank."""
+        step, many = self._version, self._microbatches
+        norm = math.sqrt(sum(vote[2 * many:-2]))
+        scale = 1.0 if self._clip is None else min(1.0, self._clip / (norm + 1e-6))
+        assert self._stage is not None and self._layout is not None
+        for layer in self._stage.layers:
+            total = self._totals.get(layer.index)
+            if total is not None and scale != 1.0:
+                total.mul_(scale)
+            layer.apply(total)
+        self._version = step + 1
+        self._reduced = None
+        self._vote = step, tuple(vote)
+        loss = sum(vote[:many]) / many
+        if line is None:
+            assert self._record is not None
+            line = _ledger.step_line(self._record.epoch, step, self._layout.parts,
+                                     _ledger.samples_sum(map(int, vote[many:2 * many])), loss)
+            if session.rank == 0 and self._ledger is not None:
+                self._ledger.step(line)
+        self._line = line
+        return loss
+
+
+class _PipelineSession(Session):
+    """A Session that ends the step under way where that is possible before it leaves."""
+
+    def __init__(self, pipeline: Pipeline, steps: int, on_step: Callable[[Report], object] | None,
+                 stop: Callable[[], bool] | None) -> None:
+        super().__init__(lambda _: pipeline._generation(self, steps, on_step, stop))
+        self._pipeline = pipeline
+        self._asked_at: float | None = None
+        self.training = False
+
+    @property
+    def asked(self) -> bool:
+        """To leave."""
+        return self._link is not None and self._link.asked
+
+    def leave_together(self) -> None:
+        """Some rank was asked to leave when it voted, so this one is or will be."""
+        if self._link is not None:
+            self._link.wait_asked(self._loss_wait)
+        self.check()
+
+    def _leave(self) -> None:
+        """By the link's thread, again and again until this process has parked."""
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        if self.training and now - self._asked_at < self._pipeline._patience:
+            return
+        super()._leave()
+
+    def _become(self, resume: Any) -> None:
+        self._asked_at, self.training = None, False
+        super()._become(resume)
+
+
+def _alone() -> None:
+    """A world of one, for a script that was started by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
