@@ -1,6 +1,6 @@
 """everstep.Pipeline under `everstep run`: nodes go and come, survivors' processes stay, and every step is taken once.
 
-    6 nodes --SIGKILL of one--> 5 --SIGKILL of two at once--> 3 --two new ones--> 5 --one drains--> 4
+    6 nodes --SIGKILL of one--> 5 --SIGKILL of a pipeline--> 3 --two new ones--> 5 --one drains--> 4
 
 With deterministic=True the losses and weights are then the bits of one rank that was never disturbed.
 """
@@ -71,6 +71,11 @@ class Job:
         self.generation = max(line["generation"] for each in told(self.lines).values() for line in each)
         return ranks
 
+    def pipelines(self, ranks: dict[int, int]) -> list[list[int]]:
+        """Process ids by pipeline and stage, as the ledger has them."""
+        begins = [json.loads(line) for line in (self.lines / "ledger.jsonl").read_text().splitlines() if "begin" in line]
+        return [[ranks[rank] for rank in row] for row in begins[-1]["ranks"]]
+
     def worker(self, run: Run, ranks: dict[int, int]) -> int:
         (pid,) = set(run.processes()) & set(ranks.values())
         return pid
@@ -118,24 +123,26 @@ def test_losses_joins_and_a_drain_in_one_process_life(work: Path) -> None:
     job = Job(work, 6, "2:6", DETERMINISTIC="1")
     try:
         six = job.at(6)
-        runs = list(job.nodes.runs)
-        where = {run: job.worker(run, six) for run in runs}
-        job.lose(runs[2])
+        where = {job.worker(run, six): run for run in job.nodes.runs}
+        pipelines = job.pipelines(six)
+        assert len(pipelines) >= 2 and all(len(pids) >= 2 for pids in pipelines)
+        first = job.worker(job.nodes.runs[0], six)  # beside the controller; its end is another test's
+        job.lose(where.pop(next(pids[1] for pids in pipelines if pids[1] != first)))
         five = job.at(5)
-        assert set(five.values()) == {where[r] for r in runs if r is not runs[2]}
-        job.lose(runs[1], runs[4])
+        assert set(five.values()) == set(where)
+        both = next(pids for pids in job.pipelines(five) if len(pids) == 2 and first not in pids)
+        job.lose(*[where.pop(pid) for pid in both])
         three = job.at(3)
-        stay = {where[runs[i]] for i in (0, 3, 5)}
-        assert set(three.values()) == stay
+        assert set(three.values()) == set(where)
         job.join("n6", "n7")
         again = job.at(5)
-        assert stay < set(again.values())
-        drained = runs[5]
-        job.gone.append(drained)
-        drained.process.terminate()
+        assert set(where) < set(again.values())
+        drained = next(pid for pid in where if pid != first)
+        run = where.pop(drained)
+        job.gone.append(run)
+        run.process.terminate()
         four = job.at(4)
-        assert {where[runs[0]], where[runs[3]]} < set(four.values())
-        assert where[drained] not in four.values()
+        assert set(where) < set(four.values()) and drained not in four.values()
         job.end()
     finally:
         job.nodes.stop()
@@ -145,7 +152,7 @@ def test_losses_joins_and_a_drain_in_one_process_life(work: Path) -> None:
                                                                    microbatches=MICROBATCHES))
     assert verdict.ok and verdict.steps == len(disturbed) and verdict.generations >= 5, verdict
     plain = Run(work, "--standalone", "--nproc-per-node", 1, SCRIPT, name="p",
-                env=job.environment | {"LINES": str(work / "plain"), "STEPS": str(len(disturbed)), "MEMORY": "0", "PAUSE": "0"})
+                env=job.environment | {"LINES": str(work / "plain"), "STEPS": str(len(disturbed)), "MEMORY": "0", "FAULTS": "0", "PAUSE": "0"})
     try:
         assert plain.wait(90) == 0, plain.told()
     finally:

@@ -69,8 +69,9 @@ def train(rank: int, steps: int = STEPS, **options: Any) -> dict[str, Any]:
     options = {"layers": LAYERS, "loss": nn.functional.mse_loss, "optimizer": adamw, "dataset": Data(), "batch": 24,
                "microbatch": 4, "faults": 0} | options
     losses: list[float] = []
+    on_step = options.pop("on_step", lambda report: losses.append(report.loss))
     pipeline = Pipeline(options.pop("layers"), **options)
-    pipeline.run(steps, on_step=lambda report: losses.append(report.loss))
+    pipeline.run(steps, on_step=on_step)
     return {"losses": losses, "plan": pipeline.plan,
             "layers": {i: {n: t.clone() for n, t in m.state_dict().items()} for i, m in pipeline.layers.items()}}
 

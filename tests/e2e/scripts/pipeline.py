@@ -1,7 +1,7 @@
 """A GPT of ten small layers as everstep.Pipeline: $LINES/PID.jsonl has a line for each start and step.
 
-Trains until $LINES/end is there, or STEPS steps; then $LINES/PID.pt has the layers that this process holds. The profile
-says that a node holds a third of the model.
+Trains until $LINES/end is there, or STEPS steps; then $LINES/PID.pt has the layers that this process holds. MEMORY is what
+the profile says of a node, in MiB.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def loss(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def profile(memory_mib: int) -> str:
-    """Layers of the same weight; four of them fit a node of 18 MiB, all fit 48."""
+    """Layers of the same weight: a node of 10 MiB holds nearly the whole model, so a pipeline has two stages or more."""
     counts = [sum(p.numel() for p in layer().parameters()) for layer in MODEL]
     rows = "".join(f"{i},1,2,0.1,1,0.1,{count}\n" for i, count in enumerate(counts))
     return (f"everstep-profile 1\nmodel = tiny-gpt\ndevice-memory-mib = {memory_mib}\nlayer,forward_ms,backward_ms,optimizer_ms,"
@@ -91,8 +91,8 @@ if __name__ == "__main__":
         MODEL, loss=loss, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10)),
         dataset=Text(), batch=24, microbatch=2, clip=1.0, seed=11, deterministic=os.environ.get("DETERMINISTIC") == "1",
-        tied=[("0.words.weight", "9.words.weight")], profile=profile(int(os.environ.get("MEMORY", "16"))), faults=1 if STEPS == 100000 else 0,
-        ledger=LINES)
+        tied=[("0.words.weight", "9.words.weight")], profile=profile(int(os.environ.get("MEMORY", "10"))),
+        faults=int(os.environ.get("FAULTS", "1")), ledger=LINES)
     pipeline.run(STEPS, on_step=on_step, stop=(LINES / "end").exists)
     torch.save({i: m.state_dict() for i, m in pipeline.layers.items()}, LINES / f"{os.getpid()}.pt")
     os._exit(0)  # an interpreter that ends beside gloo's threads is aborted now and then

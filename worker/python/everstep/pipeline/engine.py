@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
@@ -190,7 +191,13 @@ class Pipeline:
         there are. `on_step` is called on every rank for each step that it has taken."""
         if "RANK" not in os.environ:
             _alone()
-        count: int = _PipelineSession(self, steps, on_step, stop).run()
+        # A survivor looks for cycles before it forms its next group: not among all that PyTorch made when it was loaded.
+        gc.collect()
+        gc.freeze()
+        try:
+            count: int = _PipelineSession(self, steps, on_step, stop).run()
+        finally:
+            gc.unfreeze()
         return count
 
     # --- a generation ---

@@ -1,0 +1,196 @@
+"""A rank of everstep.Pipeline dies at each labelled point of a step and of a switch: the survivors finish the step or do
+it again, and losses, weights and ledger are those of a run that lost nobody.
+
+    5 ranks, pipelines of 3 and 2   --SIGKILL at POINT-->   4 ranks, in the same processes
+
+The short form takes some points; EVERSTEP_ALL_POINTS=1 takes all, on each rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from everstep.pipeline import _exchange, _layer, _ledger, _schedule, _switch, engine
+from pipeline_test import SAMPLES, profile, train, weights
+from survivors import survive
+from worlds import world
+
+STEPS, AT = 5, 2
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def before(owner: Any, name: str, calls: int, when: Callable[[], bool]) -> None:
+    """Dies before the `calls`-th call of owner.name while `when()`."""
+    whole, seen = getattr(owner, name), [0]
+
+    @functools.wraps(whole)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if when():
+            seen[0] += 1
+            if seen[0] == calls:
+                die()
+        return whole(*args, **kwargs)
+
+    setattr(owner, name, wrapped)
+
+
+def after(owner: Any, name: str, calls: int, when: Callable[[], bool]) -> None:
+    whole, seen = getattr(owner, name), [0]
+
+    @functools.wraps(whole)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        result = whole(*args, **kwargs)
+        if when():
+            seen[0] += 1
+            if seen[0] == calls:
+                die()
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+Point = Callable[[Callable[[], bool]], None]
+POINTS: dict[str, Point] = {
+    "the first forward pass": lambda when: before(_schedule.Stage, "_go_forward", 1, when),
+    "after the first forward pass": lambda when: after(_schedule.Stage, "_go_forward", 1, when),
+    "the second forward pass": lambda when: before(_schedule.Stage, "_go_forward", 2, when),
+    "after the second forward pass": lambda when: after(_schedule.Stage, "_go_forward", 2, when),
+    "the first backward pass": lambda when: before(_schedule.Stage, "_go_backward", 1, when),
+    "after the first backward pass": lambda when: after(_schedule.Stage, "_go_backward", 1, when),
+    "within a backward pass": lambda when: after(_schedule, "back", 2, when),
+    "after the second backward pass": lambda when: after(_schedule.Stage, "_go_backward", 2, when),
+    "the end of the schedule": lambda when: after(_schedule.Stage, "run", 1, when),
+    "a gradient's first message": lambda when: before(_exchange.Exchange, "start", 1, when),
+    "after a gradient's first message": lambda when: after(_exchange.Exchange, "start", 1, when),
+    "the sum of a slice": lambda when: before(_exchange.Exchange, "add_up", 1, when),
+    "after the sum of a slice": lambda when: after(_exchange.Exchange, "add_up", 1, when),
+    "the end of a sum": lambda when: before(_exchange.Exchange, "finish", 1, when),
+    "the tied parameters": lambda when: before(engine, "sum_ties", 1, when),
+    "the vote": lambda when: before(dist, "all_reduce", 1, when),
+    "after the vote": lambda when: after(dist, "all_reduce", 1, when),
+    "the first optimizer": lambda when: before(_layer.Layer, "apply", 1, when),
+    "after the first optimizer": lambda when: after(_layer.Layer, "apply", 1, when),
+    "after the step": lambda when: after(engine.Pipeline, "_commit", 1, when),
+}
+SWITCH: dict[str, Point] = {  # while the generation after a loss begins: a second loss
+    "what all tell": lambda when: before(_switch.dist, "all_gather_object", 1, when),
+    "after what all told": lambda when: after(_switch.dist, "all_gather_object", 1, when),
+    "the plan": lambda when: before(engine._agree, "next_record", 1, when),
+    "the plan's checksum": lambda when: after(_switch.dist, "all_gather_object", 2, when),
+    "who lacks what": lambda when: before(engine, "fetch", 1, when),
+    "what is sent": lambda when: before(_layer.Layer, "pack", 1, when),
+    "what has come": lambda when: before(_layer.Layer, "unpack", 1, when),
+    "the end of the switch": lambda when: after(engine, "fetch", 1, when),
+    "the ledger's beginning": lambda when: after(_ledger.Ledger, "begin", 1, when),
+}
+SHORT = {"within a backward pass": 0, "after a gradient's first message": 3, "after the sum of a slice": 1,
+         "after the first optimizer": 4}
+SHORT_SWITCH = {"what has come": 2}
+ALL = os.environ.get("EVERSTEP_ALL_POINTS") == "1"
+
+
+@functools.lru_cache(maxsize=1)
+def undisturbed() -> tuple[list[float], dict[str, torch.Tensor]]:
+    results = world(1, lambda rank: train(rank, STEPS, deterministic=True, profile=profile(1), tied=TIED))
+    return results[0]["losses"], weights(results)
+
+
+TIED = [("1.inner.weight", "4.inner.weight")]
+
+
+def job(folder: Path, dying: dict[int, Callable[[engine.Pipeline], None]]) -> Callable[[int], dict[str, Any]]:
+    """What each rank runs; `dying`: by first rank, what is armed."""
+
+    def work(rank: int) -> dict[str, Any]:
+        made = engine.Pipeline.__init__
+
+        def init(self: engine.Pipeline, *args: Any, **kwargs: Any) -> None:
+            made(self, *args, **kwargs)
+            if rank in dying:
+                dying[rank](self)
+
+        engine.Pipeline.__init__ = init  # type: ignore[method-assign]
+        taken: dict[int, float] = {}
+        result = train(rank, STEPS, deterministic=True, faults=1, profile=profile(2), tied=TIED, ledger=folder,
+                       on_step=lambda report: taken.__setitem__(report.step, report.loss))
+        return result | {"taken": taken}
+
+    return work
+
+
+def check(folder: Path, outcome: Any) -> None:
+    losses, expected = undisturbed()
+    taken: dict[int, float] = {}
+    for result in outcome.results.values():
+        for step, loss in result["taken"].items():
+            assert loss == losses[step], step
+        taken |= result["taken"]
+    got = weights([result | {"losses": 0} for result in outcome.results.values()])
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in got.items())
+    verdict = _ledger.verify((folder / "ledger.jsonl").read_text().splitlines(),
+                             lambda step: _ledger.expected(step, samples=SAMPLES, batch=24, microbatches=6))
+    assert verdict.ok and verdict.steps == STEPS, verdict
+
+
+def in_step(point: Point) -> Callable[[engine.Pipeline], None]:
+    return lambda pipeline: point(lambda: pipeline.step == AT and pipeline._stage is not None)
+
+
+def after_step(pipeline: engine.Pipeline) -> None:
+    POINTS["after the step"](lambda: pipeline.step == AT + 1)
+
+
+@pytest.mark.parametrize(("point", "rank"), [(point, rank) for point in POINTS for rank in range(5)
+                                             if ALL or SHORT.get(point) == rank])
+def test_a_rank_dies_in_a_step(tmp_path: Path, point: str, rank: int) -> None:
+    arm = after_step if point == "after the step" else in_step(POINTS[point])
+    outcome = survive(5, job(tmp_path, {rank: arm}))
+    assert outcome.died == [rank] and outcome.generations == 2
+    check(tmp_path, outcome)
+
+
+@pytest.mark.parametrize(("point", "rank"), [(point, rank) for point in SWITCH for rank in range(5)
+                                             if ALL or SHORT_SWITCH.get(point) == rank])
+def test_a_second_rank_dies_in_the_switch(tmp_path: Path, point: str, rank: int) -> None:
+    """Rank 4 and a newcomer: six were there, so that two copies of each layer outlive the first loss."""
+
+    def second(pipeline: engine.Pipeline) -> None:
+        SWITCH[point](lambda: os.environ["EVERSTEP_GENERATION"] == "2" and pipeline._version in (0, AT))
+
+    outcome = survive(6, job(tmp_path, {5: in_step(POINTS["the first backward pass"]), rank: second}), joins=1)
+    assert outcome.died[0] == 5
+    check(tmp_path, outcome)
+
+
+def test_who_missed_the_vote_takes_the_step_with_those_who_did_not(tmp_path: Path) -> None:
+    """Rank 4 dies after the vote; ranks 0 and 2 have taken the step, 1 and 3 heard nothing of it."""
+
+    def deaf(pipeline: engine.Pipeline) -> None:
+        whole = dist.all_reduce
+
+        def all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+            whole(tensor, *args, **kwargs)
+            if pipeline.step == AT and os.environ["EVERSTEP_GENERATION"] == "1":
+                with contextlib.suppress(RuntimeError):
+                    tensor.fill_(float("nan"))
+                raise RuntimeError("Connection closed by peer")
+
+        dist.all_reduce = all_reduce
+
+    outcome = survive(5, job(tmp_path, {4: in_step(POINTS["after the vote"]), 1: deaf, 3: deaf}))
+    assert outcome.died == [4]
+    check(tmp_path, outcome)
+    assert sum(AT in result["taken"] for result in outcome.results.values()) == 2  # nobody did it again

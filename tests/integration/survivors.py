@@ -1,0 +1,172 @@
+"""Ranks that outlive each other, as forks of this process: what keeper and controller do for a Session, in a page.
+
+    rank dies --> the others are told to park --> all have parked --> new ranks, a new group, the same processes
+
+    outcome = survive(5, work)         # work(rank) in each; what a survivor returns, in order of the first ranks
+
+The link is a pipe to this process in place of the keeper's socket; all else of Session runs as it does in a job.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import torch
+import torch._dynamo  # the first optimizer imports it: once, for all ranks
+import torch.distributed as dist
+from everstep._session_link import Resume
+from everstep.session import Session
+
+AGAIN = 0.05  # seconds between two calls of on_park, as the real link has it
+
+
+class PipeLink:
+    """What everstep._session_link.Link is to a Session, over a pipe."""
+
+    def __init__(self, pipe: Connection, on_park: Callable[[], object]) -> None:
+        self._pipe, self._on_park = pipe, on_park
+        self._asked, self._parked = threading.Event(), threading.Event()
+        self._resumed: queue.SimpleQueue[Resume] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    @property
+    def asked(self) -> bool:
+        return self._asked.is_set()
+
+    def wait_asked(self, timeout: float) -> bool:
+        return self._asked.wait(timeout)
+
+    def parked(self) -> None:
+        self._asked.wait()
+        self._pipe.send(("parked",))
+        self._parked.set()
+
+    def wait_resume(self) -> Resume:
+        return self._resumed.get()
+
+    def close(self) -> None:
+        pass
+
+    def _listen(self) -> None:
+        while True:
+            word, *rest = self._pipe.recv()
+            if word == "park":
+                self._asked.set()
+                self._on_park()
+                while not self._parked.wait(AGAIN):
+                    self._on_park()
+            elif word == "resume":
+                self._asked.clear()
+                self._parked.clear()
+                self._resumed.put(Resume(*rest))
+            else:
+                os._exit(0)  # an interpreter that ends beside gloo's threads is aborted now and then
+
+
+def environment(rank: int, world: int, port: int, generation: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "EVERSTEP_GENERATION": str(generation), "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "TORCHELASTIC_RESTART_COUNT": str(generation)}
+
+
+def _child(rank: int, first: dict[str, str], work: Callable[[int], Any], pipe: Connection) -> None:
+    os.environ |= first
+    torch.set_num_threads(1)
+
+    def opened(session: Session) -> None:
+        session._link = PipeLink(pipe, session._leave)  # type: ignore[assignment]
+
+    Session._open = opened  # type: ignore[method-assign]
+    try:
+        answer: tuple[Any, ...] = ("answer", True, work(rank))
+    except BaseException:
+        answer = ("answer", False, traceback.format_exc())
+    pipe.send(answer)
+    threading.Event().wait()  # until it is told to end: its connections stay until all have answered
+
+
+@dataclass
+class Outcome:
+    results: dict[int, Any] = field(default_factory=dict)  # first rank -> what it returned
+    died: list[int] = field(default_factory=list)  # first ranks
+    pauses: list[float] = field(default_factory=list)  # seconds from a death to everybody's parking
+    generations: int = 1
+
+
+def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: float = 60.0) -> Outcome:
+    """`joins`: newcomers that begin with the first new generation after a death. Raises AssertionError with the text
+    of what a survivor raised, or when they do not end."""
+    context = mp.get_context("fork")
+    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))]
+    outcome, deadline = Outcome(), time.monotonic() + seconds
+    pipes: dict[int, Connection] = {}
+    processes: dict[int, Any] = {}
+
+    def start(number: int, first: dict[str, str]) -> None:
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_child, args=(number, first, work, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        pipes[number], processes[number] = ours, process  # type: ignore[assignment]
+
+    def hear(numbers: list[int]) -> tuple[int, tuple[Any, ...] | None]:
+        """The next word of one of them; None: it died."""
+        ready = wait([pipes[n] for n in numbers], max(0.0, deadline - time.monotonic()))
+        assert ready, f"{numbers} said nothing within {seconds} s"
+        number = next(n for n in numbers if pipes[n] is ready[0])
+        try:
+            word = pipes[number].recv()
+        except (EOFError, OSError):
+            return number, None
+        assert word[0] != "answer" or word[1], f"rank {number}:\n{word[2]}"
+        return number, word
+
+    def live() -> list[int]:
+        return [n for n in sorted(pipes) if n not in outcome.died]
+
+    try:
+        for rank in range(size):
+            start(rank, environment(rank, size, stores[0].port, 1))
+        parked: set[int] = set()
+        asked = 0.0
+        while len(outcome.results) < len(live()):
+            number, word = hear([n for n in live() if n not in outcome.results])
+            if word is None:
+                outcome.died.append(number)
+                parked.discard(number)
+                asked = asked or time.monotonic()
+                for n in live():
+                    pipes[n].send(("park",))
+            elif word[0] == "parked":
+                parked.add(number)
+            else:
+                outcome.results[number] = word[2]
+            if asked and parked >= set(live()):
+                outcome.pauses.append(time.monotonic() - asked)
+                outcome.generations += 1
+                stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
+                ranks = live() + [max(processes) + 1 + i for i in range(joins)]
+                for rank, n in enumerate(ranks):
+                    values = environment(rank, len(ranks), stores[-1].port, outcome.generations)
+                    if n in pipes:
+                        pipes[n].send(("resume", outcome.generations, "", "", values))
+                    else:
+                        start(n, values)
+                parked, asked, joins = set(), 0.0, 0
+        for number in live():
+            pipes[number].send(("end",))
+        return outcome
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
