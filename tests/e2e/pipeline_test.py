@@ -8,7 +8,10 @@ With deterministic=True the losses and weights are then the bits of one rank tha
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +20,11 @@ from typing import Any
 import pytest
 import torch
 from everstep.pipeline import _ledger
-from launch import Run, wait_for
+from launch import ROOT, Run, wait_for
 from nodes_test import Nodes
 
 SCRIPT = Path(__file__).parent / "scripts/pipeline.py"
+EXAMPLE = ROOT / "docs/examples/pipeline.py"
 SAMPLES, BATCH, MICROBATCHES, SEED = 240, 24, 12, 11  # of SCRIPT
 
 
@@ -162,3 +166,30 @@ def test_losses_joins_and_a_drain_in_one_process_life(work: Path) -> None:
     assert undisturbed.keys() == survived.keys()
     for name, value in undisturbed.items():
         assert torch.equal(value, survived[name]), name
+
+
+def test_the_example_loses_a_rank_and_the_others_stay(work: Path) -> None:
+    run = Run(work, "--standalone", "--nproc-per-node", 4, EXAMPLE, env={"STEPS": "40", "OMP_NUM_THREADS": "1"})
+    line = re.compile(r"step (\d+) rank (\d) of 4 pid (\d+) loss ([\d.]+)")
+
+    def pids(from_step: int) -> dict[int, set[int]]:
+        """Rank -> those that took a step from `from_step` on."""
+        found: dict[int, set[int]] = {}
+        for step, rank, pid, _ in line.findall(run.stdout()):
+            if int(step) >= from_step:
+                found.setdefault(int(rank), set()).add(int(pid))
+        return found
+
+    try:
+        before = wait_for("five steps", lambda: {r: max(p) for r, p in pids(5).items()} if len(pids(5)) == 4 else {})
+        os.kill(before[1], signal.SIGKILL)
+        assert run.wait(90) == 0, run.told()
+    finally:
+        run.stop()
+    last = pids(39)
+    assert all(last[rank] == {before[rank]} for rank in (0, 2, 3)), run.told()
+    assert last[1] and before[1] not in last[1], run.told()
+    lost = [float(loss) for *_, loss in line.findall(run.stdout())]
+    assert lost[-1] < lost[0] / 2
+    verdict = _ledger.verify((work / "ledger/ledger.jsonl").read_text().splitlines())
+    assert verdict.ok and verdict.steps == 40, verdict

@@ -191,7 +191,7 @@ class Pipeline:
         there are. `on_step` is called on every rank for each step that it has taken."""
         if "RANK" not in os.environ:
             _alone()
-        # A survivor looks for cycles before it forms its next group: not among all that PyTorch made when it was loaded.
+        # A survivor looks for cycles before it forms its next group: not among what PyTorch made when it was loaded.
         gc.collect()
         gc.freeze()
         try:
