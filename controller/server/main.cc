@@ -34,6 +34,7 @@
 #include "controller/store/rocks_store.h"
 #include "proto/base/endpoint.h"
 #include "proto/base/errno_text.h"
+#include "proto/base/file_lock.h"
 #include "proto/base/log.h"
 #include "proto/base/version.h"
 #include "proto/base/whole_file.h"
@@ -51,6 +52,21 @@ constexpr std::chrono::milliseconds kLastWords{300};
 
 void Say(const std::string& text) {
   std::fprintf(stderr, "%s\n", text.c_str());
+}
+
+// Waits for a controller that was killed a moment ago to give up the store's lock.
+std::unique_ptr<RocksStore> OpenStore(const ServerOptions& options, StoreStatus* status) {
+  const auto deadline = std::chrono::steady_clock::now() + kLockPatience;
+  while (true) {
+    std::unique_ptr<RocksStore> store = RocksStore::Open({.directory = options.state_dir + "/db",
+                                                          .cluster = options.cluster,
+                                                          .product_version = kVersion},
+                                                         status);
+    if (status->code != StoreCode::kLocked || std::chrono::steady_clock::now() >= deadline) {
+      return store;
+    }
+    std::this_thread::sleep_for(Milliseconds(50));
+  }
 }
 
 // Made, writable, and with room: RocksDB ends the process when its first files do not fit. Empty:
@@ -299,10 +315,7 @@ int Start(const ServerOptions& options) {
   }
   LogInit({.process = "controller", .file = options.log_file, .json = options.log_json});
   StoreStatus status;
-  std::unique_ptr<RocksStore> store = RocksStore::Open({.directory = options.state_dir + "/db",
-                                                        .cluster = options.cluster,
-                                                        .product_version = kVersion},
-                                                       &status);
+  std::unique_ptr<RocksStore> store = OpenStore(options, &status);
   if (!status.ok()) {
     LogError("store_unusable", {{"code", StoreCodeName(status.code)}, {"message", status.message}});
     Say("error: " + status.message);

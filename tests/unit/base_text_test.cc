@@ -1,4 +1,5 @@
 // proto/base: names, addresses, small files and what the kernel says of a process.
+#include <fcntl.h>
 #include <gtest/gtest.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -13,6 +14,7 @@
 #include <string>
 
 #include "proto/base/endpoint.h"
+#include "proto/base/file_lock.h"
 #include "proto/base/names.h"
 #include "proto/base/process_stat.h"
 #include "proto/base/whole_file.h"
@@ -129,6 +131,32 @@ TEST_F(WholeFile, ADirectoryInTheWayOrMissingIsNamed) {
   EXPECT_EQ(WriteWhole(dir_ + "/d", "x"), EISDIR);
   EXPECT_EQ(Files(), 1u);
   EXPECT_EQ(WriteWhole(dir_ + "/none/f", "x"), ENOENT);
+}
+
+TEST_F(WholeFile, ALockIsWaitedForAsLongAsItsHolderDies) {
+  const std::string path = dir_ + "/lock";
+  const auto opened = [&path] { return open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600); };
+  int ready[2];
+  ASSERT_EQ(pipe(ready), 0);
+  const pid_t holder = fork();
+  ASSERT_GE(holder, 0);
+  if (holder == 0) {
+    const bool locked = LockFile(opened(), {});
+    if (write(ready[1], locked ? "y" : "n", 1) == 1) pause();
+    _exit(1);
+  }
+  char answer = '?';
+  ASSERT_EQ(read(ready[0], &answer, 1), 1);
+  ASSERT_EQ(answer, 'y');
+  const int fd = opened();
+  EXPECT_FALSE(LockFile(fd, Milliseconds(30)));
+  EXPECT_EQ(errno, EWOULDBLOCK);
+  ASSERT_EQ(kill(holder, SIGKILL), 0);  // and nobody waits for its end
+  EXPECT_TRUE(LockFile(fd, kLockPatience));
+  ASSERT_EQ(waitpid(holder, nullptr, 0), holder);
+  EXPECT_FALSE(LockFile(-1, kLockPatience));
+  EXPECT_EQ(errno, EBADF);
+  for (const int each : {fd, ready[0], ready[1]}) close(each);
 }
 
 TEST(ProcessStat, ANameMayHoldAnything) {

@@ -5,7 +5,6 @@
 #include <fmt/format.h>
 #include <fmt/ranges.h>
 #include <netdb.h>
-#include <sys/file.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -17,6 +16,7 @@
 #include <iterator>
 #include <system_error>
 
+#include "proto/base/file_lock.h"
 #include "proto/base/process_stat.h"
 #include "proto/base/whole_file.h"
 #include "worker/agent/dial_backoff.h"
@@ -58,7 +58,7 @@ bool NodeDirLock::Take(const std::string& node_dir, std::string* error) {
                            std::generic_category().message(errno));
       return false;
     }
-    if (flock(fd, LOCK_EX | LOCK_NB) != 0) {
+    if (!LockFile(fd, kLockPatience)) {
       const std::string pid = ReadFile(path_, 32);
       *error = fmt::format(
           "another agent (pid {}) runs this node in {}; end it, or choose another "

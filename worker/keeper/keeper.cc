@@ -4,7 +4,6 @@
 #include <poll.h>
 #include <signal.h>
 #include <sys/epoll.h>
-#include <sys/file.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -24,6 +23,7 @@
 #include "proto/base/check.h"
 #include "proto/base/clock.h"
 #include "proto/base/errno_text.h"
+#include "proto/base/file_lock.h"
 #include "proto/base/log.h"
 #include "worker/keeper/attach_protocol.h"
 #include "worker/keeper/client.h"
@@ -86,7 +86,7 @@ bool Keeper::Begin(std::string* error) {
                          path, ErrnoText(errno));
     return false;
   }
-  if (::flock(lock_.get(), LOCK_EX | LOCK_NB) != 0) {
+  if (!LockFile(lock_.get(), kLockPatience)) {
     *error = fmt::format("another keeper serves {}; end it first or use another --state-dir", path);
     return false;
   }

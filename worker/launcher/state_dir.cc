@@ -1,7 +1,6 @@
 #include "worker/launcher/state_dir.h"
 
 #include <fcntl.h>
-#include <sys/file.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -13,6 +12,7 @@
 #include <fmt/format.h>
 
 #include "proto/base/errno_text.h"
+#include "proto/base/file_lock.h"
 #include "proto/base/whole_file.h"
 #include "worker/launcher/process.h"
 
@@ -62,7 +62,7 @@ std::string StateDir::Open(const std::string& wanted, const std::string& node,
   if (temporary_) fs::permissions(path_, fs::perms::owner_all, error);
   lock_ = ::open((path_ + "/lock").c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0600);
   if (lock_ < 0) return refused("write", ErrnoText(errno));
-  if (::flock(lock_, LOCK_EX | LOCK_NB) != 0) {
+  if (!LockFile(lock_, kLockPatience)) {
     return fmt::format(
         "everstep-run: the state directory {} is in use by another run; give each its own "
         "--state-dir",
