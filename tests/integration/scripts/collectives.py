@@ -1,7 +1,9 @@
 """A rank of a gloo group that lives through the loss of its peers. Told what to do on stdin, tells on stdout.
 
     form PREFIX RANK WORLD   forms the group, and a sub-group of all; all-reduces for ever: `formed SECONDS`, `trains WORLD`
-    leave                    by another thread than the one that is in the collective: `left SECONDS`, dropping the group
+    hold                     between two steps: `held`, and does nothing any more
+    leave                    by another thread than the one that is in the collective: `left SECONDS`, dropping the group;
+                             or `stuck SECONDS`, and ends: gloo will not let go of it
     count                    between groups: `sockets N`
 """
 
@@ -23,16 +25,25 @@ def tell(*words: object) -> None:
     print(*words, flush=True)
 
 
-def train(group: Group, ddp: bool) -> None:
+def train(kind: str, holds: threading.Event, leaves: threading.Event) -> None:
     """Ends by an exception only."""
     world, step = dist.get_world_size(), 0
     everybody = dist.new_group(timeout=timedelta(seconds=600))
+    large = torch.ones(1 << 24)
     model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
-    wrapped = torch.nn.parallel.DistributedDataParallel(model) if ddp else None
+    wrapped = torch.nn.parallel.DistributedDataParallel(model) if kind == "ddp" else None
     while True:
-        ones = torch.ones(1 << 16)
-        dist.all_reduce(ones, group=everybody if step % 2 else None)
-        assert ones[-1].item() == world, f"{ones[-1].item()} of {world}"
+        if holds.is_set():
+            tell("held")
+            leaves.wait()
+        if leaves.is_set():  # as a loop with a Session, at the end of its step
+            raise ConnectionError("asked to leave")
+        if kind == "large":  # of 64 MiB most is under way whenever one looks
+            dist.broadcast(large, src=0)
+        else:
+            ones = torch.ones(1 << 16)
+            dist.all_reduce(ones, group=everybody if step % 2 else None)
+            assert ones[-1].item() == world, f"{ones[-1].item()} of {world}"
         if wrapped is not None:
             wrapped(torch.randn(4, 64)).sum().backward()
         step += 1
@@ -42,13 +53,26 @@ def train(group: Group, ddp: bool) -> None:
 
 def main() -> None:
     store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, timeout=timedelta(seconds=60))
-    ddp = sys.argv[2] == "ddp"
     group, todo = Group(), queue.Queue[list[str]]()
+    holds, leaves = threading.Event(), threading.Event()
+
+    def leave() -> None:
+        began = time.perf_counter()
+        leaves.set()
+        while not group.leave(patience=2.0):
+            pass
+        while leaves.is_set():
+            time.sleep(0.15)
+            if leaves.is_set() and group.stuck():
+                tell("stuck", f"{time.perf_counter() - began:.3f}")
+                os._exit(0)
 
     def listen() -> None:
         for line in sys.stdin:
             if line.split() == ["leave"]:
-                tell("ended", group.leave())
+                threading.Thread(target=leave, daemon=True).start()
+            elif line.split() == ["hold"]:
+                holds.set()
             else:
                 todo.put(line.split())
 
@@ -64,12 +88,14 @@ def main() -> None:
                    world_size=int(words[3]), timeout=timedelta(seconds=600))
         tell("formed", f"{time.perf_counter() - began:.3f}")
         try:
-            train(group, ddp)
-        except RuntimeError as error:
+            train(sys.argv[2], holds, leaves)
+        except (RuntimeError, ConnectionError) as error:
             assert lost_peer(error), error
             release(error)
         began = time.perf_counter()
         group.drop()
+        holds.clear()
+        leaves.clear()
         tell("left", f"{time.perf_counter() - began:.3f}")
 
 

@@ -4,10 +4,16 @@ gloo cannot abort: ProcessGroup.abort() and shutdown() return at once and unbloc
 stopped comes out of a collective only when its own connections end, so leave() ends them: it shuts down the TCP
 connections that this process has opened since the group began to form. Whoever is blocked then raises.
 
+With one exception: a message that is half sent or half received when its connection ends. gloo does not tell those
+who wait for it (Pair::signalException of gloo/transport/tcp/pair.cc passes over tx_ and rx_), and they wait on until
+the group's timeout. So leave() ends connections once no bytes move, which is soon, since nobody gets far without the
+lost rank; what was under way to or from that rank itself may stay stuck, and stuck() tells.
+
     group = Group()
     group.form("gloo", store_port=29500, store=store, rank=0, world_size=4)
     ...                        # main thread: collectives, DDP, sub-groups; one of them blocks
-    group.leave()              # another thread: the main thread raises within milliseconds
+    while not group.leave(1):  # another thread: the main thread raises within milliseconds of the last one
+        ...
     group.drop()               # main thread, once nobody uses it any more
     group.form("gloo", ..., world_size=3)
 
@@ -23,8 +29,11 @@ import gc
 import os
 import socket
 import stat
+import struct
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +41,12 @@ from typing import Any
 # RuntimeErrors.
 _LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused", "timed out",
          "socket closed", "connectfullmesh", "got 0 bytes", "connection was likely closed", "gloo/transport")
+_LOOK = 0.01  # seconds between two looks at whether bytes move
+_MOVED = struct.Struct("<QQ")  # of struct tcp_info, tcp(7): bytes acknowledged and received
+_MOVED_AT = 120
+_FUTEX = ("202", "98")  # system call numbers of futex(2): x86-64, aarch64
+_NO_TIMEOUT = "0x0"
+_DROP_PATIENCE = 0.1  # seconds
 
 
 class Group:
@@ -41,6 +56,7 @@ class Group:
         self._before: frozenset[tuple[int, int]] | None = None  # None: no group
         self._store_port = 0
         self._hook = sys.excepthook
+        self._leaving = 0.0  # since when; 0: not
 
     @property
     def formed(self) -> bool:
@@ -57,18 +73,47 @@ class Group:
 
         self._store_port = store_port
         self._hook = sys.excepthook
+        self._leaving = 0.0
         self._before = _sockets()
         dist.init_process_group(backend, **options)
 
-    def leave(self, store: bool = False) -> int:
-        """Ends the group's connections; `store`: the store's, too. Returns how many there were. Idempotent."""
+    def leave(self, patience: float = 0.0, store: bool = False) -> bool:
+        """Ends the group's connections; `store`: the store's, too. Idempotent.
+
+        False: none was ended, since bytes move on one of them and `patience` seconds since the first call are not
+        over; call it again.
+        """
         before = self._before
         if before is None:
-            return 0
-        ended = 0
-        for descriptor, _ in sorted(_sockets() - before):
-            ended += _shut(descriptor, None if store else self._store_port)
-        return ended
+            return True
+        self._leaving = self._leaving or time.monotonic()
+        spared = None if store else self._store_port
+        mine = sorted(descriptor for descriptor, _ in _sockets() - before)
+        moved = {descriptor: _moved(descriptor, spared) for descriptor in mine}
+        if time.monotonic() - self._leaving < patience and any(moved.values()):
+            time.sleep(_LOOK)
+            if any(then is not None and then != _moved(descriptor, spared) for descriptor, then in moved.items()):
+                return False
+        for descriptor in mine:
+            _shut(descriptor, spared)
+        return True
+
+    def stuck(self) -> bool:
+        """Nothing but the group's timeout will get a thread of it out of a collective: its connections are gone, and
+        it waits on. False also where the system does not say what a thread waits for."""
+        before = self._before
+        if before is None or not self._leaving:
+            return False
+        if any(_moved(descriptor, self._store_port) is not None for descriptor, _ in _sockets() - before):
+            return False
+        for thread in Path("/proc/self/task").iterdir():
+            with contextlib.suppress(OSError):  # it ended
+                if (thread / "comm").read_text().strip() == "pt_gloo_runloop":
+                    call = (thread / "syscall").read_text().split()
+                    # At rest such a thread waits without a limit, in a collective with one.
+                    if len(call) > 4 and call[0] in _FUTEX and call[4] != _NO_TIMEOUT:
+                        return True
+        return False
 
     def drop(self) -> None:
         """Destroys the group and its sub-groups. Objects that hold one (DDP, a DeviceMesh) must be gone; release()
@@ -77,7 +122,8 @@ class Group:
 
         if self._before is None:
             return
-        self.leave()
+        while not self.leave(_DROP_PATIENCE):
+            pass
         with contextlib.suppress(Exception):  # what a half-formed group says of itself
             if dist.is_initialized():
                 dist.destroy_process_group()
@@ -138,25 +184,42 @@ def _sockets() -> frozenset[tuple[int, int]]:
     return frozenset(found)
 
 
-def _shut(descriptor: int, store_port: int | None) -> bool:
-    """Ends a TCP connection, whoever owns it. False: it is none, it listens, or it is the store's."""
+@contextlib.contextmanager
+def _connection(descriptor: int, store_port: int | None) -> Iterator[socket.socket | None]:
+    """A TCP connection, whoever owns it. None: it is none, it listens, it has ended, or it is the store's."""
     try:
         same = socket.socket(fileno=os.dup(descriptor))
     except OSError:
-        return False
+        yield None
+        return
     with same:
-        if same.family not in (socket.AF_INET, socket.AF_INET6) or same.type != socket.SOCK_STREAM:
+        yield same if _is_connection(same, store_port) else None
+
+
+def _is_connection(it: socket.socket, store_port: int | None) -> bool:
+    if it.family not in (socket.AF_INET, socket.AF_INET6) or it.type != socket.SOCK_STREAM:
+        return False
+    try:
+        if it.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
             return False
-        try:
-            if same.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                return False
-            if store_port is not None:
-                ports = [same.getsockname()[1]]
-                with contextlib.suppress(OSError):
-                    ports.append(same.getpeername()[1])
-                if store_port in ports:
-                    return False
+        ports = [it.getsockname()[1]]
+        with contextlib.suppress(OSError):  # no peer yet, or none any more
+            ports.append(it.getpeername()[1])
+        return store_port is None or store_port not in ports
+    except OSError:
+        return False
+
+
+def _moved(descriptor: int, store_port: int | None) -> tuple[int, int] | None:
+    """Bytes that a connection sent and received so far. None: as _connection()."""
+    with _connection(descriptor, store_port) as same, contextlib.suppress(OSError, struct.error):
+        if same is not None:
+            sent, received = _MOVED.unpack_from(same.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256), _MOVED_AT)
+            return sent, received
+    return None
+
+
+def _shut(descriptor: int, store_port: int | None) -> None:
+    with _connection(descriptor, store_port) as same, contextlib.suppress(OSError):  # it ended itself
+        if same is not None:
             same.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            return False  # ended already
-    return True

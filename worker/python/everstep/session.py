@@ -6,6 +6,7 @@ import contextlib
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +21,9 @@ from everstep._session_link import Link, Resume
 from everstep.checkpointer import Checkpointer
 
 T = TypeVar("T")
+# Seconds: a loop whose bytes move gets to the end of its step by itself; gloo has told everyone whom it will tell.
+_PATIENCE, _STUCK = 2.0, 0.15
+_STARTED_ANEW = 75  # exit code of a worker that cannot live on (EX_TEMPFAIL)
 _IDENTITY = frozenset(("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
                        "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
@@ -77,6 +81,7 @@ class Session:
         self._link: Link | None = None
         self._checkpoint: Checkpointer | None = None
         self._resumed = 0
+        self._stuck_since = 0.0
 
     @property
     def rank(self) -> int:
@@ -170,8 +175,16 @@ class Session:
             warn(f"this worker will be started anew where it could live on: {error}")
 
     def _leave(self) -> None:
-        """Lets the training thread out of what it is in. By the link's thread."""
-        self._group.leave(store=self._forming)
+        """Lets the training thread out of what it is in. By the link's thread, again and again until it is."""
+        if not self._group.leave(_PATIENCE, store=self._forming) or not self._group.stuck():
+            self._stuck_since = 0.0
+        elif self._stuck_since == 0.0:
+            self._stuck_since = time.monotonic()
+        elif time.monotonic() - self._stuck_since > _STUCK:
+            warn("the loss of a rank cut off a message that gloo was sending or receiving, and gloo waits for the "
+                 "rest of it until its timeout: this worker is started anew")
+            sys.stderr.flush()
+            os._exit(_STARTED_ANEW)
 
     def _form(self) -> None:
         self._forming = True
@@ -196,7 +209,8 @@ class Session:
         assert self._link is not None
         with contextlib.suppress(EverstepError):  # what became of the capture under way does not matter any more
             self._close_checkpoint()
-        self._group.leave(store=True)
+        while not self._group.leave(_PATIENCE, store=True):
+            pass
         self._link.parked()
         # The rest costs the others no time: while the controller decides.
         release(error)
