@@ -32,6 +32,19 @@ class Record:
 
 
 @dataclass(frozen=True)
+class Complete:
+    """A rank has done its part of a step up to the sums over pipelines."""
+
+    step: int
+    epoch: int  # of the plan
+    pipeline: int
+    stage: int
+    stages: int
+    leaves: tuple[int, ...]  # microbatches of the pipeline
+    layers: tuple[int, int]  # first, and the one after the last
+
+
+@dataclass(frozen=True)
 class Status:
     """What a rank tells of itself."""
 
@@ -40,6 +53,7 @@ class Status:
     layers: Mapping[int, int]  # held -> version
     reduced: int | None = None  # the step whose summed gradients it has, and has not taken
     vote: tuple[int, Sequence[float]] | None = None  # of the newest step taken
+    complete: Complete | None = None
     line: dict[str, Any] | None = None  # of the ledger, for that step
     record: Record | None = None
     measured: Measured | None = None

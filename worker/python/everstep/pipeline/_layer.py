@@ -241,13 +241,19 @@ class Gradient:
     _free: list[torch.Tensor] = field(default_factory=list)
     _now: torch.Tensor | None = None
 
-    def begin(self, microbatches: int | None) -> None:
-        """A step; `microbatches`: how many make up the tree, None: no tree."""
+    def begin(self, microbatches: int | None, rescued: Sequence[tuple[Node, torch.Tensor]] = ()) -> None:
+        """A step; `microbatches`: how many make up the tree, None: no tree. `rescued`: parts that are there, which
+        this gradient owns from now on."""
         if self.tree is not None:
             self._free += self.tree.nodes.values()
         self.tree = None if microbatches is None else Tree(microbatches, self._add)
-        if microbatches is None:
+        if self.tree is None:
             self.sum = (self.layer.empty() if self.sum is None else self.sum).zero_()
+        for node, flat in rescued:
+            if self.tree is not None:
+                self.tree.put(node, flat)
+            elif self.sum is not None:
+                self.sum.add_(flat)
 
     def open(self) -> None:
         """Before the backward pass of a microbatch."""

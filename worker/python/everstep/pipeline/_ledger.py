@@ -6,7 +6,8 @@
 
 `begin` is written when a generation begins and takes back what earlier generations wrote from that step on: it was
 lost with those who held it. It tells the step before once more, since rank 0 may have died between taking that and
-writing it down. A part [first, end] is the microbatches first .. end-1 of one pipeline; `samples` is a
+writing it down. A part [first, end] is the microbatches first .. end-1 of one
+pipeline; `samples` is a
 checksum of the microbatches' checksums of their samples' numbers.
 """
 
@@ -58,6 +59,18 @@ def step_line(generation: int, step: int, parts: Sequence[tuple[int, int]], samp
     """What is written of a step."""
     return {"step": step, "generation": generation, "parts": [list(p) for p in parts], "samples": samples,
             "loss": loss}
+
+
+def runs(parts: Iterable[Sequence[int]]) -> list[tuple[int, int]]:
+    """Each part as runs of microbatches that follow each other: (first, the one after the last)."""
+    out: list[tuple[int, int]] = []
+    for part in parts:
+        begin = 0
+        for place in range(1, len(part) + 1):
+            if place == len(part) or part[place] != part[place - 1] + 1:
+                out.append((part[begin], part[place - 1] + 1))
+                begin = place
+    return out
 
 
 def samples_sum(numbers: Iterable[int]) -> int:

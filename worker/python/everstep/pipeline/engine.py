@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from everstep import _samples
 from everstep._attach import warn
-from everstep.pipeline import _agree, _keys, _ledger
-from everstep.pipeline._agree import Layout, Record, Status
+from everstep.pipeline import _agree, _keys, _ledger, _rescue
+from everstep.pipeline._agree import Complete, Layout, Record, Status
 from everstep.pipeline._exchange import Exchange, sum_ties
 from everstep.pipeline._layer import (
     Bundle,
@@ -31,6 +31,7 @@ from everstep.pipeline._layer import (
     untie,
 )
 from everstep.pipeline._measure import Measured, check_profile, collate, measure
+from everstep.pipeline._rescue import NOTHING, Rescue
 from everstep.pipeline._schedule import Stage, tensors
 from everstep.pipeline._switch import fetch, from_rank_0, gather
 from everstep.pipeline._tree import Node, nodes_of
@@ -160,7 +161,11 @@ class Pipeline:
         self._layout: Layout | None = None
         self._stage: Stage | None = None
         self._totals: dict[int, torch.Tensor] = {}
+        self._parts: list[Sequence[int]] = []  # microbatches, by who did them
         self._used: dict[int, int] = {}  # microbatch -> checksum of its samples
+        self._complete: Complete | None = None
+        self._kept: Rescue = NOTHING  # of this rank's own pipeline, once complete
+        self._rescue: Rescue = NOTHING  # what the step under way begins with
         self._step_seconds: list[float] = []
 
     # --- what the user sees ---
@@ -234,7 +239,8 @@ class Pipeline:
         rank, count = session.rank, len(self._recipe.layers)
         self._settings["the dataset's length"] = len(self._dataset)
         statuses = gather(Status(self._member, self._settings, {i: x.version for i, x in self._layers.items()},
-                                 self._reduced, self._vote, self._line, self._record, self._measured))
+                                 self._reduced, self._vote, self._complete, self._line, self._record,
+                                 self._measured))
         _agree.check_settings(statuses)
         now = _agree.standing(statuses, count)
         if now.vote is not None and self._reduced == now.vote[0] and self._version == now.vote[0]:
@@ -257,6 +263,9 @@ class Pipeline:
         moved = self._take_layers(now, layout, rank)
         for index in [i for i in self._layers if i not in layout.layers(rank)]:
             del self._layers[index]
+        held = {i: self._layers[i] for i in layout.layers(rank)}
+        self._rescue = _rescue.take(statuses, now.version, layout, held, rank, self._kept, self._leaves)
+        self._complete, self._kept = None, NOTHING
         self._version = now.version
         self._record, self._layout = record, layout
         self._stage = self._make_stage(layout, rank)
@@ -267,8 +276,9 @@ class Pipeline:
                 self._ledger.begin(session.generation, self._version, self._microbatches, layout.parts,
                                    layout.ranks, now.line)
             _log.info("everstep: generation %d goes on with step %d on %d ranks; %d layers (%d bytes) moved, "
-                      "switched in %.0f ms\n%s", session.generation, self._version, session.world_size, moved[0],
-                      moved[1], (time.perf_counter() - began) * 1e3, record.plan.picture)
+                      "switched in %.0f ms, %d of %d microbatches are done\n%s", session.generation, self._version,
+                      session.world_size, moved[0], moved[1], (time.perf_counter() - began) * 1e3,
+                      len(self._rescue.done), self._microbatches, record.plan.picture)
         self._line = now.line
 
     def _take_layers(self, now: _agree.Standing, layout: Layout, rank: int) -> tuple[int, int]:
@@ -337,21 +347,40 @@ class Pipeline:
                    stop: Callable[[], bool] | None) -> tuple[float, bool, bool]:
         """The loss, whether the generation is over, whether some rank wants to stop."""
         stage, rank, step = self._stage, session.rank, self._version
-        assert stage is not None
-        self._reduced = None
+        assert stage is not None and self._record is not None
+        rescue, self._rescue = self._rescue, NOTHING
+        self._reduced, self._complete, self._kept = None, None, NOTHING
         self._used.clear()
         at = layout.place(rank)
-        leaves = self._microbatches if self._deterministic else None
+        work = _rescue.divide(layout, self._microbatches, rescue.done)
         gradients = {x.index: x.gradient for x in stage.layers if x.gradient is not None}
-        exchanges = {i: Exchange(g.layer, rank, self._holders(layout, i), leaves) for i, g in gradients.items()}
-        for gradient in gradients.values():
-            gradient.begin(leaves)
+        exchanges = {i: Exchange(g.layer, rank, self._holders(layout, i, work, rescue), self._leaves)
+                     for i, g in gradients.items()}
+        for index, gradient in gradients.items():
+            gradient.begin(self._leaves, rescue.parts.get(index, ()))
+        lost: list[RuntimeError] = []
+        waiting = dict(exchanges)
 
         def done(layer: Layer) -> None:
+            """Sends the layer's gradient; that another pipeline is lost does not end this one's backward passes."""
             if layer.gradient is not None:
-                exchanges[layer.index].start(layer.gradient.parts())
+                try:
+                    waiting.pop(layer.index).start(layer.gradient.parts())
+                except RuntimeError as error:
+                    lost.append(error)
 
-        losses = stage.run(step, range(*layout.parts[at.pipeline]), gradients, done)
+        losses = stage.run(step, work[at.pipeline], gradients, done)
+        for index in list(waiting):  # no microbatch was left for this pipeline
+            done(gradients[index].layer)
+        losses |= rescue.losses
+        used = dict(rescue.used) | (self._used if at.stage == 0 else {})
+        if rescue is NOTHING and len(layout.ranks) > 1:
+            self._complete = Complete(step, self._record.epoch, at.pipeline, at.stage, stage.stages,
+                                      tuple(work[at.pipeline]), (stage.layers[0].index, stage.layers[-1].index + 1))
+            self._kept = Rescue(step, parts={i: g.parts() for i, g in gradients.items()}, losses=losses, used=used)
+        if lost:
+            raise lost[0]
+        self._parts = [*rescue.leaves.values(), *work]
         order = sorted(exchanges, reverse=True)
         for index in order:
             exchanges[index].add_up()
@@ -364,9 +393,8 @@ class Pipeline:
         vote = torch.zeros(2 * many + count + 2, dtype=torch.float64)
         for microbatch, loss in losses.items():
             vote[microbatch] = loss
-        if at.stage == 0:
-            for microbatch, samples in self._used.items():
-                vote[many + microbatch] = samples
+        for microbatch, samples in used.items():
+            vote[many + microbatch] = samples
         for index, total in self._totals.items():
             if layout.holder(0, index) == rank:
                 vote[2 * many + index] = self._squared_norm(index, total)
@@ -377,10 +405,19 @@ class Pipeline:
         told = vote.tolist()
         return self._commit(session, told, None), told[-2] > 0, told[-1] > 0
 
-    def _holders(self, layout: Layout, layer: int) -> list[tuple[int, list[Node]]]:
-        return [(layout.holder(p, layer),
-                 nodes_of(range(*layout.parts[p]), self._microbatches) if self._deterministic else [(-1, 0)])
-                for p in range(len(layout.ranks))]
+    @property
+    def _leaves(self) -> int | None:
+        """Of the trees of microbatches; None: there are none."""
+        return self._microbatches if self._deterministic else None
+
+    def _holders(self, layout: Layout, layer: int, work: Sequence[Sequence[int]],
+                 rescue: Rescue) -> list[tuple[int, list[Node]]]:
+        """Who holds the layer, and the parts of its gradient that each will have."""
+        ranks = [layout.holder(p, layer) for p in range(len(layout.ranks))]
+        if not self._deterministic:
+            return [(rank, [(-1, 0)]) for rank in ranks]
+        return [(rank, nodes_of([*each, *rescue.of(layer, rank)], self._microbatches))
+                for rank, each in zip(ranks, work)]
 
     def _squared_norm(self, layer: int, total: torch.Tensor) -> float:
         """Of a layer's gradient; of tied parameters the first one counts."""
@@ -405,12 +442,12 @@ class Pipeline:
                 total.mul_(scale)
             layer.apply(total)
         self._version = step + 1
-        self._reduced = None
+        self._reduced, self._complete, self._kept = None, None, NOTHING
         self._vote = step, tuple(vote)
         loss = sum(vote[:many]) / many
         if line is None:
             assert self._record is not None
-            line = _ledger.step_line(self._record.epoch, step, self._layout.parts,
+            line = _ledger.step_line(self._record.epoch, step, _ledger.runs(self._parts),
                                      _ledger.samples_sum(map(int, vote[many:2 * many])), loss)
             if session.rank == 0 and self._ledger is not None:
                 self._ledger.step(line)
