@@ -131,9 +131,9 @@ def job(folder: Path, dying: dict[int, Callable[[engine.Pipeline], None]],
 
         _schedule.Stage._go_forward = go_forward  # type: ignore[method-assign]
         taken: dict[int, float] = {}
-        result = train(rank, STEPS, faults=1, profile=profile(2), tied=TIED, ledger=folder,
+        result = train(rank, STEPS, ledger=folder,
                        on_step=lambda report: taken.__setitem__(report.step, report.loss),
-                       **{"deterministic": True} | options)
+                       **{"deterministic": True, "faults": 1, "profile": profile(2), "tied": TIED} | options)
         return result | {"taken": taken, "did": did}
 
     return work
