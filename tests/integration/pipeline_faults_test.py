@@ -139,7 +139,7 @@ def job(folder: Path, dying: dict[int, Callable[[engine.Pipeline], None]],
     return work
 
 
-def check(folder: Path, outcome: Any, same: Callable[[Any, Any], bool] = torch.equal) -> None:
+def check(folder: Path, outcome: Any, same: Callable[[Any, Any], bool] = torch.equal) -> _ledger.Verdict:
     losses, expected = undisturbed()
     taken: dict[int, float] = {}
     for result in outcome.results.values():
@@ -152,6 +152,7 @@ def check(folder: Path, outcome: Any, same: Callable[[Any, Any], bool] = torch.e
     verdict = _ledger.verify((folder / "ledger.jsonl").read_text().splitlines(),
                              lambda step: _ledger.expected(step, samples=SAMPLES, batch=24, microbatches=6))
     assert verdict.ok and verdict.steps == STEPS, verdict
+    return verdict
 
 
 def in_step(point: Point) -> Callable[[engine.Pipeline], None]:
@@ -215,3 +216,43 @@ def test_the_other_pipeline_does_not_do_its_microbatches_again(tmp_path: Path, d
              if (generation, step) == (2, AT)}
     assert again == {0, 1, 2}
     check(tmp_path, outcome, torch.equal if deterministic else lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-5))
+
+
+def test_more_losses_than_copies_go_back_to_the_newest_whole_step_in_files(tmp_path: Path) -> None:
+    """Ranks 0 and 3, which hold the first layers of both pipelines, die in step 3; step 2 is in files, one of them
+    damaged, so all go on from step 1."""
+
+    def damaged(pipeline: engine.Pipeline) -> None:
+        def damage() -> None:
+            (file,) = (tmp_path / "files").glob("step-*02.rank-00001-of-*")
+            file.write_bytes(file.read_bytes()[:-9] + b"something")
+
+        whole = pipeline._take_step
+
+        def take_step(*args: Any) -> Any:
+            if pipeline.step == 3 and os.environ["EVERSTEP_GENERATION"] == "1":
+                assert pipeline._files is not None
+                pipeline._files.wait()
+                damage()
+                die()
+            return whole(*args)
+
+        pipeline._take_step = take_step  # type: ignore[method-assign]
+
+    def dies(pipeline: engine.Pipeline) -> None:
+        before(engine.Pipeline, "_take_step", 1, lambda: pipeline.step == 3)
+
+    outcome = survive(5, job(tmp_path, {3: dies, 0: damaged}, directory=tmp_path / "files", every=1))
+    assert sorted(outcome.died) == [0, 3]
+    assert check(tmp_path, outcome).taken_back == 2
+
+
+def test_a_job_that_is_started_again_goes_on_from_its_files(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"directory": tmp_path / "files", "every": 2, "deterministic": True, "faults": 0,
+                               "profile": profile(2), "tied": TIED}
+    first = world(3, lambda rank: train(rank, 4, **options))
+    second = world(2, lambda rank: train(rank, STEPS, **options))
+    losses, expected = undisturbed()
+    assert first[0]["losses"] + second[0]["losses"] == losses
+    got = weights(second)
+    assert all(torch.equal(got[name], value) for name, value in expected.items())

@@ -103,7 +103,7 @@ class Outcome:
     generations: int = 1
 
 
-def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: float = 60.0) -> Outcome:
+def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: float = 120.0) -> Outcome:
     """`joins`: newcomers that begin with the first new generation after a death. Raises AssertionError with the text
     of what a survivor raised, or when they do not end."""
     context = mp.get_context("fork")

@@ -98,11 +98,7 @@ class FileTier:
     def load(self, replicated: bool) -> LoadedFile | None:
         """The newest step of which every rank's file is there and this rank's is whole, or, of a replicated
         state, any rank's. None: nothing to start from. Damaged files are passed over."""
-        found: dict[int, dict[int, Path]] = {}
-        for path in self.directory.iterdir():
-            match = _NAME.match(path.name)
-            if match and int(match[3]) == self.world_size:
-                found.setdefault(int(match[1]), {})[int(match[2])] = path
+        found = self.steps()
         for step in sorted(found, reverse=True):
             files = found[step]
             if len(files) == self.world_size:
@@ -118,6 +114,20 @@ class FileTier:
             if loaded is not None:
                 return loaded
         return None
+
+    def steps(self) -> dict[int, dict[int, Path]]:
+        """Step -> rank -> file, of this number of ranks, whole or not."""
+        found: dict[int, dict[int, Path]] = {}
+        for path in self.directory.iterdir():
+            match = _NAME.match(path.name)
+            if match and int(match[3]) == self.world_size:
+                found.setdefault(int(match[1]), {})[int(match[2])] = path
+        return found
+
+    def read(self, step: int) -> LoadedFile | None:
+        """This rank's file of a step. None: it is not there, or damaged."""
+        path = self.steps().get(step, {}).get(self.rank)
+        return None if path is None else self._read(path)
 
     def _read(self, path: Path) -> LoadedFile | None:
         try:

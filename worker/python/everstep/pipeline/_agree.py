@@ -83,6 +83,7 @@ class Standing:
     vote: tuple[int, Sequence[float]] | None  # to be taken by who has the gradients of step version - 1
     holds: tuple[frozenset[int], ...]  # [rank]: layers at `version`, once those have taken it
     line: dict[str, Any] | None
+    files: tuple[frozenset[int], ...] = ()  # [rank]: layers at `version` that it has as files; (): none are needed
 
 
 def standing(statuses: Sequence[Status], layers: int) -> Standing:
@@ -106,10 +107,10 @@ def standing(statuses: Sequence[Status], layers: int) -> Standing:
         have = frozenset(x for s in statuses for x in s.files.get(at, ()))
         kept = tuple(frozenset(x for x in s.layers if version(s, x) == at) for s in statuses)
         if len(have.union(*kept)) == layers:
-            return Standing(at, vote, kept, None)
+            return Standing(at, vote, kept, None, tuple(frozenset(s.files.get(at, ())) for s in statuses))
     if newest == 0:
         return Standing(0, None, holds, None)
-    where = (f"no step in files is complete (the newest is {versions[0]})" if versions else "no files were kept")
+    where = (f"no step in files is whole (the newest is {versions[0]})" if versions else "no files were kept")
     raise RuntimeError(f"Pipeline: layer {lacking[0]} of step {newest} was held by lost ranks alone, and {where}; "
                        "a larger faults= keeps more copies, directory= keeps files")
 

@@ -136,6 +136,21 @@ class Bundle:
         return _crc32c()(zlib.crc32(self.table), self.payload.data_ptr(), self.payload.numel())
 
 
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What pack() was given."""
+        return self._decoder().meta
+
+    def root(self) -> dict[str, Any]:
+        """The state; its tensors are views of the payload."""
+        root: dict[str, Any] = self._decoder().root()
+        return root
+
+    def _decoder(self) -> Decoder:
+        payload = self.payload
+        return Decoder(memoryview(payload.numpy().data) if payload.numel() else memoryview(bytearray()), self.table)
+
+
 class Layer:
     """See the module's text. Not thread-safe."""
 
@@ -195,10 +210,10 @@ class Layer:
             state["scheduler"] = self.scheduler
         return state
 
-    def pack(self) -> Bundle:
-        """Copies the layer's state. Raises TypeError, with the path, for what cannot be moved."""
+    def pack(self, **meta: object) -> Bundle:
+        """Copies the layer's state; `meta` goes with it. Raises TypeError, with the path, for what cannot move."""
         try:
-            flat = Encoder().finish(_state.gather(self._state(), with_rng=False), {"layer": self.index})
+            flat = Encoder().finish(_state.gather(self._state(), with_rng=False), {"layer": self.index, **meta})
         except TypeError as error:
             raise TypeError(f"Pipeline: layer {self.index} has state that cannot be moved: {error}") from None
         payload = torch.zeros(flat.payload_bytes, dtype=torch.uint8)
@@ -209,11 +224,10 @@ class Layer:
 
     def unpack(self, bundle: Bundle, version: int) -> None:
         """Takes over a state that pack() gave. Raises RuntimeError when it is another layer's."""
-        view = memoryview(bundle.payload.numpy().data) if bundle.payload.numel() else memoryview(bytearray())
-        decoder = Decoder(view, bundle.table)
-        if decoder.meta.get("layer") != self.index:
-            raise RuntimeError(f"layer {self.index} was given the state of layer {decoder.meta.get('layer')}")
-        _state.apply(self._state(), decoder.root())
+        other = bundle.meta.get("layer")
+        if other != self.index:
+            raise RuntimeError(f"layer {self.index} was given the state of layer {other}")
+        _state.apply(self._state(), bundle.root())
         self.version = version
 
 

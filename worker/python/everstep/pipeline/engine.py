@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import math
@@ -34,6 +35,7 @@ from everstep.pipeline._measure import Measured, check_profile, collate, measure
 from everstep.pipeline._rescue import NOTHING, Rescue
 from everstep.pipeline._schedule import Stage, tensors
 from everstep.pipeline._switch import fetch, from_rank_0, gather
+from everstep.pipeline._tier import LayerFiles
 from everstep.pipeline._tree import Node, nodes_of
 from everstep.session import Session
 
@@ -88,6 +90,9 @@ class Pipeline:
         memory: bytes of a node; 0: not limited.
         link: between nodes: (microseconds, 10^9 bytes a second).
         horizon: expected seconds to the next loss or join: a faster plan must pay for its move within that time.
+        directory: for files of layers, which a job goes on from when more ranks were lost than there are copies, or
+            all of them; it also begins with the newest whole step that lies there.
+        every: steps between two that are kept in files.
         ledger: a directory for ledger.jsonl: which (step, microbatch) went into the model; or a function that is
             given its lines.
         name: of the model, in profiles.
@@ -101,6 +106,7 @@ class Pipeline:
                  scheduler: SchedulerFactory | None = None, faults: int = 1, clip: float | None = None, seed: int = 0,
                  deterministic: bool = False, tied: Sequence[Sequence[str]] = (), profile: str | None = None,
                  memory: int = 0, link: tuple[float, float] = (20.0, 1.25), horizon: float = 0.0,
+                 directory: str | os.PathLike[str] | None = None, every: int = 100,
                  ledger: str | os.PathLike[str] | Callable[[bytes], object] | None = None,
                  name: str = "model") -> None:
         layers = list(layers)
@@ -110,9 +116,9 @@ class Pipeline:
             if not callable(layer):
                 raise TypeError(f"Pipeline: layer {index} is a {type(layer).__name__}; it must be a torch.nn.Module "
                                 "or a function that makes one")
-        for what, value in (("batch", batch), ("microbatch", microbatch)):
+        for what, value in (("batch", batch), ("microbatch", microbatch), ("every", every)):
             if not isinstance(value, int) or value < 1:
-                raise ValueError(f"Pipeline: {what} is {value!r}; it must be 1 or more samples")
+                raise ValueError(f"Pipeline: {what} is {value!r}; it must be 1 or more")
         if batch % microbatch:
             less = batch - batch % microbatch
             raise ValueError(f"Pipeline: a batch of {batch} does not divide into microbatches of {microbatch}; "
@@ -144,6 +150,7 @@ class Pipeline:
         self._name = name
         self._ledger = None if ledger is None else _ledger.Ledger(
             ledger if callable(ledger) else _ledger.to_directory(ledger))
+        self._files = None if directory is None else LayerFiles(directory, len(layers), every)
         self._settings = {
             "the number of layers": len(layers), "batch": batch, "microbatch": microbatch, "faults": faults,
             "clip": clip, "seed": seed, "deterministic": deterministic, "the dataset's length": self._samples,
@@ -221,11 +228,20 @@ class Pipeline:
             if on_step is not None:
                 on_step(Report(self._version - 1, loss, seconds, session.generation, session.rank,
                                session.world_size, len(layout.ranks)))
+            if self._files is not None and self._files.due(self._version):
+                self._save(self._files, session.rank, layout)
             if ended:
                 break
             if leave:
                 session.leave_together()
+        if self._files is not None:
+            self._files.wait()
         return self._version
+
+    def _save(self, files: LayerFiles, rank: int, layout: Layout) -> None:
+        """This rank's share of the layers, each by one of those that hold it."""
+        mine = [i for i in layout.layers(rank) if layout.holder(i % len(layout.ranks), i) == rank]
+        files.save(self._version, {i: self._layers[i].pack(line=self._line) for i in mine})
 
     @property
     def _patience(self) -> float:
@@ -236,13 +252,15 @@ class Pipeline:
     def _switch(self, session: _PipelineSession) -> None:
         """Agrees with the other ranks on the step to do next and on a plan, and takes the place in it."""
         began = time.perf_counter()
-        rank, count = session.rank, len(self._recipe.layers)
+        rank = session.rank
         self._settings["the dataset's length"] = len(self._dataset)
+        if self._files is not None:
+            self._files.wait()
         statuses = gather(Status(self._member, self._settings, {i: x.version for i, x in self._layers.items()},
                                  self._reduced, self._vote, self._complete, self._line, self._record,
-                                 self._measured))
+                                 self._measured, {} if self._files is None else self._files.have()))
         _agree.check_settings(statuses)
-        now = _agree.standing(statuses, count)
+        now = self._standing(statuses, rank)
         if now.vote is not None and self._reduced == now.vote[0] and self._version == now.vote[0]:
             self._commit(session, now.vote[1], now.line)
         self._reduced = None
@@ -281,11 +299,30 @@ class Pipeline:
                       len(self._rescue.done), self._microbatches, record.plan.picture)
         self._line = now.line
 
+    def _standing(self, statuses: list[Status], rank: int) -> _agree.Standing:
+        """Collective where files are needed: without the steps of which some layer cannot be read."""
+        while True:
+            now = _agree.standing(statuses, len(self._recipe.layers))
+            if not now.files:
+                return now
+            assert self._files is not None
+            bad = self._files.damaged(now.version, now.files[rank])
+            good = next(iter(now.files[rank] - set(bad)), None)
+            bundle = None if good is None else self._files.read(now.version, good)
+            told = gather((bad, None if bundle is None else bundle.meta.get("line")))
+            if not any(each for each, _ in told):
+                return dataclasses.replace(now, line=next((line for _, line in told if line is not None), None))
+            statuses = [dataclasses.replace(s, files={
+                version: tuple(x for x in layers if version != now.version or x not in each)
+                for version, layers in s.files.items()}) for s, (each, _) in zip(statuses, told)]
+
     def _take_layers(self, now: _agree.Standing, layout: Layout, rank: int) -> tuple[int, int]:
         """Gives this rank the layers of its place, at the version that goes on."""
         assert self._measured is not None
         count = len(self._recipe.layers)
         offers = {index: [r for r, holds in enumerate(now.holds) if index in holds] for index in range(count)}
+        for index in range(count):
+            offers[index] = offers[index] or [r for r, files in enumerate(now.files) if index in files]
         mine = layout.layers(rank)
         held = now.holds[rank]
         new = [index for index in range(count) if not offers[index]]
@@ -304,7 +341,13 @@ class Pipeline:
         wanted = [index for index in mine if index not in held and index not in same]
 
         def pack(index: int) -> Bundle:
-            return made[index].pack() if index in made else self._layers[index].pack()
+            if index in made or index in held:
+                return (made if index in made else self._layers)[index].pack()
+            bundle = None if self._files is None else self._files.read(now.version, index)
+            if bundle is None:
+                raise RuntimeError(f"Pipeline: the file of layer {index} of step {now.version} was there just now, "
+                                   "and is gone")
+            return bundle
 
         def install(index: int, bundle: Bundle) -> None:
             layer = self._recipe.build(index)
