@@ -9,6 +9,7 @@ The link is a pipe to this process in place of the keeper's socket; all else of 
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing as mp
 import os
 import queue
@@ -131,6 +132,10 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
         assert word[0] != "answer" or word[1], f"rank {number}:\n{word[2]}"
         return number, word
 
+    def send(number: int, *word: Any) -> None:
+        with contextlib.suppress(OSError):  # it has died, which is heard next
+            pipes[number].send(word)
+
     def live() -> list[int]:
         return [n for n in sorted(pipes) if n not in outcome.died]
 
@@ -146,7 +151,7 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
                 parked.discard(number)
                 asked = asked or time.monotonic()
                 for n in live():
-                    pipes[n].send(("park",))
+                    send(n, "park")
             elif word[0] == "parked":
                 parked.add(number)
             else:
@@ -159,12 +164,12 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
                 for rank, n in enumerate(ranks):
                     values = environment(rank, len(ranks), stores[-1].port, outcome.generations)
                     if n in pipes:
-                        pipes[n].send(("resume", outcome.generations, "", "", values))
+                        send(n, "resume", outcome.generations, "", "", values)
                     else:
                         start(n, values)
                 parked, asked, joins = set(), 0.0, 0
         for number in live():
-            pipes[number].send(("end",))
+            send(number, "end")
         return outcome
     finally:
         for process in processes.values():
