@@ -10,6 +10,7 @@
 #include <cerrno>
 #include <cstring>
 
+#include "checkpoint/store/capture_word.h"
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
 #include "checkpoint/store/mend.h"
@@ -185,6 +186,8 @@ Result<SlotWriter> SlotWriter::Begin(Arena* arena, std::uint32_t slot, std::uint
   h.seq.store(was | 1, std::memory_order_seq_cst);
   AwaitMender(&h, was);
   StoreFence();
+  CaptureWordOf(arena->header(), slot)->id.store(0, std::memory_order_relaxed);
+  StoreFence();
   KillPoint("slot.torn");
   const std::uint64_t capacity = ExtentCapacity(h.extent_bytes);
   unsigned char* data = arena->mappings_[slot].data;
@@ -195,6 +198,29 @@ void SlotWriter::TouchChunk(std::uint64_t chunk) {
   if (arena_->populated_[slot_] != 0) return;
   const std::uint64_t bytes = std::min<std::uint64_t>(kChunkBytes, capacity_ - chunk * kChunkBytes);
   madvise(Chunk(chunk), bytes, MADV_POPULATE_READ);  // a wish: the first store does it else
+}
+
+void SlotWriter::Announce(SlotFields fields, std::uint64_t payload_bytes) {
+  const ArenaHeader& header = *arena_->header();
+  fields.chunk_bytes = kChunkBytes;
+  fields.payload_bytes = payload_bytes;
+  fields.table_bytes = 0;
+  fields.table_offset = payload_bytes;
+  fields.job_crc = Crc32c(header.job, strnlen(header.job, sizeof header.job));
+  CaptureWord& word = *CaptureWordOf(arena_->header(), slot_);
+  word.id.store(0, std::memory_order_seq_cst);  // of a capture that was never finished
+  StoreFence();
+  word.written.store(0, std::memory_order_relaxed);
+  StoreWords(&word.fields, &fields, sizeof fields);
+  word.id.store(fields.captured_ns, std::memory_order_release);
+  announced_ = true;
+  KillPoint("capture.announced");
+}
+
+void SlotWriter::Withdraw() {
+  if (!announced_) return;
+  CaptureWordOf(arena_->header(), slot_)->id.store(0, std::memory_order_release);
+  announced_ = false;
 }
 
 Outcome SlotWriter::Append(const void* data, std::uint64_t size) {
@@ -213,7 +239,11 @@ Outcome SlotWriter::Append(const void* data, std::uint64_t size) {
     size -= n;
     crcs_[chunk] = chunk_crc_;
     KillPoint("slot.bytes_copied");
-    if (offset_ % kChunkBytes == 0) chunk_crc_ = 0;
+    if (offset_ % kChunkBytes != 0) continue;
+    chunk_crc_ = 0;
+    if (!announced_) continue;
+    StoreFence();  // the chunk went past the cache
+    CaptureWordOf(arena_->header(), slot_)->written.store(offset_, std::memory_order_release);
   }
   return Done{};
 }
@@ -254,6 +284,7 @@ Result<SlotView> SlotWriter::Publish(const SlotFields& fields, std::uint32_t crc
 }
 
 SlotView SlotWriter::Expose(const SlotFields& fields, std::uint32_t crc_root) {
+  Withdraw();
   SlotHeader& h = arena_->header()->slot[slot_];
   StoreWords(&h.fields, &fields, sizeof fields);
   KillPoint("slot.fields_written");

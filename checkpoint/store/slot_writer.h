@@ -19,8 +19,8 @@ enum class Touch : std::uint8_t { kNow, kByChunk };
 class SlotWriter {
  public:
   // Gives the slot room for `payload_bytes` (and, when it must grow, a little more) and takes that
-  // memory now, page by page. A slot with
-  // content keeps it; only one that must grow loses it. kNoMemory when the machine has not got it.
+  // memory now. A slot with content keeps it; only one that must grow loses it. kNoMemory when the
+  // machine has not got it.
   // REQUIRES: the caller is the arena's one writer, and the slot may be overwritten when it is too
   // small.
   static Outcome Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes,
@@ -31,6 +31,13 @@ class SlotWriter {
                                   Touch touch = Touch::kNow);
   // Gives back what a slot has beyond twice the memory for `payload_bytes`; tears it then.
   static void Trim(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes);
+
+  // Tells in the arena's header what is being captured and, from here on, how far it is
+  // (capture_word.h). `fields`: as for Finish, captured_ns with them. REQUIRES: nothing appended
+  // yet.
+  void Announce(SlotFields fields, std::uint64_t payload_bytes);
+  // It will not be finished. Finish does this by itself.
+  void Withdraw();
 
   // --- in order ---
   // kInvalid when the bytes do not fit.
@@ -47,10 +54,12 @@ class SlotWriter {
   // Before it is filled, after Touch::kByChunk: one call in place of a fault for each page.
   void TouchChunk(std::uint64_t chunk);
   void SetChunkCrc(std::uint64_t chunk, std::uint32_t crc) { crcs_[chunk] = crc; }
+  std::uint32_t ChunkCrc(std::uint64_t chunk) const { return crcs_[chunk]; }
   // kCorrupt when the chunk CRCs and `fields` do not give `crc_root`; the slot stays torn.
   Result<SlotView> Publish(const SlotFields& fields, std::uint32_t crc_root);
 
   std::uint32_t slot() const { return slot_; }
+  std::uint64_t capacity() const { return capacity_; }
 
  private:
   SlotWriter(Arena* arena, std::uint32_t slot, unsigned char* data, std::uint64_t capacity,
@@ -65,6 +74,7 @@ class SlotWriter {
   std::uint32_t* crcs_;
   std::uint64_t offset_ = 0;
   std::uint32_t chunk_crc_ = 0;  // of the chunk that offset_ is in
+  bool announced_ = false;
 };
 
 }  // namespace everstep::checkpoint

@@ -16,13 +16,50 @@ Arrival::Arrival(const SlotFields& fields, std::uint32_t crc_root, const SlotWri
       writer_(writer),
       states_(ChunkCount(fields.payload_bytes), kLacking) {}
 
+Arrival::Arrival(OfCapture, const SlotFields& fields, const SlotWriter& writer)
+    : fields_(fields),
+      crc_root_(0),
+      ahead_(true),
+      writer_(writer),
+      states_(ChunkCount(fields.payload_bytes), kLacking) {}
+
+std::shared_ptr<Arrival> Arrival::Ahead(const SlotFields& fields, const SlotWriter& writer) {
+  return std::shared_ptr<Arrival>(new Arrival(OfCapture{}, fields, writer));
+}
+
+Arrival::Arrival(const SlotFields& fields, std::uint32_t crc_root, const Arrival& ahead)
+    : Arrival(fields, crc_root, ahead.writer_) {
+  came_ahead_ = ahead.states_;
+}
+
+bool Arrival::IsAheadOf(const SlotFields& fields) const {
+  return ahead_ && fields_.generation == fields.generation && fields_.step == fields.step &&
+         fields_.rank == fields.rank && fields_.world_size == fields.world_size &&
+         fields_.captured_ns == fields.captured_ns && fields_.job_crc == fields.job_crc &&
+         fields.payload_bytes <= writer_.capacity();
+}
+
+// Of what came ahead, chunks that the table names count, whole ones: the last one may have ended
+// elsewhere then.
+void Arrival::CountAhead() {
+  for (std::uint64_t i = 0; i < came_ahead_.size() && i < crcs_.size(); ++i) {
+    const bool whole = (i + 1) * kChunkBytes <= fields_.payload_bytes;
+    if (came_ahead_[i] != kVerified || !whole || writer_.ChunkCrc(i) != crcs_[i]) continue;
+    states_[i] = kVerified;
+    ++verified_;
+  }
+  came_ahead_.clear();
+}
+
 bool Arrival::Is(const SlotFields& fields, std::uint32_t crc_root) const {
-  return crc_root_ == crc_root && std::memcmp(&fields_, &fields, sizeof fields) == 0;
+  return !ahead_ && crc_root_ == crc_root && std::memcmp(&fields_, &fields, sizeof fields) == 0;
 }
 
 void Arrival::SetTable(std::vector<std::uint32_t> crcs) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (crcs_.empty()) crcs_ = std::move(crcs);
+  if (!crcs_.empty()) return;
+  crcs_ = std::move(crcs);
+  CountAhead();
 }
 
 bool Arrival::Claim(std::uint64_t chunk) {
@@ -89,24 +126,54 @@ void Arrival::Close(bool broken) {
   left_.wait(lock, [this] { return streams_.empty(); });
 }
 
+namespace {
+
+// Claims, receives, verifies one chunk. kInvalid: it is there, or another connection is at it.
+Outcome TakeChunk(Connection* connection, Arrival* arrival, const ChunkFrame& frame) {
+  if (!arrival->Claim(frame.index)) {
+    return Error{ErrorCode::kInvalid,
+                 fmt::format("peer {}: chunk {} of step {} of rank {} comes a second time",
+                             connection->peer(), frame.index, arrival->fields().step,
+                             arrival->fields().rank)};
+  }
+  if (auto ok = ReceiveChunk(connection, arrival->fields(), frame, arrival->writer()); !ok.ok()) {
+    arrival->Unclaim(frame.index);
+    return ok;
+  }
+  arrival->Verified(frame.index);
+  return Done{};
+}
+
+}  // namespace
+
+Outcome ReceiveAhead(Connection* connection, Arrival* arrival, std::uint64_t* chunk) {
+  for (;;) {
+    ChunkFrame frame;
+    if (auto ok = connection->Receive(&frame, sizeof frame); !ok.ok()) return ok;
+    if (frame.magic == kFrameMagic && frame.index == kEndOfChunks && frame.bytes == 0) {
+      return Done{};
+    }
+    if (frame.magic != kFrameMagic || frame.bytes != kChunkBytes ||
+        frame.index >= arrival->fields().payload_bytes / kChunkBytes) {
+      return Error{ErrorCode::kInvalid,
+                   fmt::format("peer {}: a frame for chunk {} of {} bytes ahead of the table, of a "
+                               "capture of {} bytes",
+                               connection->peer(), frame.index, frame.bytes,
+                               arrival->fields().payload_bytes)};
+    }
+    *chunk = frame.index;
+    if (auto ok = TakeChunk(connection, arrival, frame); !ok.ok()) return ok;
+    KillPoint("arrive.ahead_verified");
+  }
+}
+
 Outcome ReceiveInto(Connection* connection, Arrival* arrival, std::uint64_t* chunk) {
   for (;;) {
     const auto frame = ReceiveChunkFrame(connection, arrival->fields(), arrival->crcs());
     if (!frame.ok()) return frame.error();
     if (frame.value().index == kEndOfChunks) return Done{};
     *chunk = frame.value().index;
-    if (!arrival->Claim(*chunk)) {
-      return Error{
-          ErrorCode::kInvalid,
-          fmt::format("peer {}: chunk {} of step {} of rank {} comes a second time",
-                      connection->peer(), *chunk, arrival->fields().step, arrival->fields().rank)};
-    }
-    if (auto ok = ReceiveChunk(connection, arrival->fields(), frame.value(), arrival->writer());
-        !ok.ok()) {
-      arrival->Unclaim(*chunk);
-      return ok;
-    }
-    arrival->Verified(*chunk);
+    if (auto ok = TakeChunk(connection, arrival, frame.value()); !ok.ok()) return ok;
     KillPoint("arrive.chunk_verified");
   }
 }

@@ -8,6 +8,7 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <set>
 #include <vector>
@@ -21,10 +22,19 @@ class Arrival {
  public:
   // `writer`: of the slot that takes it. Its arena must outlive this.
   Arrival(const SlotFields& fields, std::uint32_t crc_root, const SlotWriter& writer);
+  // Of a capture that is not finished: `fields` as announced, no root, no table. Takes whole
+  // chunks, each checked against the CRC that it comes with, and is never published.
+  static std::shared_ptr<Arrival> Ahead(const SlotFields& fields, const SlotWriter& writer);
+  // Goes on in the slot of `ahead`: of what came there a chunk counts whose CRC is the table's.
+  // REQUIRES: ahead.IsAheadOf(fields), and no connection brings it any more.
+  Arrival(const SlotFields& fields, std::uint32_t crc_root, const Arrival& ahead);
 
   const SlotFields& fields() const { return fields_; }
   std::uint32_t crc_root() const { return crc_root_; }
   bool Is(const SlotFields& fields, std::uint32_t crc_root) const;
+  bool ahead() const { return ahead_; }
+  // It took chunks of the very capture that these fields are the end of, and has room for it.
+  bool IsAheadOf(const SlotFields& fields) const;
   SlotWriter* writer() { return &writer_; }
 
   // The first one counts: the same root means the same table.
@@ -47,15 +57,20 @@ class Arrival {
 
  private:
   enum State : std::uint8_t { kLacking, kArriving, kVerified };
+  struct OfCapture {};
+  Arrival(OfCapture, const SlotFields& fields, const SlotWriter& writer);
+  void CountAhead();
 
   const SlotFields fields_;
   const std::uint32_t crc_root_;
+  const bool ahead_ = false;
   SlotWriter writer_;
   std::vector<std::uint32_t> crcs_;
 
   mutable std::mutex mutex_;
   std::condition_variable left_;
   std::vector<std::uint8_t> states_;
+  std::vector<std::uint8_t> came_ahead_;  // by chunk, as states_; looked at once there is a table
   std::uint64_t verified_ = 0;
   bool open_ = false;
   std::set<int> streams_;
@@ -64,5 +79,7 @@ class Arrival {
 // The middle of a push or join: claims, receives and verifies chunks until the end frame.
 // `chunk`: which one failed.
 Outcome ReceiveInto(Connection* connection, Arrival* arrival, std::uint64_t* chunk);
+// The same of an arrival ahead of its table: each frame's CRC is what its chunk must have.
+Outcome ReceiveAhead(Connection* connection, Arrival* arrival, std::uint64_t* chunk);
 
 }  // namespace everstep::checkpoint

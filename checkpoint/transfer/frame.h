@@ -13,6 +13,8 @@
 //                                  <-         Ack{mac}
 //   join:  Chunk, bytes ... Chunk{end} ->                      a further stream of a push that runs
 //                                  <-         Ack{mac}
+//   ahead: Chunk, bytes ... Chunk{end} ->                      of a capture that is not finished
+//                                  <-         Ack{mac}
 //   fetch:                         <-         Table, CRCs; Chunk, bytes ...
 //   pick:                          <-         Table, CRCs
 //          Want, bits              ->                          the chunks that are wanted
@@ -40,9 +42,10 @@ enum class Op : std::uint32_t {
   kPick = 4,
   kFetchChecked = 5,  // once a chunk came damaged: was it the wire, or the source's memory?
   kFetchRelay = 6,    // as fetch, of what may be on its way to the source itself: it waits
+  kAhead = 7,         // whole chunks of a capture under way; the push that follows says what counts
 };
 constexpr bool IsOp(Op op) {
-  return op >= Op::kPush && op <= Op::kFetchRelay;
+  return op >= Op::kPush && op <= Op::kAhead;
 }
 
 // 0: go on. Others end the connection.

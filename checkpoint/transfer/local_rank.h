@@ -28,6 +28,7 @@ struct PeerPush {
   Arena sending;  // the rank's memory, mapped
   std::chrono::milliseconds backoff{0};
   std::uint64_t gave_up_content = 0;  // this content cannot be sent
+  std::uint64_t ahead = 0;            // capture of which chunks were sent as it was written
   int corrupt = 0;                    // attempts in a row that arrived with a wrong CRC
   bool troubled = false;              // said once a streak
 };
@@ -55,6 +56,7 @@ struct LocalRank {
   // The watch thread's.
   std::uint64_t seen_content = 0;  // SlotView::content
   Step seen_step = kNoStep;
+  std::uint64_t seen_capture[kSlots] = {};  // CaptureUnderWay::id
 
   // Of a restore by ranges. The task that brought the catalog sets them, `asked_seq` last; the
   // watch thread takes `asked_seq` when the trainer's request is there, and the task that it starts

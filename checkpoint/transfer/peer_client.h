@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "checkpoint/store/arena.h"
+#include "checkpoint/store/capture_word.h"
 #include "checkpoint/store/slot_writer.h"
 #include "checkpoint/transfer/frame.h"
 #include "checkpoint/transfer/siphash.h"
@@ -65,6 +66,12 @@ struct PushReport {
 // overwritten here; do not try again. kCorrupt: bytes changed on the way or in memory. kRefused:
 // wrong key. Others: try again, what arrived is not sent again. Maps slots of `arena`.
 Outcome PushSlot(const PeerTask& task, Arena* arena, const SlotView& view, PushReport* report);
+
+// Chunks of a capture under way as they are written, until it ends, stands still, or the peer says
+// something; PushSlot of the finished slot then finds them there. Done: the peer took them.
+// kUnavailable: it has no slot to spare. Errors cost nothing but the attempt. Maps slots of
+// `arena`.
+Outcome PushAhead(const PeerTask& task, Arena* arena, const CaptureUnderWay& capture);
 
 // What a fetch has got so far: a later attempt, at another source too, brings the rest.
 struct FetchProgress {

@@ -125,7 +125,8 @@ void ReplicaStore::Serve(PeerSession* session) {
     return;
   }
   switch (request.op) {
-    case Op::kPush: return Push(session, *facts);
+    case Op::kPush:
+    case Op::kAhead: return Push(session, *facts);
     case Op::kJoin: return Join(session);
     case Op::kFetch:
     case Op::kFetchChecked:
@@ -214,6 +215,11 @@ void ReplicaStore::Push(PeerSession* session, const JobFacts& facts) {
   {
     std::lock_guard<std::mutex> lock(replica->state);
     if (replica->active_fd >= 0) {
+      if (request.op == Op::kAhead) {  // what is whole goes first
+        (void)session->Refuse(Status::kBusy, fmt::format("step {} of rank {} is arriving",
+                                                         replica->active_step, fields.rank));
+        return;
+      }
       if (order < std::pair(replica->active_step, replica->active_generation) &&
           request.generation <= replica->received) {
         (void)session->Refuse(Status::kStale,
@@ -236,32 +242,37 @@ void ReplicaStore::Push(PeerSession* session, const JobFacts& facts) {
   }
   bool answered = false;
   std::uint64_t chunk = 0;
-  const auto taken = Take(session, facts, replica.get(), &answered, &chunk);
+  const bool ahead = request.op == Op::kAhead;
+  const auto taken = ahead ? TakeAhead(session, facts, replica.get(), &answered, &chunk)
+                           : Take(session, facts, replica.get(), &answered, &chunk);
   {
     std::lock_guard<std::mutex> lock(replica->state);
     replica->active_fd = -1;
     if (replica->gone) return;
   }
-  traffic_->Arrived(taken.ok() ? PeerOutcome::kDone : OutcomeOf(taken.error()));
+  if (!ahead) traffic_->Arrived(taken.ok() ? PeerOutcome::kDone : OutcomeOf(taken.error()));
   if (taken.ok()) return;
   if (answered) {
     (void)session->AcknowledgeError(taken.error(), chunk);
   } else {
     (void)session->Refuse(ToStatus(taken.error().code), taken.error().message);
   }
-  if (taken.error().code != ErrorCode::kStale) {
+  // Nothing is lost with what came ahead: the push brings it again.
+  const bool counts = !ahead || taken.error().code == ErrorCode::kInvalid;
+  if (counts && taken.error().code != ErrorCode::kStale) {
     listener_->OnTrouble(job, fmt::format("taking step {} of rank {}: {}", fields.step, fields.rank,
                                           taken.error().message));
   }
 }
 
-Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica* replica,
-                           bool* answered, std::uint64_t* chunk) {
-  const RequestFrame& request = session->request();
+// The replica's arena is open and knows the newest commit that either side knows: which one.
+Result<JobFacts> ReplicaStore::Prepare(const PeerSession& session, const JobFacts& facts,
+                                       Replica* replica) {
+  const RequestFrame& request = session.request();
   const SlotFields& fields = request.fields;
-  const JobId job = session->job();
-  if (auto ok = OpenArena(job, fields.rank, fields.payload_bytes, replica); !ok.ok()) return ok;
-  Arena& arena = replica->arena;
+  if (auto ok = OpenArena(session.job(), fields.rank, fields.payload_bytes, replica); !ok.ok()) {
+    return ok.error();
+  }
   JobFacts newest = facts;
   if (std::pair(request.committed_generation, request.committed_step) >
       std::pair(newest.committed_generation, newest.committed_step)) {
@@ -269,8 +280,64 @@ Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica*
     newest.committed_step = request.committed_step;
   }
   if (newest.committed_step != kNoStep) {
-    MarkSlots(arena, newest.committed_generation, newest.committed_step);
+    MarkSlots(replica->arena, newest.committed_generation, newest.committed_step);
   }
+  return newest;
+}
+
+// Chunks of a capture that is not finished there. Only into a slot that is surplus: torn, or older
+// than the newest commit, so that for as long as it is torn as much can be restored as before.
+Outcome ReplicaStore::TakeAhead(PeerSession* session, const JobFacts& facts, Replica* replica,
+                                bool* answered, std::uint64_t* chunk) {
+  const RequestFrame& request = session->request();
+  const SlotFields& fields = request.fields;
+  auto newest = Prepare(*session, facts, replica);
+  if (!newest.ok()) return newest.error();
+  Arena& arena = replica->arena;
+  const std::uint32_t slot =
+      ChooseSlot(arena, newest.value().committed_generation, newest.value().committed_step);
+  const auto surplus = arena.Look(slot);
+  const auto kept = arena.Look(1 - slot);
+  const auto newer = [&](const SlotView& view) {
+    return std::pair(view.fields.generation, view.step()) >=
+           std::pair(fields.generation, fields.step);
+  };
+  if ((surplus && newer(*surplus)) || (kept && newer(*kept))) {
+    return Error{ErrorCode::kStale, fmt::format("step {} of rank {} is here, or a newer one",
+                                                fields.step, fields.rank)};
+  }
+  const bool committed = kept && arena.header()->slot[kept->slot].committed_seq.load() == kept->seq;
+  if (surplus && !arena.Damaged(*surplus) && !(committed && kept->step() > surplus->step())) {
+    return Error{ErrorCode::kUnavailable,
+                 fmt::format("no slot of rank {} is surplus yet", fields.rank)};
+  }
+  std::shared_ptr<Arrival> arrival;
+  {
+    std::lock_guard<std::mutex> lock(replica->state);
+    replica->arrival.reset();
+    auto writer = SlotWriter::Begin(&arena, slot, fields.payload_bytes);
+    if (!writer.ok()) return writer.error();
+    arrival = Arrival::Ahead(fields, writer.value());
+    replica->arrival = arrival;
+  }
+  KillPoint("arrive.ahead_begun");
+  if (auto ok = session->Respond({}); !ok.ok()) return ok;
+  *answered = true;
+  session->connection()->set_deadline(DeadlineFor(Limits(options_), fields.payload_bytes));
+  if (auto ok = ReceiveAhead(session->connection(), arrival.get(), chunk); !ok.ok()) return ok;
+  (void)session->Acknowledge(0);  // heard or not: the push asks for what lacks
+  return Done{};
+}
+
+Outcome ReplicaStore::Take(PeerSession* session, const JobFacts& facts, Replica* replica,
+                           bool* answered, std::uint64_t* chunk) {
+  const RequestFrame& request = session->request();
+  const SlotFields& fields = request.fields;
+  const JobId job = session->job();
+  auto prepared = Prepare(*session, facts, replica);
+  if (!prepared.ok()) return prepared.error();
+  const JobFacts& newest = prepared.value();
+  Arena& arena = replica->arena;
 
   for (std::uint32_t i = 0; i < kSlots; ++i) {
     const auto view = arena.Look(i);
@@ -327,6 +394,11 @@ Result<std::shared_ptr<Arrival>> ReplicaStore::Begin(const RequestFrame& request
   const SlotFields& fields = request.fields;
   std::lock_guard<std::mutex> lock(replica->state);
   if (replica->arrival != nullptr && replica->arrival->Is(fields, request.crc_root)) {
+    return replica->arrival;
+  }
+  if (replica->arrival != nullptr && replica->arrival->IsAheadOf(fields)) {
+    replica->arrival = std::make_shared<Arrival>(fields, request.crc_root, *replica->arrival);
+    KillPoint("arrive.ahead_adopted");
     return replica->arrival;
   }
   replica->arrival.reset();

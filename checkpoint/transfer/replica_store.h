@@ -87,7 +87,10 @@ class ReplicaStore final : public PeerHandler {
 
   ReplicaPtr Get(const JobId& job, Rank rank);
   Outcome OpenArena(const JobId& job, Rank rank, std::uint64_t payload_bytes, Replica* replica);
-  void Push(PeerSession* session, const JobFacts& facts);
+  void Push(PeerSession* session, const JobFacts& facts);  // and ahead
+  Result<JobFacts> Prepare(const PeerSession& session, const JobFacts& facts, Replica* replica);
+  Outcome TakeAhead(PeerSession* session, const JobFacts& facts, Replica* replica, bool* answered,
+                    std::uint64_t* chunk);
   Outcome Take(PeerSession* session, const JobFacts& facts, Replica* replica, bool* answered,
                std::uint64_t* chunk);
   Result<std::shared_ptr<Arrival>> Begin(const RequestFrame& request, const JobFacts& newest,

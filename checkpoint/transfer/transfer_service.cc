@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <condition_variable>
 #include <functional>
 #include <map>
@@ -16,6 +17,7 @@
 #include <thread>
 #include <utility>
 
+#include "checkpoint/store/capture_word.h"
 #include "checkpoint/store/mend.h"
 #include "checkpoint/transfer/chunk_taker.h"
 #include "checkpoint/transfer/job_table.h"
@@ -135,6 +137,9 @@ class Service final : public TransferService {
   void RunPush(const LocalPtr& local, std::size_t peer);
   std::optional<milliseconds> Push(const LocalPtr& local, PeerPush* peer);
   std::optional<SlotView> ToPush(const LocalRank& local, const PeerPush& peer) const;
+  std::optional<CaptureUnderWay> ToFollow(const LocalRank& local, const PeerPush& peer);
+  void Follow(const LocalPtr& local, PeerPush* peer, const PeerTask& task,
+              const CaptureUnderWay& capture);
   void PushBegins(LocalRank* local, const SlotView& view);
   void PushEnds(LocalRank* local, PeerPush* peer, const SlotView& view, bool done);
   bool HoldsOf(const JobId& job, const ArenaName& name, Generation generation);
@@ -161,6 +166,7 @@ class Service final : public TransferService {
   std::unique_ptr<PeerServer> server_;
   int wake_ = -1;
   std::thread watch_;
+  std::atomic<int> following_{0};  // pool threads that follow captures
 
   mutable std::mutex mutex_;
   bool stopping_ = false;
@@ -489,6 +495,16 @@ void Service::Look(const LocalPtr& local) {
       return;
     }
   }
+  for (std::uint32_t i = 0; i < kSlots && local->restored; ++i) {
+    const auto capture = LookCapture(local->arena, i);
+    if (!capture || capture->id == local->seen_capture[i] ||
+        capture->view.fields.generation != local->generation ||
+        capture->view.fields.payload_bytes < options_.ahead_bytes) {
+      continue;
+    }
+    local->seen_capture[i] = capture->id;
+    QueuePush(local);
+  }
   const ArenaHeader& header = *local->arena.header();
   const auto view = local->arena.Newest();
   Step step = local->seen_step;
@@ -594,17 +610,46 @@ void Service::PushEnds(LocalRank* local, PeerPush* peer, const SlotView& view, b
   if (--local->pushing[view.slot] == 0) slot.pushing_seq.store(0, std::memory_order_release);
 }
 
+// A capture under way of which nothing has been sent yet.
+std::optional<CaptureUnderWay> Service::ToFollow(const LocalRank& local, const PeerPush& peer) {
+  for (std::uint32_t i = 0; i < kSlots; ++i) {
+    auto capture = LookCapture(local.arena, i);
+    if (capture && capture->id != peer.ahead &&
+        capture->view.fields.generation == local.generation &&
+        capture->view.fields.payload_bytes >= options_.ahead_bytes) {
+      return capture;
+    }
+  }
+  return std::nullopt;
+}
+
+// One attempt a capture; the push that follows it needs none of this. It lasts as long as the
+// capture does, so one thread of the pool stays free for what is whole.
+void Service::Follow(const LocalPtr& local, PeerPush* peer, const PeerTask& task,
+                     const CaptureUnderWay& capture) {
+  if (following_.fetch_add(1) + 1 < std::max(2, options_.push_threads)) {
+    peer->ahead = capture.id;
+    const auto sent = PushAhead(task, &peer->sending, capture);
+    if (!sent.ok() && sent.error().code == ErrorCode::kInvalid) {
+      listener_->OnTrouble(local->job, sent.error().message);
+    }
+  }
+  following_.fetch_sub(1);
+}
+
 // One attempt. When to try again; none: nothing is left to send.
 std::optional<milliseconds> Service::Push(const LocalPtr& local, PeerPush* peer) {
   const auto view = ToPush(*local, *peer);
-  if (!view || local->cancel || !local->restored) return std::nullopt;
+  if (local->cancel || !local->restored) return std::nullopt;
+  const auto capture = view ? std::nullopt : ToFollow(*local, *peer);
+  if (!view && !capture) return std::nullopt;
   const JobFacts facts = jobs_.Find(local->job).value_or(JobFacts{});
   if (!peer->sending.open()) {
     auto mapped = Arena::Open(fcntl(local->arena.fd(), F_DUPFD_CLOEXEC, 0));
     if (!mapped.ok()) return options_.retry_last;  // no descriptor is free
     peer->sending = std::move(mapped.value());
   }
-  const bool restored = view->fields.generation != local->generation;
+  const bool restored = view && view->fields.generation != local->generation;
   const PeerTask task{.address = peer->address,
                       .job = local->job,
                       .key = facts.key,
@@ -616,6 +661,10 @@ std::optional<milliseconds> Service::Push(const LocalPtr& local, PeerPush* peer)
                       .streams = options_.streams,
                       .traffic_class = restored ? TrafficClass::kRepair : TrafficClass::kCommit,
                       .traffic = &traffic_};
+  if (capture) {
+    Follow(local, peer, task, *capture);
+    return std::nullopt;
+  }
   PushBegins(local.get(), *view);
   KillPoint("push.marked");
   PushReport report;

@@ -118,7 +118,9 @@ struct TransferOptions {
   std::string bind_address = "127.0.0.1";
   std::uint16_t port = 0;  // 0: any
   int push_threads = 2;
-  int streams = 2;           // connections for one slot at most; small ones take fewer
+  int streams = 2;  // connections for one slot at most; small ones take fewer
+  // A capture at least so large that says how far it is (capture_word.h) is sent as it is written.
+  std::uint64_t ahead_bytes = 16 << 20;
   int max_connections = 64;  // beyond: refused, the peer tries again
   std::uint64_t max_payload_bytes = std::uint64_t{1} << 40;
   std::chrono::milliseconds connect_timeout{2000};

@@ -76,7 +76,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   JobTable jobs;
   jobs.Begin("job", 3, "key");
   TransferOptions options;
-  options.max_payload_bytes = 1 << 16;
+  options.max_payload_bytes = 2 * kChunkBytes;
   options.io_timeout = std::chrono::milliseconds(20);  // a fetch from a relay waits so long
   Traffic traffic(options.pacing);
   RelayTable relays;
@@ -89,7 +89,10 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     std::memcpy(&request, data, head);
     data += head;
     size -= head;
-    request.op = (mode & 1) != 0 ? Op::kFetch : (mode & 16) != 0 ? Op::kJoin : Op::kPush;
+    request.op = (mode & 1) != 0    ? Op::kFetch
+                 : (mode & 16) != 0 ? Op::kJoin
+                 : (mode & 32) != 0 ? Op::kAhead
+                                    : Op::kPush;
     std::memset(request.job, 0, sizeof request.job);
     std::memcpy(request.job, "job", 3);
     if ((mode & 2) == 0) {  // plausible, so that more than the first check is reached
@@ -97,6 +100,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
       f.job_crc = Crc32c("job", 3);
       f.chunk_bytes = kChunkBytes;
       f.payload_bytes %= 4096;
+      if (request.op == Op::kAhead) f.payload_bytes += kChunkBytes;  // whole chunks alone go ahead
       f.table_bytes = 0;
       f.table_offset = f.payload_bytes;
       f.step &= 0xFF;

@@ -85,6 +85,7 @@ class Drill:
 JOBS: dict[str, dict] = {
     "plain": {"env": {"STATE_MIB": "4"}, "grows": True, "flags": ["--ckpt-every", "5steps", "--ckpt-keep", "2"]},
     "late": {"env": {"STATE_MIB": "4", "CAPTURE_MODE": "overlapped", "STEP_SECONDS": "0"}},
+    "ahead": {"env": {"STATE_MIB": "24", "CAPTURE_MODE": "overlapped", "STEP_SECONDS": "0"}},  # large enough to leave as it is written
     "wide": {"env": {"STATE_MIB": "66", "STEP_SECONDS": "0.3"}},  # two streams
     "pair": {"env": {"STATE_MIB": "4"}, "nodes": 1, "per_node": 2},
     "files": {"env": {"STATE_MIB": "4"}, "flags": ["--ckpt-every", "5steps", "--ckpt-keep", "3"]},
@@ -104,7 +105,9 @@ DRILLS: list[Drill] = [
     *drills(TRAINER, "capture.decided capture.begun capture.table_written capture.published capture.counted capture.rung "
                      "slot.torn slot.bytes_copied slot.fields_written slot.root_written slot.closed", bytes_copied=12),
     *drills(TRAINER, "capture.staged capture.late_bytes capture.copied capture.waiting", "late", late_bytes=4),
-    # Its way to the peer: who sends, who takes.
+    *drills(TRAINER, "capture.announced", "late"),
+    # Its way to the peer: who sends, who takes; ahead of the table first.
+    *drills(AGENT, "push.ahead_sent arrive.ahead_begun arrive.ahead_verified arrive.ahead_adopted", "ahead", ahead_sent=4, ahead_verified=4),
     *drills(AGENT, "push.capture_seen push.capture_told push.marked push.connected push.asked push.answered push.table_sent "
                    "push.want_heard push.chunk_sent push.end_sent push.acknowledged push.ended push.replicated", chunk_sent=5),
     *drills(AGENT, "arrive.greeted arrive.begun arrive.responded arrive.unchanged_copied arrive.want_sent arrive.chunk_unchecked "

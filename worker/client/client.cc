@@ -49,6 +49,7 @@ struct everstep_client {
   std::uint64_t table_bytes = 0;
   cp::SlotFields fields;
   std::uint64_t begun_ns = 0;
+  std::uint64_t payload_bytes = 0;  // that capture_begin was told
   std::string error;
   std::string last_skip;
 };
@@ -540,6 +541,7 @@ int everstep_capture_begin(everstep_client* c, int64_t step, uint64_t payload_by
   KillPoint("capture.begun");
   c->writer.emplace(writer.value());
   c->begun_ns = now;
+  c->payload_bytes = payload_bytes;
   c->fields = {.generation = c->generation,
                .step = step,
                .rank = c->rank,
@@ -588,11 +590,13 @@ int everstep_capture_start(everstep_client* c, const everstep_piece* late, uint3
     if (!copier.ok()) return Fail(c, copier.error());
     c->copier = std::move(copier.value());
   }
+  if (c->writer->offset() == 0) c->writer->Announce(c->fields, c->payload_bytes);
   if (auto ok = c->copier->Copy(&*c->writer, late, late_count, early, early_count, table,
                                 table_bytes, offsets);
       !ok.ok()) {
     return Fail(c, ok.error());
   }
+  Ring(*c);  // the agent may follow
   c->table_bytes = table_bytes;
   c->copying = true;
   return EVERSTEP_OK;
@@ -622,6 +626,7 @@ int everstep_capture_publish(everstep_client* c) {
   }
   c->copying = false;
   if (const auto& ok = c->copier->outcome(); !ok.ok()) {
+    c->writer->Withdraw();
     c->writer.reset();
     return Fail(c, ok.error());
   }
@@ -632,6 +637,7 @@ void everstep_capture_abort(everstep_client* c) {
   if (c == nullptr) return;
   if (c->copier && c->pid == getpid()) c->copier->GiveUp();
   c->copying = false;
+  if (c->writer && c->pid == getpid()) c->writer->Withdraw();
   c->writer.reset();
 }
 
