@@ -242,8 +242,15 @@ struct HostileAhead : Ahead {
                             .table_offset = kLarge,
                             .captured_ns = 5,
                             .job_crc = Crc32c(kJob.data(), kJob.size())};
-    auto talk =
-        Converse(task, {.op = Op::kAhead, .fields = fields}, DeadlineFor(task.limits, kLarge));
+    const auto ask = [&] {
+      return Converse(task, {.op = Op::kAhead, .fields = fields}, DeadlineFor(task.limits, kLarge));
+    };
+    auto talk = ask();
+    const auto until = steady_clock::now() + kPatience;  // the one before may not have ended yet
+    while (!talk.ok() && talk.error().code == ErrorCode::kUnavailable &&
+           steady_clock::now() < until) {
+      talk = ask();
+    }
     if (!talk.ok()) return talk.error();
     if (auto ok = talk.value().connection.Send(&frame, sizeof frame); !ok.ok()) return ok;
     if (auto ok = talk.value().connection.Send(bytes.data(), bytes.size()); !ok.ok()) return ok;
