@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -17,6 +16,7 @@
 
 #include "checkpoint/store/memory_limit.h"
 #include "checkpoint/store/slot_writer.h"
+#include "checkpoint/transfer/held_arenas.h"
 #include "checkpoint/transfer/replica_store.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
@@ -61,16 +61,12 @@ SlotName CutReader::Name(const CutShard& shard) const {
 
 Outcome CutReader::FromArenas(const SlotName& name, ChunkTaker* taker) const {
   Error why{ErrorCode::kNotFound, "not in this node's memory"};
-  for (const bool replica : {false, true}) {
-    auto fds = sources_.host->Open(local_.job, {.rank = name.fields.rank, .replica = replica}, 0);
-    if (!fds.ok()) continue;
-    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-    auto arena = Arena::Open(fds.value().memfd);
-    if (!arena.ok()) continue;
-    auto read = ReadChunks(&arena.value(), name, taker);
-    if (read.ok()) return read;
-    if (read.error().code != ErrorCode::kNotFound) why = read.error();
-  }
+  const auto read = [&](const ArenaName&, Arena* arena) {
+    auto done = ReadChunks(arena, name, taker);
+    if (!done.ok() && done.error().code != ErrorCode::kNotFound) why = done.error();
+    return done.ok();
+  };
+  if (SearchShard(sources_.host, local_.job, name.fields.rank, read)) return Done{};
   return why;
 }
 

@@ -11,6 +11,7 @@
 
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
+#include "checkpoint/transfer/held_arenas.h"
 #include "checkpoint/transfer/slot_stream.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
@@ -560,31 +561,19 @@ void ReplicaStore::Fetch(PeerSession* session) {
 bool ReplicaStore::FetchWhole(PeerSession* session, bool* damaged) {
   const RequestFrame& request = session->request();
   const JobId job = session->job();
-  std::vector<ArenaName> names{{request.fields.rank, false}, {request.fields.rank, true}};
-  // Who started from another rank's shard has it in its own arena.
-  auto all = host_->List(job);
-  for (const ArenaName& name : all.ok() ? all.value() : std::vector<ArenaName>()) {
-    if (!name.replica && name.rank != request.fields.rank) names.push_back(name);
-  }
-  for (const ArenaName& name : names) {
-    auto fds = host_->Open(job, name, 0);
-    if (!fds.ok()) continue;
-    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-    auto opened = Arena::Open(fds.value().memfd);
-    if (!opened.ok()) continue;
-    Arena& arena = opened.value();
+  return SearchShard(host_, job, request.fields.rank, [&](const ArenaName&, Arena* arena) {
     for (std::uint32_t i = 0; i < kSlots; ++i) {
-      const auto view = arena.Look(i);
+      const auto view = arena->Look(i);
       if (!view || view->fields.step != request.fields.step ||
           view->fields.generation != request.fields.generation ||
           view->crc_root != request.crc_root) {
         continue;
       }
-      if (arena.Damaged(*view)) {
+      if (arena->Damaged(*view)) {
         *damaged = true;
         continue;
       }
-      auto crcs = ReadChunkCrcs(arena, *view);
+      auto crcs = ReadChunkCrcs(*arena, *view);
       if (!crcs.ok() || CrcRoot(view->fields, crcs.value().data()) != view->crc_root) continue;
       if (!session->Respond({.fields = view->fields, .crc_root = view->crc_root}).ok()) return true;
       session->connection()->set_deadline(
@@ -592,8 +581,8 @@ bool ReplicaStore::FetchWhole(PeerSession* session, bool* damaged) {
       KillPoint("serve.responded");
       const auto sent =
           request.op == Op::kPick
-              ? SendPicked(session->connection(), &arena, *view, crcs.value())
-              : SendRange(session->connection(), &arena, *view, crcs.value(), request.first_chunk,
+              ? SendPicked(session->connection(), arena, *view, crcs.value())
+              : SendRange(session->connection(), arena, *view, crcs.value(), request.first_chunk,
                           request.end_chunk, request.op == Op::kFetchChecked);
       if (!sent.ok()) {
         listener_->OnTrouble(job, fmt::format("sending step {} of rank {}: {}", view->step(),
@@ -601,8 +590,8 @@ bool ReplicaStore::FetchWhole(PeerSession* session, bool* damaged) {
       }
       return true;
     }
-  }
-  return false;
+    return false;
+  });
 }
 
 void ReplicaStore::MarkCommitted(const JobId& job, Generation generation, Step step) {

@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cstring>
@@ -13,6 +12,7 @@
 
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/slot_writer.h"
+#include "checkpoint/transfer/held_arenas.h"
 #include "checkpoint/transfer/peer_client.h"
 #include "checkpoint/transfer/replica_store.h"
 #include "proto/base/crc32c.h"
@@ -212,20 +212,16 @@ Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
       damaged ? damaged->slot : ChooseSlot(arena, facts.committed_generation, facts.committed_step);
 
   std::string why;
-  for (const bool replica : {false, true}) {
-    if (!replica && want.shard_rank == local.rank) continue;  // that is this arena itself
-    auto fds = host->Open(local.job, {.rank = want.shard_rank, .replica = replica}, 0);
-    if (!fds.ok()) continue;
-    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-    auto source = Arena::Open(fds.value().memfd);
-    if (!source.ok()) continue;
-    const auto view = FindRestore(source.value(), want);
-    if (!view) continue;
-    auto copied = CopySlot(&source.value(), *view, &arena, slot, local.cancel);
-    if (copied.ok()) return copied;
-    if (local.cancel) return copied;
-    why = copied.error().message;
-  }
+  std::optional<Result<SlotView>> here;
+  const auto copy = [&](const ArenaName& name, Arena* source) {
+    if (name == ArenaName{.rank = local.rank, .replica = false}) return false;  // `arena` itself
+    const auto view = FindRestore(*source, want);
+    if (!view) return false;
+    here = CopySlot(source, *view, &arena, slot, local.cancel);
+    if (!here->ok()) why = here->error().message;
+    return here->ok() || local.cancel;
+  };
+  if (SearchShard(host, local.job, want.shard_rank, copy)) return *here;
 
   Sources sources(options, want, fmt::format("{}:{}", options.bind_address, own_port));
   if (sources.empty()) {

@@ -1,10 +1,9 @@
 #include "checkpoint/transfer/scrubber.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 
 #include "checkpoint/store/mend.h"
+#include "checkpoint/transfer/held_arenas.h"
 
 namespace everstep::checkpoint {
 
@@ -53,10 +52,7 @@ void Scrubber::Pass() {
     auto names = host_->List(job);
     if (!names.ok()) continue;
     for (const ArenaName& name : names.value()) {
-      auto fds = host_->Open(job, name, 0);
-      if (!fds.ok()) continue;
-      if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-      auto arena = Arena::Open(fds.value().memfd);
+      auto arena = OpenHeld(host_, job, name);
       if (!arena.ok()) continue;
       for (std::uint32_t i = 0; i < kSlots; ++i) {
         if (!CheckSlot(job, name, &arena.value(), i)) return;

@@ -1,7 +1,6 @@
 #include "checkpoint/transfer/shard_maker.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "checkpoint/core/parity_ranks.h"
+#include "checkpoint/transfer/held_arenas.h"
 #include "proto/base/crc32c.h"
 
 namespace everstep::checkpoint {
@@ -175,10 +175,7 @@ void ShardMaker::Run(const TaskPtr& task) {
 
 std::optional<SlotView> ShardMaker::Held(const Task& task) {
   const HeldShard& wanted = task.build.shard;
-  auto fds = host_->Open(task.job, {.rank = wanted.rank, .replica = true}, 0);
-  if (!fds.ok()) return std::nullopt;
-  if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-  auto opened = Arena::Open(fds.value().memfd);
+  auto opened = OpenHeld(host_, task.job, {.rank = wanted.rank, .replica = true});
   if (!opened.ok()) return std::nullopt;
   Arena& arena = opened.value();
   for (std::uint32_t i = 0; i < kSlots; ++i) {
@@ -247,15 +244,12 @@ Outcome ShardMaker::Read(const Task& task, const JobFacts& facts, const SlotName
         name, taker);
   }
   Outcome read = Error{ErrorCode::kNotFound, "this node has no such arena (any more)"};
-  for (const bool replica : {false, true}) {
-    auto fds = host_->Open(task.job, {.rank = name.fields.rank, .replica = replica}, 0);
-    if (!fds.ok()) continue;
-    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-    auto arena = Arena::Open(fds.value().memfd);
-    if (!arena.ok()) continue;
-    read = ReadChunks(&arena.value(), name, taker);
-    if (read.ok()) break;
-  }
+  SearchShard(host_, task.job, name.fields.rank, [&](const ArenaName&, Arena* arena) {
+    auto done = ReadChunks(arena, name, taker);
+    // What an arena that has it says of it is worth more than that another one has not got it.
+    if (done.ok() || done.error().code != ErrorCode::kNotFound) read = done;
+    return done.ok();
+  });
   return read;
 }
 

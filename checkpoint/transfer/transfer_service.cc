@@ -20,6 +20,7 @@
 #include "checkpoint/store/capture_word.h"
 #include "checkpoint/store/mend.h"
 #include "checkpoint/transfer/chunk_taker.h"
+#include "checkpoint/transfer/held_arenas.h"
 #include "checkpoint/transfer/job_table.h"
 #include "checkpoint/transfer/local_rank.h"
 #include "checkpoint/transfer/peer_client.h"
@@ -753,10 +754,7 @@ void Service::MarkReleased(const JobId& job, Generation generation, Step step) {
 
 // What an agent before this one received of the generation.
 bool Service::HoldsOf(const JobId& job, const ArenaName& name, Generation generation) {
-  auto fds = host_->Open(job, name, 0);
-  if (!fds.ok()) return false;
-  if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-  const auto arena = Arena::Open(fds.value().memfd);
+  const auto arena = OpenHeld(host_, job, name);
   for (std::uint32_t i = 0; i < kSlots && arena.ok(); ++i) {
     const auto view = arena.value().Look(i);
     if (view && view->fields.generation == generation) return true;

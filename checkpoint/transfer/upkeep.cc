@@ -1,13 +1,13 @@
 #include "checkpoint/transfer/upkeep.h"
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <utility>
 
 #include "checkpoint/store/arena.h"
 #include "checkpoint/store/mend.h"
+#include "checkpoint/transfer/held_arenas.h"
 #include "checkpoint/transfer/mender.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
@@ -42,12 +42,11 @@ std::vector<HeldShard> Upkeep::Survey(const JobId& job) {
   std::uint64_t unread = options_.survey_bytes;
   const std::uint32_t job_crc = Crc32c(job.data(), job.size());
   for (const ArenaName& name : names.value()) {
-    auto fds = host_->Open(job, name, 0);
-    if (!fds.ok()) continue;
-    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-    auto arena = Arena::Open(fds.value().memfd);
+    auto arena = OpenHeld(host_, job, name);
     if (!arena.ok()) {
-      listener_->OnTrouble(job, arena.error().message);
+      if (arena.error().code != ErrorCode::kNotFound) {
+        listener_->OnTrouble(job, arena.error().message);
+      }
       continue;
     }
     for (std::uint32_t i = 0; i < kSlots; ++i) {
@@ -110,11 +109,7 @@ void Upkeep::Mend(const JobId& job, const HeldShard& shard, const std::string& s
 
 void Upkeep::RunMend(const JobId& job, const HeldShard& shard, const std::string& source_address) {
   const auto facts = jobs_->Find(job);
-  auto fds = host_->Open(job, {.rank = shard.rank, .replica = shard.replica}, 0);
-  if (!facts || !fds.ok()) return;  // over, and its memory gone
-  if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-  auto arena = Arena::Open(fds.value().memfd);
-  if (!arena.ok()) return;
+  if (!facts) return;  // over, and its memory gone
   const PeerTask task{
       .address = source_address,
       .job = job,
@@ -126,21 +121,30 @@ void Upkeep::RunMend(const JobId& job, const HeldShard& shard, const std::string
       .cancel = &ending_,
       .traffic_class = TrafficClass::kRepair,
       .traffic = traffic_};
+  // Wherever it lies: it goes by its name alone, so each of them may be what was found damaged.
+  SearchShard(host_, job, shard.rank, [&](const ArenaName& name, Arena* arena) {
+    if (name.replica == shard.replica) MendIn(task, arena, shard);
+    return false;
+  });
+}
+
+void Upkeep::MendIn(const PeerTask& task, Arena* arena, const HeldShard& shard) {
+  const JobId& job = task.job;
   for (std::uint32_t i = 0; i < kSlots; ++i) {
-    const auto view = arena.value().Look(i);
+    const auto view = arena->Look(i);
     if (!view || view->step() != shard.step || view->fields.generation != shard.generation ||
         view->fields.rank != shard.rank || view->crc_root != shard.crc_root) {
       continue;
     }
-    if (KnownDamaged(job, shard)) arena.value().MarkDamaged(*view);  // no source, of itself neither
+    if (KnownDamaged(job, shard)) arena->MarkDamaged(*view);  // no source, of itself neither
     MendReport report;
-    const auto mended = MendSlot(task, &arena.value(), *view, &report);
+    const auto mended = MendSlot(task, arena, *view, &report);
     if (mended.ok()) {
       Mended(job, shard);
       listener_->OnCopied(job, ToShard(*view, shard.replica));
     } else if (mended.error().code != ErrorCode::kStale) {
       listener_->OnTrouble(job, fmt::format("mending step {} of rank {} from {}: {}", shard.step,
-                                            shard.rank, source_address, mended.error().message));
+                                            shard.rank, task.address, mended.error().message));
     }
     return;
   }
@@ -152,10 +156,7 @@ void Upkeep::GiveUp(const JobId& job, const std::vector<Cut>& given_up) {
   auto names = host_->List(job);
   if (!names.ok()) return;
   for (const ArenaName& name : names.value()) {
-    auto fds = host_->Open(job, name, 0);
-    if (!fds.ok()) continue;
-    if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-    auto arena = Arena::Open(fds.value().memfd);
+    auto arena = OpenHeld(host_, job, name);
     for (std::uint32_t i = 0; arena.ok() && i < kSlots; ++i) {
       const auto view = arena.value().Look(i);
       if (!view) continue;

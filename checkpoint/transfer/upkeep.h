@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "checkpoint/transfer/job_table.h"
+#include "checkpoint/transfer/peer_client.h"
 #include "checkpoint/transfer/scrubber.h"
 #include "checkpoint/transfer/task_pool.h"
 #include "checkpoint/transfer/transfer_service.h"
@@ -54,6 +55,7 @@ class Upkeep {
     return {job, s.rank, s.replica, s.generation, s.step};
   }
   void RunMend(const JobId& job, const HeldShard& shard, const std::string& source_address);
+  void MendIn(const PeerTask& task, Arena* arena, const HeldShard& shard);
 
   const TransferOptions options_;
   ArenaHost* const host_;

@@ -2,11 +2,13 @@
 #include "worker/agent/file_plane.h"
 
 #include <condition_variable>
+#include <cstring>
 #include <mutex>
 #include <thread>
 
 #include <gtest/gtest.h>
 
+#include "checkpoint/store/slot_writer.h"
 #include "tests/unit/files_memory_disk.h"
 #include "tests/unit/files_slot.h"
 #include "tests/unit/memory_host.h"
@@ -146,6 +148,31 @@ TEST_F(FilePlaneTest, BringsAStepIntoTheArena) {
   EXPECT_TRUE(plane_.Load({kDir, 0}, Part(2), &error)) << error;
   EXPECT_TRUE(Restored());
   EXPECT_GE(disk_.whole_reads(), 4);
+}
+
+// Rank 2 was restored in place from rank 1's shard, and this node holds no other copy of it.
+TEST_F(FilePlaneTest, CopiesAShardThatLiesInAnotherRanksOwnArena) {
+  auto fds = host_.Open("job", {.rank = 2, .replica = false}, kBytes);
+  ASSERT_TRUE(fds.ok());
+  close(fds.value().eventfd);
+  auto arena = cp::Arena::Open(fds.value().memfd);
+  ASSERT_TRUE(arena.ok());
+  const std::vector<unsigned char> state(kBytes, 7);
+  auto writer = cp::SlotWriter::Begin(&arena.value(), 0, state.size());
+  ASSERT_TRUE(writer.ok());
+  ASSERT_TRUE(writer.value().Append(state.data(), state.size()).ok());
+  const auto view =
+      writer.value().Finish({.generation = 1, .step = 10, .rank = 1, .world_size = 4}, 0);
+  ASSERT_TRUE(view.ok());
+  std::vector<SlotCopy> copies;
+  std::string error;
+  ASSERT_TRUE(plane_.Copy("job", 1, 10, {1}, &copies, &error)) << error;
+  ASSERT_EQ(copies.size(), 1u);
+  EXPECT_EQ(copies[0].content.fields.rank, 1);
+  EXPECT_EQ(copies[0].content.crc_root, view.value().crc_root);
+  EXPECT_EQ(std::memcmp(copies[0].content.payload, state.data(), state.size()), 0);
+  EXPECT_FALSE(plane_.Copy("job", 1, 10, {3}, &copies, &error));
+  EXPECT_NE(error.find("step 10 of rank 3 is not in this node's memory"), std::string::npos);
 }
 
 TEST_F(FilePlaneTest, EndsWithItsGenerationAndTheNextOneWaitsForItsEnd) {

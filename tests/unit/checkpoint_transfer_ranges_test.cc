@@ -15,8 +15,9 @@ std::vector<unsigned char> ShardState(Rank rank) {
 }
 
 // What the trainer of `rank` wrote into its slot, its last kTable bytes being the table.
-HeldShard CaptureShard(Node* node, Rank rank) {
-  auto fds = node->host.Open(kJob, {rank, false}, 4096);
+// `own`: whose arena, where another rank was restored in place from this shard.
+HeldShard CaptureShard(Node* node, Rank rank, std::optional<Rank> own = std::nullopt) {
+  auto fds = node->host.Open(kJob, {own.value_or(rank), false}, 4096);
   EXPECT_TRUE(fds.ok());
   close(fds.value().eventfd);
   auto arena = Arena::Open(fds.value().memfd);
@@ -249,6 +250,23 @@ TEST(RangeRestore, ABrokenConnectionIsResumedAndAFlippedByteIsFoundAndReadElsewh
   ASSERT_TRUE(trainer.Reaches(RestoreState::kReady)) << trainer.Message();
   EXPECT_EQ(trainer.State(), Expected("t"));
   EXPECT_EQ(broken, 3);
+}
+
+TEST(RangeRestore, AShardInAnotherRanksOwnArenaIsReadWhereItLies) {
+  OldWorld old;
+  Node reader;
+  CaptureShard(&reader, 1, 6);
+  auto cut = std::make_shared<RestoreCut>(*old.cut);
+  cut->shards[1].holders = {{"", reader.address()}};
+  old.cut = cut;
+  reader.Activate(old.PartOf(&reader, 0));
+  Trainer trainer(&reader, 0);
+  ASSERT_TRUE(trainer.Reaches(RestoreState::kAsk)) << trainer.Message();
+  ASSERT_EQ(trainer.Tables().size(), 3u);
+  EXPECT_EQ(trainer.tiers, (std::vector{ShardTier::kPeer, ShardTier::kLocal, ShardTier::kPeer}));
+  trainer.Request(kWants, kData, "t");
+  ASSERT_TRUE(trainer.Reaches(RestoreState::kReady)) << trainer.Message();
+  EXPECT_EQ(trainer.State(), Expected("t"));
 }
 
 TEST(RangeRestore, WhatCannotBeHadIsNamed) {

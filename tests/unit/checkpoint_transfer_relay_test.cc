@@ -182,6 +182,22 @@ TEST_F(Relays, OneWhoHasItAlreadyServesItWhicheverRankItIs) {
   EXPECT_TRUE(Restored(&d, 3));
 }
 
+TEST_F(Relays, ALaterRankOfItsNodeTakesItFromThereWithoutAWire) {
+  b.Activate(b.PartOf(2, 1, "", From(a.address(), 0, "")));
+  ASSERT_TRUE(Restored(&b, 1));
+  b.Activate(b.PartOf(3, 2, "", From("", 0, "")));
+  EXPECT_TRUE(Restored(&b, 2));
+}
+
+TEST_F(Relays, WhatRotsInAnotherRanksArenaIsMendedThere) {
+  b.Activate(b.PartOf(2, 1, "", From(a.address(), 0, "")));
+  ASSERT_TRUE(Restored(&b, 1));
+  b.Flip(1, false, 7, (3u << 20) + 5);
+  ASSERT_FALSE(b.Holds(1, false, 7, kLarge));
+  b.service->Mend(kJob, ToShard(view, false), a.address());
+  EXPECT_TRUE(Becomes([&] { return bool(b.Holds(1, false, 7, kLarge)); })) << b.heard.Troubles();
+}
+
 TEST_F(Relays, TwoRanksOfANodeTakeItOverTheLinkOnce) {
   Proxy holder(a.service->port(), Pass);
   Part part = b.PartOf(2, 1, "", From(holder.address(), 0, ""));

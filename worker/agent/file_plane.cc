@@ -13,6 +13,7 @@
 
 #include "checkpoint/store/memory_limit.h"
 #include "checkpoint/store/slot_writer.h"
+#include "checkpoint/transfer/held_arenas.h"
 #include "proto/base/kill_point.h"
 #include "proto/base/log.h"
 #include "proto/base/version.h"
@@ -33,12 +34,13 @@ std::uint64_t WallNanos() {
                                         .count());
 }
 
-cp::Result<cp::Arena> OpenArena(cp::ArenaHost* host, const JobId& job, const cp::ArenaName& name,
-                                std::uint64_t room) {
-  auto fds = host->Open(job, name, room);
+// A rank's own arena, made with room for a slot of so many bytes where there is none.
+cp::Result<cp::Arena> OpenOwn(cp::ArenaHost* host, const JobId& job, Rank rank,
+                              std::uint64_t room) {
+  auto fds = host->Open(job, {.rank = rank, .replica = false}, room);
   if (!fds.ok()) return fds.error();
   if (fds.value().eventfd >= 0) close(fds.value().eventfd);
-  const cp::ArenaSpec blank{.job = job, .rank = name.rank};
+  const cp::ArenaSpec blank{.job = job, .rank = rank};
   return cp::Arena::Open(fds.value().memfd, room == 0 ? nullptr : &blank);
 }
 
@@ -52,31 +54,30 @@ bool IsOf(const cp::SlotView& view, Generation generation, Step step, Rank rank)
 bool FilePlane::CopyOne(const JobId& job, Generation generation, Step step, Rank rank,
                         SlotCopy* out, std::string* error) {
   *error = fmt::format("step {} of rank {} is not in this node's memory any more", step, rank);
-  for (const bool replica : {false, true}) {
-    auto opened = OpenArena(host_, job, {.rank = rank, .replica = replica}, 0);
-    if (!opened.ok()) continue;
-    cp::Arena& arena = opened.value();
+  bool copied = false;
+  const auto copy = [&](const cp::ArenaName&, cp::Arena* arena) {
     for (std::uint32_t i = 0; i < cp::kSlots; ++i) {
-      const auto view = arena.Look(i);
+      const auto view = arena->Look(i);
       if (!view || !IsOf(*view, generation, step, rank)) continue;
       const std::uint64_t bytes = view->fields.payload_bytes;
       if (auto room = cp::CheckMemory(
               bytes, fmt::format("writing step {} of rank {} of job {}", step, rank, job));
           !room.ok()) {
         *error = room.error().message;
-        return false;
+        return true;  // nor for any other copy of it
       }
-      const unsigned char* data = arena.Payload(*view);
-      const std::uint32_t* crcs = arena.ChunkCrcs(*view);
+      const unsigned char* data = arena->Payload(*view);
+      const std::uint32_t* crcs = arena->ChunkCrcs(*view);
       std::unique_ptr<unsigned char[]> payload(new (std::nothrow) unsigned char[bytes]);
       if (data == nullptr || crcs == nullptr || payload == nullptr) {
-        *error = fmt::format("{}: no memory for a copy of {} bytes", arena.Name(), bytes);
-        return false;
+        *error = fmt::format("{}: no memory for a copy of {} bytes", arena->Name(), bytes);
+        return true;
       }
       std::memcpy(payload.get(), data, bytes);
       out->chunk_crcs.assign(crcs, crcs + view->chunks());
-      if (!arena.Current(*view)) {
-        *error = fmt::format("{}: step {} was overwritten while it was copied", arena.Name(), step);
+      if (!arena->Current(*view)) {
+        *error =
+            fmt::format("{}: step {} was overwritten while it was copied", arena->Name(), step);
         continue;
       }
       KillPoint("persist.slot_copied");
@@ -86,10 +87,13 @@ bool FilePlane::CopyOne(const JobId& job, Generation generation, Step step, Rank
                       .crc_root = view->crc_root,
                       .payload = out->payload.get(),
                       .chunk_crcs = out->chunk_crcs.data()};
+      copied = true;
       return true;
     }
-  }
-  return false;
+    return false;
+  };
+  cp::SearchShard(host_, job, rank, copy);
+  return copied;
 }
 
 bool FilePlane::Copy(const JobId& job, Generation generation, Step step,
@@ -212,7 +216,7 @@ std::vector<HeldShard> FilePlane::Survey(const CheckpointDir& dir, const JobId& 
 cp::Outcome FilePlane::LoadOne(cp::FileTier* tier, const JobId& job, const WorkerPlan& worker,
                                const std::atomic<bool>& over) {
   const RestorePlan& want = worker.restore;
-  auto arena = OpenArena(host_, job, {.rank = worker.rank, .replica = false}, want.bytes);
+  auto arena = OpenOwn(host_, job, worker.rank, want.bytes);
   if (!arena.ok()) return arena.error();
   std::uint32_t slot = 0;
   std::optional<Step> oldest;
