@@ -287,6 +287,7 @@ void Controller::Impl::JournalRestore(const JobStateView& job) {
       if (worker.restore.step == kNoStep) continue;
       if (worker.restore.ranges) {
         ++ranges;
+        for (const auto& [from, part] : CutMoves(plan.cut, member.node, worker)) bytes += part;
         continue;
       }
       if (worker.restore.file) {

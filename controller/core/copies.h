@@ -65,6 +65,12 @@ ParityPlan PlanParity(const ClusterState& state, const JobSpec& spec,
 // Fills in every member's peers, or the plan's parity.
 void AssignPeers(const ClusterState& state, const JobStateView& job, GenerationPlan* plan);
 
+// Bytes that a rank on `node` takes of a cut from elsewhere, by the node that serves them; "": the
+// job's directory. A guess, until its process has said what it wants: as much of every shard, and
+// nothing moves of those that its node holds.
+std::map<NodeId, std::uint64_t> CutMoves(const RestoreCut& cut, const NodeId& node,
+                                         const WorkerPlan& worker);
+
 // On which nodes the newest committed step lies now, by what they reported; before the first commit
 // by the plan.
 struct CopySets {

@@ -11,6 +11,7 @@
 #include <map>
 #include <utility>
 
+#include "controller/core/copies.h"
 #include "controller/core/impl.h"
 
 namespace everstep::controller {
@@ -75,6 +76,21 @@ bool Controller::Impl::ServeRanges(JobStateView* job, RestoreCut cut,
   }
   job->plan.cut = std::move(cut);
   return true;
+}
+
+std::map<NodeId, std::uint64_t> CutMoves(const RestoreCut& cut, const NodeId& node,
+                                         const WorkerPlan& worker) {
+  const std::uint64_t part = worker.restore.bytes / std::max<std::size_t>(1, cut.shards.size());
+  std::map<NodeId, std::uint64_t> out;
+  for (const CutShard& shard : cut.shards) {
+    const bool here = std::any_of(shard.holders.begin(), shard.holders.end(),
+                                  [&node](const CutHolder& h) { return h.node == node; });
+    if (here) continue;
+    const std::size_t holders = shard.holders.size();
+    const auto turn = static_cast<std::size_t>(worker.rank + shard.rank) % std::max(1UL, holders);
+    out[holders == 0 ? NodeId() : shard.holders[turn].node] += part;
+  }
+  return out;
 }
 
 std::string Controller::Impl::CutEvidence(const RestoreCut& cut, std::size_t ranks) {

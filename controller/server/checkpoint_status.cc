@@ -285,21 +285,6 @@ void Explain(const ClusterState& state, const JobStateView& job, const Forecast&
   }
 }
 
-// What a rank reads of each shard is a guess: as much as it is of all. What its own node holds does
-// not move.
-void CountRanges(const RestoreCut& cut, const NodeId& node, const WorkerPlan& worker,
-                 std::map<NodeId, std::uint64_t>* in, std::map<NodeId, std::uint64_t>* out) {
-  const std::uint64_t part = worker.restore.bytes / std::max<std::size_t>(1, cut.shards.size());
-  for (const CutShard& shard : cut.shards) {
-    const bool here = std::any_of(shard.holders.begin(), shard.holders.end(),
-                                  [&node](const CutHolder& h) { return h.node == node; });
-    if (here || shard.holders.empty()) continue;
-    const auto turn = static_cast<std::size_t>(worker.rank + shard.rank) % shard.holders.size();
-    (*in)[node] += part;
-    (*out)[shard.holders[turn].node] += part;
-  }
-}
-
 std::string GroupText(const JobStateView& job, Rank rank) {
   for (const std::vector<Rank>& group : job.commits.commits.front().parity.groups) {
     if (std::find(group.begin(), group.end(), rank) != group.end()) {
@@ -372,7 +357,11 @@ void FillSources(const ClusterState& state, const JobStateView& job, const Forec
         source->set_source_rank(worker.rank);
         source->set_bytes(r.bytes);
         copy += forecast.state == JobState::kActivating ? member.peers.size() * r.bytes / parts : 0;
-        CountRanges(forecast.plan.cut, member.node, worker, &in, &out);
+        for (const auto& [from, bytes] : CutMoves(forecast.plan.cut, member.node, worker)) {
+          if (from.empty()) continue;  // files, which no node sends
+          in[member.node] += bytes;
+          out[from] += bytes;
+        }
         continue;
       }
       const auto rebuilt = forecast.rebuilt.find(r.shard_rank);
