@@ -285,6 +285,12 @@ int everstep_reserve(everstep_client* c, uint64_t payload_bytes) {
   return EVERSTEP_OK;
 }
 
+// Between two looks at the agent's word: nothing is waited for much longer than it takes.
+static void Pause(std::uint64_t began_ns) {
+  const std::uint64_t waited_ms = (Nanos(CLOCK_MONOTONIC) - began_ns) / 1'000'000;
+  poll(nullptr, 0, static_cast<int>(std::clamp<std::uint64_t>(waited_ms / 16, 1, 20)));
+}
+
 static int TimedOut(everstep_client* c, std::uint64_t waited_ms, bool pending) {
   return Fail(c, EVERSTEP_ETIMEDOUT,
               fmt::format("{}: the agent did not say within {} ms what generation {} starts from "
@@ -300,7 +306,6 @@ static int RestoreWord(everstep_client* c, uint32_t timeout_ms, everstep_slot* s
     return Fail(c, EVERSTEP_EINVAL, "everstep_restore: slot and its size must be given");
   }
   const std::uint64_t began = Nanos(CLOCK_MONOTONIC);
-  int pause_ms = 1;
   for (;;) {
     if (int code = Fence(c); code != EVERSTEP_OK) return code;
     const cp::RestoreView restore = c->arena.Restore();
@@ -341,8 +346,7 @@ static int RestoreWord(everstep_client* c, uint32_t timeout_ms, everstep_slot* s
     if (Nanos(CLOCK_MONOTONIC) - began >= patience_ms * 1'000'000) {
       return TimedOut(c, patience_ms, pending);
     }
-    poll(nullptr, 0, pause_ms);
-    pause_ms = std::min(pause_ms * 2, 20);
+    Pause(began);
   }
 }
 
@@ -381,8 +385,9 @@ int everstep_catalog(everstep_client* c, uint32_t timeout_ms, everstep_slot* slo
   if (slot == nullptr || slot->size < sizeof(everstep_slot)) {
     return Fail(c, EVERSTEP_EINVAL, "everstep_catalog: slot and its size must be given");
   }
-  const std::uint64_t deadline = Nanos(CLOCK_MONOTONIC) + std::uint64_t{timeout_ms} * 1'000'000;
-  for (int pause_ms = 1;; pause_ms = std::min(pause_ms * 2, 20)) {
+  const std::uint64_t began = Nanos(CLOCK_MONOTONIC);
+  const std::uint64_t deadline = began + std::uint64_t{timeout_ms} * 1'000'000;
+  for (;;) {
     if (int code = Fence(c); code != EVERSTEP_OK) return code;
     const cp::RestoreView restore = c->arena.Restore();
     const bool ours = restore.generation == c->generation;
@@ -403,7 +408,7 @@ int everstep_catalog(everstep_client* c, uint32_t timeout_ms, everstep_slot* slo
     if (Nanos(CLOCK_MONOTONIC) >= deadline) {
       return pending ? EVERSTEP_NONE : TimedOut(c, timeout_ms, false);
     }
-    poll(nullptr, 0, pause_ms);
+    Pause(began);
   }
 }
 
