@@ -32,6 +32,13 @@ def until_committed(ck: everstep.Checkpointer, step: int) -> None:
         time.sleep(0.0002)
 
 
+def train(model: nn.ParameterList) -> None:
+    """Every byte changes, as in a step: chunks that did not are compared and copied at the peer, not sent."""
+    with torch.no_grad():
+        for p in model:
+            p.mul_(1.001)
+
+
 def compute(seconds: float, a: torch.Tensor) -> None:
     """A forward and backward that keep one core busy."""
     end = time.perf_counter() + seconds
@@ -64,6 +71,7 @@ def main() -> None:
     for p in model.parameters():
         p.grad = torch.zeros(1).expand_as(p)
     for step in range(STEPS):
+        train(model)
         dist.barrier()
         before = copy()
         waited = ck.stats().waited_seconds
@@ -88,13 +96,26 @@ def main() -> None:
             if MODE != "overlapped":
                 tell(metric="replicated", when=first, value=replicated / once)
         dist.barrier()
-    if MODE == "overlapped":  # a fixed piece of work, by turns with and without a capture beside it
+    if MODE == "overlapped":
+        # Without a computation to hide behind, before steps have told how fast it may go: when is it on the peer?
+        for step in range(STEPS, STEPS + 3):
+            train(model)
+            dist.barrier()
+            before = copy()
+            began = time.perf_counter()
+            assert ck.step(step)
+            until_committed(ck, step)
+            replicated = time.perf_counter() - began
+            if RANK == 0:
+                tell(metric="replicated", when="steady", value=replicated / ((before + copy()) / 2))
+            dist.barrier()
+        # A fixed piece of work, by turns with and without a capture beside it.
         began = time.perf_counter()
         for _ in range(200):
             torch.mm(small, small)
         work = max(1, int(20 * copy() / ((time.perf_counter() - began) / 200)))
         times: dict[bool, list[float]] = {False: [], True: []}
-        for step in range(STEPS, STEPS + 10):
+        for step in range(STEPS + 3, STEPS + 13):
             began = time.perf_counter()
             if step % 2:
                 ck.step(step)
@@ -107,17 +128,6 @@ def main() -> None:
                 until_committed(ck, step)
         if RANK == 0:
             tell(metric="step_time", when="steady", value=statistics.median(times[True]) / statistics.median(times[False]))
-        # Again, without a computation to hide behind: when is it on the peer?
-        for step in range(STEPS + 10, STEPS + 13):
-            dist.barrier()
-            before = copy()
-            began = time.perf_counter()
-            assert ck.step(step)
-            until_committed(ck, step)
-            replicated = time.perf_counter() - began
-            if RANK == 0:
-                tell(metric="replicated", when="steady", value=replicated / ((before + copy()) / 2))
-            dist.barrier()
     if RANK == 0:
         os.kill(os.getpid(), signal.SIGKILL)
     time.sleep(600)  # the generation ends with rank 0
