@@ -18,58 +18,108 @@ from launch import PROGRAMS, PYTHON, Run, clean_environment, wait_for
 from nodes_test import Nodes
 
 
-def test_a_state_in_shares_outlives_a_worker_and_a_node(work: Path) -> None:  # noqa: F811
-    env = environment(work, "shares")
-    nodes = Nodes(work, 3, nnodes="3", script=SCRIPT, env=env)
-    try:
-        def runs_after(generation: int, count: int = 4) -> int:
-            def there() -> int:
-                assert all(run.process.poll() in (None, -9) for run in nodes.runs), nodes.told()
-                world, now, so_far = newest(work)
-                return now if world == 3 and now > generation and so_far >= count else 0
+class Job(Nodes):
+    """A job of three nodes, each with one rank."""
 
-            try:
-                return wait_for(f"{count} steps after generation {generation}", there, 90)
-            except AssertionError as error:
-                raise AssertionError(f"{error}\n{lines(work)[-5:]}\n{nodes.told()}") from None
+    def __init__(self, work: Path, *flags: object, env: dict[str, str]) -> None:  # noqa: F811
+        super().__init__(work, 3, *flags, nnodes="3", script=SCRIPT, env=env)
+        self.work, self.env = work, env
+        self.lost: list[Run] = []
 
-        first = runs_after(0)
-        os.kill(int((work / "out/pid-1").read_text()), signal.SIGKILL)
-        second = runs_after(first)
-        lost = nodes.runs[2]
-        nodes.kill(lost)
-        arguments = lost.process.args
+    def runs_after(self, generation: int, count: int = 4) -> int:
+        """A later generation than `generation` has made so many steps. Returns it."""
+        def there() -> int:
+            assert all(run.process.poll() is None for run in self.runs if run not in self.lost), self.told()
+            world, now, so_far = newest(self.work)
+            return now if world == 3 and now > generation and so_far >= count else 0
+
+        try:
+            return wait_for(f"{count} steps after generation {generation}", there, 90)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{lines(self.work)[-5:]}\n{self.told()}") from None
+
+    def replace(self, run: Run) -> None:
+        """The node dies, and a new one comes."""
+        self.kill(run)
+        self.lost.append(run)
+        arguments = run.process.args
         assert isinstance(arguments, list)
-        nodes.runs.append(Run(work, *arguments[3:], name="n3", env=env))
-        third = runs_after(second)
-        (work / "out/end").touch()
-        for run in nodes.runs:
-            if run is not lost:
-                assert run.wait(60) == 0, nodes.told()
-        starts = {int(w[1]): (int(w[2]), int(w[3]), w[4]) for w in lines(work) if w[0] == "start"}
-        assert starts[first][1] == -1
-        for generation, before in ((second, first), (third, second)):
-            world, step, digest = starts[generation]
-            captured = steps(work, before)
-            assert world == 3 and digest == captured[step][1], f"restored is not what was captured at step {step}"
-            assert step >= max(captured) - 3, f"{max(captured) - step} steps were lost"
+        self.runs.append(Run(self.work, *arguments[3:], name=f"n{len(self.runs)}", env=self.env))
+
+    def end(self) -> None:
+        (self.work / "out/end").touch()
+        for run in self.runs:
+            if run not in self.lost:
+                assert run.wait(60) == 0, self.told()
+        (self.work / "out/end").unlink()
+
+    def goes_on_with(self, generation: int, before: int) -> None:
+        """What it was restored from is what the generation before captured, at one of its last steps."""
+        (start,) = [w for w in lines(self.work) if w[0] == "start" and int(w[1]) == generation]
+        world, step, digest = int(start[2]), int(start[3]), start[4]
+        captured = steps(self.work, before)
+        assert world == 3 and digest == captured[step][1], f"restored is not what was captured at step {step}"
+        assert step >= max(captured) - 3, f"{max(captured) - step} steps were lost"
+
+    def sizes(self, kind: str) -> list[int]:
+        return [int((self.work / f"out/bytes-{kind}-{rank}").read_text()) for rank in range(3)]
+
+
+def test_a_state_in_shares_outlives_a_worker_and_a_node(work: Path) -> None:  # noqa: F811
+    job = Job(work, env=environment(work, "shares"))
+    try:
+        first = job.runs_after(0)
+        os.kill(int((work / "out/pid-1").read_text()), signal.SIGKILL)
+        second = job.runs_after(first)
+        job.replace(job.runs[2])
+        third = job.runs_after(second)
+        job.end()
+        job.goes_on_with(second, first)
+        job.goes_on_with(third, second)
         last = max(steps(work, third))
-        (work / "out/end").unlink()
         whole = Run(work, "--standalone", "--nproc-per-node", 3, SCRIPT, name="whole",
                     env=environment(work, "whole", STEPS=last + 1, LINES="whole"))
-        nodes.runs.append(whole)
+        job.runs.append(whole)
         assert whole.wait(90) == 0, whole.told()
         undisturbed = steps(work, 1, "whole")
         assert sorted(undisturbed) == list(range(last + 1))
-        for generation in starts:
+        for generation in (first, second, third):
             for step, told in steps(work, generation).items():
                 assert told == undisturbed[step], f"step {step} of generation {generation}: not the undisturbed run's bits"
-        shares, copies = ([int((work / f"out/bytes-{kind}-{rank}").read_text()) for rank in range(3)] for kind in ("shares", "whole"))
+        shares, copies = job.sizes("shares"), job.sizes("whole")
         # Random streams, buffers and the table stay whole; a small tensor goes to one rank.
         beside = 60_000
         assert all(abs(share - max(copies) // 3) < beside for share in shares), (shares, copies)
     finally:
-        nodes.stop()
+        job.stop()
+
+
+WIDE = 12 * 40_009 * 37  # bytes of parameters and two moments of the wide layers that "auto" and "apart" have
+
+
+def test_what_nodes_find_to_be_the_same_outlives_one_of_them(work: Path) -> None:  # noqa: F811
+    """replicated="auto": the ranks compare over the job's store, again after a node was replaced."""
+    job = Job(work, env=environment(work, "auto"))
+    try:
+        first = job.runs_after(0)
+        job.replace(job.runs[2])
+        second = job.runs_after(first, 2)
+        job.end()
+        job.goes_on_with(second, first)
+        assert all(size < WIDE / 2 for size in job.sizes("auto")), job.sizes("auto")
+    finally:
+        job.stop()
+
+
+def test_without_copies_on_other_nodes_a_state_stays_whole(work: Path) -> None:  # noqa: F811
+    """replicated="auto" where a node's loss would take its shares along."""
+    job = Job(work, "--copies", "1", env=environment(work, "auto", STEPS=3))
+    try:
+        for run in job.runs:
+            assert run.wait(90) == 0, job.told()
+        assert all(size > WIDE for size in job.sizes("auto")), job.sizes("auto")
+    finally:
+        job.stop()
 
 
 def exported(work: Path, kind: str) -> list[bytes]:  # noqa: F811
