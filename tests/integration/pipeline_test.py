@@ -70,8 +70,9 @@ def train(rank: int, steps: int = STEPS, **options: Any) -> dict[str, Any]:
                "microbatch": 4, "faults": 0} | options
     losses: list[float] = []
     on_step = options.pop("on_step", lambda report: losses.append(report.loss))
+    save = options.pop("save", None)
     pipeline = Pipeline(options.pop("layers"), **options)
-    pipeline.run(steps, on_step=on_step)
+    pipeline.run(steps, on_step=on_step, save=save)
     return {"losses": losses, "plan": pipeline.plan,
             "layers": {i: {n: t.clone() for n, t in m.state_dict().items()} for i, m in pipeline.layers.items()}}
 
@@ -259,7 +260,11 @@ def test_ranks_with_other_settings_are_refused() -> None:
         world(2, lambda rank: train(rank, 1, seed=rank))
 
 
-def test_a_measured_model_is_planned_and_trains() -> None:
-    results = world(3, lambda rank: train(rank, faults=1, batch=48))
-    weights(results)
+def test_a_measured_model_is_planned_trains_and_is_saved_whole(tmp_path: Path) -> None:
+    """In bfloat16, as far as layers let it."""
+    results = world(3, lambda rank: train(rank, faults=1, batch=48, autocast=torch.bfloat16, save=tmp_path / "model.pt"))
     assert results[0]["losses"][-1] < results[0]["losses"][0]
+    saved = torch.load(tmp_path / "model.pt")
+    expected = weights(results)
+    assert list(saved) == list(nn.Sequential(*[layer() for layer in LAYERS]).state_dict())
+    assert all(torch.equal(value, expected[name]) for name, value in saved.items())

@@ -43,6 +43,7 @@ class Recipe:
     scheduler: SchedulerFactory | None
     seed: int
     ties: tuple[Tie, ...] = ()
+    autocast: torch.dtype | None = None
 
     def module(self, index: int) -> nn.Module:
         """The user's module, or a new one, whose initial values are the same on each rank."""
@@ -71,7 +72,11 @@ class Recipe:
 
     def build(self, index: int) -> Layer:
         """The layer with a fresh optimizer, at version 0."""
-        return Layer(index, self.module(index), self.optimizer, self.scheduler)
+        return self.layer(index, self.module(index))
+
+    def layer(self, index: int, module: nn.Module) -> Layer:
+        """Of this very module."""
+        return Layer(index, module, self.optimizer, self.scheduler, self.autocast)
 
 
 def check(index: int, module: nn.Module) -> None:
@@ -155,10 +160,11 @@ class Layer:
     """See the module's text. Not thread-safe."""
 
     def __init__(self, index: int, module: nn.Module, optimizer: OptimizerFactory,
-                 scheduler: SchedulerFactory | None) -> None:
+                 scheduler: SchedulerFactory | None, autocast: torch.dtype | None = None) -> None:
         check(index, module)
         self.index = index
         self.module = module.train()
+        self.autocast = autocast
         self.version = 0
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         self.optimizer: torch.optim.Optimizer | None = None

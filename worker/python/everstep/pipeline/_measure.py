@@ -57,7 +57,7 @@ def measure(recipe: Recipe, sample: Tensors, loss: Callable[[Tensors], torch.Ten
     with torch.random.fork_rng():
         for index in range(len(recipe.layers)):
             last = index == len(recipe.layers) - 1
-            layer = Layer(index, copy.deepcopy(recipe.module(index)), recipe.optimizer, recipe.scheduler)
+            layer = recipe.layer(index, copy.deepcopy(recipe.module(index)))
             layer.pack()  # what cannot be moved is said before anything runs
             cost, now = _layer(layer, now, loss if last else None)
             costs.append(cost)

@@ -10,6 +10,7 @@ on which layers lie on the same rank, and its gradient can leave while the layer
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -52,7 +53,9 @@ def run_layer(layer: Layer, inputs: Tensors, stream: int) -> tuple[Tensors, Tens
     """Its own inputs, cut from what made them, and its outputs."""
     own = tuple(t.detach().requires_grad_(t.requires_grad) for t in inputs)
     _keys.set_torch(stream)
-    return own, tensors(layer.module(*own), f"what layer {layer.index} gives")
+    with torch.autocast("cpu", layer.autocast) if layer.autocast is not None else contextlib.nullcontext():
+        out = layer.module(*own)
+    return own, tensors(out, f"what layer {layer.index} gives")
 
 
 def back(layer: Layer, inputs: Tensors, roots: Tensors, gradients: Sequence[torch.Tensor | None],

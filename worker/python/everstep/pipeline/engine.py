@@ -7,10 +7,10 @@ import gc
 import logging
 import math
 import os
-import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +34,12 @@ from everstep.pipeline._layer import (
 from everstep.pipeline._measure import Measured, check_profile, collate, measure
 from everstep.pipeline._rescue import NOTHING, Rescue
 from everstep.pipeline._schedule import Stage, tensors
+from everstep.pipeline._session import PipelineSession, alone
 from everstep.pipeline._switch import fetch, from_rank_0, gather
 from everstep.pipeline._tier import LayerFiles
 from everstep.pipeline._tree import Node, nodes_of
-from everstep.session import Session
 
 _log = logging.getLogger("everstep")
-_LEAST_PATIENCE, _MOST_PATIENCE = 0.1, 1.5  # seconds; the agent kills who has not parked after 5
 
 
 @dataclass(frozen=True)
@@ -87,6 +86,7 @@ class Pipeline:
             are the same bits for every layout and whatever was lost. Costs memory for some gradients more.
         tied: names of parameters that are one, ("0.weight", "9.weight"), for layers that are made by functions.
         profile: text of a profile (docs/reference/profile.md) in place of measuring layers.
+        autocast: layers and loss run under torch.autocast of this dtype (torch.bfloat16).
         memory: bytes of a node; 0: not limited.
         link: between nodes: (microseconds, 10^9 bytes a second).
         horizon: expected seconds to the next loss or join: a faster plan must pay for its move within that time.
@@ -105,7 +105,8 @@ class Pipeline:
                  optimizer: OptimizerFactory, dataset: Any, batch: int, microbatch: int,
                  scheduler: SchedulerFactory | None = None, faults: int = 1, clip: float | None = None, seed: int = 0,
                  deterministic: bool = False, tied: Sequence[Sequence[str]] = (), profile: str | None = None,
-                 memory: int = 0, link: tuple[float, float] = (20.0, 1.25), horizon: float = 0.0,
+                 autocast: torch.dtype | None = None, memory: int = 0, link: tuple[float, float] = (20.0, 1.25),
+                 horizon: float = 0.0,
                  directory: str | os.PathLike[str] | None = None, every: int = 100,
                  ledger: str | os.PathLike[str] | Callable[[bytes], object] | None = None,
                  name: str = "model") -> None:
@@ -132,8 +133,8 @@ class Pipeline:
         if len(dataset) < batch:
             raise ValueError(f"Pipeline: the dataset has {len(dataset)} samples, a batch {batch}")
         ties = untie(layers, tied)
-        self._recipe = Recipe(layers, optimizer, scheduler, seed, ties)
-        self._loss = loss
+        self._recipe = Recipe(layers, optimizer, scheduler, seed, ties, autocast)
+        self._loss = loss if autocast is None else torch.autocast("cpu", autocast)(loss)
         self._dataset = dataset
         self._samples = len(dataset)
         self._batch = batch
@@ -153,7 +154,8 @@ class Pipeline:
         self._files = None if directory is None else LayerFiles(directory, len(layers), every)
         self._settings = {
             "the number of layers": len(layers), "batch": batch, "microbatch": microbatch, "faults": faults,
-            "clip": clip, "seed": seed, "deterministic": deterministic, "the dataset's length": self._samples,
+            "clip": clip, "seed": seed, "deterministic": deterministic, "autocast": autocast,
+            "the dataset's length": self._samples,
             "memory": memory, "link": tuple(link), "horizon": horizon, "profile": profile,
             "the list of tied parameters": tuple(tie.members for tie in ties),
         }
@@ -173,7 +175,6 @@ class Pipeline:
         self._complete: Complete | None = None
         self._kept: Rescue = NOTHING  # of this rank's own pipeline, once complete
         self._rescue: Rescue = NOTHING  # what the step under way begins with
-        self._step_seconds: list[float] = []
 
     # --- what the user sees ---
 
@@ -198,24 +199,26 @@ class Pipeline:
         return "" if self._record is None else self._record.plan.picture
 
     def run(self, steps: int, *, on_step: Callable[[Report], object] | None = None,
-            stop: Callable[[], bool] | None = None) -> int:
+            stop: Callable[[], bool] | None = None, save: str | os.PathLike[str] | None = None) -> int:
         """Trains until `steps` steps are taken, or `stop()` is true on some rank at the end of one; returns how many
-        there are. `on_step` is called on every rank for each step that it has taken."""
+        there are. `on_step` is called on every rank for each step that it has taken. `save`: a file in which rank 0
+        puts the whole model's weights in the end (torch.load gives "LAYER.NAME" -> tensor, as
+        torch.nn.Sequential(*layers).state_dict() does)."""
         if "RANK" not in os.environ:
-            _alone()
+            alone()
         # A survivor looks for cycles before it forms its next group: not among what PyTorch made when it was loaded.
         gc.collect()
         gc.freeze()
         try:
-            count: int = _PipelineSession(self, steps, on_step, stop).run()
+            count: int = PipelineSession(lambda session: self._generation(session, steps, on_step, stop, save)).run()
         finally:
             gc.unfreeze()
         return count
 
     # --- a generation ---
 
-    def _generation(self, session: _PipelineSession, steps: int, on_step: Callable[[Report], object] | None,
-                    stop: Callable[[], bool] | None) -> int:
+    def _generation(self, session: PipelineSession, steps: int, on_step: Callable[[Report], object] | None,
+                    stop: Callable[[], bool] | None, save: str | os.PathLike[str] | None) -> int:
         self._switch(session)
         layout = self._layout
         assert layout is not None
@@ -224,7 +227,7 @@ class Pipeline:
             began = time.perf_counter()
             loss, leave, ended = self._take_step(session, layout, stop)
             seconds = time.perf_counter() - began
-            self._step_seconds = [*self._step_seconds[-8:], seconds]
+            session.took(seconds)
             if on_step is not None:
                 on_step(Report(self._version - 1, loss, seconds, session.generation, session.rank,
                                session.world_size, len(layout.ranks)))
@@ -236,20 +239,34 @@ class Pipeline:
                 session.leave_together()
         if self._files is not None:
             self._files.wait()
+        if save is not None:
+            self._export(save, session.rank, layout)
         return self._version
+
+    def _export(self, path: str | os.PathLike[str], rank: int, layout: Layout) -> None:
+        """Collective: the whole model's weights into a file of rank 0's."""
+        assert self._measured is not None
+        count = len(self._recipe.layers)
+        whole: dict[int, dict[str, torch.Tensor]] = {
+            i: dict(x.module.state_dict()) for i, x in self._layers.items()} if rank == 0 else {}
+
+        def install(index: int, bundle: Bundle) -> None:
+            whole[index] = bundle.root()["module"]
+
+        fetch([i for i in range(count) if i not in whole] if rank == 0 else [],
+              {i: [layout.holder(p, i) for p in range(len(layout.ranks))] for i in range(count)},
+              self._measured.state_bytes, lambda index: self._layers[index].pack(), install)
+        if rank == 0:
+            part = Path(f"{os.fspath(path)}.part")
+            torch.save({f"{i}.{name}": value for i in range(count) for name, value in whole[i].items()}, part)
+            part.replace(path)
 
     def _save(self, files: LayerFiles, rank: int, layout: Layout) -> None:
         """This rank's share of the layers, each by one of those that hold it."""
         mine = [i for i in layout.layers(rank) if layout.holder(i % len(layout.ranks), i) == rank]
         files.save(self._version, {i: self._layers[i].pack(line=self._line) for i in mine})
 
-    @property
-    def _patience(self) -> float:
-        """Seconds that a step under way may take to end when the generation is over."""
-        usual = sorted(self._step_seconds)[len(self._step_seconds) // 2] if self._step_seconds else 0.0
-        return min(_MOST_PATIENCE, max(_LEAST_PATIENCE, 2 * usual))
-
-    def _switch(self, session: _PipelineSession) -> None:
+    def _switch(self, session: PipelineSession) -> None:
         """Agrees with the other ranks on the step to do next and on a plan, and takes the place in it."""
         began = time.perf_counter()
         rank = session.rank
@@ -386,7 +403,7 @@ class Pipeline:
         _keys.set_all(_keys.key(self._seed, step, microbatch, _keys.DATA))
         return collate([self._dataset[i] for i in indices])
 
-    def _take_step(self, session: _PipelineSession, layout: Layout,
+    def _take_step(self, session: PipelineSession, layout: Layout,
                    stop: Callable[[], bool] | None) -> tuple[float, bool, bool]:
         """The loss, whether the generation is over, whether some rank wants to stop."""
         stage, rank, step = self._stage, session.rank, self._version
@@ -473,7 +490,7 @@ class Pipeline:
             begin = end
         return out
 
-    def _commit(self, session: _PipelineSession, vote: Sequence[float], line: dict[str, Any] | None) -> float:
+    def _commit(self, session: PipelineSession, vote: Sequence[float], line: dict[str, Any] | None) -> float:
         """Takes the step whose gradients are summed. Nothing here waits for another rank."""
         step, many = self._version, self._microbatches
         norm = math.sqrt(sum(vote[2 * many:-2]))
@@ -496,46 +513,3 @@ class Pipeline:
                 self._ledger.step(line)
         self._line = line
         return loss
-
-
-class _PipelineSession(Session):
-    """A Session that ends the step under way where that is possible before it leaves."""
-
-    def __init__(self, pipeline: Pipeline, steps: int, on_step: Callable[[Report], object] | None,
-                 stop: Callable[[], bool] | None) -> None:
-        super().__init__(lambda _: pipeline._generation(self, steps, on_step, stop))
-        self._pipeline = pipeline
-        self._asked_at: float | None = None
-        self.training = False
-
-    @property
-    def asked(self) -> bool:
-        """To leave."""
-        return self._link is not None and self._link.asked
-
-    def leave_together(self) -> None:
-        """Some rank was asked to leave when it voted, so this one is or will be."""
-        if self._link is not None:
-            self._link.wait_asked(self._loss_wait)
-        self.check()
-
-    def _leave(self) -> None:
-        """By the link's thread, again and again until this process has parked."""
-        now = time.monotonic()
-        if self._asked_at is None:
-            self._asked_at = now
-        if self.training and now - self._asked_at < self._pipeline._patience:
-            return
-        super()._leave()
-
-    def _become(self, resume: Any) -> None:
-        self._asked_at, self.training = None, False
-        super()._become(resume)
-
-
-def _alone() -> None:
-    """A world of one, for a script that was started by itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

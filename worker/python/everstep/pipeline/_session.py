@@ -1,0 +1,65 @@
+"""A Session that ends the step under way, where that is possible, before it leaves a generation."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Callable
+from typing import Any
+
+from everstep.session import Session
+
+_LEAST_PATIENCE, _MOST_PATIENCE = 0.1, 1.5  # seconds; the agent kills who has not parked after 5
+
+
+class PipelineSession(Session):
+    """Connections stay for as long as two steps usually take after this process was asked to park: a join or a drain
+    then finds a step that all have taken, and of a step that is lost the pipelines that lost nobody are done."""
+
+    def __init__(self, generation: Callable[[PipelineSession], int]) -> None:
+        """`generation`: trains until it returns the steps taken, or is left."""
+        super().__init__(lambda _: generation(self))
+        self.training = False  # it has its place; else it leaves at once
+        self._asked_at: float | None = None
+        self._seconds: list[float] = []
+
+    @property
+    def asked(self) -> bool:
+        """To leave."""
+        return self._link is not None and self._link.asked
+
+    def took(self, seconds: float) -> None:
+        """A step."""
+        self._seconds = [*self._seconds[-8:], seconds]
+
+    def leave_together(self) -> None:
+        """Some rank was asked to leave when it voted, so this one is or will be."""
+        if self._link is not None:
+            self._link.wait_asked(self._loss_wait)
+        self.check()
+
+    @property
+    def _patience(self) -> float:
+        usual = sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
+        return min(_MOST_PATIENCE, max(_LEAST_PATIENCE, 2 * usual))
+
+    def _leave(self) -> None:
+        """By the link's thread, again and again until this process has parked."""
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        if not self.training or now - self._asked_at >= self._patience:
+            super()._leave()
+
+    def _become(self, resume: Any) -> None:
+        self._asked_at, self.training = None, False
+        super()._become(resume)
+
+
+def alone() -> None:
+    """Makes this process a world of one: a script that was started by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
