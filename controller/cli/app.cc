@@ -51,6 +51,7 @@ VerbResult Dispatch(Context& context, const std::string& called_as) {
     case Verb::kPlanLose: return RunPlanLose(context);
     case Verb::kPlanJoin: return RunPlanJoin(context);
     case Verb::kPlanExplain: return RunPlanExplain(context);
+    case Verb::kSimulate: return RunSimulate(context);
     default: return RunDrill(context, verb);
   }
   return CliError{ExitCode::kUsage, "INVALID_ARGUMENT", "no command", "everstep --help"};

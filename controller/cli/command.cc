@@ -197,7 +197,8 @@ class Reader {
       return Usage(fmt::format("{} has an empty value ({})", shown, option.value),
                    fmt::format("{} --help", FullName(parsed_)));
     }
-    parsed_.options[option.name] = value;
+    std::string& held = parsed_.options[option.name];
+    held = option.repeats && !held.empty() ? held + "," + value : value;
     return Done{};
   }
 

@@ -70,7 +70,8 @@ enum class Verb : std::uint8_t {
   kPlanCompose,
   kPlanLose,
   kPlanJoin,
-  kPlanExplain
+  kPlanExplain,
+  kSimulate
 };
 
 // What a word completes to in a shell, besides the names of the tree.
@@ -85,6 +86,7 @@ struct OptionSpec {
   std::vector<std::string> choices = {};  // the only values; empty: any
   Names names = Names::kNone;
   bool hidden = false;
+  bool repeats = false;  // may stand there several times: the values, joined with commas
 };
 
 struct WordSpec {

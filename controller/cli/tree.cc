@@ -311,6 +311,7 @@ std::vector<CommandSpec> Commands() {
       NodeCommands(),
       AllCkptCommands(),
       PlanCommands(),
+      SimulateCommand(),
       {.name = "events",
        .verb = Verb::kEvents,
        .summary = "What happened and why: one line an event, with its reason code",

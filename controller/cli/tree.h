@@ -15,6 +15,8 @@ std::vector<CommandSpec> CkptTrustCommands();
 
 // `everstep plan` (tree_plan.cc).
 CommandSpec PlanCommands();
+// `everstep simulate` (tree_simulate.cc).
+CommandSpec SimulateCommand();
 
 // Topics of `everstep help TOPIC` that are no commands: name, one line, text.
 struct Topic {

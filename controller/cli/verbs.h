@@ -42,6 +42,7 @@ VerbResult RunPlanCompose(Context& context);
 VerbResult RunPlanLose(Context& context);
 VerbResult RunPlanJoin(Context& context);
 VerbResult RunPlanExplain(Context& context);
+VerbResult RunSimulate(Context& context);
 
 VerbResult RunEvents(Context& context);
 VerbResult RunLogs(Context& context);

@@ -154,11 +154,13 @@ Replanned SeatAnew(const Scene& scene, Composition composition) {
   std::set<NodeId> seated;
   std::vector<bool> whole = WholePipelines(scene);
   // Pipelines that lost nobody stay as they are.
-  for (const Pipeline& pipeline : pipelines) {
+  out.was.resize(pipelines.size());
+  for (std::size_t i = 0; i < pipelines.size(); ++i) {
     std::vector<NodeId> nodes;
-    for (std::size_t old = 0; old < whole.size() && nodes.empty(); ++old) {
-      if (!whole[old] || scene.now.composition.pipelines[old].form != pipeline.form) continue;
+    for (std::uint32_t old = 0; old < whole.size() && nodes.empty(); ++old) {
+      if (!whole[old] || scene.now.composition.pipelines[old].form != pipelines[i].form) continue;
       whole[old] = false;
+      out.was[i] = old;
       nodes = scene.now.nodes[old];
       seated.insert(nodes.begin(), nodes.end());
       out.stayed += static_cast<std::uint32_t>(nodes.size());
@@ -217,7 +219,37 @@ Replanned SeatAnew(const Scene& scene, Composition composition) {
   return out;
 }
 
+// What a plan costs of a second of training, its move and its losses spread over the time to the
+// next change.
+double Worth(const Library& library, const ReplanInput& input, const Replanned& plan) {
+  const Composition& composition = plan.seated.composition;
+  const auto time = static_cast<double>(composition.time_ns);
+  double cost = 1;
+  if (input.horizon_ns > 0) {
+    double again = 0;
+    for (const double done : input.done) again += done;
+    for (const auto& was : plan.was) {
+      if (was && *was < input.done.size()) again -= input.done[*was];
+    }
+    cost +=
+        (static_cast<double>(plan.move_ns) + again * time) / static_cast<double>(input.horizon_ns);
+  }
+  if (input.loss_gap_ns > 0) {
+    cost += LossShare(library, composition) * time / (2 * static_cast<double>(input.loss_gap_ns));
+  }
+  return time * cost;
+}
+
 }  // namespace
+
+double LossShare(const Library& library, const Composition& composition) {
+  double share = 0;
+  for (const Pipeline& p : composition.pipelines) {
+    share += static_cast<double>(library.templates[p.form].nodes) * p.microbatches;
+  }
+  return share /
+         (static_cast<double>(composition.nodes) * static_cast<double>(composition.microbatches));
+}
 
 Range LayersAt(const Template& t, std::uint32_t place) {
   EVERSTEP_CHECK(place < t.nodes);
@@ -268,24 +300,21 @@ Answer<Replanned> Replan(const Library& library, const Seated& now, const Replan
   const std::int64_t best_ns = fastest.value().time_ns;
   const auto best_q = static_cast<std::uint32_t>(fastest.value().pipelines.size());
   Replanned best = SeatAnew(scene, std::move(fastest.value()));
-  const auto worth = [&input](std::int64_t time_ns, std::int64_t move_ns) {
-    return static_cast<double>(time_ns) *
-           (1 + static_cast<double>(move_ns) / static_cast<double>(input.horizon_ns));
-  };
-  // Without a horizon only an equally fast one that moves less is better.
+  // Without prices only an equally fast one that moves less is better.
+  const bool priced = input.horizon_ns > 0 || input.loss_gap_ns > 0;
+  double best_worth = Worth(library, input, best);
   const auto weigh = [&](Composition composition) {
     Replanned other = SeatAnew(scene, std::move(composition));
-    const std::int64_t ns = other.seated.composition.time_ns;
-    const bool better =
-        input.horizon_ns == 0
-            ? ns == best_ns && other.moved_bytes < best.moved_bytes
-            : worth(ns, other.move_ns) < worth(best.seated.composition.time_ns, best.move_ns);
-    if (better) best = std::move(other);
+    const double worth = Worth(library, input, other);
+    const bool better = priced ? worth < best_worth
+                               : other.seated.composition.time_ns == best_ns &&
+                                     other.moved_bytes < best.moved_bytes;
+    if (!better) return;
+    best = std::move(other);
+    best_worth = worth;
   };
   const auto hopeless = [&](std::int64_t ns) {
-    return input.horizon_ns == 0
-               ? ns > best_ns
-               : static_cast<double>(ns) >= worth(best.seated.composition.time_ns, best.move_ns);
+    return priced ? static_cast<double>(ns) >= best_worth : ns > best_ns;
   };
   if (auto local = Local(scene); local && !hopeless(local->time_ns)) weigh(std::move(*local));
   std::vector<Alternative> others = alternatives;

@@ -12,11 +12,15 @@
 // With an expected time to the next change the fastest composition need not be the best one. Those
 // of other numbers of pipelines, and the one that leaves alone every pipeline that lost nobody, are
 // weighed by what they lose to their move: m seconds of moving in h cost 1 + m / h of the time.
+// Likewise what they lose of a step under way, which is made again, and what the next loss will
+// take: its pipeline's part of a step, half of it on average. So many small pipelines may win over
+// a few large ones that are a little faster.
 //
 // Pure and deterministic.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,10 +53,17 @@ struct Arrival {  // what one node must receive
 };
 
 struct ReplanInput {
-  std::vector<NodeId> lost;     // of the nodes now seated
-  std::vector<NodeId> joined;   // not seated now
-  std::int64_t horizon_ns = 0;  // expected time to the next change; 0: any, the fastest plan wins
+  std::vector<NodeId> lost;      // of the nodes now seated
+  std::vector<NodeId> joined;    // not seated now
+  std::int64_t horizon_ns = 0;   // expected time to the next change; 0: any, the fastest plan wins
+  std::int64_t loss_gap_ns = 0;  // expected time to the next loss; 0: none
+  // Of the step under way, what each pipeline now seated has done of all its microbatches, 0 to 1
+  // together; empty: there is none. Weighed where there is a horizon.
+  std::vector<double> done;
 };
+
+// The part of a step's microbatches that are, on average, its pipeline's who loses one node.
+double LossShare(const Library& library, const Composition& composition);
 
 struct Replanned {
   Seated seated;
@@ -61,6 +72,8 @@ struct Replanned {
   std::int64_t move_ns = 0;             // of the node that receives most, over its link
   std::uint32_t stayed = 0;             // nodes that keep their layers and their pipeline's others
   std::vector<std::uint32_t> orphaned;  // layers that no survivor has: they come from files
+  // [pipeline] which of those seated before it is, unchanged; nothing: it is another one.
+  std::vector<std::optional<std::uint32_t>> was;
 };
 
 // A refusal: a node that is not seated or is lost twice, too few nodes left, ...

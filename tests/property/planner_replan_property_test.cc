@@ -300,6 +300,78 @@ TEST(ReplanProperty, APriceForMovingKeepsWhatPaysToKeep) {
   EXPECT_GT(kept, 0) << "the price never mattered";
 }
 
+// A pipeline's part of the nodes is the chance that a loss hits it.
+TEST(ReplanProperty, ALossTakesItsPipelinesPartOfAStep) {
+  Random random(35);
+  for (int round = 0; round < 60; ++round) {
+    const Profile p = Draw(&random, {.layers = 12});
+    const Answer<Library> made = MakeLibrary(p, {.nodes = 10, .faults = 1});
+    if (!made.ok()) continue;
+    const Composition c =
+        Compose(made.value(),
+                {.nodes = 10, .microbatches = static_cast<std::uint64_t>(random.Between(12, 90))})
+            .value();
+    double expected = 0;
+    for (std::uint32_t node = 0; node < c.nodes; ++node) {
+      std::uint32_t before = 0;
+      for (const Pipeline& pipeline : c.pipelines) {
+        const std::uint32_t nodes = made.value().templates[pipeline.form].nodes;
+        if (node >= before && node < before + nodes) {
+          expected += static_cast<double>(pipeline.microbatches) /
+                      static_cast<double>(c.microbatches) / c.nodes;
+        }
+        before += nodes;
+      }
+    }
+    EXPECT_NEAR(LossShare(made.value(), c), expected, 1e-12);
+  }
+}
+
+// With what a step under way and the next loss cost, a plan is never worse by that price than the
+// fastest; and both prices change plans.
+TEST(ReplanProperty, LostWorkIsWeighedBesideTimeAndMoves) {
+  Random random(36);
+  int by_done = 0, by_losses = 0;
+  for (int round = 0; round < 120; ++round) {
+    Profile p = Draw(&random, {.layers = 16, .tight_memory = random.Chance(500)});
+    const Answer<Library> made = MakeLibrary(p, {.nodes = 12, .faults = 1});
+    if (!made.ok() || 11 < made.value().fewest_nodes) continue;
+    const Library& library = made.value();
+    const Composition first = Compose(library, {.nodes = 12, .microbatches = 48}).value();
+    const Seated now = Seat(first, library, Nodes(12));
+    const NodeId lost = static_cast<NodeId>(random.Below(12));
+    const std::int64_t step = first.time_ns;
+    ReplanInput input{.lost = {lost}, .joined = {}, .horizon_ns = 2 * step};
+    const Replanned moves_only = Replan(library, now, input).value();
+    for (const Pipeline& pipeline : first.pipelines) {
+      input.done.push_back(0.8 * pipeline.microbatches / static_cast<double>(first.microbatches));
+    }
+    input.loss_gap_ns = random.Chance(500) ? 0 : 2 * step;
+    const auto worth = [&](const Replanned& r) {
+      double again = 0.8;
+      for (std::size_t i = 0; i < r.was.size(); ++i) {
+        if (!r.was[i]) continue;
+        EXPECT_EQ(r.seated.nodes[i], now.nodes[*r.was[i]]) << "unchanged";
+        again -= input.done[*r.was[i]];
+      }
+      const auto time = static_cast<double>(r.seated.composition.time_ns);
+      const auto horizon = static_cast<double>(input.horizon_ns);
+      double cost = 1 + (static_cast<double>(r.move_ns) + again * time) / horizon;
+      if (input.loss_gap_ns > 0) {
+        cost += LossShare(library, r.seated.composition) * time /
+                (2 * static_cast<double>(input.loss_gap_ns));
+      }
+      return time * cost;
+    };
+    const Replanned weighed = Replan(library, now, input).value();
+    EXPECT_LE(worth(weighed), worth(moves_only) * (1 + 1e-12));
+    by_done += input.loss_gap_ns == 0 && worth(weighed) < worth(moves_only);
+    by_losses += input.loss_gap_ns != 0 && worth(weighed) < worth(moves_only);
+  }
+  EXPECT_GT(by_done, 0) << "what was done never mattered";
+  EXPECT_GT(by_losses, 0) << "losses to come never mattered";
+}
+
 TEST(ReplanProperty, RealProfilesSurviveEverySingleLossFrom16NodesDownToTheirFewest) {
   const auto files = models::RealProfiles();
   if (files.empty()) GTEST_SKIP() << "no measured profiles: set EVERSTEP_TRACES";

@@ -669,9 +669,8 @@ TEST_F(CliTranscripts, CheckpointFiles) {
   Check("ckpt_files");
   std::filesystem::current_path(before);
 }
-TEST_F(CliTranscripts, Plans) {
-  const auto before = std::filesystem::current_path();
-  std::filesystem::current_path(state_);
+// toy.csv: a model of eight layers that two nodes hold.
+void WriteToyProfile() {
   const std::string head =
       "everstep-profile 1\nmodel = toy\nmicrobatch = 2\ndevice-memory-mib = 16384\n"
       "layer,forward_ms,backward_ms,optimizer_ms,activation_mib,output_mib,parameters\n";
@@ -682,7 +681,32 @@ TEST_F(CliTranscripts, Plans) {
   }
   std::ofstream("toy.csv") << head << layers;
   std::ofstream("wrong.csv") << head << "0,10,-20,3,256,8,150000000\n";
+}
+TEST_F(CliTranscripts, Plans) {
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(state_);
+  WriteToyProfile();
   Check("plan");
+  std::filesystem::current_path(before);
+}
+TEST_F(CliTranscripts, Simulations) {
+  const auto before = std::filesystem::current_path();
+  std::filesystem::current_path(state_);
+  WriteToyProfile();
+  std::ofstream model("even.txt");
+  model << "everstep-model 1\nmodel = even\nbatch = 128\nleast-nodes = 2\nreconfigure-s = 2\n"
+           "checkpoint-s = 5\nrestart-s = 60\nrebalance-s = 20\nredundant-stages = 2\n"
+           "nodes,grid,templates,redundant\n";
+  for (int n = 4; n <= 8; ++n)
+    model << n << ',' << 5 * n << ',' << 5 * n << ',' << n / 2 * 5 << '\n';
+  model.close();
+  std::ofstream trace("capacity.csv");
+  trace << "t_ms,event,node\n";
+  for (int n = 1; n <= 8; ++n) trace << "0,add,node" << n << '\n';
+  trace << "1000000,remove,node3\n1900000,remove,node5\n1900400,remove,node6\n"
+           "2400000,add,node9\n3600000,end,\n";
+  trace.close();
+  Check("simulate");
   std::filesystem::current_path(before);
 }
 TEST_F(CliTranscripts, Events) {

@@ -1,6 +1,6 @@
 """House rules that a compiler does not check.
 
-1. A pure core (controller/core, controller/planner, checkpoint/core, worker/agent/core) includes proto/base, other cores and
+1. A pure core (controller/core, controller/planner, controller/policy, checkpoint/core, worker/agent/core) includes proto/base, other cores and
    the C++ standard library only, and uses no clock, thread, random device, file or environment.
 2. The keeper includes no gRPC (it must stay small and must not die).
 3. worker/ and checkpoint/ include nothing of controller/, controller/ nothing of worker/, checkpoint/
@@ -15,7 +15,7 @@ import re
 import sys
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CORES = ("controller/core", "controller/planner", "checkpoint/core", "worker/agent/core")
+CORES = ("controller/core", "controller/planner", "controller/policy", "checkpoint/core", "worker/agent/core")
 ALLOWED = ("proto/base/", *(c + "/" for c in CORES))
 STRANGERS = {  # whose headers a side may not include
     "controller": ("worker/",),
