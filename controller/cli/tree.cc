@@ -431,6 +431,8 @@ const std::vector<Topic>& Topics() {
       {"environment", "Environment variables",
        "EVERSTEP_CONTROLLER  as --controller\n"
        "EVERSTEP_CLUSTER     as --cluster\n"
+       "EVERSTEP_TRACES      folder of recordings for `everstep simulate`: norm/, oobleck/, "
+       "profiles/\n"
        "XDG_STATE_HOME       local clusters are below XDG_STATE_HOME/everstep; default\n"
        "                     ~/.local/state\n"}};
   return topics;
