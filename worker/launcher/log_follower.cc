@@ -23,7 +23,8 @@ struct LogFollower::File {
   std::string filtered;  // file for the lines that a filter picks; empty: none
   bool from_stderr = false;
   int descriptor = -1;
-  std::string line;  // unfinished, prefix mode only
+  std::string line;  // unfinished
+  int quiet = 0;     // Polls that found no more of it
 };
 
 LogFollower::LogFollower(FollowOptions options, Sink sink)
@@ -194,8 +195,9 @@ std::size_t LogFollower::Poll() {
     }
     for (File& file : it->second) {
       const std::size_t count = Read(&file);
+      file.quiet = count == 0 ? file.quiet + 1 : 0;
       // A prompt or a progress bar: no end of line comes.
-      if (count == 0 && !file.tee) ShowBegunLine(&file);
+      if (file.quiet >= kPollsForALinesEnd && !file.tee) ShowBegunLine(&file);
       total += count;
     }
     ++it;

@@ -26,6 +26,8 @@ namespace everstep::launcher {
 
 inline constexpr std::size_t kMaxReadPerPoll = std::size_t{256} * 1024;
 inline constexpr std::size_t kMaxLine = std::size_t{64} * 1024;
+// A begun line is shown once so many Polls (a fifth of a second) found no more of it.
+inline constexpr int kPollsForALinesEnd = 10;
 
 struct FollowOptions {
   std::string dir;
@@ -47,7 +49,7 @@ struct FollowOptions {
 class LogFollower {
  public:
   // Whole prefixed lines where tee is on. Elsewhere bytes as they were written, whole lines if
-  // their end comes before the next Poll that finds nothing new.
+  // their end comes within kPollsForALinesEnd.
   using Sink = std::function<void(bool from_stderr, std::string_view bytes)>;
 
   LogFollower(FollowOptions options, Sink sink);
