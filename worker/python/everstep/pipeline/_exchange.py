@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from everstep.pipeline._layer import Layer, Tie
+from everstep.pipeline._layer import Gradient, Layer, Tie
 from everstep.pipeline._tree import Node, Tree
 
 # Tags of point-to-point messages: a kind, then what tells messages of that kind apart.
@@ -28,12 +28,12 @@ _PER_LAYER = 1 << 11  # messages between two ranks for one layer
 class Exchange:
     """One layer, one step. REQUIRES that all holders make one with the same arguments."""
 
-    def __init__(self, layer: Layer, rank: int, holders: Sequence[tuple[int, Sequence[Node]]],
+    def __init__(self, gradient: Gradient, rank: int, holders: Sequence[tuple[int, Sequence[Node]]],
                  microbatches: int | None) -> None:
         """`holders`: (rank, the nodes it will have), each rank once, in the same order everywhere.
         `microbatches`: of the tree; None: each has one sum, which are added in the holders' order."""
-        self._layer = layer
-        self._rank = rank
+        self._gradient = gradient
+        self._layer = layer = gradient.layer
         self._holders = holders
         self._leaves = microbatches
         count = len(holders)
@@ -54,13 +54,12 @@ class Exchange:
     def start(self, parts: list[tuple[Node, torch.Tensor]]) -> None:
         """`parts`: what this rank has; must not change until finish() has returned."""
         self._own = parts
-        dtype = self._layer.parameters[0].dtype
         mine = self._bounds[self._me + 1] - self._bounds[self._me]
         for i, (rank, nodes) in enumerate(self._holders):
             if i == self._me:
                 continue
             if mine:
-                self._came[i] = [torch.empty(mine, dtype=dtype) for _ in nodes]
+                self._came[i] = [self._gradient.room((i, k), mine) for k in range(len(nodes))]
                 self._waits += [dist.irecv(buffer, rank, tag=self._tag(TAG_PARTS, k))
                                 for k, buffer in enumerate(self._came[i])]
             if self._bounds[i + 1] > self._bounds[i]:
@@ -76,10 +75,10 @@ class Exchange:
         if len(self._holders) == 1:
             ((_, self.total),) = self._own  # all microbatches, so one node
             return
-        total = self._layer.empty()
+        total = self._gradient.room((-1, 0), self._layer.size)
         own = self._slice(total, self._me)
         if own.numel():
-            own.copy_(self._sum())
+            self._sum(own)
         for i, (rank, _) in enumerate(self._holders):
             if i == self._me:
                 continue
@@ -91,19 +90,20 @@ class Exchange:
                 self._waits.append(dist.irecv(piece, rank, tag=self._tag(TAG_SUMS, 0)))
         self.total = total
 
-    def _sum(self) -> torch.Tensor:
+    def _sum(self, out: torch.Tensor) -> None:
         by_holder = [self._came.get(i, []) for i in range(len(self._holders))]
         by_holder[self._me] = [self._slice(flat, self._me) for _, flat in self._own]
         if self._leaves is None:
-            out = by_holder[0][0].clone()
-            for (flat,) in by_holder[1:]:
+            first, second, *more = [flat for (flat,) in by_holder]
+            torch.add(first, second, out=out)
+            for flat in more:
                 out.add_(flat)
-            return out
+            return
         tree: Tree[torch.Tensor] = Tree(self._leaves, torch.add)
         for (_, nodes), flats in zip(self._holders, by_holder):
             for node, flat in zip(nodes, flats):
                 tree.put(node, flat)
-        return tree.total
+        out.copy_(tree.total)
 
     def finish(self) -> torch.Tensor:
         """The whole sum. Once all layers have been through add_up()."""

@@ -21,13 +21,16 @@ def key(seed: int, *numbers: int) -> int:
 
 
 def set_torch(value: int) -> None:
-    """The CPU's generator, and every device's that is in use."""
-    torch.manual_seed(value)
+    """The CPU's generator, and CUDA's where it is in use. Not torch.manual_seed(): that notes the stack at each call,
+    for devices that are not."""
+    torch.default_generator.manual_seed(value)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(value)
 
 
 def set_all(value: int) -> None:
     """Python's and numpy's, too: for what a dataset draws."""
-    torch.manual_seed(value)
+    set_torch(value)
     random.seed(value)
     if "numpy" in sys.modules:
         import numpy as np

@@ -259,6 +259,7 @@ class Gradient:
     tree: Tree[torch.Tensor] | None = None  # None: one sum
     sum: torch.Tensor | None = None
     _free: list[torch.Tensor] = field(default_factory=list)
+    _rooms: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _now: torch.Tensor | None = None
 
     def begin(self, microbatches: int | None, rescued: Sequence[tuple[Node, torch.Tensor]] = ()) -> None:
@@ -274,6 +275,12 @@ class Gradient:
                 self.tree.put(node, flat)
             elif self.sum is not None:
                 self.sum.add_(flat)
+
+    def room(self, name: tuple[int, int], size: int) -> torch.Tensor:
+        """Memory for `size` numbers, under this name the same in every step."""
+        if name not in self._rooms:
+            self._rooms[name] = self.layer.empty()[:size].clone()
+        return self._rooms[name]
 
     def open(self) -> None:
         """Before the backward pass of a microbatch."""

@@ -414,7 +414,7 @@ class Pipeline:
         at = layout.place(rank)
         work = _rescue.divide(layout, self._microbatches, rescue.done)
         gradients = {x.index: x.gradient for x in stage.layers if x.gradient is not None}
-        exchanges = {i: Exchange(g.layer, rank, self._holders(layout, i, work, rescue), self._leaves)
+        exchanges = {i: Exchange(g, rank, self._holders(layout, i, work, rescue), self._leaves)
                      for i, g in gradients.items()}
         for index, gradient in gradients.items():
             gradient.begin(self._leaves, rescue.parts.get(index, ()))
@@ -455,7 +455,7 @@ class Pipeline:
             vote[microbatch] = loss
         for microbatch, samples in used.items():
             vote[many + microbatch] = samples
-        for index, total in self._totals.items():
+        for index, total in self._totals.items() if self._clip is not None else ():
             if layout.holder(0, index) == rank:
                 vote[2 * many + index] = self._squared_norm(index, total)
         vote[-2] = float(session.asked)
