@@ -1,6 +1,6 @@
 """everstep.Pipeline under `everstep run`: nodes go and come, survivors' processes stay, and every step is taken once.
 
-    6 nodes --SIGKILL of one--> 5 --SIGKILL of two--> 3 --two new ones--> 5 --one drains--> 4
+    6 nodes --SIGSTOP of a worker--> 6 --SIGKILL of a node--> 5 --SIGKILL of two--> 3 --two new ones--> 5 --one drains--> 4
 
 With deterministic=True the losses and weights are then the bits of one rank that was never disturbed.
 """
@@ -131,6 +131,13 @@ def test_losses_joins_and_a_drain_in_one_process_life(work: Path) -> None:
         pipelines = job.pipelines(six)
         assert len(pipelines) >= 2 and all(len(pids) >= 2 for pids in pipelines)
         first = job.worker(job.nodes.runs[0], six)  # beside the controller; its end is another test's
+        stopped = next(pid for pid in where if pid != first)
+        os.kill(stopped, signal.SIGSTOP)
+        six = job.at(6)
+        (fresh,) = set(six.values()) - set(where)
+        assert set(where) - set(six.values()) == {stopped}
+        where[fresh] = where.pop(stopped)
+        pipelines = job.pipelines(six)
         job.lose(where.pop(next(pids[1] for pids in pipelines if pids[1] != first)))
         five = job.at(5)
         assert set(five.values()) == set(where)
