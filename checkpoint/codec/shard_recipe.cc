@@ -83,7 +83,8 @@ Result<ShardRecipe> ShardRecipe::Of(const ShardBuild& build) {
   const HeldShard& shard = build.shard;
   const std::int32_t world = shard.world_size;
   if (build.parity == 0 || build.parity >= build.group.size() || build.group.size() > 256 ||
-      world <= 0 || shard.rank < 0) {
+      world <= 0 || world > INT32_MAX / static_cast<std::int32_t>(build.parity + 2) ||
+      shard.rank < 0) {
     return Senseless(build, fmt::format("{} parities in a group of {}, a world of {}", build.parity,
                                         build.group.size(), world));
   }

@@ -146,6 +146,14 @@ TEST(ShardRecipe, OrdersWithoutSenseAreRefused) {
   EXPECT_TRUE(refused([](ShardBuild* b) { b->sources[1].holders.clear(); }));
   EXPECT_TRUE(refused([](ShardBuild* b) { b->sources[1].bytes = UINT64_MAX; }));
   EXPECT_TRUE(refused([](ShardBuild* b) { b->sources.clear(); }));
+  // Its parities' numbers would not fit.
+  ShardBuild wide = world.Order(ParityRank(0, 0, World::kSize));
+  wide.shard.rank = 0;
+  wide.shard.world_size = INT32_MAX;
+  std::erase_if(wide.sources, [](const CutShard& s) { return s.rank == 0; });
+  const auto recipe = ShardRecipe::Of(wide);
+  ASSERT_FALSE(recipe.ok());
+  EXPECT_EQ(recipe.error().code, ErrorCode::kInvalid) << recipe.error().message;
 }
 
 TEST(ParityTable, IsReadAsItWasWrittenAndNothingElseIs) {
