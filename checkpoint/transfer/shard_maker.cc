@@ -11,6 +11,7 @@
 #include "checkpoint/core/parity_ranks.h"
 #include "checkpoint/transfer/held_arenas.h"
 #include "proto/base/crc32c.h"
+#include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
 namespace {
@@ -72,6 +73,8 @@ class Adder final : public ChunkTaker {
         !added_[static_cast<std::size_t>(at - chunks.begin())]) {
       recipe_->Add(source_, chunk, {reinterpret_cast<const std::byte*>(data), bytes}, payload_);
       added_[static_cast<std::size_t>(at - chunks.begin())] = true;
+      if (recipe_->makes_parity()) KillPoint("parity.chunk_added");
+      if (!recipe_->makes_parity()) KillPoint("rebuild.chunk_added");
     }
     TakeTable(std::uint64_t{chunk} * kChunkBytes, data, bytes);
     return !*cancel_;
@@ -162,7 +165,12 @@ void ShardMaker::Run(const TaskPtr& task) {
       made = Bring(task.get());
     }
     if (made.ok()) {
+      const bool parity = MakesParity(task->build);
+      if (parity) KillPoint("parity.published");
+      if (!parity) KillPoint("rebuild.published");
       listener_->OnCopied(task->job, ToShard(made.value(), true));
+      if (parity) KillPoint("parity.told");
+      if (!parity) KillPoint("rebuild.told");
     } else if (!task->cancel) {
       listener_->OnTrouble(task->job,
                            fmt::format("making {}: {}", What(task->build), made.error().message));
@@ -259,6 +267,8 @@ Result<ReplicaStore::Filled> ShardMaker::Fill(Task* task, const ShardRecipe& rec
   const HeldShard& wanted = task->build.shard;
   auto* payload = reinterpret_cast<std::byte*>(writer->Chunk(0));
   std::memset(payload, 0, recipe.payload_bytes());
+  if (recipe.makes_parity()) KillPoint("parity.begun");
+  if (!recipe.makes_parity()) KillPoint("rebuild.begun");
   const TrafficClass of = recipe.makes_parity() ? TrafficClass::kCommit : TrafficClass::kRepair;
   const Error over{ErrorCode::kStale, "its generation is over, or a newer order came"};
   const auto deadline = std::chrono::steady_clock::now() + options_.restore_timeout +
@@ -298,11 +308,16 @@ Result<ReplicaStore::Filled> ShardMaker::Fill(Task* task, const ShardRecipe& rec
     }
     sources.push_back({adder.fields(), shard.crc_root});
     if (with_table) table = adder.table();
+    if (recipe.makes_parity()) KillPoint("parity.source_added");
+    if (!recipe.makes_parity()) KillPoint("rebuild.source_added");
   }
   auto fields = recipe.makes_parity() ? ParityFields(*task, recipe, sources, payload)
                                       : LostFields(*task, table);
   if (!fields.ok()) return fields.error();
-  return Seal(fields.value(), wanted.crc_root, writer);
+  auto sealed = Seal(fields.value(), wanted.crc_root, writer);
+  if (recipe.makes_parity()) KillPoint("parity.sealed");
+  if (!recipe.makes_parity()) KillPoint("rebuild.sealed");
+  return sealed;
 }
 
 // Writes a parity's table; its slot's fields.

@@ -1,6 +1,6 @@
 """SIGKILL at every labelled point of capture, push, commit, persist, repair and restore, in real jobs.
 
-    tests/run.sh kills [--seed S] [--only LABEL ...] [--short] [--list] [--keep]
+    tests/run.sh kills [--seed S] [--only LABEL ...] [--job NAME ...] [--short] [--list] [--keep]
 
 The sources name places where a crash is most instructive (KillPoint("push.chunk_sent"), proto/base/kill_point.h).
 Here is a drill for each: which job reaches it, what has to be broken first so that it is reached (a second fault, then),
@@ -82,15 +82,18 @@ class Drill:
 
 
 # One job for many drills: its drills, one after the other. Two members, two spares, state in six chunks, files every five steps.
+# files: flags of a job with a checkpoint directory; flags: others.
 JOBS: dict[str, dict] = {
-    "plain": {"env": {"STATE_MIB": "4"}, "grows": True, "flags": ["--ckpt-every", "5steps", "--ckpt-keep", "2"]},
+    "plain": {"env": {"STATE_MIB": "4"}, "grows": True, "files": ["--ckpt-every", "5steps", "--ckpt-keep", "2"]},
     "late": {"env": {"STATE_MIB": "4", "CAPTURE_MODE": "overlapped", "STEP_SECONDS": "0"}},
     "ahead": {"env": {"STATE_MIB": "24", "CAPTURE_MODE": "overlapped", "STEP_SECONDS": "0"}},  # large enough to leave as it is written
     "wide": {"env": {"STATE_MIB": "66", "STEP_SECONDS": "0.3"}},  # two streams
     "pair": {"env": {"STATE_MIB": "4"}, "nodes": 1, "per_node": 2},
-    "files": {"env": {"STATE_MIB": "4"}, "flags": ["--ckpt-every", "5steps", "--ckpt-keep", "3"]},
+    "files": {"env": {"STATE_MIB": "4"}, "files": ["--ckpt-every", "5steps", "--ckpt-keep", "3"]},
     "elastic": {"env": {"STATE_MIB": "4"}, "nodes": "2:4"},
     "ranges": {"env": {"STATE_MIB": "24", "SHARDED": "1"}, "nodes": "2:4"},
+    "parity": {"env": {"STATE_MIB": "24", "SHARDED": "1"}, "nodes": 3, "flags": ["--redundancy", "xor(2+1)"]},
+    "shares": {"env": {"STATE_MIB": "24", "REPLICATED": "shares"}},
     "crowd": {"env": {"STATE_MIB": "24"}, "nodes": "2:4", "per_node": 2},  # long enough to be passed on while it still arrives
 }
 TRIES = {"pair": (PAIR_TRIES, 3.0), "crowd": (4, 8.0)}  # by job, where it takes luck: how often, and the seconds each
@@ -148,6 +151,20 @@ DRILLS: list[Drill] = [
     *drills(TRAINER, "ranges.asked", "ranges", "node"),
     # ... and grows again: of a newcomer's two ranks one takes the state from a peer, the other one from the first as it comes.
     *drills(AGENT, "restore.relay_opened serve.relay_responded serve.relay_chunk_sent", "crowd", "node", relay_chunk_sent=4),
+    # A job that is kept by parity: who makes one, who is read, who orders; then a node died, and its shard is made anew out of what is left.
+    *drills(AGENT, "parity.ordered parity.begun parity.chunk_added parity.source_added parity.sealed parity.published parity.told "
+                   "ranges.chunk_sent commit.reported commit.marked", "parity", chunk_added=6, source_added=2, chunk_sent=6, reported=4),
+    *drills(CONTROLLER, "commit.report_taken commit.stored store.command_sent", "parity", report_taken=6, command_sent=6),
+    *drills(AGENT, "rebuild.ordered rebuild.begun rebuild.chunk_added rebuild.source_added rebuild.sealed rebuild.published rebuild.told "
+                   "ranges.chunk_sent restore.ready", "parity", "node", chunk_added=8, source_added=3, chunk_sent=6),
+    *drills(CONTROLLER, "switch.stored store.written store.command_sent", "parity", "node", written=4, command_sent=6),
+    # A state that the ranks capture once together: its capture; then every rank puts it together out of all shares, and captures its own anew.
+    *drills(TRAINER, "capture.begun capture.published slot.bytes_copied", "shares", bytes_copied=12),
+    *drills(AGENT, "push.chunk_sent arrive.published commit.slot_marked", "shares", chunk_sent=8, slot_marked=3),
+    *drills(TRAINER, "ranges.asked restore.verified capture.begun slot.closed", "shares", "worker"),
+    *drills(AGENT, "ranges.table_read ranges.catalog_written ranges.request_read ranges.chunk_taken ranges.published", "shares", "worker",
+            table_read=4, chunk_taken=8),
+    *drills(AGENT, "ranges.catalog_written ranges.chunk_taken ranges.published push.replicated", "shares", "node", chunk_taken=8),
     # Every copy in memory died.
     *drills(AGENT, "restore.file_slot_begun restore.file_read restore.file_published", "files", "nodes"),
 ]
@@ -184,8 +201,8 @@ class Job:
         self.spec = JOBS[name]
         self.ckpt = cluster.work / f"{name}.ckpt"
         flags = [*self.spec.get("flags", [])]
-        if flags:
-            flags += ["--ckpt-dir", str(self.ckpt)]
+        if "files" in self.spec:
+            flags += [*self.spec["files"], "--ckpt-dir", str(self.ckpt)]
         self.env = dict(self.spec["env"])
         if self.spec.get("grows"):
             self.env["GROW_FILE"] = str(cluster.work / f"{name}.grow")
@@ -204,7 +221,7 @@ class Job:
             shown = self.cluster.job() or {}
             alive = self.cluster.cli("node", "list", check=False).count("ALIVE")
             warm = int(shown.get("spares", 0))
-            filed = "flags" not in self.spec or int(shown.get("persisted_step", -1)) >= 0
+            filed = "files" not in self.spec or int(shown.get("persisted_step", -1)) >= 0
             if (alive == 4 and warm >= self.spares and shown.get("state") == "RUNNING" and len(shown.get("members", [])) == members
                     and int(shown.get("committed_step", -1)) >= newest and filed):
                 return
@@ -302,7 +319,7 @@ class Job:
             raise Failure(f"{self.name} ended as {shown.get('state')}")
         if wrong := self.wrong():
             raise Failure(f"{self.name}: {'; '.join(wrong[:3])}")
-        if self.spec.get("flags"):
+        if "files" in self.spec:
             done = subprocess.run([EVERSTEP, "ckpt", "verify", str(self.ckpt)], check=False, capture_output=True, text=True, timeout=120,
                                   env=self.cluster.env)
             if done.returncode:
@@ -328,6 +345,10 @@ class Job:
 
 
 def choose(args: argparse.Namespace, draw: random.Random) -> list[Drill]:
+    if args.job:
+        if unknown := set(args.job) - set(JOBS):
+            raise Failure(f"no job of the table is called {', '.join(sorted(unknown))}; there are {', '.join(JOBS)}")
+        return [d for d in DRILLS if d.job in args.job and (not args.only or d.label in args.only)]
     if args.only:
         chosen = [d for d in DRILLS if d.label in args.only]
         if unknown := set(args.only) - {d.label for d in chosen}:
@@ -386,6 +407,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=datetime.date.today().toordinal())
     parser.add_argument("--only", action="append", metavar="LABEL")
+    parser.add_argument("--job", action="append", metavar="NAME", help="the drills of one job of the table")
     parser.add_argument("--short", action="store_true")
     parser.add_argument("--list", action="store_true", help="the points, where they stand, and who dies there")
     parser.add_argument("--limit", type=float, default=90.0, help="seconds a recovery may take")
@@ -404,7 +426,7 @@ def main() -> int:
             print(f"{label:26s} {where:48s} {who}")
         print(f"{len(found)} points, {len(DRILLS)} drills")
         return 0
-    again = f"tests/run.sh kills --seed {args.seed}{' --short' if args.short else ''}{''.join(f' --only {label}' for label in args.only or [])}"
+    again = f"tests/run.sh kills --seed {args.seed}{' --short' if args.short else ''}{''.join(f' --only {label}' for label in args.only or [])}{''.join(f' --job {job}' for job in args.job or [])}"
     return verdict("kills", lambda work: kills(args, work), again, keep=args.keep)
 
 

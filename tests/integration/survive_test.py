@@ -1,6 +1,7 @@
 """What `everstep ckpt survive` foretells is what happens: the same nodes are then killed.
 
-Real processes on loopback: four members in two zones and a spare, ranks with states of their own. Each drill asks,
+Real processes on loopback: four members in two zones and a spare, ranks with states of their own, or with one state
+that they capture once together. Each drill asks,
 kills exactly those nodes (agent, keeper, workers), and compares the step, the sources and the bytes with what the
 controller did and with what the ranks found in their state.
 Environment: EVERSTEP_BUILD, the build folder (default build/release).
@@ -35,6 +36,7 @@ def compare(cluster: Cluster, told: dict[str, Any], restores_before: int) -> Non
     assert int(did["step"]) == int(told["step"])
     assert int(did["ranks_local"]) == tiers.count("local")
     assert int(did["ranks_from_peers"]) == tiers.count("peer")
+    assert int(did.get("ranks_by_ranges", 0)) == tiers.count("ranges")
     assert int(did["bytes"]) == int(told["bytes_to_move"])
     cluster.wait("the job running", lambda: cluster.job()["state"] == "RUNNING")
     for found in cluster.began(int(cluster.job()["generation"])):
@@ -132,6 +134,44 @@ def test_what_is_foretold_happens(cluster: Cluster) -> None:
     assert int(told["step"]) == -1
     assert told["ranks_lost"] == sorted(members.index(n) for n in pair)
     for node in pair:
+        cluster.join(node)
+    cluster.wait("a restore", lambda: len(cluster.restores()) > restores)
+    assert cluster.restores()[-1]["step"] == "-1"
+    cluster.wait("the job running", lambda: cluster.job()["state"] == "RUNNING")
+    assert [f["made"] for f in cluster.began(int(cluster.job()["generation"]))] == [0] * 4
+
+
+def test_what_is_foretold_of_a_state_in_shares_happens(cluster: Cluster) -> None:
+    cluster.env["SHARES"] = "1"
+    cluster.wait("five nodes", lambda: list(cluster.nodes().values()).count("ALIVE") == 5)
+    cluster.submit("--nnodes", "4", "--spares", "1")
+    cluster.settled(4)
+    cluster.wait("a warm spare", lambda: cluster.job()["spares"] == 1)
+    placement = cluster.cli("ckpt", "placement", "drill")
+    assert placement["layout"] == "shares"
+    members = cluster.job()["members"]
+
+    # 1. One member: each rank reads the shares of all, the lost one's from its copy.
+    victim = next(n for n in members if ZONES[n] == "a")
+    told, restores = lose(cluster, 4, victim, asked=("--lose", victim))
+    assert told["recoverable"]
+    assert int(told["step"]) == 4
+    assert [s["tier"] for s in told["sources"]] == ["ranges"] * 4
+    # Of four quarters a node holds two, its own and a peer's; the spare, none.
+    assert 2.5 * SHARD <= int(told["bytes_to_move"]) < 2.7 * SHARD
+    compare(cluster, told, restores)
+    assert cluster.job()["members"] == told["members"]
+    cluster.settled(9)
+
+    # 2. A pair that holds both copies of a share: nothing is left of the state, and that is said before.
+    told = cluster.cli("ckpt", "survive", "drill", "--nodes", "2", code=1)
+    assert told["survival"]["probability"] == pytest.approx(2 / 3)
+    pair = told["lost"]
+    told, restores = lose(cluster, -1, *pair, asked=("--lose", ",".join(pair)), code=1)
+    assert not told["recoverable"]
+    assert int(told["step"]) == -1
+    assert len(told["ranks_lost"]) == 2
+    for node in [*pair, victim]:
         cluster.join(node)
     cluster.wait("a restore", lambda: len(cluster.restores()) > restores)
     assert cluster.restores()[-1]["step"] == "-1"

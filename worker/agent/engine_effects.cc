@@ -356,6 +356,8 @@ void Engine::On(const MendShard& e) {
 }
 
 void Engine::On(const MakeShard& e) {
+  if (e.build.shard.built != 0) KillPoint("parity.ordered");
+  if (e.build.shard.built == 0) KillPoint("rebuild.ordered");
   if (transfer_ != nullptr) transfer_->Make(e.job, e.generation, e.build);
 }
 

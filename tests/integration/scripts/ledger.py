@@ -4,7 +4,7 @@ Every rank appends one JSON line a step to $LEDGER/RANK-PID.jsonl: step, generat
 the step, the wall clock. The weights after step n are a function of n and the world size alone, so two entries of
 one step with different CRCs mean that somebody went on from a wrong state.
 
-STATE_MIB adds so many MiB to the state, which change in each step; CAPTURE_MODE is the Checkpointer's mode. GROW_FILE names
+STATE_MIB adds so many MiB to the state, which change in each step; CAPTURE_MODE is the Checkpointer's mode, REPLICATED its replicated. GROW_FILE names
 a file of step numbers, a line each: after these steps the state is a MiB larger. They must be written down some steps ahead.
 SHARDED=1 trains by FSDP2, so that another number of ranks restores by ranges; the CRC is then that of the whole MiBs of STATE_MIB,
 a function of the step alone.
@@ -89,7 +89,7 @@ def main() -> None:
     growing = Growing(os.environ["GROW_FILE"]) if "GROW_FILE" in os.environ else None
     if growing:
         state["growing"] = growing
-    checkpoint = everstep.Checkpointer(state, mode=os.environ.get("CAPTURE_MODE", "blocking"))
+    checkpoint = everstep.Checkpointer(state, mode=os.environ.get("CAPTURE_MODE", "blocking"), replicated=os.environ.get("REPLICATED"))
     first = checkpoint.restore()
     with open(f"{os.environ['LEDGER']}/{rank}-{os.getpid()}.jsonl", "w", buffering=1) as ledger:
         for step in range(first, steps):

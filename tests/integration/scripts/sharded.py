@@ -3,6 +3,7 @@
 $HOLD names a JSON file: {"step": N, "generation": G}. Steps up to N are made; five more by generations later than G
 alone, so that a step is made after a fault and none before it. Each rank writes $LEDGER/GENERATION-RANK.json: the
 step it goes on with, how many steps its state says were made, and how many of its values are not what those make.
+SHARES=1: all hold the same state, and capture it once together.
 """
 
 from __future__ import annotations
@@ -21,19 +22,21 @@ VALUES = 2 << 20
 
 
 class State(nn.Module):
-    def __init__(self, rank: int) -> None:
+    def __init__(self, begin: float) -> None:
         super().__init__()
-        self.register_buffer("values", torch.full((VALUES,), float(rank)))
+        self.values = nn.Parameter(torch.full((VALUES,), begin), requires_grad=False)
         self.register_buffer("made", torch.zeros(1, dtype=torch.int64))
 
 
 def main() -> None:
     dist.init_process_group("gloo")
     rank, generation = dist.get_rank(), int(os.environ["EVERSTEP_GENERATION"])
-    state = State(rank)
-    checkpoint = everstep.Checkpointer({"state": state}, replicated=False, rng=False, commit_wait=30.0)
+    shares = os.environ.get("SHARES") == "1"
+    begin = 0.0 if shares else float(rank)
+    state = State(begin)
+    checkpoint = everstep.Checkpointer({"state": state}, replicated="shares" if shares else False, rng=False, commit_wait=30.0)
     step = checkpoint.restore()
-    wrong = int((state.values != rank + int(state.made)).sum())
+    wrong = int((state.values != begin + int(state.made)).sum())
     told = {"step": step, "made": int(state.made), "wrong": wrong}
     path = Path(os.environ["LEDGER"]) / f"{generation}-{rank}.json"
     path.with_suffix(".new").write_text(json.dumps(told))
