@@ -42,6 +42,14 @@ OptionSpec Horizon() {
 }  // namespace
 
 CommandSpec PlanCommands() {
+  std::vector<OptionSpec> compose = PlanOptions(true);
+  compose.push_back({.name = "speed",
+                     .value = "NODE=PART",
+                     .help =
+                         "a node's part of the usual speed, n3=0.7: what it should do, and what "
+                         "each remedy makes; may stand there several times",
+                     .repeats = true});
+  compose.push_back(Horizon());
   std::vector<OptionSpec> lose = PlanOptions(true);
   lose.push_back(Horizon());
   const std::vector<OptionSpec> join = lose;
@@ -66,10 +74,14 @@ CommandSpec PlanCommands() {
           {.name = "compose",
            .verb = Verb::kPlanCompose,
            .summary = "Which pipelines the nodes run, and how many microbatches each",
-           .description = "The fastest that there is, with at least F + 1 copies of each layer.",
-           .options = PlanOptions(true),
+           .description =
+               "The fastest that there is, with at least F + 1 copies of each layer. With --speed: "
+               "for nodes that are slower, fewer microbatches, then fewer layers, then leaving, "
+               "whichever is cheapest.",
+           .options = compose,
            .examples = {{"everstep plan compose --profile gpt.csv --nodes 13 --batch 512", ""},
-                        {"everstep plan compose --profile gpt.csv --svg plan.svg", ""}}},
+                        {"everstep plan compose --profile gpt.csv --svg plan.svg", ""},
+                        {"everstep plan compose --profile gpt.csv --speed n3=0.7", ""}}},
           {.name = "lose",
            .verb = Verb::kPlanLose,
            .summary = "The plan after losing nodes, and what it moves",

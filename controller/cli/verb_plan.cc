@@ -8,6 +8,7 @@
 #include <optional>
 #include <sstream>
 
+#include "controller/cli/plan_pace.h"
 #include "controller/cli/table.h"
 #include "controller/cli/units.h"
 #include "controller/cli/verbs.h"
@@ -323,6 +324,15 @@ VerbResult RunPlanCompose(Context& context) {
     return written.error();
   }
   const pl::Library& library = asked.value().library;
+  if (context.args.Has("speed")) {
+    const Result<std::int64_t> horizon = HorizonNs(context);
+    if (!horizon.ok()) return horizon.error();
+    const Result<std::string> shown = PacesShown(library, seated.value(), context.args.Get("speed"),
+                                                 horizon.value(), context.render, context.json());
+    if (!shown.ok()) return shown.error();
+    context.Out(shown.value());
+    return ExitCode::kOk;
+  }
   if (context.json()) {
     context.Out(fmt::format("{{\"apiVersion\":\"everstep/v1\",\"kind\":\"Plan\",{}}}\n",
                             SeatedJson(library, seated.value())));

@@ -230,6 +230,8 @@ Result<po::Rules> RulesOf(const Context& context) {
 Result<std::vector<po::Policy>> PoliciesOf(const Context& context) {
   std::vector<po::Policy> policies;
   std::vector<std::string_view> names;
+  names.reserve(po::Policies().size());
+  policies.reserve(po::Policies().size());
   for (const po::PolicyName& known : po::Policies()) names.push_back(known.name);
   for (const std::string& word : Words(context.args.Get("policy"))) {
     const auto found = std::find(names.begin(), names.end(), word);
@@ -462,6 +464,9 @@ VerbResult RunSimulate(Context& context) {
   all.reserve(traces.value().size() * models.value().size());
   for (const po::Trace& trace : traces.value()) {
     for (const po::Model& model : models.value()) {
+      if (const auto refused = po::TooManySteps(trace, model)) {
+        return Refused(trace.name, *refused);
+      }
       all.push_back(po::Simulate(trace, model, rules.value(), policies.value()));
       items.push_back(SimulationJson(all.back(), model));
     }

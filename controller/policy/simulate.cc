@@ -96,6 +96,15 @@ const std::vector<PolicyName>& Policies() {
   return policies;
 }
 
+std::optional<Refusal> TooManySteps(const Trace& trace, const Model& model) {
+  const double steps = static_cast<double>(trace.end_ms) / 1000 * model.best.back() / model.batch;
+  if (steps <= static_cast<double>(kMostSteps)) return std::nullopt;
+  return Refusal{fmt::format("{:.1f} hours with iterations of {:.6f} s are {:.0f} steps",
+                             static_cast<double>(trace.end_ms) / 3.6e6,
+                             model.batch / model.best.back(), steps),
+                 fmt::format("at most {}: a larger batch, or a shorter trace", kMostSteps)};
+}
+
 Simulation Simulate(const Trace& trace, const Model& model, const Rules& rules,
                     const std::vector<Policy>& policies) {
   Simulation out{.trace = trace.name, .model = model.name};

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -41,6 +42,12 @@ struct Simulation {
   }
 };
 
+inline constexpr std::int64_t kMostSteps = 20'000'000;
+
+// Why the trace is too long for so quick a model: more than kMostSteps steps. Nothing: it is not.
+std::optional<Refusal> TooManySteps(const Trace& trace, const Model& model);
+
+// REQUIRES not TooManySteps.
 Simulation Simulate(const Trace& trace, const Model& model, const Rules& rules,
                     const std::vector<Policy>& policies);
 

@@ -14,6 +14,7 @@ namespace {
 
 std::vector<Policy> Everyone() {
   std::vector<Policy> all;
+  all.reserve(Policies().size());
   for (const PolicyName& name : Policies()) all.push_back(name.policy);
   return all;
 }

@@ -73,6 +73,7 @@ inline ModelTable EvenTable() {
   table.rebalance_s = 10;
   table.redundant_stages = 4;
   table.grid = {.first = 4, .speeds = {}};
+  table.grid.speeds.reserve(13);
   for (int n = 4; n <= 16; ++n) table.grid.speeds.push_back(n);
   table.templates = table.grid;
   table.redundant = {.first = 4, .speeds = {2, 2, 2, 2, 4, 4, 4, 4, 6, 6, 6, 6, 8}};

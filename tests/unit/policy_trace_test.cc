@@ -5,6 +5,7 @@
 
 #include "controller/planner/compose.h"
 #include "controller/policy/model.h"
+#include "controller/policy/simulate.h"
 #include "controller/policy/spot.h"
 #include "controller/policy/table_text.h"
 #include "controller/policy/trace.h"
@@ -174,6 +175,16 @@ TEST(Model, IsNotClampedBelowItsTable) {
   const auto library = planner::MakeLibrary(model.profile, {.nodes = 16, .faults = 1}).value();
   const auto best = planner::Compose(library, {.nodes = 16, .microbatches = model.microbatches});
   EXPECT_NEAR(static_cast<double>(best.value().time_ns), 4e9, 0.2e9) << "64 samples at 16 a second";
+}
+
+TEST(Model, ATraceOfTooManyStepsIsRefused) {
+  const Trace hour = models::Written({{0, true, 1, 16}}, 3'600'000);
+  EXPECT_FALSE(TooManySteps(hour, models::EvenModel()).has_value());
+  Model quick = models::EvenModel();
+  quick.batch = 0.001;
+  const auto refused = TooManySteps(hour, quick);
+  ASSERT_TRUE(refused.has_value());
+  EXPECT_NE(refused->what.find("57600000 steps"), std::string::npos) << refused->what;
 }
 
 TEST(Model, PlannedSpeedsAreThoseOfThePlanner) {
