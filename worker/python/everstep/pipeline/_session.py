@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from everstep._attach import attach
+from everstep._library import Client
 from everstep.session import Session
 
 _LEAST_PATIENCE, _MOST_PATIENCE = 0.1, 1.5  # seconds; the agent kills who has not parked after 5
@@ -23,15 +25,22 @@ class PipelineSession(Session):
         self.training = False  # it has its place; else it leaves at once
         self._asked_at: float | None = None
         self._seconds: list[float] = []
+        self._agent: Client | None = None  # attached while a generation lasts, to tell of steps
+        self._attached = False
 
     @property
     def asked(self) -> bool:
         """To leave."""
         return self._link is not None and self._link.asked
 
-    def took(self, seconds: float) -> None:
-        """A step."""
+    def took(self, step: int, seconds: float) -> None:
+        """A step: the node's agent is told, so that the controller sees progress."""
         self._seconds = [*self._seconds[-8:], seconds]
+        if not self._attached:
+            self._attached = True
+            self._agent, _ = attach("Pipeline", commit_wait=0.0)
+        if self._agent is not None:
+            self._agent.report_step(step)
 
     def leave_together(self) -> None:
         """Some rank was asked to leave when it voted, so this one is or will be."""
@@ -51,6 +60,12 @@ class PipelineSession(Session):
             self._asked_at = now
         if not self.training or now - self._asked_at >= self._patience:
             super()._leave()
+
+    def _close_checkpoint(self) -> None:
+        super()._close_checkpoint()
+        agent, self._agent, self._attached = self._agent, None, False
+        if agent is not None:
+            agent.close()
 
     def _become(self, resume: Any) -> None:
         self._asked_at, self.training = None, False

@@ -227,7 +227,7 @@ class Pipeline:
             began = time.perf_counter()
             loss, leave, ended = self._take_step(session, layout, stop)
             seconds = time.perf_counter() - began
-            session.took(seconds)
+            session.took(self._version - 1, seconds)
             if on_step is not None:
                 on_step(Report(self._version - 1, loss, seconds, session.generation, session.rank,
                                session.world_size, len(layout.ranks)))
