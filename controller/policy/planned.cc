@@ -257,6 +257,11 @@ class Planned : public Replay {
       if (Seated(node)) leaving_.push_back(node);
     }
     leave_by_us_ = at_us;
+    if (!leaving_.empty() && stepping() && boundary_us() > at_us) {
+      // No boundary comes before: as if they were lost now, while their pipelines have done least.
+      ++report().stopped;
+      Repair(std::exchange(leaving_, {}));
+    }
     PlanGrowth();
   }
 
