@@ -134,6 +134,7 @@ std::optional<Partition> BestPacedPartition(const ShapeCosts& costs, const Parti
   // Some stage takes at least its pace's part of all the work.
   std::int64_t all_paces = 0;
   for (const std::uint32_t pace : paces) all_paces += pace;
+  EVERSTEP_CHECK(all_paces > 0);
   const std::int64_t least = costs.time.back() * kUsualPace / all_paces;
   std::vector<Range3> ranges;
   for (std::uint32_t k = 0; k < stages; ++k) {

@@ -38,7 +38,7 @@ Partition MeasurePaced(const ShapeCosts& costs, std::vector<std::uint32_t> cuts,
                        const std::vector<std::uint32_t>& paces);
 
 // The division with the least T(4S) among those that fit the memory, of equals the first one.
-// REQUIRES a pace for each stage. Nothing: not so many layers, or none fits.
+// REQUIRES a pace above 0 for each stage. Nothing: not so many layers, or none fits.
 std::optional<Partition> BestPacedPartition(const ShapeCosts& costs, const PartitionInput& input,
                                             const std::vector<std::uint32_t>& paces);
 
