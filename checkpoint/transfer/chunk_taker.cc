@@ -1,8 +1,8 @@
 #include "checkpoint/transfer/chunk_taker.h"
 
 #include <fmt/format.h>
+#include <unistd.h>
 
-#include <cstring>
 #include <memory>
 #include <new>
 #include <optional>
@@ -66,15 +66,18 @@ Outcome ReadChunks(Arena* arena, const SlotName& name, ChunkTaker* taker) {
     return Error{ErrorCode::kCorrupt,
                  fmt::format("{}: {}: its header fails its checksum", arena->Name(), name.Text())};
   }
-  const unsigned char* data = arena->Payload(*view);
   auto own = OneChunk();
-  if (!own.ok() || data == nullptr) {
-    return Error{ErrorCode::kNoMemory, fmt::format("{}: no memory to read it", arena->Name())};
-  }
+  if (!own.ok()) return own.error();
   for (const std::uint32_t chunk : taker->Lacks(view->fields)) {
     const std::uint32_t bytes = view->chunk_size(chunk);
-    // Its trainer may write this slot: the bytes that are checked are those that are taken.
-    std::memcpy(own.value().get(), data + std::uint64_t{chunk} * kChunkBytes, bytes);
+    // Its trainer may write this slot: the bytes that are checked are those that are taken. Read,
+    // as to map the slot for one pass costs more than the pass.
+    const std::uint64_t at = view->extent_offset + std::uint64_t{chunk} * kChunkBytes;
+    if (pread(arena->fd(), own.value().get(), bytes, static_cast<off_t>(at)) !=
+        static_cast<ssize_t>(bytes)) {
+      return Error{ErrorCode::kInternal, fmt::format("{}: chunk {} of {} cannot be read",
+                                                     arena->Name(), chunk, name.Text())};
+    }
     if (Crc32c(own.value().get(), bytes) != crcs.value()[chunk]) {
       if (!arena->Current(*view)) {
         return Error{ErrorCode::kStale, fmt::format("{}: {} was overwritten while it was read",

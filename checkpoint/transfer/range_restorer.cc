@@ -213,10 +213,28 @@ class TableTaker final : public ChunkTaker {
   std::string table_;
 };
 
+// The slot that is put together by several readers: each maps the memory that it is first to fill.
+class Target {
+ public:
+  Target(SlotWriter* writer, std::uint64_t bytes)
+      : writer_(writer), data_(writer->Chunk(0)), touched_(ChunkCount(bytes)) {}
+  void Put(std::uint64_t dest, const unsigned char* from, std::uint32_t bytes) {
+    for (std::uint64_t i = dest / kChunkBytes; i <= (dest + bytes - 1) / kChunkBytes; ++i) {
+      if (!touched_[i].exchange(true, std::memory_order_relaxed)) writer_->TouchChunk(i);
+    }
+    std::memcpy(data_ + dest, from, bytes);
+  }
+
+ private:
+  SlotWriter* const writer_;
+  unsigned char* const data_;
+  std::vector<std::atomic<bool>> touched_;
+};
+
 class PieceTaker final : public ChunkTaker {
  public:
-  PieceTaker(const ShardReads& reads, unsigned char* dest, const std::atomic<bool>* cancel)
-      : reads_(reads), dest_(dest), cancel_(cancel), taken_(reads.chunks.size()) {}
+  PieceTaker(const ShardReads& reads, Target* target, const std::atomic<bool>* cancel)
+      : reads_(reads), target_(target), cancel_(cancel), taken_(reads.chunks.size()) {}
   std::vector<std::uint32_t> Lacks(const SlotFields&) override {
     std::vector<std::uint32_t> chunks;
     for (std::size_t i = 0; i < taken_.size(); ++i) {
@@ -230,7 +248,7 @@ class PieceTaker final : public ChunkTaker {
     KillPoint("ranges.chunk_taken");
     const std::uint64_t begin = std::uint64_t{chunk} * kChunkBytes;
     for (const RangePiece& piece : PiecesOf(reads_, chunk, kChunkBytes)) {
-      std::memcpy(dest_ + piece.dest, data + (piece.source - begin), piece.bytes);
+      target_->Put(piece.dest, data + (piece.source - begin), piece.bytes);
     }
     const auto at = std::lower_bound(reads_.chunks.begin(), reads_.chunks.end(), chunk);
     taken_[static_cast<std::size_t>(at - reads_.chunks.begin())] = 1;
@@ -239,7 +257,7 @@ class PieceTaker final : public ChunkTaker {
 
  private:
   const ShardReads& reads_;
-  unsigned char* const dest_;
+  Target* const target_;
   const std::atomic<bool>* const cancel_;
   std::vector<std::uint8_t> taken_;
 };
@@ -325,11 +343,13 @@ Result<SlotView> BringCatalog(const RangeSources& sources, const LocalRank& loca
 }
 
 Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local,
-                             const SlotView& request, const std::vector<ShardTier>& tiers) {
+                             const SlotView& request, const std::vector<ShardTier>& tiers,
+                             Arena* memory) {
   const RestoreCut& cut = *local.restore.cut;
-  auto target = Reopen(local.arena);
-  if (!target.ok()) return target.error();
-  Arena& arena = target.value();
+  auto opened = Reopen(local.arena);
+  if (!opened.ok()) return opened.error();
+  *memory = std::move(opened.value());
+  Arena& arena = *memory;
   if (auto ok = arena.Verify(request); !ok.ok()) return ok.error();
   const auto read = ReadRequest(arena.Payload(request), request.fields.payload_bytes);
   if (!read.ok()) return read.error();
@@ -352,14 +372,15 @@ Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local
     return Error{ErrorCode::kInvalid, "the trainer's request for ranges: " + plan.error};
   }
   const std::uint64_t bytes = data_bytes + wants.table.size();
-  auto begun = SlotWriter::Begin(&arena, request.slot, bytes);
+  auto begun = SlotWriter::Begin(&arena, request.slot, bytes, Touch::kByChunk);
   if (!begun.ok()) return begun.error();
   SlotWriter& writer = begun.value();
   unsigned char* const dest = writer.Chunk(0);
   for (const auto& [from, to] : plan.gaps) std::memset(dest + from, 0, to - from);
+  Target target(&writer, bytes);
   const CutReader reader(sources, local);
   const auto brought = ForEach(plan.shards.size(), [&](std::size_t i) {
-    PieceTaker taker(plan.shards[i], dest, &local.cancel);
+    PieceTaker taker(plan.shards[i], &target, &local.cancel);
     ShardTier tier = ShardTier::kPeer;
     return reader.Read(cut.shards[static_cast<std::size_t>(plan.shards[i].rank)], &taker, &tier);
   });

@@ -37,8 +37,10 @@ Result<SlotView> BringCatalog(const RangeSources& sources, const LocalRank& loca
                               std::vector<ShardTier>* tiers);
 
 // `request`: the slot as the trainer left it. The slot's view, a state of this generation, world
-// and rank; kInvalid when the request makes no sense.
+// and rank; kInvalid when the request makes no sense. `memory`: becomes the arena that it wrote
+// through; to unmap it takes a while, so the caller closes it when the state has been told of.
 Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local,
-                             const SlotView& request, const std::vector<ShardTier>& tiers);
+                             const SlotView& request, const std::vector<ShardTier>& tiers,
+                             Arena* memory);
 
 }  // namespace everstep::checkpoint

@@ -449,9 +449,10 @@ void Service::Ask(const LocalPtr& local) {
 
 // The second half: it has said what it wants.
 void Service::Answer(const LocalPtr& local, const SlotView& request) {
+  Arena memory;
   const auto view = Bring(local, RestoreState::kReady, [&](const JobFacts& facts) {
     const RangeSources sources{options_, host_, files_, facts, OwnAddress()};
-    return BringRanges(sources, *local, request, local->tiers);
+    return BringRanges(sources, *local, request, local->tiers, &memory);
   });
   if (!view) return;
   local->restored = true;
