@@ -1,10 +1,11 @@
 """What a capture costs: two nodes on loopback with their agents and keepers, a state of 64 float32 tensors.
 
 Cases first-SIZE (a fresh arena's first save), blocking-SIZE, overlapped-SIZE and shares-SIZE (from the second save on; shares:
-both ranks hold the state, each captures half of it, and both restore all of it at once). Metrics,
+both ranks hold the state, each captures half of it, and both restore all of it at once). With --modes alone,copies3,parity:
+four nodes, a state of SIZE each, kept on no other node, on two others, or by rs(2+2), which survives as much. Metrics,
 each a multiple (x) of one warm memcpy of the same bytes in the same process, measured around it:
   blocked     how long the training waits: step(), and in overlapped mode optimizer.step()'s wait for the copy
-  replicated  from step() until the step is committed: checked on the peer's node and recorded by the controller
+  replicated  from step() until the step is committed: checked on the peer's node (its parities made) and recorded by the controller
   step_time   overlapped: of a step of 20 memcpys' computation with a capture beside it, a multiple of one without
   restored    restore() of a new process after SIGKILL, from the node's memory, every byte checked
 """
@@ -21,11 +22,14 @@ from pathlib import Path
 from common import BIN, ROOT, Results, before_all_others, free_port
 
 SCRIPT = ROOT / "tests/bench/scripts/capture.py"
-SIZES = {"64MiB": 64 << 20, "1GiB": 1 << 30}
+SIZES = {"16MiB": 16 << 20, "64MiB": 64 << 20, "1GiB": 1 << 30}
+KEPT = {"alone": "replicate(1)", "copies3": "replicate(3)", "parity": "rs(2+2)"}  # by mode, on four nodes
 
 
 def launch(everstep: Path, mode: str, size: int, steps: int, limit: float, realtime: bool) -> list[dict]:
-    """One job of two nodes; the lines that rank 0 wrote."""
+    """One job of two nodes, or four; the lines that rank 0 wrote."""
+    count = 4 if mode in KEPT else 2
+    flags = ["--redundancy", KEPT[mode]] if mode in KEPT else []
     with tempfile.TemporaryDirectory(prefix="esc-", dir="/tmp") as folder:
         out = Path(folder) / "out"
         env = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "EVERSTEP_", "TORCHELASTIC", "CAPTURE_"))}
@@ -35,8 +39,8 @@ def launch(everstep: Path, mode: str, size: int, steps: int, limit: float, realt
         port = free_port()
         nodes = []
         try:
-            for i in range(2):
-                args = ["run", "--state-dir", f"{folder}/s{i}", "--nnodes", "2", "--nproc-per-node", "1",
+            for i in range(count):
+                args = ["run", "--state-dir", f"{folder}/s{i}", "--nnodes", str(count), "--nproc-per-node", "1", *flags,
                         "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", f"bench{port}",
                         "--node-rank", str(i), "--max-restarts", "3", str(SCRIPT)]
                 nodes.append(subprocess.Popen([str(everstep), *args], env=env, stdin=subprocess.DEVNULL,

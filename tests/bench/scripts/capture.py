@@ -1,5 +1,5 @@
 """What tests/bench/capture.py launches: rank 0 holds the state and measures, rank 1 is its peer's trainer, or holds the
-same state and captures the other half of it (shares).
+same state and captures the other half of it (shares), or three others hold as much each (alone, copies3, parity).
 
 Generation 1 captures, writes its figures and kills itself; generation 2 restores from the node's memory and
 writes how long that took. Every figure is a multiple of one warm memcpy of the same bytes in the same process,
@@ -50,12 +50,13 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     shares = MODE == "shares"
-    size = BYTES if RANK == 0 or shares else 4096
+    each = MODE in ("alone", "copies3", "parity")  # every rank has a state of its own
+    size = BYTES if RANK == 0 or shares or each else 4096
     model = nn.ParameterList([torch.rand(size // TENSORS // 4) for _ in range(TENSORS)])
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     copy = Copier(size)
     ck = everstep.Checkpointer({"model": model, "optimizer": optimizer}, replicated="shares" if shares else False, commit_wait=60.0,
-                               mode="blocking" if shares else MODE)
+                               mode="blocking" if shares or each else MODE)
     dist.barrier()
     began = time.perf_counter()
     start = ck.restore()
