@@ -7,7 +7,9 @@
 #                                   the simulator: N worlds from seed S on (20000 take some minutes)
 #   tests/run.sh integration        real processes: keeper, agent, arena under SIGKILL
 #   tests/run.sh e2e                real PyTorch: conformance with torchrun, recovery, CLI
-#   tests/run.sh soak [--faults N]  N random real faults on a running job of four nodes (1000 take about two hours)
+#   tests/run.sh soak [--faults N] [--job pipeline]
+#                                   N random real faults on a running job of four nodes (1000 take about two hours), or on
+#                                   an everstep.Pipeline on five
 #   tests/run.sh kills [--seed S]   SIGKILL at every labelled point of the checkpoint plane, in real jobs; --list
 #   tests/run.sh fuzz [--seconds N] [--only NAME]
 #                                   libFuzzer on each parser (needs clang); 600 seconds each are the long form
@@ -132,6 +134,6 @@ case $part in
   asan) sanitizer asan 'unit|datadriven|property|sim|integration' ;;
   tsan) sanitizer tsan 'unit|datadriven|property|threads' ;;
   lint) lint "$@" ;;
-  -h | --help | help) sed -n '2,21p' "$0" | sed 's/^# \{0,1\}//' ;;
-  *) echo "error: tests/run.sh has no part '$part'" >&2; sed -n '4,19p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2 ;;
+  -h | --help | help) sed -n '2,23p' "$0" | sed 's/^# \{0,1\}//' ;;
+  *) echo "error: tests/run.sh has no part '$part'" >&2; sed -n '4,21p' "$0" | sed 's/^# \{0,1\}//' >&2; exit 2 ;;
 esac

@@ -52,13 +52,14 @@ def children(pid: int) -> list[int]:
 class Node:
     """One launcher process and whatever it brought."""
 
-    def __init__(self, system: str, args: list[str], work: Path, index: int) -> None:
+    def __init__(self, system: str, args: list[str], work: Path, index: int, script: Path = SCRIPT,
+                 env_more: dict[str, str] | None = None) -> None:
         self.system, self.state = system, work / f"s{index}"
         self.said: list[tuple[float, str]] = []
         env = {k: v for k, v in os.environ.items() if not k.startswith(("PET_", "EVERSTEP", "TORCHELASTIC"))}
-        env |= {"MARKS": str(work / "marks"), "OMP_NUM_THREADS": "1"}
+        env |= {"MARKS": str(work / "marks"), "OMP_NUM_THREADS": "1"} | (env_more or {})
         command = [str(BIN / "torchrun")] if system == "torchrun" else [str(BIN / "everstep"), "run", "--state-dir", str(self.state)]
-        self.process = subprocess.Popen([*command, *args, str(SCRIPT)], env=env, stdin=subprocess.DEVNULL,
+        self.process = subprocess.Popen([*command, *args, str(script)], env=env, stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
         self.reader = threading.Thread(target=self._read, daemon=True)
         self.reader.start()

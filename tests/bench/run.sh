@@ -7,6 +7,7 @@
 #   startup     `everstep run --standalone` of a trivial script beside torchrun's
 #   capture     what Checkpointer.step() costs, in plain memcpys of the same bytes, two nodes
 #   controller  heartbeats a second, decision p99, memory
+#   pipeline    everstep.Pipeline beside torch.distributed.pipelining by hand; survivors of a loss and of a join
 #   planner     templates for every number of nodes, which of them N nodes run, and plans after a loss
 #   placement   copies of 1,024 nodes' state placed over four levels of failure domains, and what they survive
 #   parity      parity of shards made and used, beside a memcpy of the same bytes
@@ -19,7 +20,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 name=${1:-}
 case $name in
-  recovery | startup | capture | restore | rivals | scenarios) shift; exec .venv/bin/python "tests/bench/$name.py" "$@" ;;
+  recovery | startup | capture | pipeline | restore | rivals | scenarios) shift; exec .venv/bin/python "tests/bench/$name.py" "$@" ;;
   controller | parity | placement | planner | store | transfer) shift; exec "build/release/tests/${name}_bench" "$@" ;;
-  *) sed -n '2,17p' "$0" | sed 's/^# \{0,1\}//' >&2; [ -z "$name" ] || echo "error: no benchmark '$name'" >&2; exit 2 ;;
+  *) sed -n '2,18p' "$0" | sed 's/^# \{0,1\}//' >&2; [ -z "$name" ] || echo "error: no benchmark '$name'" >&2; exit 2 ;;
 esac

@@ -101,15 +101,16 @@ class Cluster:
             raise Failure(f"everstep {' '.join(args)} ended with {done.returncode}: {done.stderr.strip()}")
         return done.stdout
 
-    def start_job(self, name: str, nodes: int | str, spares: int, *flags: str, per_node: int = 1, **extra: str) -> None:
-        """scripts/ledger.py on `nodes` nodes (or MIN:MAX); its ledger is work/NAME. extra: more of its environment."""
+    def start_job(self, name: str, nodes: int | str, spares: int, *flags: str, per_node: int = 1, script: Path = SCRIPT,
+                  **extra: str) -> None:
+        """scripts/ledger.py (or another script that writes such a ledger) on `nodes` nodes (or MIN:MAX); its ledger is work/NAME. extra: more of its environment."""
         self.job_name, self.world = name, int(str(nodes).rpartition(":")[2]) * per_node
         self.ledger, self.stop_file = self.work / name, self.work / f"{name}.stop"
         self.ledger.mkdir()
         self.committed: list[tuple[float, int]] = []
         env = self.env | {"LEDGER": str(self.ledger), "STOP_FILE": str(self.stop_file)} | extra
         command = [EVERSTEP, "run", "--name", name, "--nnodes", str(nodes), "--spares", str(spares), "--nproc-per-node",
-                   str(per_node), "--max-restarts", "1000000", *flags, str(SCRIPT)]
+                   str(per_node), "--max-restarts", "1000000", *flags, str(script)]
         with open(self.work / f"{name}.log", "w") as output:
             self.run = subprocess.Popen(self.inside(*command), stdout=output, stderr=subprocess.STDOUT, env=env, stdin=subprocess.DEVNULL)
 
@@ -149,12 +150,15 @@ class Cluster:
             time.sleep(0.05)
         raise Failure(f"no {count} steps of every rank within {limit:.0f} s")
 
-    def longest_gap(self, since: float) -> float:
-        """Seconds from one rank's step to its next, at most, from the last ones before `since` on."""
+    def longest_gap(self, since: float, same: bool = False) -> float:
+        """Seconds from one rank's step to its next, at most, from the last ones before `since` on. same: of processes
+        that still make steps, whatever their ranks."""
         entries = ledger.read(self.ledger, since - 10)
+        newest = max((e.generation for e in entries), default=0)
+        whose = [[e.at for e in entries if e.pid == pid] for pid in {e.pid for e in entries if e.generation == newest}] if same else \
+            [[e.at for e in entries if e.rank == rank] for rank in range(self.world)]
         worst = 0.0
-        for rank in range(self.world):
-            times = [e.at for e in entries if e.rank == rank]
+        for times in whose:
             times = times[max(0, sum(at <= since for at in times) - 1):]
             worst = max([worst, *(b - a for a, b in itertools.pairwise(times))])
         return worst

@@ -1,0 +1,198 @@
+"""Pipelines beside a program by hand, and how survivors of a loss and a join get on.
+
+Cases of throughput (--cases throughput): 1 x 2 is one pipeline of two stages, 2 x 2 two of them side by side. The same training
+by everstep.Pipeline and by torch.distributed.pipelining, in the same processes, in blocks of --steps steps in turn
+(by_hand.py); first some steps from the same weights, whose losses must agree. step: seconds of a step on the wall clock;
+processor: processor seconds of a step, all ranks together, which a busy machine disturbs less; ratio: everstep to by hand,
+of neighbouring blocks.
+
+Cases of recovery (--cases recovery, join), four nodes of one rank (scripts/survivor.py), a microbatch lasts --pause seconds
+more; level 2: a DDP loop in everstep.Session, level 3: everstep.Pipeline with pipelines of two stages.
+  rank_sigkill   one worker dies; its agent starts another one, which is waited for
+  node_sigkill   a node dies whole; three go on
+  next_step      SIGKILL to the first optimizer step of the next generation, on the slowest survivor
+  without_step   of it, what was not that step's own duration on that rank: the redone microbatches taken off
+  join           a fifth node joins, its interpreter cold: longest time from step to step on who was there before, over the median before
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from common import ROOT, Results, free_port
+from recovery import Node, marks, wait_for
+
+SCRIPT = ROOT / "tests/bench/scripts/survivor.py"
+TORCHFT = "torchft's survivors: 5.1 s"
+
+
+def throughput(results: Results, args: argparse.Namespace) -> None:
+    import by_hand  # PyTorch: only where it is needed
+
+    for stages, pipelines in ((2, 1), (2, 2)):
+        case = f"throughput {pipelines} x {stages}"
+        shape = by_hand.Shape(stages, pipelines, args.width, args.blocks)
+        with tempfile.TemporaryDirectory(prefix="esb-") as folder:
+            outcomes = by_hand.compare(shape, args.rounds, args.steps, Path(folder))
+        for row in by_hand.figures(outcomes, args.steps):
+            for system in ("by hand", "everstep"):
+                results.add(case, system, "step", "s", row[system])
+                results.add(case, system, "processor", "s", row[f"{system} cpu"])
+            results.add(case, "everstep / by hand", "step", "x", row["everstep"] / row["by hand"], "1.03")
+            results.add(case, "everstep / by hand", "processor", "x", row["everstep cpu"] / row["by hand cpu"])
+
+
+class Job:
+    """Nodes of one rank each, and the steps that they mark."""
+
+    def __init__(self, work: Path, level: int, nodes: int, pause: float) -> None:
+        self.work = work
+        (work / "marks").mkdir()
+        port = free_port()
+        self.args = ["--max-restarts", "10", "--nnodes", "2:5", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
+                     "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", f"bench{port}"]
+        self.env = {"LEVEL": str(level), "PAUSE": str(pause)}
+        self.nodes: list[Node] = []
+        for i in range(nodes):
+            self.start()
+            if i == 0:
+                self.until("a controller", lambda: (work / "s0/controller/pid").exists(), 60)
+
+    def start(self) -> None:
+        self.nodes.append(Node("everstep", self.args, self.work, len(self.nodes), SCRIPT, self.env))
+
+    def until(self, what: str, there: Callable[[], object], limit: float) -> None:
+        if not wait_for(there, limit):
+            said = "".join(line for node in self.nodes for _, line in node.said[-20:])
+            raise SystemExit(f"error: not within {limit:.0f} s: {what}\n{said}")
+
+    def steps(self) -> dict[int, list[dict[str, Any]]]:
+        """Process id -> its steps."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        for each in marks(self.work):
+            found.setdefault(each["pid"], []).append(each)
+        return found
+
+    def at(self, world: int, count: int, limit: float) -> dict[int, int]:
+        """Process id -> generation, once `world` ranks have made `count` steps in a generation of so many."""
+        found: dict[int, int] = {}
+
+        def there() -> bool:
+            now = {pid: [s for s in each if s["generation"] == each[-1]["generation"]] for pid, each in self.steps().items()}
+            found.clear()
+            found.update({pid: each[-1]["generation"] for pid, each in now.items()
+                          if each[-1]["world"] == world and len(each) >= count})
+            newest = max(found.values(), default=0)
+            for pid in [pid for pid, generation in found.items() if generation < newest]:
+                del found[pid]
+            return len(found) == world
+
+        self.until(f"{count} steps of {world} ranks", there, limit)
+        return dict(found)
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            node.kill()
+        for node in self.nodes:
+            node.process.wait(10)
+
+
+def loss(level: int, case: str, pause: float, limit: float) -> dict[str, float | None]:
+    with tempfile.TemporaryDirectory(prefix="esb-", dir="/tmp") as folder:
+        job = Job(Path(folder), level, 4, pause)
+        try:
+            before = job.at(4, 10, limit)
+            victim = job.nodes[-1]  # the first one has the controller
+            (pid,) = set(victim.pids()) & set(before)
+            generation = max(before.values())
+            killed = time.time()
+            if case == "node_sigkill":
+                victim.kill()
+            else:
+                os.kill(pid, signal.SIGKILL)
+
+            def firsts() -> list[dict[str, Any]]:
+                """The first step of the next generation on each survivor."""
+                return [new[0] for p, each in job.steps().items() if p != pid and p in before
+                        for new in [[s for s in each if s["generation"] > generation]] if new]
+
+            if not wait_for(lambda: len(firsts()) == 3, limit):
+                return {"next_step": None, "without_step": None}
+            last = max(firsts(), key=lambda s: s["at"])
+            usual = [s["seconds"] for s in job.steps()[last["pid"]] if s["generation"] == generation][-10:]
+            return {"next_step": last["at"] - killed, "without_step": last["at"] - killed - last["seconds"],
+                    "step": statistics.median(usual)}
+        finally:
+            job.stop()
+
+
+def join(level: int, pause: float, limit: float) -> dict[str, float | None]:
+    with tempfile.TemporaryDirectory(prefix="esb-", dir="/tmp") as folder:
+        job = Job(Path(folder), level, 4, pause)
+        try:
+            before = job.at(4, 10, limit)
+            began = time.time()
+            job.start()
+            after = job.at(5, 5, limit)
+            stayed = set(before) & set(after)
+            if len(stayed) != 4:
+                raise SystemExit(f"error: {4 - len(stayed)} of 4 processes did not outlive a join")
+            pid = min(stayed)
+            times = [s["at"] for s in job.steps()[pid]]
+            gaps = [(b, b - a) for a, b in zip(times, times[1:])]
+            usual = statistics.median([gap for at, gap in gaps if at < began][-10:])
+            longest = max(gap for at, gap in gaps if at >= began)
+            return {"step": usual, "longest": longest, "longest / step": longest / usual}
+        finally:
+            job.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default="throughput,recovery,join")
+    parser.add_argument("--runs", type=int, default=3, help="of recovery and join")
+    parser.add_argument("--rounds", type=int, default=8, help="blocks of throughput")
+    parser.add_argument("--steps", type=int, default=5, help="of a block")
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--pause", type=float, default=0.02)
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a run counts as never recovered")
+    parser.add_argument("--levels", default="2,3")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--markdown", action="store_true")
+    args = parser.parse_args()
+    results = Results("pipeline")
+    cases = args.cases.split(",")
+    if unknown := set(cases) - {"throughput", "recovery", "join"}:
+        sys.exit(f"error: no case {min(unknown)}: throughput, recovery, join")
+    if "throughput" in cases:
+        throughput(results, args)
+    drills: list[tuple[str, Callable[[int], dict[str, float | None]]]] = []
+    if "recovery" in cases:
+        drills += [(case, lambda level, case=case: loss(level, case, args.pause, args.limit))  # type: ignore[misc]
+                   for case in ("rank_sigkill", "node_sigkill")]
+    if "join" in cases:
+        drills.append(("join", lambda level: join(level, args.pause, args.limit)))
+    goals = {"without_step": f"0.25; {TORCHFT}", "longest / step": "1.5"}
+    for name, drill in drills:
+        for i in range(args.runs):
+            for level in map(int, args.levels.split(",")):
+                out = drill(level)
+                print(f"{name} level {level} {i + 1}/{args.runs}: " + "  ".join(
+                    f"{metric} {'never' if value is None else f'{value:.3f}'}" for metric, value in out.items()), flush=True)
+                for metric, value in out.items():
+                    results.add(name, f"level {level}", metric, "x" if "/" in metric else "s", value, goals.get(metric, ""))
+    results.finish(args)
+
+
+if __name__ == "__main__":
+    main()
