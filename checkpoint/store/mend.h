@@ -33,8 +33,10 @@ bool MendChunk(Arena* arena, const SlotView& view, std::uint64_t chunk, const un
 // The chunk CRCs likewise.
 bool MendTable(Arena* arena, const SlotView& view, const std::vector<std::uint32_t>& crcs);
 
-// The writer's side: call after the slot was torn, with the sequence it had before.
-inline constexpr std::chrono::milliseconds kMendPatience{50};
+// The writer's side: call after the slot was torn, with the sequence it had before. As long as a
+// living mender may be kept from its processor on a busy machine: past it, its page would lie in
+// the new capture, and cost that slot when it is checked.
+inline constexpr std::chrono::milliseconds kMendPatience{1000};
 void AwaitMender(SlotHeader* slot, std::uint64_t torn_seq);
 
 // Tears a finished slot for good, so that nothing finds its content again. REQUIRES: no writer.
