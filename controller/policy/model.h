@@ -102,7 +102,8 @@ struct Speeds {
 };
 
 // The table's speeds. The profile's node memory is set so that the table's least_nodes hold a copy,
-// and its times are scaled so that the planner's iteration on the most nodes is as long as measured.
+// and its times are scaled so that the planner's iteration on the most nodes is as long as
+// measured.
 Answer<Model> MeasuredModel(const ModelTable& table, const planner::Profile& profile,
                             const Speeds& speeds);
 
