@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from common import ROOT, Results, free_port
+from launching import end_in_order
 from recovery import Node, marks, wait_for
 
 SCRIPT = ROOT / "tests/bench/scripts/survivor.py"
@@ -38,12 +39,13 @@ TORCHFT = "torchft's survivors: 5.1 s"
 def throughput(results: Results, args: argparse.Namespace) -> None:
     import by_hand  # PyTorch: only where it is needed
 
-    for stages, pipelines in ((2, 1), (2, 2)):
+    for pipelines, stages in (map(int, shape.split("x")) for shape in args.shapes.split(",")):
         case = f"throughput {pipelines} x {stages}"
         shape = by_hand.Shape(stages, pipelines, args.width, args.blocks)
         with tempfile.TemporaryDirectory(prefix="esb-") as folder:
             outcomes = by_hand.compare(shape, args.rounds, args.steps, Path(folder))
         for row in by_hand.figures(outcomes, args.steps):
+            print(f"{case}: " + "  ".join(f"{name} {value:.3f} s" for name, value in row.items()), flush=True)
             for system in ("by hand", "everstep"):
                 results.add(case, system, "step", "s", row[system])
                 results.add(case, system, "processor", "s", row[f"{system} cpu"])
@@ -157,11 +159,13 @@ def join(level: int, pause: float, limit: float) -> dict[str, float | None]:
 
 
 def main() -> None:
+    end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default="throughput,recovery,join")
     parser.add_argument("--runs", type=int, default=3, help="of recovery and join")
     parser.add_argument("--rounds", type=int, default=8, help="blocks of throughput")
     parser.add_argument("--steps", type=int, default=5, help="of a block")
+    parser.add_argument("--shapes", default="1x2,2x2", help="of throughput: pipelines x stages")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=8)
     parser.add_argument("--pause", type=float, default=0.02)
