@@ -7,6 +7,7 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <ctime>
 #include <optional>
@@ -19,9 +20,12 @@ namespace everstep::checkpoint {
 namespace {
 
 constexpr timespec kLook{0, 100'000};  // how often, while the next chunk is written
-// The capture waits for something, or its trainer died; or the peer has no place for it.
+// The capture waits for something, or its trainer died.
 constexpr std::chrono::milliseconds kStill{50};
-constexpr timespec kAskAgain{0, 2'000'000};
+// The peer has no place for it yet.
+constexpr std::chrono::milliseconds kAskWithin{1000};
+constexpr long kAskAgainNs = 2'000'000;  // doubled each time, up to kMostBetweenNs
+constexpr long kMostBetweenNs = 32'000'000;
 
 std::optional<std::uint32_t> CrcOf(const Arena& arena, const SlotView& view, std::uint64_t chunk) {
   std::uint32_t crc = 0;
@@ -40,7 +44,7 @@ class Follower {
   Outcome Run();
 
  private:
-  // kUnavailable is asked again while the capture goes on, for kStill: the peer is still at the end
+  // kUnavailable is asked again while the capture goes on, for kAskWithin: the peer is at the end
   // of the push before, or has not heard yet that it is committed.
   Result<PeerConversation> Ask();
   // The next chunk is written. False: no more will be, or not soon, or the peer has spoken.
@@ -59,7 +63,8 @@ class Follower {
 
 Result<PeerConversation> Follower::Ask() {
   const SlotFields& fields = capture_.view.fields;
-  const auto until = std::chrono::steady_clock::now() + kStill;
+  const auto until = std::chrono::steady_clock::now() + kAskWithin;
+  long pause = kAskAgainNs;
   for (;;) {
     auto talk = Converse(task_, {.op = Op::kAhead, .fields = fields},
                          DeadlineFor(task_.limits, fields.payload_bytes));
@@ -68,7 +73,9 @@ Result<PeerConversation> Follower::Ask() {
         (task_.cancel != nullptr && *task_.cancel) || !ChunksWritten(*arena_, capture_)) {
       return talk;
     }
-    nanosleep(&kAskAgain, nullptr);
+    const timespec between{0, pause};
+    nanosleep(&between, nullptr);
+    pause = std::min(2 * pause, kMostBetweenNs);
   }
 }
 

@@ -60,10 +60,13 @@ def slots(cluster: Cluster, node: str) -> list[Slot]:
     found = []
     for fd in os.listdir(f"/proc/{pid}/fd"):
         path = f"/proc/{pid}/fd/{fd}"
-        if "memfd:" not in os.readlink(path):
+        try:
+            if "memfd:" not in os.readlink(path):
+                continue
+            with open(path, "rb", buffering=0) as memory:
+                header = os.pread(memory.fileno(), 8192, 0)
+        except FileNotFoundError:  # closed meanwhile
             continue
-        with open(path, "rb", buffering=0) as memory:
-            header = os.pread(memory.fileno(), 8192, 0)
         if header[:8] == b"EVSARENA":
             found += [s for s in (Slot(path, header, i) for i in range(2)) if s.seq and s.seq % 2 == 0]
     return found
