@@ -21,7 +21,7 @@ class Oobleck : public Replay {
     for (const planner::Layer& layer : model().profile.layers) {
       state += static_cast<double>(model().profile.StateBytes(layer));
     }
-    const double copies = nodes / model().least_nodes;  // pipelines, at most
+    const std::uint32_t copies = nodes / model().least_nodes;  // pipelines, at most
     return planner::TransferNs(model().profile.between,
                                static_cast<std::int64_t>(state * copies / nodes)) /
            1000;
