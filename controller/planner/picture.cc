@@ -39,6 +39,8 @@ std::int64_t SlowestStage(const Library& library, const Seated& seated) {
   return slowest;
 }
 
+}  // namespace
+
 std::string Escaped(const std::string& text) {
   std::string out;
   out.reserve(text.size());
@@ -52,8 +54,6 @@ std::string Escaped(const std::string& text) {
   }
   return out;
 }
-
-}  // namespace
 
 std::string TimeText(std::int64_t ns) {
   const auto value = static_cast<double>(ns);

@@ -15,6 +15,9 @@ std::string SizeText(std::int64_t bytes);
 // "1", "1/2 node" (two stages on a node), "2 nodes" (of a stage).
 std::string ShapeText(Shape shape);
 
+// As the text of an SVG element.
+std::string Escaped(const std::string& text);
+
 // A line for each stage: its nodes, its layers, a bar as long as its time, what its devices hold.
 // The slowest stage of each pipeline is marked. `names` by NodeId; one that is missing is "n<id>".
 std::string PlanPicture(const Library& library, const Seated& seated,

@@ -5,8 +5,12 @@
 
 #include <fmt/format.h>
 
+#include "controller/planner/picture.h"
+
 namespace everstep::policy {
 namespace {
+
+using planner::Escaped;
 
 constexpr double kHourUs = 3.6e9;
 
@@ -18,20 +22,6 @@ const char* ColourOf(const std::string& policy) {
                                                              {"everstep", "#1f6fd6"}};
   const auto found = colours.find(policy);
   return found == colours.end() ? "#bb0000" : found->second;
-}
-
-std::string Escaped(const std::string& text) {
-  std::string out;
-  out.reserve(text.size());
-  for (const char c : text) {
-    switch (c) {
-      case '<': out += "&lt;"; break;
-      case '>': out += "&gt;"; break;
-      case '&': out += "&amp;"; break;
-      default: out += c;
-    }
-  }
-  return out;
 }
 
 std::string Head(double width, double height) {

@@ -54,11 +54,16 @@ def lose(cluster: Cluster, step: int, *nodes: str, asked: tuple[str, ...], code:
     return told, restores
 
 
-def test_what_is_foretold_happens(cluster: Cluster) -> None:
+def begin(cluster: Cluster) -> None:
+    """Four of five nodes train and stand at step 4, the fifth is a warm spare."""
     cluster.wait("five nodes", lambda: list(cluster.nodes().values()).count("ALIVE") == 5)
     cluster.submit("--nnodes", "4", "--spares", "1")
     cluster.settled(4)
     cluster.wait("a warm spare", lambda: cluster.job()["spares"] == 1)
+
+
+def test_what_is_foretold_happens(cluster: Cluster) -> None:
+    begin(cluster)
 
     placement = cluster.cli("ckpt", "placement", "drill")
     assert placement["layout"] == "sharded"
@@ -143,10 +148,7 @@ def test_what_is_foretold_happens(cluster: Cluster) -> None:
 
 def test_what_is_foretold_of_a_state_in_shares_happens(cluster: Cluster) -> None:
     cluster.env["SHARES"] = "1"
-    cluster.wait("five nodes", lambda: list(cluster.nodes().values()).count("ALIVE") == 5)
-    cluster.submit("--nnodes", "4", "--spares", "1")
-    cluster.settled(4)
-    cluster.wait("a warm spare", lambda: cluster.job()["spares"] == 1)
+    begin(cluster)
     placement = cluster.cli("ckpt", "placement", "drill")
     assert placement["layout"] == "shares"
     members = cluster.job()["members"]
