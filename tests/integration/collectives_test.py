@@ -100,9 +100,10 @@ def test_survivors_leave_and_form_a_smaller_group_in_place(store: dist.TCPStore,
         assert all(rank.process.poll() is None for rank in survivors)
 
 
-def test_a_message_cut_off_in_the_middle_is_told(store: dist.TCPStore) -> None:
+@pytest.mark.parametrize("kind", ["large", "message"])
+def test_a_message_cut_off_in_the_middle_is_told(store: dist.TCPStore, kind: str) -> None:
     """gloo waits for the rest of it; a rank that says so can be started anew at once."""
-    with ranks(store, 5, "large") as members:
+    with ranks(store, 5, kind) as members:
         for number, receiver in enumerate(members[1:]):
             form([members[0], receiver], f"group-{number}")
             receiver.process.send_signal(signal.SIGSTOP)

@@ -40,6 +40,11 @@ def train(kind: str, holds: threading.Event, leaves: threading.Event) -> None:
             raise ConnectionError("asked to leave")
         if kind == "large":  # of 64 MiB most is under way whenever one looks
             dist.broadcast(large, src=0)
+        elif kind == "message":  # the same, and the main thread itself waits for it
+            if dist.get_rank() == 0:
+                dist.send(large, 1)
+            else:
+                dist.recv(large, 0)
         else:
             ones = torch.ones(1 << 16)
             dist.all_reduce(ones, group=everybody if step % 2 else None)

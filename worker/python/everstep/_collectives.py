@@ -25,6 +25,7 @@ connection that the script itself opens while a group stands is taken for one of
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import os
 import socket
@@ -45,7 +46,9 @@ _LOOK = 0.01  # seconds between two looks at whether bytes move
 _MOVED = struct.Struct("<QQ")  # of struct tcp_info, tcp(7): bytes acknowledged and received
 _MOVED_AT = 120
 _FUTEX = ("202", "98")  # system call numbers of futex(2): x86-64, aarch64
+_REALTIME = 256  # FUTEX_CLOCK_REALTIME
 _NO_TIMEOUT = "0x0"
+_LONG = 20.0  # seconds: no wait of a loop's own is given as long, and no group's timeout is as short
 _DROP_PATIENCE = 0.1  # seconds
 
 
@@ -99,8 +102,9 @@ class Group:
         return True
 
     def stuck(self) -> bool:
-        """Nothing but the group's timeout will get a thread of it out of a collective: its connections are gone, and
-        it waits on. False also where the system does not say what a thread waits for."""
+        """Nothing but the group's timeout will get a thread out of a collective, or the main thread out of a send or
+        recv: the connections are gone, and it waits on. False also where the system does not say what a thread waits
+        for, and for a main thread whose wait ends within 20 s."""
         before = self._before
         if before is None or not self._leaving:
             return False
@@ -108,11 +112,13 @@ class Group:
             return False
         for thread in Path("/proc/self/task").iterdir():
             with contextlib.suppress(OSError):  # it ended
+                call = (thread / "syscall").read_text().split()
+                if len(call) < 5 or call[0] not in _FUTEX or call[4] == _NO_TIMEOUT:
+                    continue
                 if (thread / "comm").read_text().strip() == "pt_gloo_runloop":
-                    call = (thread / "syscall").read_text().split()
-                    # At rest such a thread waits without a limit, in a collective with one.
-                    if len(call) > 4 and call[0] in _FUTEX and call[4] != _NO_TIMEOUT:
-                        return True
+                    return True  # at rest it waits without a limit, in a collective with one
+                if thread.name == str(os.getpid()) and _wait_left(call) > _LONG:
+                    return True
         return False
 
     def drop(self) -> None:
@@ -157,6 +163,15 @@ def release(error: BaseException | None) -> None:
         traceback.clear_frames(current.__traceback__)
         current = current.__cause__ or current.__context__
     gc.collect()
+
+
+def _wait_left(call: list[str]) -> float:
+    """Seconds until a wait of the main thread runs out, which /proc/self/task/*/syscall shows with a limit."""
+    # The limit lies on that thread's stack, which is never unmapped; if the thread has gone on, it is any number.
+    seconds, nanoseconds = struct.unpack("<qq", ctypes.string_at(int(call[4], 16), 16))
+    clock = time.CLOCK_REALTIME if int(call[2], 16) & _REALTIME else time.CLOCK_MONOTONIC
+    left: float = seconds + nanoseconds / 1e9 - time.clock_gettime(clock)
+    return left
 
 
 def _forget_layouts() -> None:
