@@ -74,8 +74,9 @@ void StepLimit::OnStep(const StepSample& sample) {
   } else {
     step_s_ = since_ == 0 ? sample.step_s : step_s_ + w * (sample.step_s - step_s_);
     ++since_;
+    most_bytes_ = std::max(most_bytes_ * kFade, static_cast<double>(sample.bytes));
     if (sample.busy_s > 0) {
-      peak_rate_ = std::max(peak_rate_ * 0.99, static_cast<double>(sample.bytes) / sample.busy_s);
+      peak_rate_ = std::max(peak_rate_ * kFade, static_cast<double>(sample.bytes) / sample.busy_s);
     }
   }
   if (seen_ < kLearn) return;
@@ -83,8 +84,7 @@ void StepLimit::OnStep(const StepSample& sample) {
   if (quiet || baseline_s_ <= 0 || since_ < kSettle) return;
 
   const double now = limited_ ? rate_ : peak_rate_;
-  const double floor =
-      std::max(options_.floor_bytes_per_s, static_cast<double>(sample.bytes) / baseline_s_);
+  const double floor = std::max(options_.floor_bytes_per_s, most_bytes_ / baseline_s_);
   if (step_s_ > baseline_s_ * (1 + options_.tolerance)) {
     if (now <= floor) return;
     rate_ = std::max(floor, now * options_.backoff);

@@ -80,8 +80,9 @@ class StepLimit {
   explicit StepLimit(const StepLimitOptions& options = {}) : options_(options) {}
 
   void OnStep(const StepSample& sample);
-  // Bytes per second; infinity: no limit. Never so low that a step's bytes take longer than a step:
-  // a push that drags on makes captures wait for its commit, which costs more than it spares.
+  // Bytes per second; infinity: no limit. Never so low that the bytes of a full step take longer
+  // than a step, even where others have less to send (chunks that did not change): a push that
+  // drags on makes captures wait for its commit, which costs more than it spares.
   double rate() const;
   // A step without traffic: the mean of quiet ones, or the fastest tenth where none is quiet. 0:
   // not known yet.
@@ -93,12 +94,14 @@ class StepLimit {
 
  private:
   static constexpr std::size_t kWindow = 128;
+  static constexpr double kFade = 0.99;  // of a greatest value, for each step since
   double FastestTenth() const;
 
   StepLimitOptions options_;
   double rate_ = 0;
   bool limited_ = false;
-  double peak_rate_ = 0;  // measured
+  double peak_rate_ = 0;   // measured
+  double most_bytes_ = 0;  // of a step
   double quiet_s_ = 0;
   double step_s_ = 0;
   double baseline_s_ = 0;

@@ -34,6 +34,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iostream>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -212,6 +213,9 @@ class Sender {
     TransferOptions options;
     options.bind_address = address;
     options.streams = streams;
+    // What lies between two captures here is the push itself and iperf3, no training whose steps
+    // would tell how much traffic it bears.
+    options.pacing.limit.tolerance = std::numeric_limits<double>::infinity();
     const auto port = peer_.Line();
     auto service = TransferService::Start(options, &host_, &teller_);
     if (!port || !service.ok()) return;

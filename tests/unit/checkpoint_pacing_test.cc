@@ -117,6 +117,19 @@ TEST(StepLimit, APushAlwaysFitsAStep) {
   EXPECT_DOUBLE_EQ(limit.rate(), 1000.0 * kMiB);
 }
 
+// Most chunks of every second step stay as they are, and are not sent.
+TEST(StepLimit, AStepWithLittleToSendDoesNotSlowAFullOne) {
+  StepLimit limit;
+  for (int i = 0; i < 10; ++i) limit.OnStep({.step_s = 0.1});
+  for (int i = 0; i < 1000; ++i) {
+    const std::uint64_t bytes = i % 2 == 0 ? 100 * kMiB : kMiB;
+    limit.OnStep(
+        {.step_s = 0.3, .bytes = bytes, .busy_s = 1e-3 * static_cast<double>(bytes) / kMiB});
+    ASSERT_GE(limit.rate(), 980.0 * kMiB) << i;
+  }
+  EXPECT_GT(limit.backoffs(), 0u);
+}
+
 // The wall clock that dates captures may be set, or the machine may sleep: one step of an hour.
 TEST(StepLimit, AnHourThatAClockJumpedIsForgotten) {
   StepLimit limit({.chunk_bytes = 16 * kMiB});
