@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import ClassVar
 
 import everstep
 import pytest
@@ -78,7 +79,10 @@ def form(members: list[Rank], prefix: str) -> None:
         assert rank.hear("trains") == [str(len(members))]
 
 
-@pytest.mark.parametrize(("how", "kind"), [(signal.SIGKILL, "ddp"), (signal.SIGSTOP, "plain")])
+@pytest.mark.parametrize(("how", "kind"), [(signal.SIGKILL, "ddp"), (signal.SIGSTOP, "plain"),
+                                           (signal.SIGKILL, "aborts"),
+                                           pytest.param(signal.SIGKILL, "nccl", marks=pytest.mark.skipif(
+                                               torch.cuda.device_count() < 4, reason="needs four GPUs"))])
 def test_survivors_leave_and_form_a_smaller_group_in_place(store: dist.TCPStore, how: signal.Signals, kind: str) -> None:
     with ranks(store, 4, kind) as members:
         pids = [rank.hear("pid")[0] for rank in members]
@@ -176,5 +180,28 @@ def test_outside_of_everstep_a_session_trains_once(store: dist.TCPStore, monkeyp
     with pytest.raises(ConnectionError, match="own"):
         everstep.Session(mistaken).run()
     dist.destroy_process_group()
-    with pytest.raises(ValueError, match="'nccl' cannot be left in place yet"):
-        everstep.Session(mistaken, backend="nccl")
+    with pytest.raises(ValueError, match="'mpi' cannot be left in place; use one of 'gloo', 'nccl'"):
+        everstep.Session(mistaken, backend="mpi")
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="needs a CUDA device"):
+            everstep.Session(mistaken, backend="nccl").run()
+
+
+def test_a_step_that_an_abort_may_have_cut_off_is_not_captured() -> None:
+    class Left:
+        aborts, leaving = True, True
+
+    class Kept:
+        steps: ClassVar[list[int]] = []
+
+        def step(self, n: int) -> bool:
+            self.steps.append(n)
+            return True
+
+    session = everstep.Session(lambda _: None)
+    session._checkpoint = Kept()  # type: ignore[assignment]
+    session._group = Left()  # type: ignore[assignment]
+    with pytest.raises(Exception, match="what the device did of step 4 may be cut off"):
+        session.step(4)
+    Left.leaving = False
+    assert session.step(5) and Kept.steps == [5]

@@ -21,6 +21,41 @@ import torch.distributed as dist
 from everstep._collectives import Group, _sockets, lost_peer, release
 
 
+class StandIn(dist.ProcessGroup):
+    """Does as NCCL does: no connection of this process ends a collective, abort() does. All-reduces by the store."""
+
+    def __init__(self, store: dist.Store, rank: int, world: int, _: timedelta) -> None:
+        super().__init__(rank, world)
+        self._store, self._rank, self._world, self._count = store, rank, world, 0
+        self._aborted = threading.Event()
+
+    def allreduce(self, tensors: list[torch.Tensor], _: object = None) -> dist.Work:
+        self._count += 1
+        self._store.set(f"{self._count}/{self._rank}", tensors[0].numpy().tobytes())
+        keys = [f"{self._count}/{rank}" for rank in range(self._world)]
+        while not self._aborted.is_set():
+            if self._store.check(keys):
+                tensors[0].copy_(sum(torch.frombuffer(bytearray(self._store.get(key)), dtype=tensors[0].dtype)
+                                     for key in keys))
+                return Finished()
+            time.sleep(0.002)
+        raise RuntimeError("communicator was aborted")
+
+    def abort(self) -> None:
+        self._aborted.set()
+
+    def getBackendName(self) -> str:  # PyTorch's name
+        return "stand_in"
+
+
+class Finished(dist.Work):
+    def wait(self, *_: object) -> bool:
+        return True
+
+
+dist.Backend.register_backend("stand_in", StandIn, devices=["cpu"])
+
+
 def tell(*words: object) -> None:
     print(*words, flush=True)
 
@@ -28,7 +63,7 @@ def tell(*words: object) -> None:
 def train(kind: str, holds: threading.Event, leaves: threading.Event) -> None:
     """Ends by an exception only."""
     world, step = dist.get_world_size(), 0
-    everybody = dist.new_group(timeout=timedelta(seconds=600))
+    everybody = dist.new_group(timeout=timedelta(seconds=600)) if kind != "aborts" else None
     large = torch.ones(1 << 24)
     model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if kind == "ddp" else None
@@ -46,7 +81,7 @@ def train(kind: str, holds: threading.Event, leaves: threading.Event) -> None:
             else:
                 dist.recv(large, 0)
         else:
-            ones = torch.ones(1 << 16)
+            ones = torch.ones(1 << 16, device="cuda" if kind == "nccl" else "cpu")
             dist.all_reduce(ones, group=everybody if step % 2 else None)
             assert ones[-1].item() == world, f"{ones[-1].item()} of {world}"
         if wrapped is not None:
@@ -89,7 +124,9 @@ def main() -> None:
             tell("sockets", len(_sockets()))
             continue
         began = time.perf_counter()
-        group.form("gloo", store_port=int(sys.argv[1]), store=dist.PrefixStore(words[1], store), rank=int(words[2]),
+        if sys.argv[2] == "nccl":
+            torch.cuda.set_device(int(words[2]) % torch.cuda.device_count())
+        group.form({"aborts": "stand_in", "nccl": "nccl"}.get(sys.argv[2], "gloo"), store_port=int(sys.argv[1]), store=dist.PrefixStore(words[1], store), rank=int(words[2]),
                    world_size=int(words[3]), timeout=timedelta(seconds=600))
         tell("formed", f"{time.perf_counter() - began:.3f}")
         try:

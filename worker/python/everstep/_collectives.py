@@ -1,4 +1,8 @@
-"""Leaves a stuck gloo collective, and forms the process group anew in the same process.
+"""Leaves a stuck collective, and forms the process group anew in the same process.
+
+Other backends than gloo (NCCL) are aborted, as torch.distributed._abort_process_group() does it: collectives that are
+under way on a device end, and the device's queue runs on with what is not there. So a step is not to be kept unless
+all that it put into the queue had run before leave() began: see `leaving`.
 
 gloo cannot abort: ProcessGroup.abort() and shutdown() return at once and unblock nobody. A rank whose peer is dead or
 stopped comes out of a collective only when its own connections end, so leave() ends them: it shuts down the TCP
@@ -41,7 +45,8 @@ from typing import Any
 # What gloo, the store and torch.distributed say when a peer or its connection is gone; they throw plain
 # RuntimeErrors.
 _LOST = ("connection closed by peer", "connection reset by peer", "broken pipe", "connection refused", "timed out",
-         "socket closed", "connectfullmesh", "got 0 bytes", "connection was likely closed", "gloo/transport")
+         "socket closed", "connectfullmesh", "got 0 bytes", "connection was likely closed", "gloo/transport",
+         "communicator was aborted", "ncclremoteerror", "ncclsystemerror", "remote process exited")
 _LOOK = 0.01  # seconds between two looks at whether bytes move
 _MOVED = struct.Struct("<QQ")  # of struct tcp_info, tcp(7): bytes acknowledged and received
 _MOVED_AT = 120
@@ -60,11 +65,22 @@ class Group:
         self._store_port = 0
         self._hook = sys.excepthook
         self._leaving = 0.0  # since when; 0: not
+        self._aborts = False
 
     @property
     def formed(self) -> bool:
         """A group stands or is forming."""
         return self._before is not None
+
+    @property
+    def aborts(self) -> bool:
+        """The group has backends that leave() aborts."""
+        return self._aborts
+
+    @property
+    def leaving(self) -> bool:
+        """leave() has begun since the group began to form; nothing is aborted before this is true."""
+        return self._leaving != 0.0
 
     def form(self, backend: str, *, store_port: int, **options: Any) -> None:
         """torch.distributed.init_process_group(backend, **options). REQUIRES: no group stands.
@@ -77,6 +93,9 @@ class Group:
         self._store_port = store_port
         self._hook = sys.excepthook
         self._leaving = 0.0
+        self._aborts = _aborts(backend)
+        if "nccl" in backend:  # else its watchdog ends the process when it sees the loss
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         self._before = _sockets()
         dist.init_process_group(backend, **options)
 
@@ -89,7 +108,9 @@ class Group:
         before = self._before
         if before is None:
             return True
-        self._leaving = self._leaving or time.monotonic()
+        if not self._leaving:
+            self._leaving = time.monotonic()
+            _abort()
         spared = None if store else self._store_port
         mine = sorted(descriptor for descriptor, _ in _sockets() - before)
         moved = {descriptor: _moved(descriptor, spared) for descriptor in mine}
@@ -131,11 +152,42 @@ class Group:
         while not self.leave(_DROP_PATIENCE):
             pass
         with contextlib.suppress(Exception):  # what a half-formed group says of itself
-            if dist.is_initialized():
+            if dist.is_initialized() and self._aborts:
+                dist.distributed_c10d._abort_process_group()
+            elif dist.is_initialized():
                 dist.destroy_process_group()
         sys.excepthook = self._hook  # init_process_group put one in front, which names the old rank
         _forget_layouts()
         self._before = None
+
+
+def _aborts(backend: str) -> bool:
+    """`backend`: as init_process_group() takes it: "gloo", "nccl", "cpu:gloo,cuda:nccl"."""
+    return any(part.split(":")[-1] != "gloo" for part in backend.split(","))
+
+
+def _abort() -> None:
+    """Aborts groups that have other backends than gloo, all at once, since one after the other they can wait for each
+    other (github.com/pytorch/pytorch/issues/119797). What torch.distributed knows of them is drop()'s to forget: the
+    main thread may be in the middle of a call."""
+    import torch
+    import torch.distributed as dist
+
+    world = dist.distributed_c10d._world
+    groups = [group for group, (backend, _) in list(world.pg_map.items()) if _aborts(str(backend))]
+    together = None
+    if dist.is_nccl_available():
+        for group in groups:
+            with contextlib.suppress(RuntimeError):  # it has no such backend
+                backend = group._get_backend(torch.device("cuda"))
+                together = backend if isinstance(backend, dist.ProcessGroupNCCL) else together
+    if together is not None:
+        together._group_start()
+    for group in groups:
+        with contextlib.suppress(RuntimeError):  # drop() tries it again
+            group.abort()
+    if together is not None:
+        together._group_end()
 
 
 def lost_peer(error: BaseException) -> bool:

@@ -23,6 +23,7 @@ from everstep.checkpointer import Checkpointer
 T = TypeVar("T")
 # Seconds: a loop whose bytes move gets to the end of its step by itself; gloo has told everyone whom it will tell.
 _PATIENCE, _STUCK = 2.0, 0.15
+_BACKENDS = ("gloo", "nccl", "cpu:gloo,cuda:nccl")
 _STARTED_ANEW = 75  # exit code of a worker that cannot live on (EX_TEMPFAIL)
 _IDENTITY = frozenset(("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
                        "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
@@ -56,7 +57,8 @@ class Session:
 
     Args:
         body: the training function; what it returns, run() returns.
-        backend: of the process group: "gloo".
+        backend: of the process group: "gloo", "nccl", or "cpu:gloo,cuda:nccl". NCCL is aborted and formed anew;
+            before a step is captured, what the device has of it in its queue is waited for.
         timeout: seconds that a collective may take.
         loss_wait: seconds to wait for the controller's word when a collective fails, before the error is raised as
             the script's own: a node's loss is known when its lease has run out.
@@ -70,8 +72,9 @@ class Session:
 
     def __init__(self, body: Callable[[Session], T], *, backend: str = "gloo", timeout: float = 1800.0,
                  loss_wait: float = 30.0) -> None:
-        if backend != "gloo":
-            raise ValueError(f"Session: the backend {backend!r} cannot be left in place yet; use 'gloo'")
+        if backend not in _BACKENDS:
+            raise ValueError(f"Session: the backend {backend!r} cannot be left in place; use one of "
+                             f"{', '.join(map(repr, _BACKENDS))}")
         self._body: Callable[[Session], Any] = body
         self._backend = backend
         self._timeout = timedelta(seconds=timeout)
@@ -108,6 +111,8 @@ class Session:
 
         Raises what it raises, unless that comes of a change of the generation.
         """
+        if "nccl" in self._backend:
+            _check_device(self._backend)
         self._open()
         try:
             while True:
@@ -140,6 +145,10 @@ class Session:
     def step(self, n: int) -> bool:
         """Captures the state after step `n`, as Checkpointer.step; leaves the training function if the generation is
         over."""
+        if self._group.aborts and self._checkpoint is not None:
+            _wait_for_device()
+            if self._group.leaving:
+                raise _LeaveError(f"the generation is over, and what the device did of step {n} may be cut off")
         captured = self._checkpoint.step(n) if self._checkpoint is not None else False
         self.check()
         return captured
@@ -237,6 +246,22 @@ class Session:
                 os.dup2(new, descriptor)
                 os.close(new)
         self._resumed += 1
+
+
+def _check_device(backend: str) -> None:
+    import torch
+    import torch.distributed as dist
+
+    if not torch.cuda.is_available() or not dist.is_nccl_available():
+        raise RuntimeError(f"Session: the backend {backend!r} needs a CUDA device and a PyTorch with NCCL, and there "
+                           "is none here; use 'gloo'")
+
+
+def _wait_for_device() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def resilient(body: Callable[[Session], T]) -> Callable[[], T]:
