@@ -1,6 +1,6 @@
 // Two ways in hardware:
 //  - the crc32 instruction (3 cycles, one a cycle): three streams hide its latency (M. Adler,
-//    crc32c.c, 2013);
+//    crc32c.c, 2013); a copy stores whole cache lines past the cache;
 //  - carry-less multiplication of 512-bit words (V. Gopal et al., Fast CRC computation using
 //    PCLMULQDQ, 2009): four streams, each its own run of memory, so that four of the prefetcher's
 //    streams feed one core, and whole cache lines are stored past the cache.
@@ -122,18 +122,22 @@ const Shift& ShortShift() {
 }
 
 #if defined(__x86_64__)
-#define EVERSTEP_CRC_TARGET __attribute__((target("sse4.2")))
+#define EVERSTEP_CRC_TARGET __attribute__((target("sse4.2,avx")))
 EVERSTEP_CRC_TARGET inline std::uint64_t Crc8(std::uint64_t c, std::uint64_t v) {
   return _mm_crc32_u64(c, v);
 }
 EVERSTEP_CRC_TARGET inline std::uint32_t Crc1(std::uint32_t c, unsigned char v) {
   return _mm_crc32_u8(c, v);
 }
-inline void Stream8(unsigned char* to, std::uint64_t v) {
-  _mm_stream_si64(reinterpret_cast<long long*>(to), static_cast<long long>(v));
+// 64 bytes past the cache. REQUIRES: `to` at a multiple of 64.
+EVERSTEP_CRC_TARGET inline void StreamLine(unsigned char* to, const unsigned char* from) {
+  const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32));
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to), low);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(to + 32), high);
 }
 bool HasHardware() {
-  return __builtin_cpu_supports("sse4.2") != 0;
+  return __builtin_cpu_supports("sse4.2") != 0 && __builtin_cpu_supports("avx") != 0;
 }
 constexpr const char* kMethod = "sse4.2";
 #else
@@ -144,8 +148,8 @@ EVERSTEP_CRC_TARGET inline std::uint64_t Crc8(std::uint64_t c, std::uint64_t v) 
 EVERSTEP_CRC_TARGET inline std::uint32_t Crc1(std::uint32_t c, unsigned char v) {
   return __crc32cb(c, v);
 }
-inline void Stream8(unsigned char* to, std::uint64_t v) {
-  std::memcpy(to, &v, 8);
+inline void StreamLine(unsigned char* to, const unsigned char* from) {
+  std::memcpy(to, from, 64);
 }
 bool HasHardware() {
   return (getauxval(AT_HWCAP) & (1ul << 7)) != 0;
@@ -153,22 +157,24 @@ bool HasHardware() {
 constexpr const char* kMethod = "armv8";
 #endif
 
-// One block of three streams of `kBlock` bytes each, copied when Copy.
+constexpr std::size_t kLine = 64;  // bytes of a cache line
+
+// One block of three streams of `kBlock` bytes each, copied when kCopy: then `to` is at a line's
+// begin.
 template <std::size_t kBlock, bool kCopy>
 EVERSTEP_CRC_TARGET std::uint32_t Block(std::uint32_t crc, unsigned char* to,
                                         const unsigned char* from, const Shift& shift) {
   std::uint64_t a = crc, b = 0, c = 0;
-  for (std::size_t i = 0; i < kBlock; i += 8) {
-    const std::uint64_t x = Load64(from + i);
-    const std::uint64_t y = Load64(from + i + kBlock);
-    const std::uint64_t z = Load64(from + i + 2 * kBlock);
-    a = Crc8(a, x);
-    b = Crc8(b, y);
-    c = Crc8(c, z);
+  for (std::size_t line = 0; line < kBlock; line += kLine) {
     if constexpr (kCopy) {
-      Stream8(to + i, x);
-      Stream8(to + i + kBlock, y);
-      Stream8(to + i + 2 * kBlock, z);
+      StreamLine(to + line, from + line);
+      StreamLine(to + line + kBlock, from + line + kBlock);
+      StreamLine(to + line + 2 * kBlock, from + line + 2 * kBlock);
+    }
+    for (std::size_t i = line; i < line + kLine; i += 8) {
+      a = Crc8(a, Load64(from + i));
+      b = Crc8(b, Load64(from + i + kBlock));
+      c = Crc8(c, Load64(from + i + 2 * kBlock));
     }
   }
   const auto joined = shift(static_cast<std::uint32_t>(a)) ^ static_cast<std::uint32_t>(b);
@@ -183,6 +189,14 @@ EVERSTEP_CRC_TARGET std::uint32_t HardwareRaw(std::uint32_t c, unsigned char* to
     if constexpr (kCopy) to += bytes;
     n -= bytes;
   };
+  const auto rest = [&](std::size_t bytes) {
+    if constexpr (kCopy) std::memcpy(to, from, bytes);
+    std::size_t i = 0;
+    for (; i + 8 <= bytes; i += 8) c = static_cast<std::uint32_t>(Crc8(c, Load64(from + i)));
+    for (; i < bytes; ++i) c = Crc1(c, from[i]);
+    forward(bytes);
+  };
+  if constexpr (kCopy) rest(std::min(n, -reinterpret_cast<std::uintptr_t>(to) & (kLine - 1)));
   while (n >= 3 * kLong) {
     c = Block<kLong, kCopy>(c, to, from, LongShift());
     forward(3 * kLong);
@@ -191,13 +205,7 @@ EVERSTEP_CRC_TARGET std::uint32_t HardwareRaw(std::uint32_t c, unsigned char* to
     c = Block<kShort, kCopy>(c, to, from, ShortShift());
     forward(3 * kShort);
   }
-  if constexpr (kCopy) std::memcpy(to, from, n);
-  while (n >= 8) {
-    c = static_cast<std::uint32_t>(Crc8(c, Load64(from)));
-    from += 8;
-    n -= 8;
-  }
-  for (; n > 0; --n) c = Crc1(c, *from++);
+  rest(n);
   return c;
 }
 
@@ -205,7 +213,7 @@ const bool kHardware = HasHardware();
 #endif
 
 #if defined(__x86_64__)
-#define EVERSTEP_WIDE_TARGET __attribute__((target("avx512f,vpclmulqdq,pclmul,sse4.2")))
+#define EVERSTEP_WIDE_TARGET __attribute__((target("avx512f,avx,vpclmulqdq,pclmul,sse4.2")))
 
 constexpr std::size_t kStreams = 4;
 constexpr std::size_t kSpan = 16384;     // of one stream; a power of two
@@ -291,7 +299,7 @@ EVERSTEP_WIDE_TARGET std::uint32_t WideRaw(std::uint32_t c, unsigned char* to,
     n -= bytes;
   };
   if constexpr (kCopy) {  // whole lines can be stored past the cache only at multiples of 64
-    const std::size_t head = std::min(n, -reinterpret_cast<std::uintptr_t>(to) & 63);
+    const std::size_t head = std::min(n, -reinterpret_cast<std::uintptr_t>(to) & (kLine - 1));
     c = HardwareRaw<true>(c, to, from, head);
     forward(head);
   }
