@@ -41,6 +41,7 @@ struct Pipeline {
   std::uint32_t form = 0;  // index into Library::templates
   std::uint32_t microbatches = 0;
   std::int64_t time_ns = 0;  // with its optimizer and what is exposed of the synchronisation
+  friend bool operator==(const Pipeline&, const Pipeline&) = default;
 };
 
 // What the best composition of q pipelines would be; for explanations.
@@ -48,6 +49,7 @@ struct Alternative {
   std::uint32_t pipelines = 0;
   std::int64_t time_ns = 0;
   bool exact = false;  // false: a bound that was bad enough already
+  friend bool operator==(const Alternative&, const Alternative&) = default;
 };
 
 struct Composition {
@@ -60,6 +62,7 @@ struct Composition {
 
   // Share of the devices' time in which they compute, 0 to 1.
   double Busy(const Library& library) const;
+  friend bool operator==(const Composition&, const Composition&) = default;
 };
 
 // Microbatches of an iteration of `batch` samples; a batch that does not divide is refused.

@@ -329,6 +329,12 @@ double Worth(const PacedPlan& plan, std::int64_t horizon_ns) {
 
 Answer<PacedChoice> PlanForPaces(const Library& library, const Seated& now,
                                  const std::vector<NodePace>& paces, std::int64_t horizon_ns) {
+  Composer composer(library);
+  return PlanForPaces(&composer, now, paces, horizon_ns);
+}
+
+Answer<PacedChoice> PlanForPaces(Composer* composer, const Seated& now,
+                                 const std::vector<NodePace>& paces, std::int64_t horizon_ns) {
   std::vector<NodeId> seated;
   for (const auto& nodes : now.nodes) seated.insert(seated.end(), nodes.begin(), nodes.end());
   Paces given;
@@ -344,7 +350,7 @@ Answer<PacedChoice> PlanForPaces(const Library& library, const Seated& now,
     }
     if (pace.permille != kUsualPace) given[pace.node] = pace.permille;
   }
-  const Scene scene(library, given);
+  const Scene scene(composer->library(), given);
   PacedChoice out;
   const auto add = [&out](Remedy remedy, PacedPlan plan) {
     plan.remedy = remedy;
@@ -363,7 +369,7 @@ Answer<PacedChoice> PlanForPaces(const Library& library, const Seated& now,
   for (const auto& [pace, node] : slow) {
     evicted.push_back(node);
     Answer<Replanned> without =
-        Replan(library, now, {.lost = evicted, .joined = {}, .horizon_ns = horizon_ns});
+        Replan(composer, now, {.lost = evicted, .joined = {}, .horizon_ns = horizon_ns});
     if (!without.ok()) break;
     PacedPlan plan = scene.Run(std::move(without.value().seated), true, true);
     // At most what the replan moves and what the divisions move; a layer may be among both.

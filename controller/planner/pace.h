@@ -31,6 +31,7 @@ inline constexpr std::uint32_t kLeastPace = 20, kMostPace = 20'000;
 struct NodePace {
   NodeId node = 0;
   std::uint32_t permille = kUsualPace;
+  friend bool operator==(const NodePace&, const NodePace&) = default;
 };
 
 // `cuts` with a pace for each stage, whether or not they fit the memory.
@@ -52,17 +53,22 @@ struct PacedPlan {
   std::int64_t time_ns = 0;  // of an iteration, at these paces
   std::int64_t moved_bytes = 0;
   std::int64_t move_ns = 0;
+  friend bool operator==(const PacedPlan&, const PacedPlan&) = default;
 };
 
 struct PacedChoice {
   std::vector<PacedPlan> options;  // in the order above; what is impossible is not among them
   std::size_t best = 0;
+  friend bool operator==(const PacedChoice&, const PacedChoice&) = default;
 };
 
 // Nodes without a pace have the usual one. With an expected time to the next change, plans are
 // weighed by time x (1 + move / horizon); of equals the first. A refusal: a node that is not
 // seated, a pace out of range.
 Answer<PacedChoice> PlanForPaces(const Library& library, const Seated& now,
+                                 const std::vector<NodePace>& paces, std::int64_t horizon_ns = 0);
+// The same, with compositions asked for before.
+Answer<PacedChoice> PlanForPaces(Composer* composer, const Seated& now,
                                  const std::vector<NodePace>& paces, std::int64_t horizon_ns = 0);
 
 }  // namespace everstep::planner

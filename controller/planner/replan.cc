@@ -93,6 +93,7 @@ void SeatRest(const Mover& mover, const std::vector<Survivor>& free, const std::
 }
 
 struct Scene {
+  Composer& composer;
   const Library& library;
   const Seated& now;
   const Mover mover;
@@ -124,12 +125,9 @@ std::optional<Composition> Local(const Scene& scene) {
     forms.push_back(scene.now.composition.pipelines[i].form);
     rest -= library.templates[forms.back()].nodes;
   }
-  Library alone = library;
-  alone.input.faults = 0;
-  alone.fewest_nodes = library.least_nodes;
   while (rest > 0) {
     const std::uint64_t share = std::max<std::uint64_t>(1, microbatches * rest / scene.has.size());
-    const Answer<Composition> made = Compose(alone, {.nodes = rest, .microbatches = share});
+    const Answer<Composition>& made = scene.composer.OfPart({.nodes = rest, .microbatches = share});
     if (made.ok()) {
       for (const Pipeline& p : made.value().pipelines) forms.push_back(p.form);
       break;
@@ -271,7 +269,18 @@ Seated Seat(Composition composition, const Library& library, const std::vector<N
 }
 
 Answer<Replanned> Replan(const Library& library, const Seated& now, const ReplanInput& input) {
-  Scene scene{.library = library, .now = now, .mover = Mover(library), .lost = {}, .has = {}};
+  Composer composer(library);
+  return Replan(&composer, now, input);
+}
+
+Answer<Replanned> Replan(Composer* composer, const Seated& now, const ReplanInput& input) {
+  const Library& library = composer->library();
+  Scene scene{.composer = *composer,
+              .library = library,
+              .now = now,
+              .mover = Mover(library),
+              .lost = {},
+              .has = {}};
   for (std::size_t i = 0; i < now.nodes.size(); ++i) {
     const Template& t = library.templates[now.composition.pipelines[i].form];
     for (std::uint32_t place = 0; place < t.nodes; ++place) {
@@ -294,12 +303,12 @@ Answer<Replanned> Replan(const Library& library, const Seated& now, const Replan
   }
   ComposeInput compose{.nodes = static_cast<std::uint32_t>(scene.has.size()),
                        .microbatches = now.composition.microbatches};
-  Answer<Composition> fastest = Compose(library, compose);
+  const Answer<Composition>& fastest = composer->Of(compose);
   if (!fastest.ok()) return fastest.refusal();
-  const std::vector<Alternative> alternatives = fastest.value().alternatives;
+  const std::vector<Alternative>& alternatives = fastest.value().alternatives;
   const std::int64_t best_ns = fastest.value().time_ns;
   const auto best_q = static_cast<std::uint32_t>(fastest.value().pipelines.size());
-  Replanned best = SeatAnew(scene, std::move(fastest.value()));
+  Replanned best = SeatAnew(scene, fastest.value());
   // Without prices only an equally fast one that moves less is better.
   const bool priced = input.horizon_ns > 0 || input.loss_gap_ns > 0;
   double best_worth = Worth(library, input, best);
@@ -325,8 +334,8 @@ Answer<Replanned> Replan(const Library& library, const Seated& now, const Replan
   for (const Alternative& other : others) {
     if (other.pipelines == best_q || hopeless(other.time_ns)) continue;
     compose.pipelines = other.pipelines;
-    Answer<Composition> made = Compose(library, compose);
-    if (made.ok()) weigh(std::move(made.value()));
+    const Answer<Composition>& made = composer->Of(compose);
+    if (made.ok()) weigh(made.value());
   }
   best.seated.composition.alternatives = alternatives;
   return best;

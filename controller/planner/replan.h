@@ -24,7 +24,7 @@
 #include <string>
 #include <vector>
 
-#include "controller/planner/compose.h"
+#include "controller/planner/composer.h"
 
 namespace everstep::planner {
 
@@ -41,6 +41,7 @@ Range LayersAt(const Template& t, std::uint32_t place);
 struct Seated {
   Composition composition;
   std::vector<std::vector<NodeId>> nodes;  // [pipeline][place]
+  friend bool operator==(const Seated&, const Seated&) = default;
 };
 
 // The first seating: nodes in order, pipeline by pipeline. REQUIRES as many as the composition has.
@@ -50,6 +51,7 @@ struct Arrival {  // what one node must receive
   NodeId node = 0;
   std::uint32_t pipeline = 0, place = 0;
   std::int64_t bytes = 0;
+  friend bool operator==(const Arrival&, const Arrival&) = default;
 };
 
 struct ReplanInput {
@@ -74,9 +76,12 @@ struct Replanned {
   std::vector<std::uint32_t> orphaned;  // layers that no survivor has: they come from files
   // [pipeline] which of those seated before it is, unchanged; nothing: it is another one.
   std::vector<std::optional<std::uint32_t>> was;
+  friend bool operator==(const Replanned&, const Replanned&) = default;
 };
 
 // A refusal: a node that is not seated or is lost twice, too few nodes left, ...
 Answer<Replanned> Replan(const Library& library, const Seated& now, const ReplanInput& input);
+// The same plan, with the compositions that plans for other changes have asked for.
+Answer<Replanned> Replan(Composer* composer, const Seated& now, const ReplanInput& input);
 
 }  // namespace everstep::planner

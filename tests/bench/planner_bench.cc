@@ -10,6 +10,8 @@
 // microbatches for each node. `pipelines`: how many that makes. `iteration`: what it then takes,
 // beside the best homogeneous grid (system `grid`).
 // Case replan-N: a node of N lost, ten minutes to the next change; `moved`: state that moves.
+// Case book-N: the plans for every single loss of N nodes, the same price; `each`: of it, for one
+// loss. Case book-lookup: one of them found in a book of 256, its fingerprint computed.
 // What Oobleck's planners were measured to take stands in docs/reference/performance.md; they
 // cannot be run here.
 #include <cstdlib>
@@ -20,7 +22,9 @@
 
 #include "controller/planner/compose.h"
 #include "controller/planner/library.h"
+#include "controller/planner/plan_book.h"
 #include "controller/planner/replan.h"
+#include "proto/base/check.h"
 #include "proto/base/clock.h"
 #include "proto/base/random.h"
 #include "tests/bench/results.h"
@@ -69,6 +73,22 @@ void Templates(std::uint32_t layers, std::uint32_t nodes, std::uint32_t devices,
   }
 }
 
+// What a model of 96 layers runs on N nodes, one copy to spare.
+planner::Library LibraryFor(std::uint32_t nodes) {
+  Profile p = Model(96, 1, false);
+  p.device_memory_bytes = std::int64_t{16} << 30;
+  return planner::MakeLibrary(p, {.nodes = nodes, .faults = 1}).value();
+}
+
+planner::Seated SeatAll(const planner::Library& library) {
+  const std::uint32_t nodes = library.input.nodes;
+  std::vector<planner::NodeId> all(nodes);
+  std::iota(all.begin(), all.end(), 0U);
+  return planner::Seat(
+      planner::Compose(library, {.nodes = nodes, .microbatches = std::uint64_t{4} * nodes}).value(),
+      library, all);
+}
+
 // The fastest grid of equal pipelines.
 double BestGrid(const planner::Library& library, std::uint32_t nodes, std::uint64_t microbatches) {
   std::int64_t best = 0;
@@ -86,19 +106,12 @@ double BestGrid(const planner::Library& library, std::uint32_t nodes, std::uint6
 
 void Compositions(std::uint32_t nodes, int runs, Results* results) {
   const std::string name = fmt::format("compose-{}", nodes);
-  Profile p = Model(96, 1, false);
-  p.device_memory_bytes = std::int64_t{16} << 30;
-  const auto library = planner::MakeLibrary(p, {.nodes = nodes, .faults = 1});
-  if (!library.ok()) {
-    fmt::print(stderr, "{}: {}\n", name, library.refusal().what);
-    return;
-  }
+  const planner::Library library = LibraryFor(nodes);
   const std::uint64_t microbatches = std::uint64_t{4} * nodes;
   for (int run = 0; run < runs; ++run) {
     double pipelines = 0, iteration = 0;
     const double ms = Milliseconds([&] {
-      const auto made =
-          planner::Compose(library.value(), {.nodes = nodes, .microbatches = microbatches});
+      const auto made = planner::Compose(library, {.nodes = nodes, .microbatches = microbatches});
       if (!made.ok()) return;
       pipelines = static_cast<double>(made.value().pipelines.size());
       iteration = static_cast<double>(made.value().time_ns) / 1e9;
@@ -107,28 +120,59 @@ void Compositions(std::uint32_t nodes, int runs, Results* results) {
     if (run > 0) continue;
     results->Add(name, "everstep", "pipelines", "", pipelines);
     results->Add(name, "everstep", "iteration", "s", iteration);
-    results->Add(name, "grid", "iteration", "s", BestGrid(library.value(), nodes, microbatches));
+    results->Add(name, "grid", "iteration", "s", BestGrid(library, nodes, microbatches));
+  }
+}
+
+constexpr std::int64_t kTenMinutes = 600'000'000'000;
+
+void Books(std::uint32_t nodes, int runs, Results* results) {
+  const std::string name = fmt::format("book-{}", nodes);
+  const planner::Library library = LibraryFor(nodes);
+  const planner::BookInput input{.now = SeatAll(library), .horizon_ns = kTenMinutes};
+  for (int run = 0; run < runs; ++run) {
+    planner::PlanBook book(library, input);
+    const double ms = Milliseconds([&] {
+      while (book.MakeNext()) {
+      }
+    });
+    results->Add(name, "everstep", "time", "s", ms / 1e3);
+    results->Add(name, "everstep", "each", "s", ms / 1e3 / nodes);
+  }
+}
+
+void Lookups(int runs, Results* results) {
+  const planner::Library library = LibraryFor(256);
+  const planner::BookInput input{.now = SeatAll(library), .horizon_ns = kTenMinutes};
+  planner::PlanBook book(library, input);
+  while (book.MakeNext()) {
+  }
+  for (int run = 0; run < runs; ++run) {
+    constexpr std::uint32_t kLookups = 256;
+    std::size_t found = 0;
+    const double ms = Milliseconds([&] {
+      for (std::uint32_t node = 0; node < kLookups; ++node) {
+        const auto* entry = book.Find(planner::BookFingerprint(library, input), node);
+        if (entry != nullptr && entry->plan.ok()) ++found;
+      }
+    });
+    EVERSTEP_CHECK(found == kLookups);
+    results->Add("book-lookup", "everstep", "time", "s", ms / 1e3 / kLookups);
   }
 }
 
 // A node lost out of N, every plan anew: the composition, the seating, with a price for moving.
 void Losses(std::uint32_t nodes, int runs, Results* results) {
   const std::string name = fmt::format("replan-{}", nodes);
-  Profile p = Model(96, 1, false);
-  p.device_memory_bytes = std::int64_t{16} << 30;
-  const auto library = planner::MakeLibrary(p, {.nodes = nodes, .faults = 1});
-  const auto made =
-      planner::Compose(library.value(), {.nodes = nodes, .microbatches = std::uint64_t{4} * nodes});
-  std::vector<planner::NodeId> all(nodes);
-  std::iota(all.begin(), all.end(), 0U);
-  const planner::Seated seated = planner::Seat(made.value(), library.value(), all);
+  const planner::Library library = LibraryFor(nodes);
+  const planner::Seated seated = SeatAll(library);
   for (int run = 0; run < runs; ++run) {
     const auto victim = static_cast<planner::NodeId>(static_cast<std::uint32_t>(run) * nodes /
                                                      static_cast<std::uint32_t>(runs));
     double moved = 0;
     const double ms = Milliseconds([&] {
       const auto after = planner::Replan(
-          library.value(), seated, {.lost = {victim}, .joined = {}, .horizon_ns = 600'000'000'000});
+          library, seated, {.lost = {victim}, .joined = {}, .horizon_ns = kTenMinutes});
       if (after.ok()) moved = static_cast<double>(after.value().moved_bytes) / 1e9;
     });
     results->Add(name, "everstep", "time", "s", ms / 1e3);
@@ -151,9 +195,13 @@ int Main(int argc, char** argv) {
   }
   Losses(64, runs, &results);
   Losses(1024, runs, &results);
+  Books(256, runs, &results);
+  Books(1024, std::min(runs, 3), &results);
+  Lookups(runs, &results);
   fmt::print(
       "limits: templates-64x8 0.3 ms, -128x64 5 ms, -96x64x8 50 ms; "
-      "compose-64 1 ms, compose-1024 50 ms; replan-1024 100 ms\n");
+      "compose-64 1 ms, compose-1024 50 ms; replan-1024 100 ms; "
+      "book-256 1 s, book-lookup 10 us\n");
   return results.Finish(json);
 }
 
