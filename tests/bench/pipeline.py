@@ -12,7 +12,12 @@ more; level 2: a DDP loop in everstep.Session, level 3: everstep.Pipeline with p
   node_sigkill   a node dies whole; three go on
   next_step      SIGKILL to the first optimizer step of the next generation, on the slowest survivor
   without_step   of it, what was not that step's own duration on that rank: the redone microbatches taken off
+  planned        of it, rank 0 and its planner (level 3)
   join           a fifth node joins, its interpreter cold: longest time from step to step on who was there before, over the median before
+
+Cases of the decision alone (--cases decision): what each rank computes between the others' words and the plan's checksum, for N
+ranks of which one is lost, in one process: everstep with the plans that were made beforehand, `anew` without. `book`: seconds in
+which those are made, in the background. `uneven`: every layer sends another number of bytes.
 """
 
 from __future__ import annotations
@@ -101,6 +106,12 @@ class Job:
         self.until(f"{count} steps of {world} ranks", there, limit)
         return dict(found)
 
+    def planned(self, generation: int) -> dict[str, float | None]:
+        """Of a pipeline's generation."""
+        lines = [line.split("\t") for line in (self.work / "marks/planned.txt").read_text().splitlines()
+                 ] if (self.work / "marks/planned.txt").exists() else []
+        return {f"planned {how}": float(ms) for number, ms, how in lines if int(number) == generation}
+
     def stop(self) -> None:
         for node in self.nodes:
             node.kill()
@@ -132,7 +143,7 @@ def loss(level: int, case: str, pause: float, limit: float) -> dict[str, float |
             last = max(firsts(), key=lambda s: s["at"])
             usual = [s["seconds"] for s in job.steps()[last["pid"]] if s["generation"] == generation][-10:]
             return {"next_step": last["at"] - killed, "without_step": last["at"] - killed - last["seconds"],
-                    "step": statistics.median(usual)}
+                    "step": statistics.median(usual)} | job.planned(last["generation"])
         finally:
             job.stop()
 
@@ -158,10 +169,44 @@ def join(level: int, pause: float, limit: float) -> dict[str, float | None]:
             job.stop()
 
 
+def decision(results: Results, args: argparse.Namespace) -> None:
+    from everstep.pipeline import _agree, _planner  # only where they are needed
+    from everstep.pipeline._book import Book
+    from everstep.pipeline._book import Job as Ahead
+
+    def profile(memory_mib: int, uneven: bool) -> str:
+        rows = [f"{i},{6 + i * 7 % 9},{12 + i * 5 % 17},1,100,{1 + i * 11 % 16 if uneven else 4},30000000" for i in range(96)]
+        return "\n".join(["everstep-profile 1", "model = drawn", f"device-memory-mib = {memory_mib}",
+                          "layer,forward_ms,backward_ms,optimizer_ms,activation_mib,output_mib,parameters", *rows, ""])
+
+    for ranks, uneven in ((6, False), (64, False), (64, True), (256, False)):
+        case, microbatches = f"decision-{ranks}{'-uneven' if uneven else ''}", 4 * ranks
+        text = profile(30 << 10 if ranks < 10 else 16 << 10, uneven)
+        statuses = [_agree.Status(f"m{i}", {}, {}) for i in range(ranks)]
+        record, _ = _agree.next_record(statuses, 1, text, microbatches, 1, 600_000, True, lambda asked, _: _planner.ask(asked))
+        statuses = [_agree.Status(f"m{i}", {}, {}, record=record) for i in range(ranks)]
+        book = Book()
+        began = time.perf_counter()
+        book.open(Ahead(text, record.plan, list(range(ranks)), record.next_id, ranks, microbatches, 1, 600_000))
+        if not book.whole(120):
+            raise SystemExit(f"error: {case}: no book within 120 s")
+        results.add(case, "everstep", "book", "s", time.perf_counter() - began)
+        for run in range(max(5, args.runs)):
+            lost = run * ranks // max(5, args.runs)
+            left, plans = statuses[:lost] + statuses[lost + 1:], []
+            for system, ask in (("everstep", book.ask), ("anew", lambda asked, _: _planner.ask(asked))):
+                began = time.perf_counter()
+                plans.append(_agree.next_record(left, 2, text, microbatches, 1, 600_000, False, ask)[0].plan)
+                results.add(case, system, "planned", "ms", (time.perf_counter() - began) * 1e3, "10")
+            if plans[0] != plans[1] or book.how != "from the book":
+                raise SystemExit(f"error: {case}: rank {lost} lost: {book.how}, and another plan\n{plans[0].picture}\n{plans[1].picture}")
+        book.close()
+
+
 def main() -> None:
     end_in_order()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cases", default="throughput,recovery,join")
+    parser.add_argument("--cases", default="throughput,recovery,join,decision")
     parser.add_argument("--runs", type=int, default=3, help="of recovery and join")
     parser.add_argument("--rounds", type=int, default=8, help="blocks of throughput")
     parser.add_argument("--steps", type=int, default=5, help="of a block")
@@ -176,10 +221,12 @@ def main() -> None:
     args = parser.parse_args()
     results = Results("pipeline")
     cases = args.cases.split(",")
-    if unknown := set(cases) - {"throughput", "recovery", "join"}:
-        sys.exit(f"error: no case {min(unknown)}: throughput, recovery, join")
+    if unknown := set(cases) - {"throughput", "recovery", "join", "decision"}:
+        sys.exit(f"error: no case {min(unknown)}: throughput, recovery, join, decision")
     if "throughput" in cases:
         throughput(results, args)
+    if "decision" in cases:
+        decision(results, args)
     drills: list[tuple[str, Callable[[int], dict[str, float | None]]]] = []
     if "recovery" in cases:
         drills += [(case, lambda level, case=case: loss(level, case, args.pause, args.limit))  # type: ignore[misc]
@@ -194,7 +241,8 @@ def main() -> None:
                 print(f"{name} level {level} {i + 1}/{args.runs}: " + "  ".join(
                     f"{metric} {'never' if value is None else f'{value:.3f}'}" for metric, value in out.items()), flush=True)
                 for metric, value in out.items():
-                    results.add(name, f"level {level}", metric, "x" if "/" in metric else "s", value, goals.get(metric, ""))
+                    unit = "x" if "/" in metric else "ms" if metric.startswith("planned") else "s"
+                    results.add(name, f"level {level}", metric, unit, value, goals.get(metric, ""))
     results.finish(args)
 
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <charconv>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <set>
 #include <string>
@@ -13,6 +14,7 @@
 #include <fmt/ranges.h>
 
 #include "controller/planner/picture.h"
+#include "controller/planner/plan_book.h"
 #include "controller/planner/replan.h"
 
 namespace everstep::planner {
@@ -28,6 +30,7 @@ struct Was {  // a pipeline of the plan that ends
 
 struct Request {
   std::uint64_t faults = 0, most_nodes = 0, microbatches = 0, horizon_ms = 0;
+  std::optional<NodeId> newcomer;  // of a book
   std::vector<NodeId> nodes;
   std::vector<Was> before;
   std::string_view profile;
@@ -109,6 +112,12 @@ Answer<Request> ReadRequest(std::string_view text) {
       out.before.push_back(std::move(read.value()));
       continue;
     }
+    if (name == "newcomer") {
+      const Answer<std::uint64_t> read = Number(name, value, UINT32_MAX);
+      if (!read.ok()) return read.refusal();
+      out.newcomer = static_cast<NodeId>(read.value());
+      continue;
+    }
     std::uint64_t* const field = name == "faults"         ? &out.faults
                                  : name == "most-nodes"   ? &out.most_nodes
                                  : name == "microbatches" ? &out.microbatches
@@ -160,57 +169,65 @@ Seated SeatedBefore(const Library& library, const Request& request) {
   return out;
 }
 
+Answer<Library> LibraryFor(const Request& request) {
+  Answer<Profile> profile = ParseProfile(request.profile);
+  if (!profile.ok()) return profile.refusal();
+  profile.value().microbatch = 1;
+  profile.value().devices_per_node = 1;
+  return MakeLibrary(profile.value(), {.nodes = static_cast<std::uint32_t>(request.most_nodes),
+                                       .faults = static_cast<std::uint32_t>(request.faults)});
+}
+
+// What a request says of the plan before and of what became of its nodes.
+struct Change {
+  BookInput before;
+  std::vector<NodeId> lost, joined;
+};
+
+Change ChangeOf(const Library& library, const Request& request) {
+  Change out{.before = {.now = SeatedBefore(library, request),
+                        .horizon_ns = static_cast<std::int64_t>(request.horizon_ms) * 1'000'000}};
+  const std::set<NodeId> now(request.nodes.begin(), request.nodes.end());
+  std::set<NodeId> were;
+  for (const std::vector<NodeId>& nodes : out.before.now.nodes) {
+    for (const NodeId node : nodes) {
+      were.insert(node);
+      if (now.count(node) == 0) out.lost.push_back(node);
+    }
+  }
+  for (const NodeId node : request.nodes) {
+    if (were.count(node) == 0) out.joined.push_back(node);
+  }
+  return out;
+}
+
 Answer<Seated> PlanFor(const Library& library, const Request& request) {
-  const Seated before = SeatedBefore(library, request);
-  if (before.nodes.empty()) {
+  const Change change = ChangeOf(library, request);
+  if (change.before.now.nodes.empty()) {
     Answer<Composition> made =
         Compose(library, {.nodes = static_cast<std::uint32_t>(request.nodes.size()),
                           .microbatches = request.microbatches});
     if (!made.ok()) return made.refusal();
     return Seat(std::move(made.value()), library, request.nodes);
   }
-  const std::set<NodeId> now(request.nodes.begin(), request.nodes.end());
-  std::set<NodeId> were;
-  ReplanInput input{.horizon_ns = static_cast<std::int64_t>(request.horizon_ms) * 1'000'000};
-  for (const std::vector<NodeId>& nodes : before.nodes) {
-    for (const NodeId node : nodes) {
-      were.insert(node);
-      if (now.count(node) == 0) input.lost.push_back(node);
-    }
-  }
-  for (const NodeId node : request.nodes) {
-    if (were.count(node) == 0) input.joined.push_back(node);
-  }
-  Answer<Replanned> made = Replan(library, before, input);
+  Answer<Replanned> made = Replan(
+      library, change.before.now,
+      {.lost = change.lost, .joined = change.joined, .horizon_ns = change.before.horizon_ns});
   if (!made.ok()) return made.refusal();
   return std::move(made.value().seated);
 }
 
-Answer<std::string> AnswerTo(std::string_view text) {
-  const Answer<Request> read = ReadRequest(text);
-  if (!read.ok()) return read.refusal();
-  const Request& request = read.value();
-  Answer<Profile> profile = ParseProfile(request.profile);
-  if (!profile.ok()) return profile.refusal();
-  profile.value().microbatch = 1;
-  profile.value().devices_per_node = 1;
-  const Answer<Library> library =
-      MakeLibrary(profile.value(), {.nodes = static_cast<std::uint32_t>(request.most_nodes),
-                                    .faults = static_cast<std::uint32_t>(request.faults)});
-  if (!library.ok()) return library.refusal();
-  const Answer<Seated> seated = PlanFor(library.value(), request);
-  if (!seated.ok()) return seated.refusal();
-
-  const Composition& composition = seated.value().composition;
+std::string Written(const Library& library, const Seated& seated) {
+  const Composition& composition = seated.composition;
   std::string out = fmt::format("everstep-plan 1\nfingerprint = {:016x}\ntime-ns = {}\n",
-                                library.value().fingerprint, composition.time_ns);
+                                library.fingerprint, composition.time_ns);
   for (std::size_t i = 0; i < composition.pipelines.size(); ++i) {
     const Pipeline& pipeline = composition.pipelines[i];
     fmt::format_to(std::back_inserter(out), "pipeline = {}; {}; {}\n", pipeline.microbatches,
-                   fmt::join(library.value().templates[pipeline.form].partition.cuts, ","),
-                   fmt::join(seated.value().nodes[i], ","));
+                   fmt::join(library.templates[pipeline.form].partition.cuts, ","),
+                   fmt::join(seated.nodes[i], ","));
   }
-  const std::string picture = PlanPicture(library.value(), seated.value());
+  const std::string picture = PlanPicture(library, seated);
   for (std::string_view rest = picture; !rest.empty();) {
     const std::size_t end = rest.find('\n');
     fmt::format_to(std::back_inserter(out), "# {}\n", rest.substr(0, end));
@@ -219,12 +236,22 @@ Answer<std::string> AnswerTo(std::string_view text) {
   return out;
 }
 
-}  // namespace
-}  // namespace everstep::planner
+Answer<std::string> AnswerWith(const Library& library, const Request& request) {
+  const Answer<Seated> seated = PlanFor(library, request);
+  if (!seated.ok()) return seated.refusal();
+  return Written(library, seated.value());
+}
 
-std::int64_t everstep_plan(const char* request, std::uint64_t bytes, char* answer,
-                           std::uint64_t room) {
-  const auto made = everstep::planner::AnswerTo({request, bytes});
+Answer<std::string> AnswerTo(std::string_view text) {
+  const Answer<Request> request = ReadRequest(text);
+  if (!request.ok()) return request.refusal();
+  const Answer<Library> library = LibraryFor(request.value());
+  if (!library.ok()) return library.refusal();
+  return AnswerWith(library.value(), request.value());
+}
+
+// Into the caller's memory, as everstep_plan says.
+std::int64_t Give(const Answer<std::string>& made, char* answer, std::uint64_t room) {
   std::string text;
   if (made.ok()) {
     text = made.value();
@@ -241,6 +268,111 @@ std::int64_t everstep_plan(const char* request, std::uint64_t bytes, char* answe
   return made.ok() ? need : -need;
 }
 
+}  // namespace
+}  // namespace everstep::planner
+
+struct everstep_plan_book {
+  // Of the request that it was opened with.
+  std::string profile;
+  std::uint64_t faults = 0, most_nodes = 0;
+  everstep::planner::Answer<everstep::planner::Library> library;
+  std::unique_ptr<everstep::planner::PlanBook>
+      plans;  // null: no library, or no plan to be lost from
+};
+
+namespace everstep::planner {
+namespace {
+
+Answer<std::unique_ptr<everstep_plan_book>> Open(std::string_view text) {
+  const Answer<Request> read = ReadRequest(text);
+  if (!read.ok()) return read.refusal();
+  const Request& request = read.value();
+  if (request.nodes.size() > kMaxBookNodes) {
+    return Refusal{fmt::format("a book for {} nodes", request.nodes.size()),
+                   fmt::format("at most {}", kMaxBookNodes)};
+  }
+  std::unique_ptr<everstep_plan_book> book(
+      new everstep_plan_book{.profile = std::string(request.profile),
+                             .faults = request.faults,
+                             .most_nodes = request.most_nodes,
+                             .library = LibraryFor(request),
+                             .plans = nullptr});
+  if (!book->library.ok()) return book;
+  BookInput input = ChangeOf(book->library.value(), request).before;
+  if (input.now.nodes.empty()) return book;
+  input.newcomer = request.newcomer;
+  book->plans = std::make_unique<PlanBook>(book->library.value(), std::move(input));
+  return book;
+}
+
+// The entry for what the request asks; null: none.
+const BookEntry* Entry(const everstep_plan_book& book, const Request& request) {
+  if (book.plans == nullptr) return nullptr;
+  Change change = ChangeOf(book.library.value(), request);
+  if (change.lost.size() != 1 || change.joined.size() > 1) return nullptr;
+  const bool replaced = !change.joined.empty();
+  // Without a newcomer in the request it is the book's own.
+  change.before.newcomer = replaced ? change.joined.front() : book.plans->newcomer();
+  return book.plans->Find(BookFingerprint(book.library.value(), change.before), change.lost.front(),
+                          replaced);
+}
+
+Answer<std::string> AskBook(const everstep_plan_book& book, std::string_view text,
+                            std::uint32_t* how) {
+  *how = EVERSTEP_PLAN_MADE_ANEW;
+  const Answer<Request> read = ReadRequest(text);
+  if (!read.ok()) return read.refusal();
+  const Request& request = read.value();
+  if (request.profile != book.profile || request.faults != book.faults ||
+      request.most_nodes != book.most_nodes) {
+    return AnswerTo(text);
+  }
+  *how = EVERSTEP_PLAN_WITH_TEMPLATES;
+  if (!book.library.ok()) return book.library.refusal();
+  const BookEntry* const entry = Entry(book, request);
+  if (entry == nullptr) return AnswerWith(book.library.value(), request);
+  *how = EVERSTEP_PLAN_FROM_BOOK;
+  if (!entry->plan.ok()) return entry->plan.refusal();
+  return Written(book.library.value(), entry->plan.value().seated);
+}
+
+}  // namespace
+}  // namespace everstep::planner
+
+namespace pl = everstep::planner;
+
+std::int64_t everstep_plan(const char* request, std::uint64_t bytes, char* answer,
+                           std::uint64_t room) {
+  return pl::Give(pl::AnswerTo({request, bytes}), answer, room);
+}
+
+everstep_plan_book* everstep_plan_book_open(const char* request, std::uint64_t bytes, char* error,
+                                            std::uint64_t room) {
+  auto made = pl::Open({request, bytes});
+  if (made.ok()) return made.value().release();
+  pl::Give(made.refusal(), error, room);
+  return nullptr;
+}
+
+std::uint64_t everstep_plan_book_make(everstep_plan_book* book, std::uint64_t plans) {
+  if (book->plans == nullptr) return 0;
+  while (plans > 0 && book->plans->MakeNext()) --plans;
+  return book->plans->size() - book->plans->made();
+}
+
+std::int64_t everstep_plan_book_ask(const everstep_plan_book* book, const char* request,
+                                    std::uint64_t bytes, char* answer, std::uint64_t room,
+                                    std::uint32_t* how) {
+  std::uint32_t told = 0;
+  const auto need = pl::Give(pl::AskBook(*book, {request, bytes}, &told), answer, room);
+  if (how != nullptr) *how = told;
+  return need;
+}
+
+void everstep_plan_book_close(everstep_plan_book* book) {
+  delete book;
+}
+
 std::uint32_t everstep_plan_version() {
-  return 1;
+  return 2;
 }

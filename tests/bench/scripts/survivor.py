@@ -6,7 +6,9 @@ a slower device, so that steps last and leave the processors to the others.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -61,8 +63,19 @@ def told(report: everstep.pipeline.Report) -> None:
     mark(report.step, report.rank, report.world_size, report.generation, report.seconds)
 
 
+class Planned(logging.Handler):
+    """Keeps how long each plan took, of the engine's lines."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := re.search(r"generation (\d+) .*planned in ([\d.]+) ms, ([^)]*)\)", record.getMessage()):
+            with (end.parent / "planned.txt").open("a") as file:
+                file.write("\t".join(found.groups()) + "\n")
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    logging.getLogger("everstep").addHandler(Planned())
+    logging.getLogger("everstep").setLevel(logging.INFO)
     if os.environ["LEVEL"] == "2":
         everstep.Session(loop).run()
     else:

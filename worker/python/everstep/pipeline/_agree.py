@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from everstep.pipeline._measure import Measured
-from everstep.pipeline._planner import Plan, PlanRefusedError, ask
+from everstep.pipeline._planner import Plan, PlanRefusedError, request
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,11 @@ class Record:
     plan: Plan
     ids: Mapping[str, int]  # member -> the planner's node
     most: int  # members there have ever been at once
+
+    @property
+    def next_id(self) -> int:
+        """The planner's node that the next newcomer becomes."""
+        return _next_id(self.ids)
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,10 @@ class Status:
     record: Record | None = None
     measured: Measured | None = None
     files: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # version -> layers that it can read
+
+
+def _next_id(ids: Mapping[str, int]) -> int:
+    return max(ids.values(), default=-1) + 1
 
 
 def new_member() -> str:
@@ -116,21 +125,21 @@ def standing(statuses: Sequence[Status], layers: int) -> Standing:
 
 
 def next_record(statuses: Sequence[Status], epoch: int, profile: str, microbatches: int, faults: int,
-                horizon_ms: int, fresh: bool) -> tuple[Record, int]:
+                horizon_ms: int, fresh: bool, ask: Callable[[bytes, int], Plan]) -> tuple[Record, int]:
     """The plan for these ranks and how many faults it bears: fewer than asked when there are too few ranks, but not
-    for a job that starts. Raises PlanRefusedError."""
+    for a job that starts. `ask`: a request's text and its faults -> the planner's answer. Raises PlanRefusedError."""
     old = max((s.record for s in statuses if s.record is not None), key=lambda r: r.epoch, default=None)
     ids = dict(old.ids) if old is not None else {}
     for status in statuses:
         if status.member not in ids:
-            ids[status.member] = max(ids.values(), default=-1) + 1
+            ids[status.member] = _next_id(ids)
     most = max(len(statuses), old.most if old is not None else 0)
     nodes = [ids[s.member] for s in statuses]
     refused: PlanRefusedError | None = None
     for bears in range(faults, -1, -1):
         try:
-            plan = ask(profile, nodes=nodes, microbatches=microbatches, faults=bears, most_nodes=most,
-                       before=None if old is None else old.plan, horizon_ms=horizon_ms)
+            plan = ask(request(profile, nodes=nodes, microbatches=microbatches, faults=bears, most_nodes=most,
+                               before=None if old is None else old.plan, horizon_ms=horizon_ms), bears)
         except PlanRefusedError as error:
             refused = refused or error
             if fresh:

@@ -9,13 +9,14 @@ import ctypes as c
 import functools
 import os
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from everstep._library import library_paths
 
-_VERSION = 1
+_VERSION = 2
 _ROOM = 1 << 16  # first guess of an answer's bytes
 
 
@@ -52,19 +53,25 @@ class Plan:
         return "\n".join(line[2:] for line in self.text.splitlines() if line.startswith("# "))
 
 
-def ask(profile: str, *, nodes: Sequence[int], microbatches: int, faults: int, most_nodes: int,
-        before: Plan | None = None, horizon_ms: int = 0) -> Plan:
-    """The best plan for `nodes`, with faults + 1 copies of each layer; after `before`, the one that moves least of
-    those. `most_nodes`: that the job has had. Raises PlanRefusedError, OSError without the library."""
+def request(profile: str, *, nodes: Sequence[int], microbatches: int, faults: int, most_nodes: int,
+            before: Plan | None = None, horizon_ms: int = 0, newcomer: int | None = None) -> bytes:
+    """The text that asks for a plan; `newcomer`: of books alone."""
     lines = ["everstep-plan-request 1", f"faults = {faults}", f"most-nodes = {most_nodes}",
              f"microbatches = {microbatches}", f"horizon-ms = {horizon_ms}", f"nodes = {','.join(map(str, nodes))}"]
+    if newcomer is not None:
+        lines.append(f"newcomer = {newcomer}")
     if before is not None:
         lines += [line for line in before.text.splitlines() if line.startswith("pipeline = ")]
-    request = "\n".join([*lines, "profile =", profile]).encode()
-    library, room = _load(), _ROOM
+    return "\n".join([*lines, "profile =", profile]).encode()
+
+
+def answered(call: Callable[[Any, int], int]) -> Plan:
+    """The plan that `call` writes into the memory it is given, of so many bytes; it returns the bytes that it needs,
+    negative: a refusal. Raises PlanRefusedError."""
+    room = _ROOM
     while True:
         answer = c.create_string_buffer(room)
-        need = library.everstep_plan(request, len(request), answer, room)
+        need = call(answer, room)
         if abs(need) <= room:
             break
         room = abs(need)
@@ -72,6 +79,13 @@ def ask(profile: str, *, nodes: Sequence[int], microbatches: int, faults: int, m
     if need < 0:
         raise PlanRefusedError(text)
     return read(text)
+
+
+def ask(text: bytes) -> Plan:
+    """The best plan for a request's nodes, with faults + 1 copies of each layer; after `before`, the one that moves
+    least of those. Raises PlanRefusedError, OSError without the library."""
+    library = load()
+    return answered(lambda answer, room: int(library.everstep_plan(text, len(text), answer, room)))
 
 
 def read(text: str) -> Plan:
@@ -93,7 +107,8 @@ def read(text: str) -> Plan:
 
 
 @functools.lru_cache(maxsize=1)
-def _load() -> c.CDLL:
+def load() -> c.CDLL:
+    """libeverstep_plan.so. Raises OSError."""
     tried = [path.with_name("libeverstep_plan.so") for path in library_paths()]
     given = os.environ.get("EVERSTEP_PLAN_LIBRARY")
     for path in [Path(given)] if given else tried:
@@ -105,6 +120,15 @@ def _load() -> c.CDLL:
                               f"{_VERSION}; build both from the same release")
             library.everstep_plan.argtypes = [c.c_char_p, c.c_uint64, c.c_char_p, c.c_uint64]
             library.everstep_plan.restype = c.c_int64
+            library.everstep_plan_book_open.argtypes = [c.c_char_p, c.c_uint64, c.c_char_p, c.c_uint64]
+            library.everstep_plan_book_open.restype = c.c_void_p
+            library.everstep_plan_book_make.argtypes = [c.c_void_p, c.c_uint64]
+            library.everstep_plan_book_make.restype = c.c_uint64
+            library.everstep_plan_book_ask.argtypes = [c.c_void_p, c.c_char_p, c.c_uint64, c.c_char_p, c.c_uint64,
+                                                       c.POINTER(c.c_uint32)]
+            library.everstep_plan_book_ask.restype = c.c_int64
+            library.everstep_plan_book_close.argtypes = [c.c_void_p]
+            library.everstep_plan_book_close.restype = None
             return library
     raise OSError("libeverstep_plan.so is not there; looked at " + ", ".join(map(str, tried))
                   + "; run deploy/setup.sh, or set EVERSTEP_PLAN_LIBRARY")

@@ -20,6 +20,7 @@ from everstep import _samples
 from everstep._attach import warn
 from everstep.pipeline import _agree, _keys, _ledger, _rescue
 from everstep.pipeline._agree import Complete, Layout, Record, Status
+from everstep.pipeline._book import Book, Job
 from everstep.pipeline._exchange import Exchange, sum_ties
 from everstep.pipeline._layer import (
     Bundle,
@@ -168,6 +169,7 @@ class Pipeline:
         self._record: Record | None = None
         self._measured: Measured | None = None
         self._layout: Layout | None = None
+        self._book = Book()
         self._stage: Stage | None = None
         self._totals: dict[int, torch.Tensor] = {}
         self._parts: list[Sequence[int]] = []  # microbatches, by who did them
@@ -213,6 +215,7 @@ class Pipeline:
             count: int = PipelineSession(lambda session: self._generation(session, steps, on_step, stop, save)).run()
         finally:
             gc.unfreeze()
+            self._book.close()
         return count
 
     # --- a generation ---
@@ -284,8 +287,10 @@ class Pipeline:
         measured = next((s.measured for s in statuses if s.measured is not None), None)
         self._measured = measured or from_rank_0(self._measure)
         fresh = now.version == 0 and not any(now.holds)
+        asked = time.perf_counter()
         record, bears = _agree.next_record(statuses, session.generation, self.profile, self._microbatches,
-                                           self._faults, self._horizon_ms, fresh)
+                                           self._faults, self._horizon_ms, fresh, self._book.ask)
+        planned = time.perf_counter() - asked
         sums = gather(record.plan.checksum)
         if len(set(sums)) > 1:
             other = next(r for r, value in enumerate(sums) if value != sums[0])
@@ -311,10 +316,13 @@ class Pipeline:
                 self._ledger.begin(session.generation, self._version, self._microbatches, layout.parts,
                                    layout.ranks, now.line)
             _log.info("everstep: generation %d goes on with step %d on %d ranks; %d layers (%d bytes) moved, "
-                      "switched in %.0f ms, %d of %d microbatches are done\n%s", session.generation, self._version,
-                      session.world_size, moved[0], moved[1], (time.perf_counter() - began) * 1e3,
+                      "switched in %.0f ms (planned in %.2f ms, %s), %d of %d microbatches are done\n%s",
+                      session.generation, self._version, session.world_size, moved[0], moved[1],
+                      (time.perf_counter() - began) * 1e3, planned * 1e3, self._book.how,
                       len(self._rescue.done), self._microbatches, record.plan.picture)
         self._line = now.line
+        self._book.open(Job(self.profile, record.plan, [record.ids[s.member] for s in statuses], record.next_id,
+                            record.most, self._microbatches, self._faults, self._horizon_ms))
 
     def _standing(self, statuses: list[Status], rank: int) -> _agree.Standing:
         """Collective where files are needed: without the steps of which some layer cannot be read."""
