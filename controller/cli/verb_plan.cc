@@ -72,7 +72,7 @@ struct Asked {
 };
 
 // The library for the nodes asked for and `more`.
-Result<Asked> Ask(const Context& context, std::uint32_t more) {
+Result<Asked> Ask(Context& context, std::uint32_t more) {
   Result<pl::Profile> profile = ReadProfile(context);
   if (!profile.ok()) return profile.error();
   const auto nodes = Number(context, "nodes", 16, 1, pl::kMaxNodes);
@@ -97,6 +97,9 @@ Result<Asked> Ask(const Context& context, std::uint32_t more) {
                         .most_microbatches = static_cast<std::uint32_t>(most.value())});
   if (!made.ok()) return Refused(made.refusal());
   asked.library = std::move(made.value());
+  if (asked.library.profile.device_memory_bytes == 0) {
+    context.Remark("the profile does not limit devices' memory; --device-memory GIB does");
+  }
   return asked;
 }
 
@@ -425,9 +428,10 @@ VerbResult RunPlanExplain(Context& context) {
        fmt::format("{}, {} layers, {} of state, {} for a microbatch on one device", ModelName(p),
                    p.layers.size(), pl::SizeText(state), pl::TimeText(work))},
       {"smallest",
-       fmt::format("{} node{} hold one copy, so {} to {} nodes hold {}", library.least_nodes,
-                   library.least_nodes == 1 ? "" : "s", library.fewest_nodes, library.input.nodes,
-                   library.input.faults + 1)},
+       fmt::format("{} one copy, so {} to {} nodes hold {}",
+                   library.least_nodes == 1 ? "1 node holds"
+                                            : fmt::format("{} nodes hold", library.least_nodes),
+                   library.fewest_nodes, library.input.nodes, library.input.faults + 1)},
       {"templates", fmt::format("{} of {} sizes, {} to {} nodes", library.templates.size(),
                                 library.sizes.size(), library.sizes.front(), library.sizes.back())},
       {"chosen", fmt::format("{} pipelines, {} an iteration; every other multiset of templates is "

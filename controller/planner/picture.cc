@@ -112,6 +112,7 @@ std::string PlanPicture(const Library& library, const Seated& seated,
 std::string PlanSvg(const Library& library, const Seated& seated,
                     const std::vector<std::string>& names) {
   constexpr int kWidth = 960, kLeft = 110, kRow = 56, kTop = 40;
+  constexpr double kLetter = 6.2;  // pixels of its width
   const std::int64_t slowest = SlowestStage(library, seated);
   const auto layers = static_cast<double>(library.profile.layers.size());
   const int height = kTop + kRow * static_cast<int>(seated.nodes.size()) + 16;
@@ -135,14 +136,20 @@ std::string PlanSvg(const Library& library, const Seated& seated,
       const double width = scale * (stage.end - stage.first) - 2;
       // Blue for quick stages, red for those that everything waits for.
       const auto heat = static_cast<int>(120 * stage.time_ns / slowest);
+      const std::string nodes = NodesOf(t, s, seated.nodes[i], names);
       out += fmt::format(
           "<rect x=\"{:.1f}\" y=\"{}\" width=\"{:.1f}\" height=\"40\" rx=\"3\" "
-          "fill=\"hsl({},60%,80%)\" stroke=\"#555\"><title>{}: layers {}, {}, {}</title></rect>\n"
-          "<text x=\"{:.1f}\" y=\"{}\">{}</text>\n<text x=\"{:.1f}\" y=\"{}\" fill=\"#444\">{}"
-          "</text>\n",
-          x, y, width, (240 + heat) % 360, Escaped(NodesOf(t, s, seated.nodes[i], names)),
-          LayersText(stage), TimeText(stage.time_ns), SizeText(stage.bytes), x + 4, y + 16,
-          Escaped(NodesOf(t, s, seated.nodes[i], names)), x + 4, y + 32, LayersText(stage));
+          "fill=\"hsl({},60%,80%)\" stroke=\"#555\"><title>{}: layers {}, {}, {}</title></rect>\n",
+          x, y, width, (240 + heat) % 360, Escaped(nodes), LayersText(stage),
+          TimeText(stage.time_ns), SizeText(stage.bytes));
+      // What does not fit its box is in its title alone.
+      const auto write = [&](int line, const char* colour, const std::string& text) {
+        if (kLetter * static_cast<double>(text.size()) + 4 > width) return;
+        out += fmt::format("<text x=\"{:.1f}\" y=\"{}\" fill=\"{}\">{}</text>\n", x + 4, y + line,
+                           colour, Escaped(text));
+      };
+      write(16, "#000", nodes);
+      write(32, "#444", LayersText(stage));
     }
   }
   return out + "</svg>\n";
