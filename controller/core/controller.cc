@@ -89,6 +89,7 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
     run.running_since = now;
     run.step_at_start = job.record.best_step;
     run.ran = job.record.state == JobState::kRunning;
+    run.formed = Switches(job.record.state);
     // As it was said before: status tells the same story.
     const JobState s = job.record.state;
     if (IsTerminal(s) || s == JobState::kStopping) {

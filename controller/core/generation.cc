@@ -10,128 +10,11 @@
 
 namespace everstep::controller {
 
-bool Controller::Impl::IsMember(const JobStateView& job, const NodeId& node) const {
-  return std::any_of(job.plan.nodes.begin(), job.plan.nodes.end(),
-                     [&node](const NodePlan& n) { return n.node == node; });
-}
-
-bool Controller::Impl::Eligible(const JobStateView& job, const NodeState& node) const {
-  return !node.record.draining &&
-         Fit(job, node, IsMember(job, node.record.node), TakenByOthers(job));
-}
-
-Controller::Impl::Taken Controller::Impl::TakenByOthers(const JobStateView& job) const {
-  Taken taken;
-  for (const auto& [other, view] : state_.jobs) {
-    if (other == job.record.spec.job || IsTerminal(view.record.state) ||
-        view.record.state == JobState::kWaiting) {
-      continue;
-    }
-    for (const NodePlan& member : view.plan.nodes) {
-      taken[member.node] += view.record.spec.nproc_per_node;
-    }
-  }
-  return taken;
-}
-
-bool Controller::Impl::Fit(const JobStateView& job, const NodeState& node, bool member,
-                           const Taken& taken) const {
-  const JobSpec& spec = job.record.spec;
-  const NodeId& id = node.record.node;
-  if (node.record.health == NodeHealth::kLost) return false;
-  const auto run = runtime_.find(spec.job);
-  if (run != runtime_.end()) {
-    const auto refused = run->second.excluded.find(id);
-    if (refused != run->second.excluded.end() && now_ < refused->second.until) return false;
-  }
-  if (!spec.only_nodes.empty() &&
-      std::find(spec.only_nodes.begin(), spec.only_nodes.end(), id) == spec.only_nodes.end()) {
-    return false;
-  }
-  // A suspect member keeps its place until its lease ends; a suspect stranger is not taken in.
-  if (node.record.health == NodeHealth::kSuspect && !member) return false;
-  if (node.record.facts.slots == 0) return true;
-  const auto others = taken.find(id);
-  const std::uint64_t used = spec.nproc_per_node + (others == taken.end() ? 0 : others->second);
-  return used <= node.record.facts.slots;
-}
-
-std::vector<NodeId> Controller::Impl::ChooseNodes(const JobStateView& job) const {
-  const std::size_t max = job.record.spec.max_nodes;
-  const Taken taken = TakenByOthers(job);
-  std::vector<NodeId> chosen;  // by group rank; empty: a place that its node leaves or has left
-  std::vector<std::string_view> members;
-  for (const NodePlan& member : job.plan.nodes) {
-    members.emplace_back(member.node);
-    const auto node = state_.nodes.find(member.node);
-    const bool stays = node != state_.nodes.end() && !node->second.record.draining &&
-                       Fit(job, node->second, true, taken);
-    chosen.push_back(stays ? member.node : NodeId());
-  }
-  std::sort(members.begin(), members.end());
-  std::vector<std::pair<bool, const NodeId*>> spares;  // warm ones first, then by name
-  for (const auto& [id, node] : state_.nodes) {
-    if (node.record.draining || std::binary_search(members.begin(), members.end(), id) ||
-        !Fit(job, node, false, taken)) {
-      continue;
-    }
-    const auto warm = node.warm.find(job.record.spec.job);
-    spares.emplace_back(warm == node.warm.end() || !warm->second, &id);
-  }
-  std::stable_partition(spares.begin(), spares.end(), [](const auto& s) { return !s.first; });
-  auto spare = spares.begin();
-  // A member that lost its keeper has nothing a warm spare lacks, and would take seconds to import.
-  const Runtime& run = runtime_.at(job.record.spec.job);
-  std::size_t warm_spares = static_cast<std::size_t>(std::count_if(
-      spares.begin(), spares.end(), [](const auto& s) { return !std::get<bool>(s); }));
-  for (NodeId& place : chosen) {
-    if (warm_spares > 0 && run.emptied.contains(place)) place.clear();
-    if (place.empty() && warm_spares > 0) --warm_spares;
-  }
-  for (NodeId& place : chosen) {
-    if (place.empty() && spare != spares.end()) place = *(spare++)->second;
-  }
-  for (std::size_t i = 0; i < chosen.size(); ++i) {
-    if (!chosen[i].empty()) continue;
-    const auto node = state_.nodes.find(job.plan.nodes[i].node);
-    if (node != state_.nodes.end() && Lingers(node->second) &&
-        Fit(job, node->second, true, taken)) {
-      chosen[i] = node->first;
-    }
-  }
-  std::erase(chosen, NodeId());
-  while (chosen.size() < max && spare != spares.end()) chosen.push_back(*(spare++)->second);
-  if (chosen.size() > max) chosen.resize(max);
-  return chosen;
-}
-
-bool Controller::Impl::Better(const JobStateView& job, Reason* reason,
-                              std::string* evidence) const {
-  std::vector<NodeId> leaving;
-  for (const NodePlan& member : job.plan.nodes) {
-    const auto node = state_.nodes.find(member.node);
-    if (node != state_.nodes.end() && node->second.record.draining) leaving.push_back(member.node);
-  }
-  if (leaving.empty() && job.plan.nodes.size() >= job.record.spec.max_nodes) return false;
-  const std::vector<NodeId> chosen = ChooseNodes(job);
-  if (chosen.size() < job.plan.nodes.size()) return false;
-  for (const NodeId& id : leaving) {
-    if (std::find(chosen.begin(), chosen.end(), id) != chosen.end()) continue;
-    const std::string& why = state_.nodes.at(id).record.drain_reason;
-    *reason = why.starts_with(ReasonName(Reason::kNotice)) ? Reason::kNotice : Reason::kNodeDrained;
-    *evidence = fmt::format("node {} can be left now: {}", id, why);
-    return true;
-  }
-  *reason = Reason::kNodeJoined;
-  *evidence = fmt::format("nodes={} were={}", chosen.size(), job.plan.nodes.size());
-  return chosen.size() > job.plan.nodes.size();
-}
-
 void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::string& evidence,
                                bool failed, bool worker_failure) {
   const JobId& id = job->record.spec.job;
   Runtime& run = runtime_[id];
-  const std::vector<NodeId> nodes = ChooseNodes(*job);
+  const std::vector<NodeId> nodes = ChooseNodes(*job, Cold::kToMinimum);
   const std::vector<NodePlan> old = job->plan.nodes;
   run.copies.clear();
   run.released = kNoStep;
@@ -148,6 +31,7 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
   run.linger_at = {};
   run.ran = false;
   job->workers.clear();
+  for (const NodeId& node : nodes) job->newcomers.erase(node);
   job->waiting_for.clear();
   dirty_jobs_.insert(id);
   if (nodes.size() < job->record.spec.min_nodes) {
@@ -155,7 +39,9 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
     job->reason = Reason::kWaitingForNodes;
     job->message = fmt::format("{} of at least {} nodes", nodes.size(), job->record.spec.min_nodes);
     job->deadline = {};
+    job->newcomers.clear();
     run.waiting_since = now_;
+    run.formed = false;
     for (Fault& fault : job->record.faults) {
       if (fault.recovered.ns == 0) fault.action = "wait for nodes";
     }
@@ -399,6 +285,7 @@ void Controller::Impl::Running(JobStateView* job) {
   run.running_since = now_;
   run.step_at_start = job->record.best_step;
   run.ran = true;
+  run.formed = true;
   for (Fault& fault : job->record.faults) {
     // Without reported steps, running again is all that can be known.
     if (fault.recovered.ns == 0 && job->record.best_step == kNoStep) fault.recovered = now_;
@@ -464,8 +351,8 @@ void Controller::Impl::On(const Tick&) {
     }
     if (job.record.state == JobState::kWaiting) {
       if (run.last_call.ns != 0 && now_ >= run.last_call) {
-        Prepare(&job, Reason::kCapacityReached, fmt::format("nodes={}", ChooseNodes(job).size()),
-                false);
+        Prepare(&job, Reason::kCapacityReached,
+                fmt::format("nodes={}", ChooseNodes(job, Cold::kAll).size()), false);
       } else if (spec.join_timeout.count() > 0 && now_ >= run.waiting_since + spec.join_timeout) {
         Finish(&job, JobState::kFailed, Reason::kJoinTimeout,
                fmt::format("fewer than {} nodes for {:.1f} s", spec.min_nodes,
@@ -485,12 +372,7 @@ void Controller::Impl::On(const Tick&) {
       if (late.empty() && job.record.generation == generation) GiveUpRebuild(&job);
     }
     TellLingerers(&job);
-    if (run.grow_at.ns != 0 && now_ >= run.grow_at && job.record.state == JobState::kRunning) {
-      run.grow_at = {};
-      Reason reason;
-      std::string evidence;
-      if (Better(job, &reason, &evidence)) Prepare(&job, reason, evidence, false);
-    }
+    Grow(&job);
   }
   node_wakeup_ = {};
   for (const auto& [id, node] : state_.nodes) Watch(node);

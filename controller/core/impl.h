@@ -1,9 +1,10 @@
 // The controller's inside. Split along its seams: controller.cc (dispatch, records, recovery),
 // nodes.cc (who is alive), jobs.cc (a job's life), faults.cc (who pays for a restart), retention.cc
 // (what stays of an ended job), generation.cc (the two-phase switch), commit.cc (which step is
-// safe, where a generation starts from), sources.cc (from whom each rank takes it), ranges.cc (a
-// world of another size), parity.cc (parities, and lost shards made out of them), repair.cc (copies
-// that went bad), trust.cc (verified checkpoints, roll-backs), forecast.cc (what if).
+// safe, where a generation starts from), members.cc (who takes part, and newcomers that get ready
+// first), sources.cc (from whom each rank takes it), ranges.cc (a world of another size), parity.cc
+// (parities, and lost shards made out of them), repair.cc (copies that went bad), trust.cc
+// (verified checkpoints, roll-backs), forecast.cc (what if).
 #pragma once
 
 #include <map>
@@ -36,6 +37,7 @@ class Controller::Impl {
     Timestamp waiting_since;
     Timestamp last_call;  // first generation forms then; ns == 0: not enough nodes yet
     Timestamp grow_at;    // joined capacity is used then; ns == 0: none
+    bool formed = false;  // a generation came to run since the job last waited for nodes
     Timestamp running_since;
     everstep::Step step_at_start = kNoStep;
     bool ran = false;  // the newest generation reached RUNNING
@@ -90,7 +92,6 @@ class Controller::Impl {
   void On(const NodeProcessDead& e);
   void On(const Heartbeat& e);
   void On(const Notice& e);
-  void On(const NodeWarm& e);
   void On(const KeeperLost& e);
   void On(const DrainNode& e);
   void On(const UndrainNode& e);
@@ -158,7 +159,11 @@ class Controller::Impl {
   void SendActivate(JobStateView* job, const NodeId& node,
                     std::shared_ptr<const GenerationPlan> plan);
   void Running(JobStateView* job);
-  std::vector<NodeId> ChooseNodes(const JobStateView& job) const;
+  // members.cc
+  // Of newcomers whose fork server is not ready, to a job that has formed: taken none, as many as
+  // min_nodes asks for, or all.
+  enum class Cold { kNone, kToMinimum, kAll };
+  std::vector<NodeId> ChooseNodes(const JobStateView& job, Cold cold) const;
   // Workers of other jobs, by node; empty when no node has a limit.
   using Taken = std::map<std::string_view, std::uint64_t>;
   Taken TakenByOthers(const JobStateView& job) const;
@@ -167,9 +172,17 @@ class Controller::Impl {
   bool Eligible(const JobStateView& job, const NodeState& node) const;
   // Its notice leaves it time, and nobody can take its place: it stays until leave_by.
   bool Lingers(const NodeState& node) const;
-  // Nodes better than those that run now: more of them, or free of one that is leaving. Null: none.
-  bool Better(const JobStateView& job, Reason* reason, std::string* evidence) const;
+  // `chosen` are better than those that run now: more of them, or free of one that is leaving.
+  bool Better(const JobStateView& job, const std::vector<NodeId>& chosen, Reason* reason,
+              std::string* evidence) const;
   bool IsMember(const JobStateView& job, const NodeId& node) const;
+  void On(const NodeWarm& e);
+  // Tells the node to start the job's fork server, unless it was told already.
+  void Warm(const JobStateView& job, const NodeId& node);
+  bool IsCold(const JobStateView& job, const NodeState& node) const;
+  void WatchNewcomers(JobStateView* job);  // of a running job: who comes, and when it grows
+  void LeaveOut(const NodeId& node);       // of the newcomers of every job: something changed
+  void Grow(JobStateView* job);            // at grow_at
 
   // commit.cc
   void On(const ShardCopied& e);

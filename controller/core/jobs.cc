@@ -94,8 +94,9 @@ void Controller::Impl::On(const SubmitJob& e) {
                                   spec.min_nodes, spec.max_nodes, spec.nproc_per_node),
            .evidence = fmt::format("spares={} max_restarts={}", spec.spares, spec.max_restarts)});
   Answer(e.request, ReplyCode::kOk, fmt::format("job '{}' submitted", spec.job));
-  for (const auto& [id, node] : state_.nodes) {
-    if (Eligible(job, node)) Send(id, WarmCommand{spec.job, spec.command, spec.nproc_per_node});
+  for (auto& [id, node] : state_.nodes) {
+    node.warm.erase(spec.job);  // for an earlier job of this name
+    if (Eligible(job, node)) Warm(job, id);
   }
   Consider(&job);
 }
@@ -114,7 +115,7 @@ void Controller::Impl::Consider(JobStateView* job) {
   Runtime& run = runtime_[id];
   const JobSpec& spec = job->record.spec;
   if (job->record.state == JobState::kWaiting) {
-    const std::size_t have = ChooseNodes(*job).size();
+    const std::size_t have = ChooseNodes(*job, Cold::kAll).size();
     if (have < spec.min_nodes) {
       run.last_call = {};
     } else if (have >= spec.max_nodes) {
@@ -123,13 +124,7 @@ void Controller::Impl::Consider(JobStateView* job) {
       run.last_call = now_ + (job->record.generation == 0 ? spec.last_call : options_.grow_delay);
     }
   } else if (job->record.state == JobState::kRunning) {
-    Reason reason;
-    std::string evidence;
-    if (!Better(*job, &reason, &evidence)) {
-      run.grow_at = {};
-    } else if (run.grow_at.ns == 0) {
-      run.grow_at = now_ + options_.grow_delay;
-    }
+    WatchNewcomers(job);
   }
 }
 
@@ -177,6 +172,7 @@ void Controller::Impl::Finish(JobStateView* job, JobState outcome, Reason reason
   job->message = message;
   job->deadline = now_ + options_.stop_timeout;
   job->waiting_for.clear();
+  job->newcomers.clear();
   runtime_[id].grow_at = {};
   runtime_[id].last_call = {};
   for (Fault& fault : record.faults) {
@@ -250,6 +246,7 @@ void Controller::Impl::FinishStop(JobStateView* job) {
   job->deadline = {};
   job->memory_until = MemoryEnd(*job);
   job->workers.clear();
+  for (auto& [node_id, node] : state_.nodes) node.warm.erase(id);
   if (job->plan.generation != 0) {
     job->plan.phase = Phase::kEnded;
     dirty_plans_.insert(id);
@@ -354,7 +351,7 @@ void Controller::Impl::Reattach(NodeState* node, const NodeRegistered& e) {
       if (s != JobState::kPreparing) TellCommits(&job, e.node);
     }
     if (!IsTerminal(s) && s != JobState::kStopping && Eligible(job, *node)) {
-      Send(e.node, WarmCommand{id, job.record.spec.command, job.record.spec.nproc_per_node});
+      Warm(job, e.node);
     }
   }
   for (const JobOnNode& reported : e.jobs) {

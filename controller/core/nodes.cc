@@ -132,6 +132,7 @@ void Controller::Impl::Suspect(const NodeId& id, Reason reason, const std::strin
                "node {} is suspect: {}", id,
                reason == Reason::kStreamBroken ? "its stream broke" : "its heartbeat is overdue"),
            .evidence = evidence});
+  LeaveOut(id);
 }
 
 void Controller::Impl::On(const NodeProcessDead& e) {
@@ -157,8 +158,7 @@ void Controller::Impl::On(const KeeperLost& e) {
     job.holdings.erase(e.node);
     const JobState s = job.record.state;
     if (IsTerminal(s)) continue;
-    const JobSpec& spec = job.record.spec;
-    if (Eligible(job, *node)) Send(e.node, WarmCommand{id, spec.command, spec.nproc_per_node});
+    if (Eligible(job, *node)) Warm(job, e.node);
     if (!IsMember(job, e.node)) continue;
     runtime_[id].emptied.insert(e.node);
     if (s == JobState::kStopping) {
@@ -169,6 +169,7 @@ void Controller::Impl::On(const KeeperLost& e) {
       if (EndOfGeneration(&job, true)) Prepare(&job, Reason::kKeeperDied, e.message, true);
     }
   }
+  LeaveOut(e.node);
 }
 
 void Controller::Impl::On(const Heartbeat& e) {
@@ -198,14 +199,6 @@ void Controller::Impl::On(const Heartbeat& e) {
   }
 }
 
-void Controller::Impl::On(const NodeWarm& e) {
-  NodeState* node = Fresh(e.node, e.incarnation);
-  if (node == nullptr) return;
-  node->warm[e.job] = e.warm;
-  if (const auto run = runtime_.find(e.job); run != runtime_.end())
-    run->second.emptied.erase(e.node);
-}
-
 void Controller::Impl::On(const Notice& e) {
   NodeState* node = Fresh(e.node, e.incarnation);
   if (node == nullptr) return;
@@ -231,7 +224,7 @@ void Controller::Impl::On(const DrainNode& e) {
           !IsMember(job, e.node)) {
         continue;
       }
-      std::vector<NodeId> left = ChooseNodes(job);
+      std::vector<NodeId> left = ChooseNodes(job, Cold::kAll);
       std::erase(left, e.node);
       // ChooseNodes stops at max_nodes: a free node may stand in for the drained one.
       for (const auto& [other, node] : state_.nodes) {
@@ -276,7 +269,7 @@ void Controller::Impl::StartDrain(const NodeId& id, Reason reason, const std::st
       continue;
     if (!IsMember(job, id)) continue;
     if (first) StartPersist(&job, Reason::kLastBreath);
-    const std::vector<NodeId> chosen = ChooseNodes(job);
+    const std::vector<NodeId> chosen = ChooseNodes(job, Cold::kNone);
     const bool lingers = std::find(chosen.begin(), chosen.end(), id) != chosen.end();
     if (!lingers && chosen.size() >= job.record.spec.min_nodes) {
       Prepare(&job, reason, fmt::format("node {}: {}", id, why), false);
@@ -296,7 +289,9 @@ void Controller::Impl::StartDrain(const NodeId& id, Reason reason, const std::st
                                                ToMilliseconds(node.record.leave_by - now_))
                                  : fmt::format("nodes_left={} min_nodes={}", chosen.size(),
                                                job.record.spec.min_nodes)});
+    Consider(&job);  // one that could gets ready first
   }
+  LeaveOut(id);
 }
 
 bool Controller::Impl::Lingers(const NodeState& node) const {
@@ -386,6 +381,7 @@ void Controller::Impl::LoseNode(const NodeId& id, Reason reason, const std::stri
       default: break;
     }
   }
+  LeaveOut(id);
 }
 
 }  // namespace everstep::controller

@@ -10,6 +10,13 @@
 
 namespace everstep::controller {
 
+// A job's fork server on a node.
+enum class Warmth : std::uint8_t {
+  kAsked,  // it imports what the job needs
+  kReady,
+  kNever,  // the node has none for the job: workers start as fresh processes
+};
+
 struct NodeState {
   NodeRecord record;  // as persisted
   bool connected = false;
@@ -21,7 +28,7 @@ struct NodeState {
   Duration lease = {};                    // adaptive, of this node
   std::uint32_t reattached = 0;           // registrations that kept the keeper's workers
   std::uint64_t next_sequence = 1;        // of commands to this incarnation
-  std::map<JobId, bool> warm;             // fork server ready
+  std::map<JobId, Warmth> warm;           // of jobs that it was told to get ready for
   std::deque<Timestamp> memory_findings;  // damaged copies, within suspect_window
   std::string memory_suspect;             // evidence; empty: it is not
 };
@@ -48,6 +55,9 @@ struct JobStateView {
   std::map<Rank, WorkerState> workers;   // of the running generation
   std::set<NodeId> waiting_for;          // nodes that still owe Prepared, Activated or Stopped
   std::map<NodeId, JobOnNode> holdings;  // from Prepared and registration
+  // RUNNING: nodes that it is going to take in, and since when. Until their fork servers are ready
+  // they warm, and the job trains on without them.
+  std::map<NodeId, Timestamp> newcomers;
   CommitRecord commits;
   Step step = kNoStep;            // newest reported by any rank
   Reason reason = Reason::kNone;  // why it is in its state

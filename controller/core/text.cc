@@ -328,6 +328,12 @@ std::string Names(const std::set<NodeId>& nodes) {
   return fmt::format("{}", fmt::join(nodes, ","));
 }
 
+std::string Names(const std::map<NodeId, Timestamp>& nodes) {
+  std::set<NodeId> names;
+  for (const auto& [node, since] : nodes) names.insert(node);
+  return Names(names);
+}
+
 }  // namespace
 
 std::string DurationText(Duration d) {
@@ -431,6 +437,7 @@ std::vector<std::string> ToLines(const ClusterState& state) {
             .Add("reason={}", ReasonName(job.reason))
             .If(job.step != kNoStep, "step={}", job.step)
             .If(!job.waiting_for.empty(), "waits_for={}", Names(job.waiting_for))
+            .If(!job.newcomers.empty(), "newcomers={}", Names(job.newcomers))
             .If(!job.message.empty(), "\"{}\"", job.message));
   }
   return lines;

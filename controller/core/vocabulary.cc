@@ -25,6 +25,10 @@ constexpr std::array kEvents = {
     EventName{"node_draining",
               "A node is being left: an operator drains it, or it said that it "
               "will go away."},
+    EventName{
+        "node_warming",
+        "A node is going to join a job that runs. It imports what the job needs first, and the "
+        "job trains on without it until then."},
     EventName{"drain_deferred",
               "A job trains on with a node that is leaving, since no node can "
               "take its place yet."},

@@ -40,6 +40,11 @@ bool IsMemberOf(const JobStateView& job, const NodeId& node) {
                      [&](const NodePlan& p) { return p.node == node; });
 }
 
+bool IsWarm(const NodeState& node, const JobId& job) {
+  const auto warm = node.warm.find(job);
+  return warm != node.warm.end() && warm->second == Warmth::kReady;
+}
+
 bool HoldsNodes(const JobStateView& job) {
   return !IsTerminal(job.record.state) && job.record.state != JobState::kWaiting;
 }
@@ -165,9 +170,10 @@ v1::NodeStatus NodeStatusOf(const ClusterState& state, const NodeState& node, Ti
       } else {
         to.add_jobs(fmt::format("{}:ranks {}-{}", id, ranks.front(), ranks.back()));
       }
-    } else if (const auto warm = node.warm.find(id);
-               !r.draining && warm != node.warm.end() && warm->second) {
+    } else if (!r.draining && IsWarm(node, id)) {
       to.add_jobs(id + ":spare");
+    } else if (job.newcomers.contains(r.node)) {
+      to.add_jobs(id + ":warming");
     }
   }
   std::string health = NodeHealthName(r.health);
@@ -192,8 +198,8 @@ v1::NodeStatus NodeStatusOf(const ClusterState& state, const NodeState& node, Ti
   to.set_slots(r.facts.slots);
   to.mutable_labels()->insert(r.facts.labels.begin(), r.facts.labels.end());
   to.set_agent_restarts(static_cast<std::int32_t>(node.reattached));
-  to.set_warm(
-      std::any_of(node.warm.begin(), node.warm.end(), [](const auto& w) { return w.second; }));
+  to.set_warm(std::any_of(node.warm.begin(), node.warm.end(),
+                          [](const auto& w) { return w.second == Warmth::kReady; }));
   return to;
 }
 
@@ -227,13 +233,19 @@ v1::JobStatus JobStatusOf(const ClusterState& state, const JobStateView& job, Ti
   if (!IsTerminal(r.state)) {
     std::uint32_t spares = 0;
     for (const auto& [id, node] : state.nodes) {
-      const auto warm = node.warm.find(r.spec.job);
       if (node.record.health == NodeHealth::kAlive && !node.record.draining &&
-          warm != node.warm.end() && warm->second && !(HoldsNodes(job) && IsMemberOf(job, id))) {
+          IsWarm(node, r.spec.job) && !(HoldsNodes(job) && IsMemberOf(job, id))) {
         ++spares;
       }
     }
     to.set_spares(spares);
+    for (const auto& [id, since] : job.newcomers) {
+      if (IsWarm(state.nodes.at(id), r.spec.job)) continue;
+      to.set_message(
+          fmt::format("{}{}node {} is warming: the job trains on until it has imported "
+                      "what it needs",
+                      to.message(), to.message().empty() ? "" : "; ", id));
+    }
   }
   // Word of a commit may be here before the heartbeat that tells of the step.
   const Step committed = job.commits.commits.empty() ? kNoStep : job.commits.commits.front().step;

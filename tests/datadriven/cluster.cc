@@ -115,7 +115,7 @@ std::vector<std::string> Cluster::Run(const Words& c) {
        }},
       {"warm",
        [this, node](const Words& words) {
-         Do(NodeWarm{node, IncarnationOf(words, node), words.words.at(1), true, ""});
+         Do(NodeWarm{node, IncarnationOf(words, node), words.words.at(1), !words.Has("never"), ""});
        }},
       {"notice",
        [this, node](const Words& words) {
@@ -238,6 +238,7 @@ void Cluster::SetOptions(const Words& c) {
     if (key == "activate_timeout") options_.activate_timeout = ParseDuration(value);
     if (key == "failed_retention") options_.failed_retention = ParseDuration(value);
     if (key == "stop_timeout") options_.stop_timeout = ParseDuration(value);
+    if (key == "warm_patience") options_.warm_patience = ParseDuration(value);
   }
   controller_ = std::make_unique<Controller>(options_);
 }

@@ -1,6 +1,6 @@
 // An agent that a test scripts: a real stream to a controller, beats by itself, keeps every
-// message, says what the test says. The obliging one (Obey) answers prepare, activate and stop as a
-// healthy node does.
+// message, says what the test says. The obliging one (Obey) answers warm, prepare, activate and stop
+// as a healthy node does.
 #pragma once
 
 #include <grpcpp/grpcpp.h>
@@ -184,7 +184,11 @@ class FakeAgent {
 
   void Answer(const Message& message) {
     v1::AgentMessage answer;
-    if (message.has_prepare()) {
+    if (message.has_warm()) {
+      answer.mutable_node_warm()->set_job(message.warm().job());
+      answer.mutable_node_warm()->set_warm(true);
+      Send(answer);
+    } else if (message.has_prepare()) {
       answer.mutable_prepared()->set_job(message.prepare().job());
       answer.mutable_prepared()->set_generation(message.prepare().generation());
       answer.mutable_prepared()->set_store_port(message.prepare().host_store() ? 29500 : 0);

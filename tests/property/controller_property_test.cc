@@ -48,6 +48,7 @@ class Life {
       }
       case 7: Do(DrainNode{.request = 2, .node = node, .allow_pause = Draw(2) == 0}); break;
       case 8: Do(UndrainNode{.request = 3, .node = node}); break;
+      case 9: Do(NodeWarm{node, Inc(node), "j", Draw(3) != 0, ""}); break;
       default: AnswerOne(); break;
     }
   }

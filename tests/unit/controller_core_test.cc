@@ -105,6 +105,38 @@ class ControllerTest : public ::testing::Test {
     Do(e);
   }
   void Advance(Duration d) { now_ = now_ + d; }
+  // Time in which every node that is not lost beats and every wake-up comes when it is due.
+  void Pass(Duration d) {
+    const Timestamp until = now_ + d;
+    for (Timestamp beat = now_;; beat = beat + Milliseconds(250)) {
+      for (auto due = controller_->NextWakeup(); due && *due <= std::min(beat, until);
+           due = controller_->NextWakeup()) {
+        now_ = std::max(now_, *due);
+        Do(Tick{});
+      }
+      now_ = std::min(beat, until);
+      for (const auto& [id, node] : controller_->state().nodes) {
+        if (node.record.health != NodeHealth::kLost && node.connected) Beat(id);
+      }
+      if (beat >= until) return;
+    }
+  }
+  Decisions Warm(const NodeId& node, bool warm = true) {
+    return Do(NodeWarm{node, Inc(node), "j", warm, warm ? "" : "it ended while it started"});
+  }
+  std::vector<NodeId> Members() {
+    std::vector<NodeId> names;
+    for (const NodePlan& member : Job().plan.nodes) names.push_back(member.node);
+    return names;
+  }
+  bool Warming(const NodeId& node) { return Job().newcomers.contains(node); }
+  void Recover() {
+    std::vector<Record> records;
+    for (const auto& [key, record] : store_) records.push_back(record);
+    controller_ = std::make_unique<Controller>(options_);
+    Decisions out;
+    controller_->Recover(now_, records, &out);
+  }
   template <typename T>
   static int Count(const Decisions& out) {
     int n = 0;
@@ -418,6 +450,7 @@ TEST_F(ControllerTest, DrainMovesTheJobOrSaysWhyNot) {
   EXPECT_EQ(out.replies[0].code, ReplyCode::kFailedPrecondition);
   EXPECT_EQ(G(), 1u);
   Join("n3");
+  Warm("n3");
   out = Do(DrainNode{.request = 10, .node = "n1", .reason = "disk"});
   EXPECT_EQ(out.replies[0].code, ReplyCode::kOk);
   EXPECT_EQ(Job().plan.nodes[0].node, "n3");
@@ -433,12 +466,183 @@ TEST_F(ControllerTest, ElasticJobGrowsAfterTheDelay) {
   Do(Tick{});
   RunAll();
   Join("n2");
+  Warm("n2");
   EXPECT_EQ(G(), 1u);
   Advance(options_.grow_delay);
   Do(Tick{});
   EXPECT_EQ(G(), 2u);
   EXPECT_EQ(Job().plan.nodes.size(), 2u);
   RunAll();
+}
+
+// A job that runs does not stand while a newcomer imports PyTorch.
+class ControllerNewcomers : public ControllerTest {
+ protected:
+  using Names = std::vector<NodeId>;
+  void SetUp() override {
+    ControllerTest::SetUp();
+    Join("n1");
+    Join("n2");
+    Submit(2, 4);
+    Pass(Seconds(1));
+    RunAll();
+    Warm("n1");
+    Warm("n2");
+    ASSERT_EQ(G(), 1u);
+  }
+};
+
+TEST_F(ControllerNewcomers, OneThatImportsIsWaitedForWhileTheJobTrainsOn) {
+  EXPECT_EQ(Count<WarmCommand>(Join("n3")), 1);
+  EXPECT_TRUE(Warming("n3"));
+  Pass(Seconds(6));
+  EXPECT_EQ(G(), 1u);
+  Warm("n3");
+  Pass(Milliseconds(1));
+  EXPECT_EQ(G(), 2u) << "at once: it came more than grow_delay ago";
+  EXPECT_EQ(Members(), (Names{"n1", "n2", "n3"}));
+  EXPECT_FALSE(Warming("n3"));
+  EXPECT_EQ(Job().plan.reason, Reason::kNodeJoined);
+}
+
+TEST_F(ControllerNewcomers, OneThatIsNeverReadyIsTakenAsItIsAfterItsPatience) {
+  Join("n3");
+  Pass(options_.warm_patience - Milliseconds(1));
+  EXPECT_EQ(G(), 1u);
+  Pass(Milliseconds(1));
+  EXPECT_EQ(Members(), (Names{"n1", "n2", "n3"}));
+}
+
+TEST_F(ControllerNewcomers, OneWithoutAForkServerIsTakenAtOnce) {
+  Join("n3");
+  Warm("n3", false);
+  Pass(options_.grow_delay);
+  EXPECT_EQ(Members(), (Names{"n1", "n2", "n3"}));
+}
+
+TEST_F(ControllerNewcomers, TwoThatImportAreOneSwitchAndALateOneIsTheNext) {
+  Join("n3");
+  Pass(Seconds(2));
+  Join("n4");
+  Pass(Seconds(4));
+  Warm("n3");
+  Pass(Seconds(1));
+  EXPECT_EQ(G(), 1u) << "n4 is nearly there";
+  Warm("n4");
+  Pass(Milliseconds(1));
+  EXPECT_EQ(Members(), (Names{"n1", "n2", "n3", "n4"}));
+}
+
+TEST_F(ControllerNewcomers, TheFirstWaitsForTheOthersNoLongerThanForItself) {
+  Join("n3");
+  Warm("n3");
+  Pass(Milliseconds(400));
+  Join("n4");
+  Pass(options_.warm_patience - Milliseconds(400));
+  EXPECT_EQ(Members(), (Names{"n1", "n2", "n3"}));
+  RunAll();
+  EXPECT_TRUE(Warming("n4"));
+  Pass(Milliseconds(400));
+  EXPECT_EQ(Members(), (Names{"n1", "n2", "n3", "n4"})) << "its patience ran on over the switch";
+}
+
+TEST_F(ControllerNewcomers, ALossUsesThoseThatAreReadyAndLeavesOutTheOthers) {
+  Join("n3");
+  Join("n4");
+  Warm("n3");
+  Do(NodeProcessDead{"n2", Inc("n2"), "gone"});
+  EXPECT_EQ(Members(), (Names{"n1", "n3"}));
+  RunAll();
+  EXPECT_TRUE(Warming("n4"));
+  Warm("n4");
+  Pass(options_.grow_delay);
+  EXPECT_EQ(Members(), (Names{"n1", "n3", "n4"}));
+}
+
+TEST_F(ControllerNewcomers, ALossTakesOneThatImportsRatherThanWaitForNodes) {
+  Join("n3");
+  Do(NodeProcessDead{"n2", Inc("n2"), "gone"});
+  EXPECT_EQ(Members(), (Names{"n1", "n3"})) << "two are the minimum";
+}
+
+TEST_F(ControllerNewcomers, AJobThatWaitsForNodesStartsAtOnce) {
+  Do(NodeProcessDead{"n2", Inc("n2"), "gone"});
+  EXPECT_EQ(Job().record.state, JobState::kWaiting);
+  Join("n3");
+  Pass(options_.grow_delay);
+  EXPECT_EQ(Members(), (Names{"n1", "n3"}));
+}
+
+TEST_F(ControllerNewcomers, OneThatDrainsOrDiesOrFallsSilentIsForgotten) {
+  Join("n3");
+  Do(DrainNode{.request = 1, .node = "n3", .reason = "disk"});
+  EXPECT_FALSE(Warming("n3"));
+  EXPECT_EQ(Job().record.state, JobState::kRunning);
+  Do(UndrainNode{.request = 2, .node = "n3"});
+  EXPECT_TRUE(Warming("n3"));
+  Do(SessionClosed{"n3", Inc("n3"), "reset"});
+  EXPECT_FALSE(Warming("n3"));
+  Pass(options_.warm_patience);
+  EXPECT_EQ(G(), 1u);
+  Join("n3", 77);
+  EXPECT_TRUE(Warming("n3"));
+  Do(NodeProcessDead{"n3", Inc("n3"), "gone"});
+  EXPECT_FALSE(Warming("n3"));
+}
+
+TEST_F(ControllerNewcomers, ANewKeeperOrAgentWarmsAnew) {
+  Join("n3");
+  Pass(options_.warm_patience - Seconds(1));
+  Do(KeeperLost{"n3", Inc("n3"), 78, "killed"});
+  Pass(Seconds(2));
+  EXPECT_EQ(G(), 1u) << "its imports began anew";
+  EXPECT_EQ(Count<WarmCommand>(Join("n3", 78)), 1) << "an agent that restarted is told again";
+  Warm("n3");
+  Pass(options_.grow_delay);
+  EXPECT_EQ(Members(), (Names{"n1", "n2", "n3"}));
+}
+
+TEST_F(ControllerNewcomers, AControllerThatRestartsWaitsForThemAnew) {
+  Join("n3");
+  Pass(Seconds(3));
+  Recover();
+  for (const NodeId node : {"n1", "n2"}) {
+    JobOnNode holds{.job = "j", .generation = 1, .activated = true, .workers = {}, .shards = {}};
+    Join(node, 0, {holds});
+    Warm(node);
+  }
+  EXPECT_EQ(Count<WarmCommand>(Join("n3")), 1);
+  EXPECT_TRUE(Warming("n3"));
+  Pass(Seconds(5));
+  EXPECT_EQ(G(), 1u);
+  Warm("n3");
+  Pass(Milliseconds(1));
+  EXPECT_EQ(Members(), (Names{"n1", "n2", "n3"}));
+}
+
+TEST_F(ControllerNewcomers, ANodeThatDrainsStaysUntilItsSuccessorIsReady) {
+  Join("n3");
+  Do(NodeProcessDead{"n2", Inc("n2"), "gone"});
+  RunAll();  // n1, n3
+  Join("n4");
+  const Decisions out = Do(DrainNode{.request = 1, .node = "n1", .reason = "disk"});
+  EXPECT_EQ(out.replies.at(0).code, ReplyCode::kOk);
+  EXPECT_EQ(Job().record.state, JobState::kRunning) << "two are the minimum, and n4 imports";
+  Pass(Seconds(3));
+  Warm("n4");
+  Pass(Milliseconds(1));
+  EXPECT_EQ(Members(), (Names{"n4", "n3"}));
+  EXPECT_EQ(Job().plan.reason, Reason::kNodeDrained);
+}
+
+TEST_F(ControllerNewcomers, NothingIsKnownOfAnEarlierJobsForkServers) {
+  Do(CancelJob{.request = 1, .job = "j", .reason = "enough"});
+  for (const NodeId node : {"n1", "n2"}) Do(Stopped{node, Inc(node), "j", G()});
+  ASSERT_EQ(Job().record.state, JobState::kCancelled);
+  SubmitJob again{.request = 2, .data_key = "key"};
+  again.spec.job = "j";
+  EXPECT_EQ(Count<WarmCommand>(Do(again)), 2);
+  EXPECT_EQ(controller_->state().nodes.at("n1").warm.at("j"), Warmth::kAsked);
 }
 
 TEST_F(ControllerTest, StoppedControllerBlamesNobody) {
@@ -470,6 +674,7 @@ TEST_F(ControllerTest, WorkersMayParkOnNodesThatStayAndAllBeginAnewAfterTwoStart
   for (const char* node : {"n1", "n2", "n3"}) Join(node);
   Submit(2, 2);
   RunAll();
+  Warm("n3");
   const auto parks = [](const Decisions& out) {
     std::map<NodeId, bool> found;
     for (const Command& c : out.commands) {
@@ -681,6 +886,7 @@ TEST_F(ControllerCopies, ASourceOutsideTheGenerationIsAskedBeforeItIsNamed) {
   Activate("n2", G());
   Join("n3");
   Join("n4");
+  Warm("n3");
   Do(DrainNode{.request = 2, .node = "n1", .reason = "disk"});
   Prepare("n1", G(), {both});  // it leaves, and holds the only copy
   Prepare("n2", G());
@@ -710,6 +916,7 @@ TEST_F(ControllerCopies, AfterARestartTheCommittedStepIsWaitedFor) {
   JobOnNode memory{.job = "j", .generation = G(), .shards = {Shard(0, 5, false)}};
   memory.shards[0].world_size = 1;
   Join("n2");
+  Warm("n2");
   Do(DrainNode{.request = 2, .node = "n1", .reason = "disk"});
   std::vector<Record> records;
   for (const auto& [key, record] : store_) records.push_back(record);

@@ -359,6 +359,27 @@ TEST(Status, AJobIsFoundByFourLettersWhenTheyAreEnough) {
   EXPECT_NE(error.find("train-a, train-b"), std::string::npos) << error;
 }
 
+TEST(Status, ANewcomerIsWarmingUntilItIsReady) {
+  ClusterState state;
+  NodeState& node = state.nodes["n3"];
+  node.record.node = "n3";
+  node.record.health = NodeHealth::kAlive;
+  node.warm["train"] = Warmth::kAsked;
+  JobStateView& job = state.jobs["train"];
+  job.record.spec.job = "train";
+  job.record.state = JobState::kRunning;
+  job.message = "nodes=2 were=1";
+  job.newcomers["n3"] = {};
+  EXPECT_EQ(NodeStatusOf(state, node, {}).jobs(0), "train:warming");
+  EXPECT_EQ(
+      JobStatusOf(state, job, {}).message(),
+      "nodes=2 were=1; node n3 is warming: the job trains on until it has imported what it needs");
+  EXPECT_EQ(JobStatusOf(state, job, {}).spares(), 0u);
+  node.warm["train"] = Warmth::kReady;
+  EXPECT_EQ(NodeStatusOf(state, node, {}).jobs(0), "train:spare");
+  EXPECT_EQ(JobStatusOf(state, job, {}).message(), "nodes=2 were=1");
+}
+
 TEST(Status, ANodesStateIsOneOfFive) {
   ClusterState state;
   NodeState& node = state.nodes["n1"];
@@ -368,7 +389,7 @@ TEST(Status, ANodesStateIsOneOfFive) {
   node.record.draining = true;
   node.record.drain_reason = "notice: source=spot deadline_ms=30000";
   node.drain_since = {1'000'000'000};
-  node.warm["train"] = true;
+  node.warm["train"] = Warmth::kReady;
   const v1::NodeStatus drained = NodeStatusOf(state, node, {});
   EXPECT_EQ(drained.state(), "DRAINED");
   EXPECT_EQ(drained.reason(), "notice");

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <tuple>
+#include <utility>
 
 #include <fmt/format.h>
 
@@ -86,6 +87,9 @@ void Checkers::BeforeStep(const ClusterState& state, const controller::Event& ev
   stale_.clear();
   heard_before_.reset();
   ended_run_ = 0;
+  if (const auto* warm = std::get_if<controller::NodeWarm>(&event)) {
+    answered_[{warm->job, warm->node}] = warm->incarnation;
+  }
   if (const auto* back = std::get_if<controller::RollBack>(&event)) {
     const auto job = state.jobs.find(back->job);
     rolling_back_ = {job == state.jobs.end() ? 0 : job->second.record.generation, back->step};
@@ -493,9 +497,34 @@ void Checkers::CheckParities(Timestamp now, const controller::JobStateView& job,
 
 // --- what was said, and what the store knows ---
 
+void Checkers::CheckNewcomers(Timestamp now, const controller::GenerationPlan& plan) {
+  if (plan.phase != controller::Phase::kPrepare) return;
+  std::set<NodeId> members;
+  for (const NodePlan& member : plan.nodes) members.insert(member.node);
+  const std::set<NodeId> before = std::exchange(members_[plan.job], members);
+  if (plan.reason != controller::Reason::kNodeJoined) return;
+  env_.truth->Count("joins of a job that runs");
+  for (const NodeId& node : members) {
+    if (before.contains(node)) continue;
+    const auto answer = answered_.find({plan.job, node});
+    if (answer != answered_.end() && answer->second == incarnations_[node]) continue;
+    const auto since = warming_.find({plan.job, node});
+    if (since != warming_.end() && now >= since->second + env_.options->controller.warm_patience) {
+      env_.truth->Count("newcomers that were waited for long enough");
+      continue;
+    }
+    Violate(now, "warm_first",
+            fmt::format("job {} generation {} stands while {} still imports", plan.job,
+                        plan.generation, node));
+  }
+}
+
 void Checkers::OnDecisions(Timestamp now, const controller::Decisions& decisions) {
   for (const controller::Record& record : decisions.records) {
-    if (const auto* line = std::get_if<controller::JournalRecord>(&record)) {
+    if (const auto* plan = std::get_if<controller::GenerationRecord>(&record)) {
+      CheckNewcomers(now, plan->plan);
+    } else if (const auto* line = std::get_if<controller::JournalRecord>(&record)) {
+      if (line->type == "node_warming") warming_[{line->job, line->node}] = now;
       if (env_.truth->told()) {
         env_.truth->Note(now, fmt::format("journal: {} ({}) {}", line->message,
                                           controller::ReasonName(line->reason), line->evidence));

@@ -18,6 +18,8 @@
 // - commits_live: while a job steps in peace, its steps are committed
 // - stored: the store rebuilds the state; nothing was said that was not stored first
 // - reason: every loss, fault, plan and end says why, and a loss had a cause in the world
+// - warm_first: a job that runs takes a newcomer in when its fork server is ready or cannot be had,
+//   or has been waited for long enough
 // - deadline: no switch outlives its deadline
 // - live: once faults stop every job runs on, to its end
 #pragma once
@@ -71,6 +73,7 @@ class Checkers {
   void RolledBack(const JobId& job) { cuts_[job].push_back(rolling_back_); }
 
  private:
+  void CheckNewcomers(Timestamp now, const controller::GenerationPlan& plan);
   void CheckPlan(Timestamp now, const controller::ClusterState& state,
                  const controller::GenerationPlan& plan);
   void CheckRestore(Timestamp now, const controller::ClusterState& state,
@@ -97,12 +100,15 @@ class Checkers {
   Cut rolling_back_;          // of the job that an operator sends back
   Generation ended_run_ = 0;  // of the job that is submitted once more, when it leaves nothing
   // over the whole run
-  std::map<NodeId, Incarnation> incarnations_;            // newest said to a node
-  std::map<JobId, Generation> generations_;               // newest said to any node
-  std::map<JobId, std::pair<Generation, Step>> commits_;  // newest said to any node
-  std::map<JobId, Generation> rebuild_timeouts_;          // newest whose rebuild took too long
-  std::map<JobId, Generation> planned_;                   // newest decided
-  std::map<JobId, controller::Commit> checked_;           // newest of each job
+  std::map<NodeId, Incarnation> incarnations_;                // newest said to a node
+  std::map<JobId, Generation> generations_;                   // newest said to any node
+  std::map<JobId, std::pair<Generation, Step>> commits_;      // newest said to any node
+  std::map<JobId, Generation> rebuild_timeouts_;              // newest whose rebuild took too long
+  std::map<JobId, Generation> planned_;                       // newest decided
+  std::map<JobId, controller::Commit> checked_;               // newest of each job
+  std::map<JobId, std::set<NodeId>> members_;                 // of the newest plan
+  std::map<std::pair<JobId, NodeId>, Timestamp> warming_;     // told of, newest
+  std::map<std::pair<JobId, NodeId>, Incarnation> answered_;  // of what its fork server is
   std::set<JobId> acknowledged_;
   std::map<JobId, std::vector<Cut>> cuts_;
   std::map<JobId, Generation> forgotten_;  // runs up to this generation ended and left nothing

@@ -21,7 +21,14 @@ constexpr Duration kAgentSilence = Seconds(3);  // then a trainer takes its agen
 void SimNode::CarryOutInKeeper(const agent::Effect& effect) {
   if (const auto* f = std::get_if<agent::StartForkServer>(&effect)) {
     keeper_->jobs[f->job].command = f->command;
-    AfterKeeper(Draw(200, 3000), "fork server", [this, job = f->job] {
+    const bool hangs = env_.timeline->now() < imports_hang_until_;
+    const bool fails = env_.timeline->now() < imports_fail_until_;
+    AfterKeeper(Draw(200, 3000), "fork server", [this, hangs, fails, job = f->job] {
+      if (hangs) return env_.truth->Count("fork servers that hang");
+      if (fails) {
+        env_.truth->Count("fork servers that fail");
+        return Tell(agent::ForkServerState{job, false, "it ended while it started"});
+      }
       if (KeeperJob* j = FindJob(job)) j->fork_server = true;
       Tell(agent::ForkServerState{job, true, ""});
     });

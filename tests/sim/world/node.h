@@ -68,6 +68,9 @@ class SimNode {
   void MakeUnkillable(std::int32_t local_rank, Timestamp until);
   void FailForksUntil(Timestamp until) { forks_fail_until_ = until; }
   void FailStoresUntil(Timestamp until) { stores_fail_until_ = until; }
+  // A fork server that starts meanwhile: is never ready, or cannot be had.
+  void HangImportsUntil(Timestamp until) { imports_hang_until_ = until; }
+  void FailImportsUntil(Timestamp until) { imports_fail_until_ = until; }
   void Corrupt(std::uint64_t n);
   void Notice(Duration deadline);
   // The stream is gone as far as this node can tell.
@@ -211,6 +214,8 @@ class SimNode {
   std::int32_t next_pid_ = 1000;
   Timestamp forks_fail_until_;
   Timestamp stores_fail_until_;
+  Timestamp imports_hang_until_;
+  Timestamp imports_fail_until_;
 };
 
 }  // namespace everstep::sim

@@ -50,8 +50,12 @@ constexpr Kind kKinds[] = {
     {"files_damage", 0, 0, Target::kNone},   // j1's newest checkpoint cannot be read
     {"rollback_far", 0, 0, Target::kNone},   // an operator sends j1 back to what only files have
     {"all_keepers", 0, 0, Target::kNone},    // every copy in memory dies at once
+    // Of fork servers; drawn apart, likewise.
+    {"imports_hang", 0, 12000, Target::kNode},  // one that starts meanwhile is never ready
+    {"imports_fail", 0, 4000, Target::kNode},   // ... cannot be had
 };
 constexpr const char* kFileFaults[] = {"files_fail", "files_damage", "rollback_far", "all_keepers"};
+constexpr const char* kImportFaults[] = {"imports_hang", "imports_fail"};
 
 }  // namespace
 
@@ -76,6 +80,8 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
     o.controller.stop_timeout = Milliseconds(random.Between(3000, 20000));
   }
   if (random.Chance(300)) o.controller.commit_patience = Milliseconds(random.Between(2000, 20000));
+  Random warm(seed ^ 0x3A2AULL);  // of its own, as those below
+  if (warm.Chance(400)) o.controller.warm_patience = Milliseconds(warm.Between(300, 8000));
   o.network.max_delay =
       Milliseconds(random.Chance(800) ? random.Between(1, 40) : random.Between(40, 250));
   o.network.late_per_mille = static_cast<std::uint32_t>(random.Between(0, 600));
@@ -197,6 +203,15 @@ std::vector<Fault> DrawFaults(const WorldOptions& o) {
     fault.at = Milliseconds(files.Between(4000, ToMilliseconds(o.fault_phase)));
     fault.kind = kFileFaults[files.Below(std::size(kFileFaults))];
     if (fault.kind == "files_fail") fault.lasts = Milliseconds(files.Between(500, 5000));
+    faults.push_back(std::move(fault));
+  }
+  Random imports(o.seed ^ 0x1A4097ULL);
+  for (std::int64_t i = imports.Chance(400) ? imports.Between(1, 3) : 0; i > 0; --i) {
+    Fault fault;
+    fault.at = Milliseconds(imports.Between(500, ToMilliseconds(o.fault_phase)));
+    fault.kind = kImportFaults[imports.Below(std::size(kImportFaults))];
+    fault.lasts = Milliseconds(imports.Between(500, fault.kind == "imports_hang" ? 12000 : 4000));
+    fault.target = fmt::format("n{}", imports.Between(1, o.nodes));
     faults.push_back(std::move(fault));
   }
   std::stable_sort(faults.begin(), faults.end(),

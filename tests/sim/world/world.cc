@@ -271,6 +271,10 @@ void World::Apply(const Fault& fault) {
     node->Corrupt(timeline_.random().Below(64));
   } else if (kind == "fork_fail") {
     node->FailForksUntil(until);
+  } else if (kind == "imports_hang") {
+    node->HangImportsUntil(until);
+  } else if (kind == "imports_fail") {
+    node->FailImportsUntil(until);
   } else if (kind == "store_host_fail") {
     node->FailStoresUntil(until);
   } else if (kind == "slow_network") {
