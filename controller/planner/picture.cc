@@ -112,7 +112,7 @@ std::string PlanPicture(const Library& library, const Seated& seated,
 std::string PlanSvg(const Library& library, const Seated& seated,
                     const std::vector<std::string>& names) {
   constexpr int kWidth = 960, kLeft = 110, kRow = 56, kTop = 40;
-  constexpr double kLetter = 6.2;  // pixels of its width
+  constexpr double kLetter = 6.1;  // pixels of its width
   const std::int64_t slowest = SlowestStage(library, seated);
   const auto layers = static_cast<double>(library.profile.layers.size());
   const int height = kTop + kRow * static_cast<int>(seated.nodes.size()) + 16;
@@ -143,13 +143,13 @@ std::string PlanSvg(const Library& library, const Seated& seated,
           x, y, width, (240 + heat) % 360, Escaped(nodes), LayersText(stage),
           TimeText(stage.time_ns), SizeText(stage.bytes));
       // What does not fit its box is in its title alone.
-      const auto write = [&](int line, const char* colour, const std::string& text) {
-        if (kLetter * static_cast<double>(text.size()) + 4 > width) return;
-        out += fmt::format("<text x=\"{:.1f}\" y=\"{}\" fill=\"{}\">{}</text>\n", x + 4, y + line,
-                           colour, Escaped(text));
-      };
-      write(16, "#000", nodes);
-      write(32, "#444", LayersText(stage));
+      const std::string layers_text = LayersText(stage);
+      const auto letters = static_cast<double>(std::max(nodes.size(), layers_text.size()));
+      if (kLetter * letters + 4 > width) continue;
+      out += fmt::format(
+          "<text x=\"{:.1f}\" y=\"{}\">{}</text>\n<text x=\"{:.1f}\" y=\"{}\" fill=\"#444\">{}"
+          "</text>\n",
+          x + 4, y + 16, Escaped(nodes), x + 4, y + 32, layers_text);
     }
   }
   return out + "</svg>\n";
