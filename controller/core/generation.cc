@@ -9,6 +9,34 @@
 #include "controller/core/impl.h"
 
 namespace everstep::controller {
+namespace {
+
+// " stayed=0-2,5 anew=3-4": ranks whose process is one of `before`, and the others. Empty when none
+// is.
+std::string WhoStayed(const std::map<Rank, WorkerState>& workers,
+                      const std::map<NodeId, std::set<std::int32_t>>& before) {
+  const auto stays = [&before](const WorkerState& w) {
+    const auto pids = before.find(w.node);
+    return pids != before.end() && pids->second.contains(w.worker.pid);
+  };
+  std::string stayed;
+  std::string anew;
+  for (auto at = workers.begin(); at != workers.end();) {
+    const bool same = stays(at->second);
+    const Rank first = at->first;
+    Rank last = first;
+    for (++at; at != workers.end() && at->first == last + 1 && stays(at->second) == same; ++at) {
+      last = at->first;
+    }
+    std::string& ranks = same ? stayed : anew;
+    if (!ranks.empty()) ranks += ',';
+    ranks += first == last ? fmt::format("{}", first) : fmt::format("{}-{}", first, last);
+  }
+  if (stayed.empty()) return {};
+  return fmt::format(" stayed={} anew={}", stayed, anew.empty() ? "-" : anew);
+}
+
+}  // namespace
 
 void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::string& evidence,
                                bool failed, bool worker_failure) {
@@ -30,6 +58,10 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
   run.grow_at = {};
   run.linger_at = {};
   run.ran = false;
+  if (job->plan.phase == Phase::kRun) run.pids.clear();  // else those before it may live on
+  for (const auto& [rank, worker] : job->workers) {
+    if (worker.worker.running) run.pids[worker.node].insert(worker.worker.pid);
+  }
   job->workers.clear();
   for (const NodeId& node : nodes) job->newcomers.erase(node);
   job->waiting_for.clear();
@@ -42,6 +74,7 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
     job->newcomers.clear();
     run.waiting_since = now_;
     run.formed = false;
+    run.pids.clear();
     for (Fault& fault : job->record.faults) {
       if (fault.recovered.ns == 0) fault.action = "wait for nodes";
     }
@@ -297,8 +330,8 @@ void Controller::Impl::Running(JobStateView* job) {
            .job = id,
            .generation = job->record.generation,
            .message = fmt::format("job {}: generation {} runs", id, job->record.generation),
-           .evidence = fmt::format("workers={} restore_step={}", job->workers.size(),
-                                   job->plan.restore_step)});
+           .evidence = fmt::format("workers={} restore_step={}{}", job->workers.size(),
+                                   job->plan.restore_step, WhoStayed(job->workers, run.pids))});
   Consider(job);
 }
 

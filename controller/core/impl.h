@@ -41,6 +41,8 @@ class Controller::Impl {
     Timestamp running_since;
     everstep::Step step_at_start = kNoStep;
     bool ran = false;  // the newest generation reached RUNNING
+    // Workers' processes of the generation that ran last: those of them that are sessions live on.
+    std::map<NodeId, std::set<std::int32_t>> pids;
     Timestamp
         linger_at;  // some of its workers exited 0, the others are told of then; ns == 0: none
     everstep::Step linger_step = kNoStep;  // of the job when linger_at was set
@@ -159,6 +161,7 @@ class Controller::Impl {
   void SendActivate(JobStateView* job, const NodeId& node,
                     std::shared_ptr<const GenerationPlan> plan);
   void Running(JobStateView* job);
+
   // members.cc
   // Of newcomers whose fork server is not ready, to a job that has formed: taken none, as many as
   // min_nodes asks for, or all.

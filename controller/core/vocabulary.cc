@@ -77,7 +77,9 @@ constexpr std::array kEvents = {
     EventName{"checkpoint_not_persisted",
               "A step could not be written there; the one before it stays, and the next due one is "
               "tried."},
-    EventName{"generation_running", "Every worker of the generation runs."},
+    EventName{"generation_running",
+              "Every worker of the generation runs. `stayed`: ranks whose process is of an earlier "
+              "generation (sessions); `anew`: the others. Neither where nobody stayed."},
     EventName{"workers_linger",
               "Workers still run, without a step, 30 s after others of their generation exited 0: "
               "a last checkpoint, or a process that hangs in its end. Nothing is done."},

@@ -111,6 +111,7 @@ std::vector<std::string> Cluster::Run(const Words& c) {
          Node& n = nodes_[node];
          n.keeper = next_keeper_++;
          n.jobs.clear();
+         n.parked.clear();
          Do(KeeperLost{node, IncarnationOf(words, node), n.keeper, "keeper pid 4711 ended by 9"});
        }},
       {"warm",
@@ -256,6 +257,7 @@ void Cluster::Submit(const Words& c) {
   spec.spares = ParseNumber(c.Get("spares", "0"));
   spec.max_restarts = std::atoi(c.Get("restarts", "3").c_str());
   spec.strict_restarts = c.Has("strict");
+  if (c.Has("sessions")) sessions_.insert(spec.job);
   spec.last_call = ParseDuration(c.Get("last_call", "1s"));
   spec.join_timeout = ParseDuration(c.Get("join_timeout", "0"));
   spec.max_no_progress = ParseNumber(c.Get("max_no_progress", "5"));

@@ -32,6 +32,7 @@ class Cluster {
     std::map<std::string, std::string> labels;
     bool connected = false;
     std::map<JobId, JobOnNode> jobs;
+    std::map<JobId, std::map<std::int32_t, std::int32_t>> parked;  // local rank -> process id
     std::deque<controller::Command> inbox;
   };
 
@@ -88,6 +89,7 @@ class Cluster {
   std::map<NodeId, Node> nodes_;
   std::uint64_t next_keeper_ = 1;
   std::uint64_t stale_ = 0;
+  std::set<JobId> sessions_;  // jobs whose workers can park
   std::vector<controller::Record> snapshot_;
   std::vector<std::string> lines_;
   bool quiet_ = false;

@@ -97,9 +97,14 @@ std::vector<WorkerOnNode> Cluster::Fork(const NodeId& id, Node* node, const JobI
   for (const NodePlan& member : view->plan.nodes) {
     if (member.node != id) continue;
     for (const WorkerPlan& w : member.workers) {
-      holds.workers.push_back({w.rank, w.local_rank, 100 + w.rank, true, {}});
+      // A process of its own in each generation, but for one that was parked.
+      const auto fresh = static_cast<std::int32_t>(1000 * (generation - 1)) + 100 + w.rank;
+      const auto parked = node->parked[job].find(w.local_rank);
+      const std::int32_t pid = parked == node->parked[job].end() ? fresh : parked->second;
+      holds.workers.push_back({w.rank, w.local_rank, pid, true, {}});
     }
   }
+  node->parked.erase(job);
   return holds.workers;
 }
 
@@ -107,6 +112,13 @@ void Cluster::Answer(const NodeId& id, const controller::Command& order) {
   Node& node = nodes_[id];
   const Incarnation incarnation = node.incarnation;
   if (const auto* prepare = std::get_if<PrepareCommand>(&order.body)) {
+    std::map<std::int32_t, std::int32_t>& parked = node.parked[prepare->job];
+    if (!prepare->park) parked.clear();
+    for (const WorkerOnNode& worker : node.jobs[prepare->job].workers) {
+      if (prepare->park && worker.running && sessions_.contains(prepare->job)) {
+        parked[worker.local_rank] = worker.pid;
+      }
+    }
     Do(controller::Prepared{.node = id,
                             .incarnation = incarnation,
                             .holds = Prepare(&node, prepare->job, prepare->generation),
@@ -131,6 +143,7 @@ void Cluster::Answer(const NodeId& id, const controller::Command& order) {
     if (job != node.jobs.end() && job->second.generation <= stop->generation) {
       job->second.workers.clear();
       job->second.activated = false;
+      node.parked.erase(stop->job);
       if (stop->forget) node.jobs.erase(job);
     }
     Do(controller::Stopped{id, incarnation, stop->job, stop->generation}, true);
