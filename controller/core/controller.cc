@@ -53,6 +53,12 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
       state_.jobs[commit->job].commits = *commit;
     } else if (const auto* line = std::get_if<JournalRecord>(&record)) {
       state_.journal.push_back(*line);
+    } else if (const auto* ledger = std::get_if<LedgerRecord>(&record)) {
+      state_.jobs[ledger->job].ledger = *ledger;
+    } else if (const auto* layout = std::get_if<LayoutRecord>(&record)) {
+      state_.jobs[layout->job].layouts[layout->generation] = *layout;
+    } else if (const auto* told = std::get_if<ToldRecord>(&record)) {
+      state_.jobs[told->job].told[told->kind] = *told;
     }
   }
   // What is left of a job whose own record is gone is no job.
@@ -65,6 +71,7 @@ void Controller::Impl::Recover(Timestamp now, std::span<const Record> records, D
     if (!it->second.commits.job.empty()) {
       out_->deletions.push_back({Deletion::Table::kCommit, it->first});
     }
+    ForgetTold(it->first, &it->second);
     it = state_.jobs.erase(it);
   }
   std::sort(state_.journal.begin(), state_.journal.end(),
@@ -213,10 +220,12 @@ void Controller::Impl::Flush() {
     out_->records.emplace_back(GenerationRecord{state_.jobs.at(id).plan});
   }
   for (const JobId& id : dirty_commits_) out_->records.emplace_back(state_.jobs.at(id).commits);
+  for (const JobId& id : dirty_ledgers_) out_->records.emplace_back(state_.jobs.at(id).ledger);
   dirty_nodes_.clear();
   dirty_jobs_.clear();
   dirty_plans_.clear();
   dirty_commits_.clear();
+  dirty_ledgers_.clear();
 }
 
 void Controller::Impl::Forget(const GenerationPlan& plan) {

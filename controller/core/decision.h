@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "controller/core/event.h"
+#include "controller/core/ledger.h"
 #include "controller/core/types.h"
 
 namespace everstep::controller {
@@ -83,11 +84,21 @@ struct JournalRecord {
   std::string message;
   std::string evidence;
 };
-using Record = std::variant<NodeRecord, JobRecord, GenerationRecord, CommitRecord, JournalRecord>;
+using Record = std::variant<NodeRecord, JobRecord, GenerationRecord, CommitRecord, JournalRecord,
+                            LedgerRecord, LayoutRecord, ToldRecord>;
 
 // Which record to remove. Key as in proto/record.proto.
 struct Deletion {
-  enum class Table : std::uint8_t { kNode, kJob, kGeneration, kCommit, kJournal } table;
+  enum class Table : std::uint8_t {
+    kNode,
+    kJob,
+    kGeneration,
+    kCommit,
+    kJournal,
+    kLedger,
+    kLayout,
+    kTold
+  } table;
   std::string key;
 };
 
@@ -158,12 +169,20 @@ struct BuildShardCommand {
   Generation generation = 0;  // of the job now
   ShardBuild build;
 };
+// What a rank told up to this word is durable.
+struct ToldAckCommand {
+  JobId job;
+  Generation generation = 0;
+  Rank rank = 0;
+  std::uint64_t sequence = 0;
+};
 struct Command {
   NodeId node;
   Incarnation incarnation = 0;
   std::uint64_t sequence = 0;
   std::variant<RegisteredCommand, WarmCommand, PrepareCommand, ActivateCommand, StopJobCommand,
-               CommittedCommand, PersistCommand, RepairShardCommand, BuildShardCommand>
+               CommittedCommand, PersistCommand, RepairShardCommand, BuildShardCommand,
+               ToldAckCommand>
       body;
 };
 

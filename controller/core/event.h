@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "controller/core/types.h"
+#include "proto/base/told.h"
 
 namespace everstep::controller {
 
@@ -138,6 +139,16 @@ struct Stopped {
   Generation generation = 0;
 };
 
+// A worker speaks. Words that are durable are acknowledged; all others are said again.
+struct Told {
+  NodeId node;
+  Incarnation incarnation = 0;
+  JobId job;
+  Generation generation = 0;  // of the worker
+  Rank rank = 0;
+  std::vector<ToldWord> words;  // sequences follow each other
+};
+
 // --- from people ---
 
 struct SubmitJob {
@@ -182,9 +193,10 @@ struct ReportAnomaly {
 
 struct Tick {};  // NextWakeup() has come
 
-using Event = std::variant<NodeRegistered, SessionClosed, NodeProcessDead, Heartbeat, Prepared,
-                           Activated, WorkerExited, WorkerStalled, ShardCopied, ShardDamaged,
-                           Persisted, Notice, NodeWarm, KeeperLost, Stopped, SubmitJob, CancelJob,
-                           DrainNode, UndrainNode, SaveCheckpoint, RollBack, ReportAnomaly, Tick>;
+using Event =
+    std::variant<NodeRegistered, SessionClosed, NodeProcessDead, Heartbeat, Prepared, Activated,
+                 WorkerExited, WorkerStalled, ShardCopied, ShardDamaged, Persisted, Notice,
+                 NodeWarm, KeeperLost, Stopped, Told, SubmitJob, CancelJob, DrainNode, UndrainNode,
+                 SaveCheckpoint, RollBack, ReportAnomaly, Tick>;
 
 }  // namespace everstep::controller

@@ -54,6 +54,7 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
   run.misreported.clear();
   run.store_ports.clear();
   run.surveyed.clear();
+  run.heard.clear();
   run.last_call = {};
   run.grow_at = {};
   run.linger_at = {};

@@ -4,7 +4,7 @@
 // safe, where a generation starts from), members.cc (who takes part, and newcomers that get ready
 // first), sources.cc (from whom each rank takes it), ranges.cc (a world of another size), parity.cc
 // (parities, and lost shards made out of them), repair.cc (copies that went bad), trust.cc
-// (verified checkpoints, roll-backs), forecast.cc (what if).
+// (verified checkpoints, roll-backs), told.cc (what workers tell), forecast.cc (what if).
 #pragma once
 
 #include <map>
@@ -86,6 +86,9 @@ class Controller::Impl {
     Duration persist_retry = {};
     Timestamp short_since;    // some shard of the newest commit lacks copies; ns == 0: none does
     Timestamp persist_since;  // when the interval began to run
+    std::map<Rank, std::uint64_t> heard;  // newest word taken in of each rank of the generation
+    Timestamp told_since;                 // the second in which bundles of words are counted
+    std::uint32_t told_bundles = 0;       // in it
   };
 
   // nodes.cc
@@ -288,6 +291,12 @@ class Controller::Impl {
   void GiveUpPersist(JobStateView* job);  // when its time is over
   bool FilesAreAhead(JobStateView* job);  // of the job's generations: it moves beyond them
 
+  // told.cc
+  void On(const Told& e);
+  void TakeLedger(JobStateView* job, const Told& e, const ToldWord& word);
+  void ForgetTold(const JobId& id, JobStateView* job);  // ledger, profile and plan
+  std::vector<NodeId> NodesByRank(const JobStateView& job) const;
+
   // controller.cc
   void Send(const NodeId& node, decltype(Command::body) body);
   void Answer(RequestId request, ReplyCode code, std::string message, std::string hint = "");
@@ -311,7 +320,7 @@ class Controller::Impl {
   std::string recovered_;  // evidence of a recovery that the journal does not have yet
   Decisions* out_ = nullptr;
   std::set<NodeId> dirty_nodes_;
-  std::set<JobId> dirty_jobs_, dirty_plans_, dirty_commits_;
+  std::set<JobId> dirty_jobs_, dirty_plans_, dirty_commits_, dirty_ledgers_;
 };
 
 }  // namespace everstep::controller

@@ -66,6 +66,7 @@ void Controller::Impl::On(const SubmitJob& e) {
   const bool left_nothing = IsTerminal(job.record.state) && !KeepsMemory(job.record);
   record.earlier_runs = left_nothing ? job.record.generation : job.record.earlier_runs;
   record.given_up = std::move(job.record.given_up);  // for ever
+  if (left_nothing) ForgetTold(spec.job, &job);
   job.record = std::move(record);
   if (job.plan.generation != 0) Forget(job.plan);  // of the job that had the id before
   job.plan = {};

@@ -59,6 +59,7 @@ void Controller::Impl::ForgetJob(JobStateView* job, const std::string& why) {
   out_->records.emplace_back(stub);
   state_.forgotten.insert_or_assign(id, std::move(stub));
   if (job->plan.generation != 0) Forget(job->plan);
+  ForgetTold(id, job);
   dirty_jobs_.erase(id);
   dirty_plans_.erase(id);
   dirty_commits_.erase(id);

@@ -73,6 +73,9 @@ struct JobStateView {
   // Of the newest checkpoint that was sealed in its directory under this controller, one for each
   // rank.
   std::vector<HeldShard> files;
+  LedgerRecord ledger;  // generation 0: nothing was told
+  Layouts layouts;
+  std::map<std::string, ToldRecord> told;  // by kind
 };
 
 struct ClusterState {

@@ -190,6 +190,12 @@ struct EventText {
   std::string operator()(const Stopped& e) const {
     return Line(From("stopped", e.node, e.incarnation)).Add("{} g={}", e.job, e.generation);
   }
+  std::string operator()(const Told& e) const {
+    Line line(From("told", e.node, e.incarnation));
+    line.Add("{} g={} rank={}", e.job, e.generation, e.rank);
+    for (const ToldWord& word : e.words) line.Add("#{} \"{:.80}\"", word.sequence, word.body);
+    return line;
+  }
   std::string operator()(const SubmitJob& e) const {
     return fmt::format("submit {} nodes={}:{}", e.spec.job, e.spec.min_nodes, e.spec.max_nodes);
   }
@@ -259,6 +265,32 @@ struct RecordText {
     line.If(r.anomalies != 0, "anomalies={} at={}", r.anomalies, r.anomaly_step);
     return line;
   }
+  std::string operator()(const LedgerRecord& r) const {
+    Line line(fmt::format("ledger {} g={} steps={}..{}", r.job, r.generation, r.first, r.next));
+    line.If(r.folded_runs != 0, "folded={}/{}", r.folded_end, r.folded_runs);
+    for (const LedgerRun& run : r.runs) {
+      line.Add("[{}..{} g={}{}]", run.first, run.end, run.generation,
+               run.parts.empty() ? "" : fmt::format(" parts={}", run.parts.size()));
+    }
+    line.If(r.retold != 0, "retold={}", r.retold).If(r.stale != 0, "stale={}", r.stale);
+    line.If(r.taken_back != 0, "taken_back={}", r.taken_back);
+    for (const LedgerFinding& f : r.findings) line.Add("{}@{}", f.kind, f.step);
+    return line;
+  }
+  std::string operator()(const LayoutRecord& r) const {
+    Line line(fmt::format("layout {}/{} from={} microbatches={}", r.job, r.generation, r.begin,
+                          r.microbatches));
+    for (const LayoutRecord::Pipeline& p : r.pipelines) {
+      line.Add("{}-{}@{}", p.first, p.end,
+               p.nodes.empty() ? fmt::format("{}", fmt::join(p.ranks, "."))
+                               : fmt::format("{}", fmt::join(p.nodes, ".")));
+    }
+    return line;
+  }
+  std::string operator()(const ToldRecord& r) const {
+    return Line(fmt::format("told {}/{} g={} rank={}", r.job, r.kind, r.generation, r.rank))
+        .Add("bytes={} nodes={}", r.body.size(), fmt::join(r.nodes, ","));
+  }
   std::string operator()(const JournalRecord& r) const {
     return Line(fmt::format("journal {} {} {}:", r.sequence, SeverityName(r.severity), r.type))
         .Add("{}", r.message)
@@ -312,6 +344,10 @@ struct CommandText {
   }
   std::string operator()(const RepairShardCommand& c) const {
     return fmt::format("repair {} {} from {}", c.job, ShardText(c.shard), c.source_node);
+  }
+  std::string operator()(const ToldAckCommand& c) const {
+    return fmt::format("told_ack {} g={} rank={} up to {}", c.job, c.generation, c.rank,
+                       c.sequence);
   }
   std::string operator()(const BuildShardCommand& c) const {
     std::string from;
@@ -370,6 +406,9 @@ const char* TableName(Deletion::Table table) {
     case Deletion::Table::kGeneration: return "generation";
     case Deletion::Table::kCommit: return "commit";
     case Deletion::Table::kJournal: return "journal";
+    case Deletion::Table::kLedger: return "ledger";
+    case Deletion::Table::kLayout: return "layout";
+    case Deletion::Table::kTold: return "told";
   }
   return "unknown";
 }

@@ -62,7 +62,8 @@ constexpr std::array<const char*, static_cast<std::size_t>(Reason::kCount)> kRea
     "restored_by_ranges",
     "target_overwritten",
     "rebuilt_from_parity",
-    "rebuild_timeout"};
+    "rebuild_timeout",
+    "ledger_refuted"};
 static_assert(kReasons.back() != nullptr, "every reason has a name");
 
 }  // namespace

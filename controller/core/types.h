@@ -80,6 +80,7 @@ enum class Reason : std::uint8_t {
   kTargetOverwritten,  // the step of a roll-back is gone, nothing older is left: it is undone
   kRebuiltFromParity,  // shards whose every copy was lost are made anew out of parities
   kRebuildTimeout,     // ... which took too long: an older step is taken
+  kLedgerRefuted,      // what a job told does not show each (step, microbatch) to be in once
   kCount
 };
 const char* ReasonName(Reason reason);  // "worker_killed"

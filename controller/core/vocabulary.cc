@@ -83,6 +83,13 @@ constexpr std::array kEvents = {
     EventName{"workers_linger",
               "Workers still run, without a step, 30 s after others of their generation exited 0: "
               "a last checkpoint, or a process that hangs in its end. Nothing is done."},
+    EventName{"ledger_taken_back",
+              "A generation began with an earlier step than the ledger's next one: lines of steps "
+              "that it does again do not count any more."},
+    EventName{
+        "ledger_fault",
+        "A line of the ledger contradicts it (a gap, a double, a microbatch twice or never, a "
+        "word that is none): the job's ledger is not whole."},
     EventName{"job_stopping", "The job's end is decided; its nodes clean up."},
     EventName{"job_ended", "The job is over on every node."},
     EventName{"memory_freed",
@@ -152,6 +159,8 @@ constexpr std::array kMeanings = {
     "the step of a roll-back was overwritten before the workers stopped, and nothing older is left",
     "shards whose every copy was lost are made anew out of parities",
     "lost shards were not made anew out of parities in time: an older step is taken",
+    "what a job's workers told does not show each (step, microbatch) to be in the model exactly "
+    "once",
 };
 static_assert(kMeanings.size() == static_cast<std::size_t>(Reason::kCount),
               "every reason has a meaning");

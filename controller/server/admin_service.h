@@ -40,6 +40,8 @@ class AdminService final : public v1::AdminService::CallbackService {
   Unary* GetCheckpoints(Context*, const v1::GetCheckpointsRequest*, v1::JobCheckpoints*) override;
   Unary* RollBack(Context*, const v1::RollBackRequest*, v1::RollBackReply*) override;
   Unary* ReportAnomaly(Context*, const v1::ReportAnomalyRequest*, v1::ReportAnomalyReply*) override;
+  Unary* GetLedger(Context*, const v1::GetLedgerRequest*, v1::JobLedger*) override;
+  Unary* GetTold(Context*, const v1::GetToldRequest*, v1::JobTold*) override;
   Unary* Shutdown(Context*, const v1::ShutdownRequest*, v1::ShutdownReply*) override;
   grpc::ServerWriteReactor<v1::Event>* WatchEvents(Context*,
                                                    const v1::WatchEventsRequest*) override;

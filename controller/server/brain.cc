@@ -247,6 +247,8 @@ void Brain::CarryOut(Decisions& decisions) {
     } else if (const auto* commit = std::get_if<CommitRecord>(&record)) {
       changed_.insert(commit->job);
       KillPoint("commit.stored");
+    } else if (const auto* ledger = std::get_if<LedgerRecord>(&record)) {
+      changed_.insert(ledger->job);
     }
   }
   for (const NodeId& node : decisions.close_sessions) Fence(node);

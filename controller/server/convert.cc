@@ -127,6 +127,13 @@ struct Writer {
     for (const Rank rank : c.ranks) to->add_ranks(rank);
     if (c.verified.step != kNoStep) wire::ToProto(c.verified, to->mutable_verified());
   }
+  void operator()(const ToldAckCommand& c) const {
+    v1::ToldAck* to = m->mutable_told_ack();
+    to->set_job(c.job);
+    to->set_generation(c.generation);
+    to->set_rank(c.rank);
+    to->set_sequence(c.sequence);
+  }
   void operator()(const RepairShardCommand& c) const {
     v1::RepairShard* to = m->mutable_repair_shard();
     to->set_job(c.job);
@@ -270,6 +277,12 @@ std::optional<Event> FromWire(const NodeId& node, const v1::AgentMessage& m,
       return Persisted{node,           incarnation,     p.job(),   p.generation(),
                        p.step(),       p.sealed(),      p.bytes(), Milliseconds(p.ms()),
                        Cut(p.error()), Cut(p.missing())};
+    }
+    case v1::AgentMessage::kTold: {
+      const v1::Told& t = m.told();
+      std::optional<std::vector<ToldWord>> words = DecodeTold(t.words());
+      if (!words) return std::nullopt;  // the worker's word is never taken: it says so in the end
+      return Told{node, incarnation, t.job(), t.generation(), t.rank(), *std::move(words)};
     }
     case v1::AgentMessage::kNotice:
       return Notice{node, incarnation, Cut(m.notice().source(), 256),

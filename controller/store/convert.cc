@@ -360,6 +360,21 @@ std::string EncodeRecord(const Record& record) {
       ToProto(r, &p);
       out(p);
     }
+    void operator()(const LedgerRecord& r) const {
+      v1::LedgerRecord p;
+      ToProto(r, &p);
+      out(p);
+    }
+    void operator()(const LayoutRecord& r) const {
+      v1::LayoutRecord p;
+      ToProto(r, &p);
+      out(p);
+    }
+    void operator()(const ToldRecord& r) const {
+      v1::ToldRecord p;
+      ToProto(r, &p);
+      out(p);
+    }
   } encode{serialise};
   std::visit(encode, record);
   const std::uint32_t crc = RecordCrc(KeyOf(record), payload);
@@ -403,6 +418,9 @@ StoreStatus DecodeRecord(const RecordKey& key, std::string_view value, Record* o
     case Deletion::Table::kCommit: return Parse<v1::CommitRecord, CommitRecord>(key, payload, out);
     case Deletion::Table::kJournal:
       return Parse<v1::JournalRecord, JournalRecord>(key, payload, out);
+    case Deletion::Table::kLedger: return Parse<v1::LedgerRecord, LedgerRecord>(key, payload, out);
+    case Deletion::Table::kLayout: return Parse<v1::LayoutRecord, LayoutRecord>(key, payload, out);
+    case Deletion::Table::kTold: return Parse<v1::ToldRecord, ToldRecord>(key, payload, out);
   }
   return {StoreCode::kCorrupt, fmt::format("record {} is in an unknown table", name)};
 }
@@ -423,6 +441,13 @@ void ToSnapshot(const std::vector<Record>& records, v1::StoreSnapshot* to) {
     }
     if (const auto* commit = std::get_if<CommitRecord>(&record))
       ToProto(*commit, to->add_commits());
+    if (const auto* ledger = std::get_if<LedgerRecord>(&record)) {
+      ToProto(*ledger, to->add_ledgers());
+    }
+    if (const auto* layout = std::get_if<LayoutRecord>(&record)) {
+      ToProto(*layout, to->add_layouts());
+    }
+    if (const auto* told = std::get_if<ToldRecord>(&record)) ToProto(*told, to->add_told());
   }
 }
 
@@ -437,7 +462,9 @@ bool FromSnapshot(const v1::StoreSnapshot& from, std::vector<Record>* out) {
     return true;
   };
   return all(from.nodes(), NodeRecord{}) && all(from.jobs(), JobRecord{}) &&
-         all(from.generations(), GenerationRecord{}) && all(from.commits(), CommitRecord{});
+         all(from.generations(), GenerationRecord{}) && all(from.commits(), CommitRecord{}) &&
+         all(from.ledgers(), LedgerRecord{}) && all(from.layouts(), LayoutRecord{}) &&
+         all(from.told(), ToldRecord{});
 }
 
 }  // namespace everstep::controller

@@ -18,6 +18,10 @@ void ToProto(const JobRecord& from, v1::JobRecord* to);
 void ToProto(const GenerationRecord& from, v1::GenerationRecord* to);
 void ToProto(const CommitRecord& from, v1::CommitRecord* to);
 void ToProto(const JournalRecord& from, v1::JournalRecord* to);
+void ToProto(const LedgerRecord& from, v1::LedgerRecord* to);
+void ToProto(const LedgerFinding& from, v1::LedgerRecord::Finding* to);
+void ToProto(const LayoutRecord& from, v1::LayoutRecord* to);
+void ToProto(const ToldRecord& from, v1::ToldRecord* to);
 
 // False: a number names nothing this version knows (health, state, phase, reason): the record is
 // corrupt.
@@ -26,6 +30,9 @@ bool FromProto(const v1::JobRecord& from, JobRecord* to);
 bool FromProto(const v1::GenerationRecord& from, GenerationRecord* to);
 bool FromProto(const v1::CommitRecord& from, CommitRecord* to);
 bool FromProto(const v1::JournalRecord& from, JournalRecord* to);
+bool FromProto(const v1::LedgerRecord& from, LedgerRecord* to);
+bool FromProto(const v1::LayoutRecord& from, LayoutRecord* to);
+bool FromProto(const v1::ToldRecord& from, ToldRecord* to);
 
 // Also as submitted.
 void ToProto(const JobSpec& from, v1::JobSpec* to);

@@ -36,6 +36,13 @@ RecordKey KeyOf(const Record& record) {
     RecordKey operator()(const JournalRecord& r) const {
       return {Table::kJournal, JournalKey(r.sequence)};
     }
+    RecordKey operator()(const LedgerRecord& r) const { return {Table::kLedger, r.job}; }
+    RecordKey operator()(const LayoutRecord& r) const {
+      return {Table::kLayout, fmt::format("{}/{}", r.job, r.generation)};
+    }
+    RecordKey operator()(const ToldRecord& r) const {
+      return {Table::kTold, fmt::format("{}/{}", r.job, r.kind)};
+    }
   } key;
   return std::visit(key, record);
 }

@@ -29,10 +29,11 @@ constexpr char kHeaderKey[] = "header";
 constexpr char kStartsKey[] = "starts";
 
 // The column families, in the order in which Load gives their records.
-constexpr std::array<Table, 5> kTables = {Table::kNode, Table::kJob, Table::kGeneration,
-                                          Table::kCommit, Table::kJournal};
-constexpr std::array<const char*, kTables.size()> kFamilies = {"node", "job", "generation",
-                                                               "commit", "journal"};
+constexpr std::array<Table, 8> kTables = {Table::kNode,   Table::kJob,     Table::kGeneration,
+                                          Table::kCommit, Table::kJournal, Table::kLedger,
+                                          Table::kLayout, Table::kTold};
+constexpr std::array<const char*, kTables.size()> kFamilies = {
+    "node", "job", "generation", "commit", "journal", "ledger", "layout", "told"};
 
 std::size_t Place(Table table) {
   const auto found = std::find(kTables.begin(), kTables.end(), table);

@@ -71,6 +71,7 @@ std::vector<std::string> Cluster::Run(const Words& c) {
        [this, node](const Words& words) {
          Do(ReportAnomaly{1, node, words.Get("why", "")});
        }},
+      {"told", bound(&Cluster::TellWords)},
       {"files", bound(&Cluster::Files)},
       {"persisted", bound(&Cluster::Written)},
       {"save",

@@ -56,6 +56,7 @@ class Cluster {
   void Captured(const Command& c);
   void Copied(const Command& c);
   void Damaged(const Command& c);
+  void TellWords(const Command& c);
   void Files(const Command& c);
   void Written(const Command& c);
   void Hold(const NodeId& id, const JobId& job, const HeldShard& shard);

@@ -371,6 +371,28 @@ void Cluster::Damaged(const Words& c) {
                   std::atoll(c.Get("chunk", "0").c_str()), c.Get("by", "scrub")});
 }
 
+// A worker says `words`, each up to a semicolon, the first one numbered `from`.
+void Cluster::TellWords(const Words& c) {
+  const NodeId node = First(c);
+  if (c.words.size() < 2) return Print("error: told NODE JOB words=");
+  const std::string kind = c.Get("kind", "ledger");
+  Told e{.node = node, .incarnation = IncarnationOf(c, node), .job = c.words[1]};
+  e.generation = GenerationOf(c, e.job);
+  e.rank = std::atoi(c.Get("rank", "0").c_str());
+  std::uint64_t sequence = std::strtoull(c.Get("from", "1").c_str(), nullptr, 10);
+  const std::string text = c.Get("words");
+  for (std::size_t begin = 0; begin < text.size();) {
+    const std::size_t end = std::min(text.find("; ", begin), text.size());
+    e.words.push_back({sequence++,
+                       kind == "ledger"    ? ToldKind::kLedger
+                       : kind == "profile" ? ToldKind::kProfile
+                                           : ToldKind::kPlan,
+                       text.substr(begin, end - begin)});
+    begin = end + 2;
+  }
+  Do(e);
+}
+
 // What these nodes see in the job's checkpoint directory, besides what they saw before.
 void Cluster::Files(const Words& c) {
   if (c.words.size() < 2) return Print("error: files JOB NODE...");

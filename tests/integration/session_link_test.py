@@ -18,13 +18,14 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 from everstep import _session_link as wire
+from everstep import _told
 from everstep._library import EverstepError, StaleGenerationError
 from keeper_client import Keeper, decode, number
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROGRAM = os.path.join(os.environ.get("EVERSTEP_BIN", ROOT / "build/release/bin"), "everstep-keeper")
 SCRIPT = ROOT / "tests/integration/scripts/parked.py"
-KILL, HELLO = 6, 2
+KILL, HELLO, TOLD_ACK = 6, 2, 11
 
 
 def test_the_structs_are_the_headers() -> None:
@@ -33,7 +34,20 @@ def test_the_structs_are_the_headers() -> None:
     assert (wire.REQUEST.size, wire.REPLY.size, wire.WORD.size) == (
         sizes["SessionRequest"], sizes["AttachReply"], sizes["SessionWord"])
     assert f"kSessionMagic = 0x{wire.MAGIC:X}" in header
-    assert f"kPark = {wire.PARK}, kParked = {wire.PARKED}, kResume = {wire.RESUME}" in header
+    assert f"kSessionVersion = {wire.VERSION};" in header
+    kinds = {name: int(value) for name, value in re.findall(r"(k\w+) = (\d)[,\n]", header)}
+    assert kinds == {"kPark": wire.PARK, "kParked": wire.PARKED, "kResume": wire.RESUME, "kTold": wire.TOLD,
+                     "kToldAck": wire.TOLD_ACK}
+
+
+def test_words_are_the_headers() -> None:
+    header = (ROOT / "proto/base/told.h").read_text()
+    assert re.findall(r"k(?:Ledger|Profile|Plan) = (\d),", header) == [str(_told.LEDGER), str(_told.PROFILE),
+                                                                      str(_told.PLAN)]
+    limits = {name: int(size) << int(shift)
+              for name, size, shift in re.findall(r"k(\w+) = (\d+)u << (\d+);", header)}
+    assert limits == {"MaxToldBody": _told.MOST_BODY, "MaxToldBytes": _told.MOST_BUNDLE}
+    assert f"kToldHeader = {_told.HEADER.size};" in header
 
 
 class Node:
@@ -174,6 +188,66 @@ def test_another_agent_finds_it_parked(node: Node) -> None:
     (process,) = map(decode, state[4])
     assert (number(process, 5), number(process, 6), number(process, 12)) == (pid, 1, 1)
     assert node.spawn(2) == (pid, True)
+
+
+def words(event: dict[int, list]) -> list[tuple[int, int, bytes]] | None:
+    """(sequence, kind, body) of a KeeperTold; None: another event."""
+    if 12 not in event:
+        return None
+    out, data = [], decode(event[12][0])[4][0]
+    while data:
+        sequence, kind, size = _told.HEADER.unpack_from(data)
+        out.append((sequence, kind, bytes(data[_told.HEADER.size:_told.HEADER.size + size])))
+        data = data[_told.HEADER.size + size:]
+    return out
+
+
+def test_what_a_worker_tells_is_said_again_until_it_is_acknowledged(node: Node) -> None:
+    node.spawn(1, 0, how="tells")
+    assert node.keeper.wait_event(words)[0] == (1, _told.LEDGER, b"one")
+    # The agent dies with it, and another one comes.
+    node.keeper.socket.close()
+    node.keeper.socket = socket.socket(socket.AF_UNIX)
+    node.keeper.socket.connect(node.keeper.path)
+    node.keeper.events.clear()
+    node.keeper.call(HELLO, {1: 1, 2: 1})
+    all_of_them = [(1, _told.LEDGER, b"one"), (2, _told.PLAN, b"two"), (3, _told.LEDGER, b"")]
+    assert node.keeper.wait_event(lambda e: words(e) if words(e) == all_of_them else None)
+    node.keeper.call(TOLD_ACK, {1: "job", 2: 1, 3: 0, 4: 2})
+    assert node.keeper.wait_event(lambda e: words(e) if words(e) == all_of_them[2:] else None)
+    node.keeper.call(TOLD_ACK, {1: "job", 2: 0, 3: 0, 4: 3})  # another generation's
+    node.keeper.call(TOLD_ACK, {1: "job", 2: 1, 3: 0, 4: 3})
+    assert node.told(0, 1, "acknowledged") == ["3", "0"]
+
+
+def test_a_parked_worker_tells_nothing_and_begins_anew_when_it_is_resumed(node: Node) -> None:
+    node.spawn(1, 0, how="tells")
+    node.keeper.wait_event(words)
+    node.park(1)
+    node.parked(0, 1)
+    node.keeper.events.clear()
+    assert node.spawn(2)[1]
+    assert node.keeper.wait_event(words)[0] == (1, _told.LEDGER, b"one of 2")
+
+
+def test_a_teller_keeps_what_is_not_acknowledged_and_no_more_than_it_may() -> None:
+    sent: list[bytes] = []
+    teller = _told.Teller(lambda generation, data: sent.append(data))
+    with pytest.raises(ValueError, match="takes at most"):
+        teller.tell(_told.PLAN, bytes(_told.MOST_BODY + 1))
+    teller.begin(3)
+    count = 0
+    with pytest.raises(BufferError, match="the limit is"):
+        while True:
+            count = teller.tell(_told.LEDGER, bytes(_told.MOST_BODY))
+    assert count == _told.MOST_KEPT // (_told.MOST_BODY + _told.HEADER.size)
+    assert teller.flush(0.2) == count and 0 < len(sent[0]) <= _told.MOST_BUNDLE
+    teller.heard(2, count)  # a generation that is over
+    teller.heard(3, count + 1)  # never told
+    assert teller.acknowledged == 0
+    teller.heard(3, count)
+    assert teller.flush(10) == 0 and teller.acknowledged == count
+    teller.close()
 
 
 @pytest.mark.parametrize(("generation", "raised"), [(1, EverstepError), (0, StaleGenerationError)])

@@ -34,6 +34,7 @@ const std::string* JobOf(const v1::ControllerMessage& m) {
     case v1::ControllerMessage::kRepairShard: return &m.repair_shard().job();
     case v1::ControllerMessage::kBuildShard: return &m.build_shard().job();
     case v1::ControllerMessage::kKillForDrill: return &m.kill_for_drill().job();
+    case v1::ControllerMessage::kToldAck: return &m.told_ack().job();
     default: return nullptr;
   }
 }
@@ -143,6 +144,10 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
       for (const v1::CutShard& s : b.sources()) e.build.sources.push_back(wire::FromProto(s));
       return e;
     }
+    case v1::ControllerMessage::kToldAck: {
+      const v1::ToldAck& t = m.told_ack();
+      return ToldAck{header, t.job(), t.generation(), t.rank(), t.sequence()};
+    }
     case v1::ControllerMessage::kTailLogs: {
       const v1::TailLogs& t = m.tail_logs();
       return TailLogs{header,     t.request(),    t.job(),   t.rank(),
@@ -250,6 +255,15 @@ v1::AgentMessage ToWire(const SendPersisted& e) {
   p->set_ms(static_cast<std::uint32_t>(ToMilliseconds(from.took)));
   p->set_error(from.error);
   p->set_missing(from.missing);
+  return m;
+}
+
+v1::AgentMessage ToWire(const SendTold& e) {
+  v1::AgentMessage m;
+  m.mutable_told()->set_job(e.told.job);
+  m.mutable_told()->set_generation(e.told.generation);
+  m.mutable_told()->set_rank(e.told.rank);
+  m.mutable_told()->set_words(e.told.words);
   return m;
 }
 

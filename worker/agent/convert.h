@@ -27,6 +27,7 @@ everstep::v1::AgentMessage ToWire(const SendWorkerStalled& e);
 everstep::v1::AgentMessage ToWire(const SendShardCopied& e);
 everstep::v1::AgentMessage ToWire(const SendShardDamaged& e);
 everstep::v1::AgentMessage ToWire(const SendPersisted& e);
+everstep::v1::AgentMessage ToWire(const SendTold& e);
 everstep::v1::AgentMessage ToWire(const SendNotice& e);
 everstep::v1::AgentMessage ToWire(const SendNodeWarm& e);
 everstep::v1::AgentMessage ToWire(const SendStopped& e);

@@ -122,6 +122,7 @@ class Engine final : private checkpoint::Listener {
   void On(const SendShardCopied& e);
   void On(const SendShardDamaged& e);
   void On(const SendPersisted& e);
+  void On(const SendTold& e);
   void On(const SendNotice& e);
   void On(const SendNodeWarm& e);
   void On(const SendKeeperLost& e);
@@ -131,6 +132,7 @@ class Engine final : private checkpoint::Listener {
   void On(const StartStore& e);
   void On(const StartWorkers& e);
   void On(const KillWorkers& e);
+  void On(const TellWorker& e);
   void On(const KillRank& e);
   void On(const ForgetJob& e);
   void On(const RememberIncarnation& e);

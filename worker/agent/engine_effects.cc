@@ -95,6 +95,9 @@ void Engine::On(const SendPersisted& e) {
   KillPoint("persist.reporting");
   Send(ToWire(e));
 }
+void Engine::On(const SendTold& e) {
+  Send(ToWire(e));
+}
 void Engine::On(const SendNotice& e) {
   Send(ToWire(e));
 }
@@ -285,6 +288,16 @@ void Engine::On(const KillWorkers& e) {
 
 // A drill is a real fault: the signal does not go through the keeper, which would take the death
 // for one that Everstep asked for.
+void Engine::On(const TellWorker& e) {
+  v1::KeeperRequest request;
+  v1::KeeperToldAck* ack = request.mutable_told_ack();
+  ack->set_job(e.ack.job);
+  ack->set_generation(e.ack.generation);
+  ack->set_rank(e.ack.rank);
+  ack->set_sequence(e.ack.sequence);
+  Ask(std::move(request), nullptr);
+}
+
 void Engine::On(const KillRank& e) {
   const auto job = core_.jobs().find(e.job);
   if (job == core_.jobs().end()) return;

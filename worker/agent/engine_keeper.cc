@@ -180,7 +180,7 @@ void Engine::CheckKeeper(Timestamp now) {
 
 void Engine::OnKeeperEvent(std::uint64_t link, const v1::KeeperReply& event) {
   if (link > link_) {
-    early_events_[link].push_back(event);
+    if (!event.has_told()) early_events_[link].push_back(event);  // words are said again
     return;
   }
   if (link != link_) return;
@@ -202,6 +202,10 @@ void Engine::OnKeeperEvent(std::uint64_t link, const v1::KeeperReply& event) {
           "worker_parked",
           {{"job", p.job()}, {"generation", p.generation()}, {"rank", p.rank()}, {"pid", p.pid()}});
       return Feed(WorkerParked{p.job(), p.generation(), p.rank(), p.pid()});
+    }
+    case v1::KeeperReply::kTold: {
+      const v1::KeeperTold& t = event.told();
+      return Feed(WorkerTold{t.job(), t.generation(), t.rank(), t.words()});
     }
     case v1::KeeperReply::kStalled: {
       const v1::KeeperStalled& s = event.stalled();

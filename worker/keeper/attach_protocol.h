@@ -43,10 +43,17 @@ static_assert(sizeof(AttachReply) == 256);
 //   keeper:  SessionWord kResume, then `bytes` of   the stdout and stderr files, then NAME=VALUE of
 //            NUL-terminated texts                   the environment of the new generation
 //
+// and, at any time while it is not parked:
+//
+//   worker:  SessionWord kTold, then `bytes`        words for the controller (proto/base/told.h)
+//   keeper:  SessionWord kToldAck, then a uint64    its words up to that sequence are durable there
+//
+// The keeper keeps no word: the worker says again, after a while, what is not acknowledged.
+//
 // Only the worker itself may ask (its process id, by SO_PEERCRED). A worker that closes its session
 // is ended at the next change as one that never opened it.
 inline constexpr std::uint32_t kSessionMagic = 0xE57E9A12;
-inline constexpr std::uint32_t kSessionVersion = 1;
+inline constexpr std::uint32_t kSessionVersion = 2;
 
 struct SessionRequest {
   std::uint32_t magic = kSessionMagic;
@@ -57,13 +64,20 @@ struct SessionRequest {
 };
 static_assert(sizeof(SessionRequest) == 152);
 
-enum class SessionWordKind : std::uint32_t { kPark = 1, kParked = 2, kResume = 3 };
+enum class SessionWordKind : std::uint32_t {
+  kPark = 1,
+  kParked = 2,
+  kResume = 3,
+  kTold = 4,
+  kToldAck = 5
+};
 
 struct SessionWord {
   std::uint32_t magic = kSessionMagic;
   SessionWordKind kind = SessionWordKind::kPark;
-  std::uint64_t generation = 0;  // kPark: that ends; kParked: that ended; kResume: that begins
-  std::uint32_t bytes = 0;       // that follow
+  // kPark: that ends; kParked: that ended; kResume: that begins; kTold, kToldAck: of the worker
+  std::uint64_t generation = 0;
+  std::uint32_t bytes = 0;  // that follow
   std::uint32_t reserved = 0;
 };
 static_assert(sizeof(SessionWord) == 24);

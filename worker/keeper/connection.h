@@ -35,6 +35,7 @@ class Connection {
   // False: the peer is gone.
   bool Flush();
   bool wants_write() const { return !out_.empty(); }
+  std::size_t queued() const { return queued_; }  // bytes
 
   // Everything queued is written first, then the caller closes: after a refusal.
   bool closing = false;

@@ -55,7 +55,10 @@ Keeper::Keeper(KeeperOptions options)
   }
   context_.tell_owner = [this](const v1::KeeperReply& event) {
     const auto it = connections_.find(owner_);
-    if (it != connections_.end()) it->second->Send(event);
+    if (it == connections_.end()) return;
+    // Workers say their words again; an agent that does not read must not lose its link for them.
+    if (event.has_told() && it->second->queued() > kMaxToldQueue) return;
+    it->second->Send(event);
   };
   fork_servers_.on_change = [this](const std::string& job) {
     stores_.OnForkServer(job);  // first: the workers will look for their store

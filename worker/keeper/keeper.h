@@ -31,6 +31,7 @@ struct KeeperOptions {
 class Keeper {
  public:
   static constexpr std::size_t kMaxConnections = 256;
+  static constexpr std::size_t kMaxToldQueue = 4u << 20;  // waits for the agent; then no more words
   static constexpr std::size_t kMaxMemoryBytes = 8u << 20;  // Remember; half a reply frame
 
   explicit Keeper(KeeperOptions options);

@@ -10,6 +10,7 @@
 #include "proto/base/kill_point.h"
 #include "proto/base/log.h"
 #include "proto/base/process_stat.h"
+#include "proto/base/told.h"
 #include "worker/keeper/attach_protocol.h"
 #include "worker/keeper/client.h"
 #include "worker/keeper/keeper.h"
@@ -56,6 +57,7 @@ void Keeper::OnRequest(Connection* connection, const v1::KeeperRequest& request)
       workers_.Kill(request.kill(), done);
       if (request.kill().stores()) stores_.Kill(request.kill().job(), request.kill().generation());
       break;
+    case v1::KeeperRequest::kToldAck: workers_.OnToldAck(request.told_ack(), done); break;
     case v1::KeeperRequest::kArena: OnArena(connection, id, request.arena()); break;
     case v1::KeeperRequest::kForget: OnForget(request.forget(), done); break;
     case v1::KeeperRequest::kRemember: OnRemember(request.remember(), done); break;
@@ -219,15 +221,23 @@ void Keeper::OnSession(Connection* connection) {
 void Keeper::OnSessionWords(Connection* connection) {
   SessionWord word;
   while (connection->reader().pending().size() >= sizeof(word)) {
-    std::memcpy(static_cast<void*>(&word), connection->reader().pending().data(), sizeof(word));
-    connection->reader().Skip(sizeof(word));
-    if (word.magic != kSessionMagic || word.kind != SessionWordKind::kParked || word.bytes != 0) {
+    const std::string_view pending = connection->reader().pending();
+    std::memcpy(static_cast<void*>(&word), pending.data(), sizeof(word));
+    const bool parked = word.kind == SessionWordKind::kParked && word.bytes == 0;
+    const bool told = word.kind == SessionWordKind::kTold && word.bytes <= kMaxToldBytes;
+    if (word.magic != kSessionMagic || (!parked && !told)) {
       LogWarning("session_refused",
                  {{"pid", connection->peer()}, {"why", "no word of a worker's"}});
       connection->broken = true;
       return;
     }
-    workers_.OnParked(connection->token, word.generation);
+    if (pending.size() < sizeof(word) + word.bytes) return;
+    if (told) {
+      workers_.OnTold(connection->token, word.generation, pending.substr(sizeof(word), word.bytes));
+    } else {
+      workers_.OnParked(connection->token, word.generation);
+    }
+    connection->reader().Skip(sizeof(word) + word.bytes);
   }
 }
 

@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "keeper.pb.h"
@@ -58,6 +59,9 @@ class Workers {
   int OpenSession(const WorkerKey& key, pid_t pid, std::uint64_t token, Send send,
                   std::string* error);
   void OnParked(std::uint64_t token, std::uint64_t generation);
+  // Words for the controller; those of a generation that is over are dropped.
+  void OnTold(std::uint64_t token, std::uint64_t generation, std::string_view words);
+  void OnToldAck(const everstep::v1::KeeperToldAck& request, const Done& done);
   // The worker closed its session, or is gone.
   void OnSessionLost(std::uint64_t token);
 

@@ -1,6 +1,7 @@
 // The half of Workers that keeps processes alive from one generation to the next: sessions,
-// parking, resuming. A worker that is parked holds nothing of its old generation
-// (attach_protocol.h), so it is as good as gone for whoever waits for the end of that generation.
+// parking, resuming, and what they tell. A worker that is parked holds nothing of its old
+// generation (attach_protocol.h), so it is as good as gone for whoever waits for the end of that
+// generation.
 #include <signal.h>
 
 #include <cerrno>
@@ -103,6 +104,30 @@ void Workers::TellParked(const WorkerKey& key, const Worker& worker) {
   parked->set_rank(key.rank);
   parked->set_pid(worker.pid);
   context_->tell_owner(event);
+}
+
+void Workers::OnTold(std::uint64_t token, std::uint64_t generation, std::string_view words) {
+  for (const auto& [key, worker] : workers_) {
+    if (worker->session != token || worker->phase != Phase::kRunning) continue;
+    if (key.generation != generation || worker->parked || Stale(key.job, generation)) return;
+    v1::KeeperReply event;
+    v1::KeeperTold* told = event.mutable_told();
+    told->set_job(key.job);
+    told->set_generation(generation);
+    told->set_rank(key.rank);
+    told->set_words(std::string(words));
+    return context_->tell_owner(event);
+  }
+}
+
+void Workers::OnToldAck(const v1::KeeperToldAck& request, const Done& done) {
+  const auto it = workers_.find({request.job(), request.generation(), request.rank()});
+  if (it != workers_.end() && it->second->session != 0 && !it->second->parked) {
+    const std::uint64_t sequence = request.sequence();
+    it->second->send(Word(SessionWordKind::kToldAck, request.generation(),
+                          std::string(reinterpret_cast<const char*>(&sequence), sizeof(sequence))));
+  }
+  done({});
 }
 
 void Workers::OnSessionLost(std::uint64_t token) {

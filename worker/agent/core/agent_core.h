@@ -64,6 +64,7 @@ class AgentCore {
   void On(Timestamp now, const Persist& e, Effects* out);
   void On(Timestamp now, const RepairShard& e, Effects* out);
   void On(Timestamp now, const BuildShard& e, Effects* out);
+  void On(Timestamp now, const ToldAck& e, Effects* out);
   void On(Timestamp now, const TailLogs& e, Effects* out);
   void On(Timestamp now, const KillForDrill& e, Effects* out);
   void On(Timestamp now, const KeeperAttached& e, Effects* out);
@@ -72,6 +73,7 @@ class AgentCore {
   void On(Timestamp now, const WorkerStartFailed& e, Effects* out);
   void On(Timestamp now, const WorkerExited& e, Effects* out);
   void On(Timestamp now, const WorkerParked& e, Effects* out);
+  void On(Timestamp now, const WorkerTold& e, Effects* out);
   void On(Timestamp now, const WorkerStalled& e, Effects* out);
   void On(Timestamp now, const ForkServerState& e, Effects* out);
   void On(Timestamp now, const StoreReady& e, Effects* out);

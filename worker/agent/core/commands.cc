@@ -274,6 +274,10 @@ void AgentCore::On(Timestamp, const TailLogs& e, Effects* out) {
   out->push_back(std::move(tail));
 }
 
+void AgentCore::On(Timestamp, const ToldAck& e, Effects* out) {
+  if (Current(e.header, "told_ack", out)) out->push_back(TellWorker{e});
+}
+
 void AgentCore::On(Timestamp, const KillForDrill& e, Effects* out) {
   if (!Current(e.header, "kill_for_drill", out)) return;
   JobView* job = Find(e.job);

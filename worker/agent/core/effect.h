@@ -61,6 +61,9 @@ struct SendShardDamaged {
 struct SendPersisted {
   Persisted persisted;
 };
+struct SendTold {
+  WorkerTold told;
+};
 struct SendNotice {
   Notice notice;
 };
@@ -108,6 +111,10 @@ struct KillWorkers {
   Duration grace = {};
   bool stores = false;  // store hosts of those generations too
   Duration park = {};
+};
+// The worker is told that its words up to `sequence` are durable.
+struct TellWorker {
+  ToldAck ack;
 };
 // A drill's real signal.
 struct KillRank {
@@ -189,11 +196,11 @@ struct Dropped {
 
 using Effect =
     std::variant<SendRegister, SendHeartbeat, SendPrepared, SendActivated, SendWorkerExited,
-                 SendWorkerStalled, SendShardCopied, SendShardDamaged, SendPersisted, SendNotice,
-                 SendNodeWarm, SendKeeperLost, SendStopped, CloseSession, StartForkServer,
-                 StartStore, StartWorkers, KillWorkers, KillRank, ForgetJob, RememberIncarnation,
-                 RememberPrepared, RememberActivated, Survey, MendShard, MakeShard, MarkCommitted,
-                 PersistStep, ControllerAway, Tail, Dropped>;
+                 SendWorkerStalled, SendShardCopied, SendShardDamaged, SendPersisted, SendTold,
+                 SendNotice, SendNodeWarm, SendKeeperLost, SendStopped, CloseSession,
+                 StartForkServer, StartStore, StartWorkers, KillWorkers, TellWorker, KillRank,
+                 ForgetJob, RememberIncarnation, RememberPrepared, RememberActivated, Survey,
+                 MendShard, MakeShard, MarkCommitted, PersistStep, ControllerAway, Tail, Dropped>;
 using Effects = std::vector<Effect>;
 
 }  // namespace everstep::agent

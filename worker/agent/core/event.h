@@ -110,6 +110,14 @@ struct BuildShard {
   Generation generation = 0;
   ShardBuild build;
 };
+// A worker's words up to this one are durable.
+struct ToldAck {
+  Header header;
+  JobId job;
+  Generation generation = 0;
+  Rank rank = 0;
+  std::uint64_t sequence = 0;
+};
 struct TailLogs {
   Header header;
   std::uint64_t request = 0;
@@ -177,6 +185,13 @@ struct WorkerParked {
   Generation generation = 0;
   Rank rank = 0;
   std::int32_t pid = 0;
+};
+// A worker's words for the controller (proto/base/told.h). It says again what is not acknowledged.
+struct WorkerTold {
+  JobId job;
+  Generation generation = 0;
+  Rank rank = 0;
+  std::string words;
 };
 struct WorkerStalled {
   JobId job;
@@ -250,9 +265,9 @@ struct Tick {};  // NextWakeup() has come
 
 using Event =
     std::variant<SessionOpened, SessionLost, Registered, Heard, Warm, Prepare, Activate, StopJob,
-                 Committed, Persist, RepairShard, BuildShard, TailLogs, KillForDrill,
+                 Committed, Persist, RepairShard, BuildShard, ToldAck, TailLogs, KillForDrill,
                  KeeperAttached, KeeperGone, WorkerStarted, WorkerStartFailed, WorkerExited,
-                 WorkerParked, WorkerStalled, ForkServerState, StoreReady, StoreFailed, Surveyed,
-                 ShardCopied, ShardDamaged, Persisted, StepCaptured, Notice, Tick>;
+                 WorkerParked, WorkerTold, WorkerStalled, ForkServerState, StoreReady, StoreFailed,
+                 Surveyed, ShardCopied, ShardDamaged, Persisted, StepCaptured, Notice, Tick>;
 
 }  // namespace everstep::agent

@@ -145,6 +145,12 @@ void AgentCore::On(Timestamp, const WorkerParked& e, Effects* out) {
   Advance(e.job, out);
 }
 
+// Not kept for later: the worker says it again until it is acknowledged.
+void AgentCore::On(Timestamp, const WorkerTold& e, Effects* out) {
+  const JobView* job = Find(e.job);
+  if (registered_ && job != nullptr && job->generation == e.generation) out->push_back(SendTold{e});
+}
+
 void AgentCore::On(Timestamp, const WorkerStalled& e, Effects* out) {
   const JobView* job = Find(e.job);
   if (job != nullptr && job->generation == e.generation) Say(SendWorkerStalled{e}, out);

@@ -1,4 +1,4 @@
-"""A worker's session with its node's keeper: asked to park, told of the next generation.
+"""A worker's session with its node's keeper: asked to park, told of the next generation; tells the controller.
 
 The structs and the order of words stand in worker/keeper/attach_protocol.h; a test compares the sizes.
 """
@@ -14,12 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from everstep._library import EREFUSED, ESTALE, EverstepError, StaleGenerationError
+from everstep._told import Teller
 
-MAGIC, VERSION = 0xE57E9A12, 1
+MAGIC, VERSION = 0xE57E9A12, 2
 REQUEST = struct.Struct("<II132siQ")  # magic, version, job, rank, generation
 REPLY = struct.Struct("<Ii8x8x232s")  # magic, error, -, -, message
 WORD = struct.Struct("<IIQII")  # magic, kind, generation, bytes, reserved
-PARK, PARKED, RESUME = 1, 2, 3
+PARK, PARKED, RESUME, TOLD, TOLD_ACK = 1, 2, 3, 4, 5
 _STALE = 116  # errno ESTALE of the reply
 _AGAIN = 0.05  # seconds between two calls of on_park, until the worker has parked
 _MOST = 4 << 20  # bytes of an environment
@@ -49,6 +50,9 @@ class Link:
         self._parked = threading.Event()
         self._resumed: queue.SimpleQueue[Resume | None] = queue.SimpleQueue()
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._writing = threading.Lock()
+        self._teller = Teller(lambda g, words: self._write(TOLD, g, words))
+        self._teller.begin(generation)
         try:
             self._socket.settimeout(timeout)
             self._socket.connect(keeper)
@@ -76,8 +80,21 @@ class Link:
     def parked(self) -> None:
         """Tells the keeper that this worker touches neither its arena nor its peers any more."""
         self._asked.wait()
-        self._socket.sendall(WORD.pack(MAGIC, PARKED, self._generation, 0, 0))
+        self._write(PARKED, self._generation)
         self._parked.set()
+
+    def tell(self, kind: int, body: bytes) -> int:
+        """Tells the job's controller, which acknowledges what it has on its disk: everstep._told.Teller.tell."""
+        return self._teller.tell(kind, body)
+
+    @property
+    def acknowledged(self) -> int:
+        """The newest word of this generation that is durable at the controller."""
+        return self._teller.acknowledged
+
+    def flush(self, patience: float) -> int:
+        """Waits at most `patience` seconds for acknowledgements; returns the words that are not."""
+        return self._teller.flush(patience)
 
     def wait_resume(self) -> Resume:
         """Waits for the next generation, as long as it takes. Raises EverstepError when the keeper is gone."""
@@ -88,6 +105,7 @@ class Link:
 
     def close(self) -> None:
         """From now on this worker is ended at a change of the generation. Idempotent."""
+        self._teller.close()
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
@@ -105,9 +123,12 @@ class Link:
                     # It may have been between two collectives, or about to form its group.
                     while not self._parked.wait(_AGAIN):
                         self._on_park()
+                elif kind == TOLD_ACK:
+                    self._teller.heard(generation, int.from_bytes(texts, "little"))
                 elif kind == RESUME:
                     stdout, stderr, *pairs = texts.decode(errors="surrogateescape").split("\0")[:-1]
                     self._generation = generation
+                    self._teller.begin(generation)
                     self._asked.clear()
                     self._parked.clear()
                     self._resumed.put(Resume(generation, stdout, stderr,
@@ -115,6 +136,10 @@ class Link:
         except (OSError, ValueError):
             pass  # closed, by either side
         self._resumed.put(None)
+
+    def _write(self, kind: int, generation: int, body: bytes = b"") -> None:
+        with self._writing:
+            self._socket.sendall(WORD.pack(MAGIC, kind, generation, len(body), 0) + body)
 
     def _exactly(self, size: int) -> bytes:
         out = b""
