@@ -88,7 +88,11 @@ TEST(Simulator, WorldsReachWhatTheyAreThereFor) {
                            "syncs failed",
                            "ranks planned behind a taker",
                            "shards passed on",
-                           "shards from another holder"}) {
+                           "shards from another holder",
+                           "lines acknowledged",
+                           "ledgers with lines taken back",
+                           "ledgers with lines told again",
+                           "ledgers that were true"}) {
     EXPECT_GT(counts[what], 0u) << what;
   }
 }

@@ -159,6 +159,8 @@ void Checkers::AfterStep(Timestamp now, const ClusterState& state, const control
   for (const controller::Record& record : decisions.records) {
     if (const auto* generation = std::get_if<controller::GenerationRecord>(&record)) {
       CheckPlan(now, state, generation->plan);
+    } else if (const auto* ledger = std::get_if<controller::LedgerRecord>(&record)) {
+      CheckLedger(now, state.jobs.at(ledger->job));
     } else if (const auto* commit = std::get_if<controller::CommitRecord>(&record)) {
       // A roll-back only takes some away, other news may be of files alone.
       const controller::Commit newest =
@@ -597,6 +599,7 @@ void Checkers::OnRecovered(Timestamp now, const ClusterState& state) {
   planned_.clear();  // a decision whose batch died with the process never was
   checked_.clear();
   for (const auto& [id, job] : state.jobs) {
+    CheckAcknowledged(now, job);
     planned_[id] = job.record.generation;
     if (!job.commits.commits.empty()) checked_[id] = job.commits.commits.front();
   }
@@ -681,6 +684,10 @@ void Checkers::CompareStore(Timestamp now, const ClusterState& state, const SimS
       differs(fmt::format("job {}: generation {} {} in memory, {} {} in the store", id,
                           a.generation, controller::JobStateName(a.state), b.generation,
                           controller::JobStateName(b.state)));
+    }
+    if (job.ledger != it->second.ledger || job.layouts != it->second.layouts ||
+        job.told != it->second.told) {
+      differs(fmt::format("what job {} told", id));
     }
     if (job.plan != it->second.plan) differs(fmt::format("the plan of job {}", id));
     if (job.commits.commits != it->second.commits.commits)

@@ -21,6 +21,8 @@
 // - warm_first: a job that runs takes a newcomer in when its fork server is ready or cannot be had,
 //   or has been waited for long enough
 // - deadline: no switch outlives its deadline
+// - told_once: a job's ledger has no finding, forgets nothing that was acknowledged, and names in
+// the end the generation that made each step of the model, once
 // - live: once faults stop every job runs on, to its end
 #pragma once
 
@@ -34,6 +36,7 @@
 #include "tests/sim/world/files.h"
 #include "tests/sim/world/options.h"
 #include "tests/sim/world/sim_store.h"
+#include "tests/sim/world/training.h"
 #include "tests/sim/world/truth.h"
 
 namespace everstep::sim {
@@ -47,6 +50,7 @@ class Checkers {
     const WorldOptions* options = nullptr;
     const std::map<NodeId, std::unique_ptr<SimNode>>* nodes = nullptr;
     const Files* files = nullptr;
+    const Training* training = nullptr;
     std::function<bool()> disturbed;  // some fault could still cost a node its lease
   };
   explicit Checkers(Env env) : env_(std::move(env)) {}
@@ -66,6 +70,9 @@ class Checkers {
   // Regularly, while the controller runs undisturbed.
   void CheckDeadlines(Timestamp now, const controller::ClusterState& state);
 
+  // A job that tells its ledger has succeeded.
+  void CheckLedgerEnd(Timestamp now, const controller::JobStateView& job);
+
   // Who holds what, into the story.
   void TellMemory(Timestamp now, const controller::ClusterState& state, const JobId& job) const;
   void Acknowledged(const JobId& job) { acknowledged_.insert(job); }
@@ -81,6 +88,8 @@ class Checkers {
   void CheckFiles(Timestamp now, const controller::ClusterState& state,
                   const controller::GenerationPlan& plan, Lineage start);
   void CheckSources(Timestamp now, const controller::GenerationPlan& plan);
+  void CheckLedger(Timestamp now, const controller::JobStateView& job);
+  void CheckAcknowledged(Timestamp now, const controller::JobStateView& job);
   void CheckCommit(Timestamp now, const controller::ClusterState& state,
                    const controller::CommitRecord& record);
   void CheckParities(Timestamp now, const controller::JobStateView& job,

@@ -78,6 +78,8 @@ void SimNode::CarryOutInKeeper(const agent::Effect& effect) {
       job->memory.MarkCommitted(m->generation, m->step);
       job->memory.MarkReleased(m->generation, m->released);
     }
+  } else if (const auto* heard = std::get_if<agent::TellWorker>(&effect)) {
+    HearWords(heard->ack);
   } else if (const auto* mend = std::get_if<agent::MendShard>(&effect)) {
     Mend(*mend);
   } else if (const auto* make = std::get_if<agent::MakeShard>(&effect)) {
@@ -395,6 +397,13 @@ void SimNode::JoinGroup(const JobId& job, ProcessKey key, Lineage state, Step st
     if (is()) Die(job, key, pid, code, false);
   };
   member.ready = [this, is, job, key] { return is() && !FindProcess(job, key)->capturing; };
+  member.tell = [this, job, key](const std::string& word) {
+    return TellController(job, key, word);
+  };
+  member.acknowledged = [this, job, key]() -> std::uint64_t {
+    const Process* p = FindProcess(job, key);
+    return p == nullptr ? 0 : p->acknowledged;
+  };
   env_.training->Join(job, key.first, process.world_size, key.second, std::move(member));
 }
 

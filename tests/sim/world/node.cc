@@ -189,6 +189,8 @@ void SimNode::OnCommand(StreamId stream, const controller::Command& command) {
     Tell(agent::RepairShard{header, r->job, r->shard, r->source_node, r->source_address});
   } else if (const auto* b = std::get_if<controller::BuildShardCommand>(&command.body)) {
     Tell(agent::BuildShard{header, b->job, b->generation, b->build});
+  } else if (const auto* t = std::get_if<controller::ToldAckCommand>(&command.body)) {
+    Tell(agent::ToldAck{header, t->job, t->generation, t->rank, t->sequence});
   }
 }
 
@@ -333,6 +335,10 @@ void SimNode::CarryOut(const agent::Effect& effect) {
     Say("persisted",
         controller::Persisted{name_, incarnation, done.job, done.generation, done.step, done.sealed,
                               done.bytes, done.took, done.error, done.missing});
+  } else if (const auto* told = std::get_if<agent::SendTold>(&effect)) {
+    const agent::WorkerTold& t = told->told;
+    Say("told", controller::Told{name_, incarnation, t.job, t.generation, t.rank,
+                                 DecodeTold(t.words).value_or(std::vector<ToldWord>{})});
   } else if (const auto* n = std::get_if<agent::SendNotice>(&effect)) {
     Say("notice", controller::Notice{name_, incarnation, n->notice.source, n->notice.deadline});
   } else if (const auto* w = std::get_if<agent::SendNodeWarm>(&effect)) {

@@ -5,7 +5,7 @@
 //   nodes
 //
 // keeper.cc plays the keeper and the checkpoint plane, node.cc the machine and the agent's shell,
-// node_files.cc what the agent does with the checkpoint directory.
+// node_files.cc what the agent does with the checkpoint directory, telling.cc what workers tell.
 #pragma once
 
 #include <deque>
@@ -105,7 +105,11 @@ class SimNode {
     Duration patience = {};  // with a commit, until a capture is given up
     Timestamp unkillable_until;
     Timestamp started;
-    std::set<Rank> gathered;  // shards of a cut that were read
+    std::set<Rank> gathered;     // shards of a cut that were read
+    std::deque<ToldWord> words;  // for the controller, not acknowledged
+    std::uint64_t told = 0;      // number of the newest
+    std::uint64_t acknowledged = 0;
+    bool saying = false;  // will say them again
   };
   struct KeeperJob {
     CommandSpec command;
@@ -183,6 +187,11 @@ class SimNode {
   void Built(const Building& building);
   void DropKeeper();
   std::optional<std::pair<JobId, ProcessKey>> Pick(std::int32_t local_rank) const;
+
+  // telling.cc
+  std::uint64_t TellController(const JobId& job, ProcessKey key, const std::string& word);
+  void SayWords(const JobId& job, ProcessKey key, std::int32_t pid);
+  void HearWords(const agent::ToldAck& ack);
 
   // node_files.cc
   const controller::JobSpec* WithFiles(const JobId& job) const;  // nullptr: it has no directory

@@ -102,6 +102,7 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
   Random copies(seed ^ 0xC0B1E5ULL);  // of its own: the other draws stay what they were
   Random files(seed ^ 0xF11E5ULL);    // likewise
   Random sessions(seed ^ 0x5E5510ULL);
+  Random tells(seed ^ 0x7E115ULL);
   for (std::int64_t i = 0; i < jobs; ++i) {
     controller::JobSpec spec;
     spec.job = fmt::format("j{}", i + 1);
@@ -125,6 +126,7 @@ WorldOptions DrawWorld(std::uint64_t seed, std::uint32_t bugs) {
     SimJob job;
     job.checkpoints = !random.Chance(120);
     job.sessions = sessions.Chance(500);
+    job.tells = tells.Chance(500);
     if (random.Chance(200)) {
       job.tight = true;
       spec.max_restarts = static_cast<std::int32_t>(random.Between(0, 3));
@@ -160,14 +162,15 @@ std::string Describe(const WorldOptions& o) {
   for (const SimJob& sim_job : o.jobs) {
     const controller::JobSpec& job = sim_job.spec;
     text += fmt::format(
-        "\njob {}: {} to {} nodes, {} workers each{}{}{}{}{}{}{}", job.job, job.min_nodes,
+        "\njob {}: {} to {} nodes, {} workers each{}{}{}{}{}{}{}{}", job.job, job.min_nodes,
         job.max_nodes, job.nproc_per_node,
         job.parity_states > 0 ? fmt::format(", rs({}+{})", job.parity_states, job.copies - 1)
         : job.copies == 0     ? ""
                               : fmt::format(", {} copies", job.copies),
         sim_job.checkpoints ? "" : ", without checkpoints", sim_job.sessions ? ", of sessions" : "",
-        job.ckpt_dir.empty() ? "" : ", with files", sim_job.tight ? ", small budgets" : "",
-        sim_job.cancel_at.count() > 0 ? ", cancelled" : "", sim_job.again ? ", run twice" : "");
+        sim_job.tells ? ", with a ledger" : "", job.ckpt_dir.empty() ? "" : ", with files",
+        sim_job.tight ? ", small budgets" : "", sim_job.cancel_at.count() > 0 ? ", cancelled" : "",
+        sim_job.again ? ", run twice" : "");
   }
   return text;
 }

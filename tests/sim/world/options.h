@@ -15,6 +15,7 @@ struct SimJob {
   controller::JobSpec spec;
   bool checkpoints = true;  // false: the script knows nothing of checkpoints; no steps are reported
   bool sessions = false;    // its workers can be parked
+  bool tells = false;       // its rank 0 tells the ledger
   bool tight = false;       // small budgets: it may fail, with a reason
   Duration cancel_at = {};  // 0: never
   bool again = false;       // handed in once more under its name when it has ended

@@ -1,10 +1,17 @@
 #include "tests/sim/world/training.h"
 
 #include <algorithm>
+#include <cstdio>
 
 #include <fmt/format.h>
 
 namespace everstep::sim {
+namespace {
+
+constexpr Duration kTellPatience = Seconds(120);  // of a rank 0 that ends
+constexpr int kMicrobatches = 12;
+
+}  // namespace
 
 Step Training::best_step(const JobId& job) const {
   const auto it = best_.find(job);
@@ -61,6 +68,7 @@ void Training::Form(const Key& key, Group* group) {
   group->state = first.restored;
   group->step = first.restored_step;
   truth_->Count("groups formed");
+  if (Tells(key.first)) TellBegin(key, group);
   if (on_formed) on_formed(key.first, key.second, group->state, group->step);
   Schedule(key);
 }
@@ -98,7 +106,10 @@ void Training::DoStep(const Key& key) {
     group.broken = true;  // no step after this
     finished_[key.first] = std::max(finished_[key.first], key.second);
     truth_->Count("groups finished");
+    const bool tells = Tells(key.first);
+    if (tells) EndTelling(key, timeline_->now() + kTellPatience);
     for (auto& [rank, member] : group.members) {
+      if (tells && rank == 0) continue;  // when everything is acknowledged
       timeline_->After(Milliseconds(timeline_->random().Between(1, 50)), "script ends",
                        [leave = member.leave] { leave(0); });
     }
@@ -108,6 +119,7 @@ void Training::DoStep(const Key& key) {
   group.state = truth_->Extend(key.first, group.state, group.step, key.second);
   best_[key.first] = std::max(best_step(key.first), group.step);
   truth_->Count("steps");
+  if (Tells(key.first)) TellStep(key, &group);
   for (auto& [rank, member] : group.members) {
     timeline_->After(Milliseconds(timeline_->random().Between(1, 25)), "capture",
                      [capture = member.capture, state = group.state, step = group.step] {
@@ -115,6 +127,78 @@ void Training::DoStep(const Key& key) {
                      });
   }
   Schedule(key);
+}
+
+// --- the ledger ---
+
+bool Training::Tells(const JobId& job) const {
+  return std::any_of(options_->jobs.begin(), options_->jobs.end(),
+                     [&](const SimJob& j) { return j.spec.job == job && j.tells; });
+}
+
+void Training::TellBegin(const Key& key, Group* group) {
+  Told& told = told_[key.first];
+  // Its lines of what the newest group had done on another branch are taken back for good.
+  if (!truth_->Descends(told.newest, group->state)) {
+    told.torn = true;
+    truth_->Count("branches gone on from that were left behind");
+  }
+  told.newest = group->state;
+  told.whole = false;
+  std::vector<std::string> words = words_[{key.first, group->state}];
+  std::string begin = fmt::format("begin {} {} {}", group->step + 1, key.second, kMicrobatches);
+  for (const auto& [rank, member] : group->members) {
+    begin += fmt::format(" {}-{}@{}", kMicrobatches * rank / group->world_size,
+                         kMicrobatches * (rank + 1) / group->world_size, rank);
+  }
+  words.push_back(std::move(begin));
+  for (std::string& word : words) Tell(group, std::move(word));
+}
+
+void Training::TellStep(const Key& key, Group* group) {
+  Forget(group);
+  Tell(group, fmt::format("step {} {} {:x} {:x} =", group->step, key.second,
+                          static_cast<std::uint32_t>(group->state), group->state));
+  words_[{key.first, group->state}] = group->words;
+  told_[key.first].newest = group->state;
+}
+
+void Training::Tell(Group* group, std::string word) {
+  const auto first = group->members.find(0);
+  if (first != group->members.end()) first->second.tell(word);
+  group->words.push_back(std::move(word));
+}
+
+void Training::Forget(Group* group) {
+  const auto first = group->members.find(0);
+  const std::uint64_t known = first == group->members.end() ? 0 : first->second.acknowledged();
+  for (; !group->words.empty() && group->first_word <= known; ++group->first_word) {
+    group->words.erase(group->words.begin());
+  }
+}
+
+// Rank 0 ends when all it told is durable, or its patience is over.
+void Training::EndTelling(const Key& key, Timestamp give_up) {
+  Group& group = groups_.at(key);
+  const auto first = group.members.find(0);
+  if (first == group.members.end()) return;
+  Forget(&group);
+  if (!group.words.empty() && timeline_->now() < give_up) {
+    timeline_->After(Milliseconds(20), "told?", [this, key, give_up] { EndTelling(key, give_up); });
+    return;
+  }
+  truth_->Count(group.words.empty() ? "ledgers told to the end" : "ledgers not told to the end");
+  told_[key.first].whole = group.words.empty();
+  first->second.leave(0);
+}
+
+void Training::Acknowledged(const JobId& job, const std::string& word) {
+  long long step = 0;
+  unsigned long long generation = 0;
+  if (std::sscanf(word.c_str(), "step %lld %llu", &step, &generation) != 2) return;
+  auto& newest = told_[job].acknowledged;
+  newest = std::max(newest, std::pair<Generation, Step>(generation, step));
+  truth_->Count("lines acknowledged");
 }
 
 void Training::Leave(const JobId& job, Generation generation, Rank rank) {

@@ -6,6 +6,8 @@
 #include <map>
 #include <string>
 #include <tuple>
+#include <utility>
+#include <vector>
 
 #include "tests/sim/kernel/network.h"
 #include "tests/sim/kernel/timeline.h"
@@ -25,6 +27,10 @@ class Training {
     std::function<bool()> runs;                    // alive and not stopped
     std::function<void(Lineage, Step)> capture;    // a step is done: keep it
     std::function<void(std::int32_t code)> leave;  // the process ends itself
+    // Says a word of the ledger to the controller, again and again until it is acknowledged;
+    // returns its number in this process's generation.
+    std::function<std::uint64_t(const std::string& word)> tell;
+    std::function<std::uint64_t()> acknowledged;  // the newest such number
   };
 
   Training(Timeline* timeline, Network* network, Truth* truth, const WorldOptions* options)
@@ -46,6 +52,17 @@ class Training {
     return it == finished_.end() ? 0 : it->second;
   }
   Step best_step(const JobId& job) const;
+
+  // The ledger that a job tells. A state comes with the words that whoever holds it cannot know to
+  // be durable; a new rank 0 says them before its own.
+  void Acknowledged(const JobId& job, const std::string& word);
+  struct Told {
+    std::pair<Generation, Step> acknowledged = {0, kNoStep};  // newest line, of its generation
+    Lineage newest = kFromNothing;                            // state of the newest group
+    bool torn = false;   // a group went on from a state that another had left behind
+    bool whole = false;  // its last group's rank 0 saw everything acknowledged
+  };
+  const std::map<JobId, Told>& told() const { return told_; }
   // Asked when a group forms; the checkers' window.
   std::function<void(const JobId&, Generation, Lineage, Step)> on_formed;
 
@@ -57,6 +74,8 @@ class Training {
     bool broken = false;
     Lineage state = kFromNothing;
     Step step = 0;
+    std::vector<std::string> words;  // not known to be durable
+    std::uint64_t first_word = 1;    // number of the first of them, in this generation
   };
   using Key = std::pair<JobId, Generation>;
 
@@ -65,6 +84,12 @@ class Training {
   void DoStep(const Key& key);
   bool Connected(const Group& group) const;
   void Break(const Key& key);
+  bool Tells(const JobId& job) const;
+  void TellBegin(const Key& key, Group* group);
+  void TellStep(const Key& key, Group* group);
+  void Forget(Group* group);  // words that rank 0 knows to be durable: it says so with each step
+  void Tell(Group* group, std::string word);
+  void EndTelling(const Key& key, Timestamp give_up);
 
   Timeline* const timeline_;
   Network* const network_;
@@ -73,6 +98,8 @@ class Training {
   std::map<Key, Group> groups_;
   std::map<JobId, Generation> finished_;
   std::map<JobId, Step> best_;
+  std::map<JobId, Told> told_;
+  std::map<std::pair<JobId, Lineage>, std::vector<std::string>> words_;  // that a state comes with
 };
 
 }  // namespace everstep::sim

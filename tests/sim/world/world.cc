@@ -29,7 +29,8 @@ class World {
         start_(timeline_.now()),
         network_(&timeline_, options.network),
         training_(&timeline_, &network_, &truth_, &options_),
-        checkers_({&truth_, &options_, &nodes_, &files_, [this] { return Disturbed(); }}),
+        checkers_(
+            {&truth_, &options_, &nodes_, &files_, &training_, [this] { return Disturbed(); }}),
         controller_({&timeline_, &network_, &truth_, &checkers_, &options_,
                      [this](const NodeId& id) { return nodes_.at(id).get(); }}) {}
 
@@ -400,6 +401,7 @@ void World::CheckJobEnd(const SimJob& sim_job, const controller::JobStateView& j
     case JobState::kSucceeded:
       if (training_.Finished(id) != record.generation) wrong("no generation came to its end");
       if (record.exit_code != 0) wrong(fmt::format("exit code {}", record.exit_code));
+      if (sim_job.tells) checkers_.CheckLedgerEnd(now, job);
       return;
     case JobState::kCancelled:
       if (!cancelled_.contains(id)) wrong("nobody cancelled it");
