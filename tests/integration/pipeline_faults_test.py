@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -131,9 +132,9 @@ def job(folder: Path, dying: dict[int, Callable[[engine.Pipeline], None]],
 
         _schedule.Stage._go_forward = go_forward  # type: ignore[method-assign]
         taken: dict[int, float] = {}
-        result = train(rank, STEPS, ledger=folder,
-                       on_step=lambda report: taken.__setitem__(report.step, report.loss),
-                       **{"deterministic": True, "faults": 1, "profile": profile(2), "tied": TIED} | options)
+        result = train(rank, STEPS, on_step=lambda report: taken.__setitem__(report.step, report.loss),
+                       **{"ledger": folder, "deterministic": True, "faults": 1, "profile": profile(2),
+                          "tied": TIED} | options)
         return result | {"taken": taken, "did": did}
 
     return work
@@ -153,6 +154,38 @@ def check(folder: Path, outcome: Any, same: Callable[[Any, Any], bool] = torch.e
                              lambda step: _ledger.expected(step, samples=SAMPLES, batch=24, microbatches=6))
     assert verdict.ok and verdict.steps == STEPS, verdict
     return verdict
+
+
+def as_lines(words: list[str]) -> list[bytes]:
+    """What the controller was told, as a ledger in a file has it."""
+    lines: list[dict[str, Any]] = []
+    layouts: dict[int, list[list[int]]] = {}
+    for word in words:
+        kind, step, generation, *rest = word.split()
+        ranges = [[int(n) for n in piece.split("@")[0].split("-")] for piece in rest if "@" in piece]
+        if kind == "begin":
+            layouts[int(generation)] = ranges
+            lines.append({"begin": int(step), "generation": int(generation), "microbatches": int(rest[0]),
+                          "before": None})
+        else:
+            line = {"step": int(step), "generation": int(generation), "samples": int(rest[0], 16),
+                    "parts": layouts[int(generation)] if rest[2] == "=" else ranges}
+            if line not in lines:  # told again: nobody knew that it was heard
+                lines.append(line)
+    return [json.dumps(line).encode() for line in lines]
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+@pytest.mark.parametrize("point", ["within a backward pass", "after the vote", "after the step"])
+def test_what_the_controller_is_told_is_whole_when_rank_0_dies(tmp_path: Path, point: str, deaf: bool) -> None:
+    """`deaf`: the controller was away until then, so the next rank 0 tells all of it."""
+    arm = after_step if point == "after the step" else in_step(POINTS[point])
+    outcome = survive(5, job(tmp_path, {0: arm}, ledger=None), deaf=deaf)
+    assert outcome.died == [0] and outcome.generations == 2
+    verdict = _ledger.verify(as_lines(outcome.words),
+                             lambda step: _ledger.expected(step, samples=SAMPLES, batch=24, microbatches=6))
+    assert verdict.ok and verdict.steps == STEPS, (verdict, outcome.words)
+    assert outcome.words[0].startswith("begin 0 1 6 ") and outcome.words[-1].startswith(f"step {STEPS - 1} 2 ")
 
 
 def in_step(point: Point) -> Callable[[engine.Pipeline], None]:

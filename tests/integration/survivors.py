@@ -26,6 +26,7 @@ import torch
 import torch._dynamo  # the first optimizer imports it: once, for all ranks
 import torch.distributed as dist
 from everstep._session_link import Resume
+from everstep._told import HEADER, LEDGER, Teller
 from everstep.session import Session
 
 AGAIN = 0.05  # seconds between two calls of on_park, as the real link has it
@@ -36,6 +37,9 @@ class PipeLink:
 
     def __init__(self, pipe: Connection, on_park: Callable[[], object]) -> None:
         self._pipe, self._on_park = pipe, on_park
+        self._writing = threading.Lock()
+        self._teller = Teller(lambda generation, words: self._send("told", generation, words))
+        self._teller.begin(int(os.environ["EVERSTEP_GENERATION"]))
         self._asked, self._parked = threading.Event(), threading.Event()
         self._resumed: queue.SimpleQueue[Resume] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()
@@ -49,8 +53,22 @@ class PipeLink:
 
     def parked(self) -> None:
         self._asked.wait()
-        self._pipe.send(("parked",))
+        self._send("parked")
         self._parked.set()
+
+    def tell(self, kind: int, body: bytes) -> int:
+        return self._teller.tell(kind, body)
+
+    @property
+    def acknowledged(self) -> int:
+        return self._teller.acknowledged
+
+    def flush(self, patience: float) -> int:
+        return self._teller.flush(patience)
+
+    def _send(self, *word: Any) -> None:
+        with self._writing:
+            self._pipe.send(word)
 
     def wait_resume(self) -> Resume:
         return self._resumed.get()
@@ -66,7 +84,10 @@ class PipeLink:
                 self._on_park()
                 while not self._parked.wait(AGAIN):
                     self._on_park()
+            elif word == "heard":
+                self._teller.heard(*rest)
             elif word == "resume":
+                self._teller.begin(rest[0])
                 self._asked.clear()
                 self._parked.clear()
                 self._resumed.put(Resume(*rest))
@@ -102,16 +123,20 @@ class Outcome:
     died: list[int] = field(default_factory=list)  # first ranks
     pauses: list[float] = field(default_factory=list)  # seconds from a death to everybody's parking
     generations: int = 1
+    words: list[str] = field(default_factory=list)  # of the ledger, as they came
 
 
-def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: float = 120.0) -> Outcome:
-    """`joins`: newcomers that begin with the first new generation after a death. Raises AssertionError with the text
-    of what a survivor raised, or when they do not end."""
+def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: float = 120.0,
+            deaf: bool = False) -> Outcome:
+    """`joins`: newcomers that begin with the first new generation after a death. `deaf`: what ranks tell is heard
+    after the first death only. Raises AssertionError with the text of what a survivor raised, or when they do not
+    end."""
     context = mp.get_context("fork")
     stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))]
     outcome, deadline = Outcome(), time.monotonic() + seconds
     pipes: dict[int, Connection] = {}
     processes: dict[int, Any] = {}
+    heard: dict[tuple[int, int], int] = {}
 
     def start(number: int, first: dict[str, str]) -> None:
         ours, theirs = context.Pipe()
@@ -136,6 +161,18 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
         with contextlib.suppress(OSError):  # it has died, which is heard next
             pipes[number].send(word)
 
+    def take(number: int, generation: int, data: bytes) -> int:
+        """What the controller does: each word once, in order."""
+        while data:
+            sequence, kind, size = HEADER.unpack_from(data)
+            body, data = data[HEADER.size:HEADER.size + size], data[HEADER.size + size:]
+            known = heard.get((number, generation), sequence - 1)
+            if sequence == known + 1:
+                heard[number, generation] = sequence
+                if kind == LEDGER:
+                    outcome.words.append(body.decode())
+        return heard[number, generation]
+
     def live() -> list[int]:
         return [n for n in sorted(pipes) if n not in outcome.died]
 
@@ -154,6 +191,10 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
                     send(n, "park")
             elif word[0] == "parked":
                 parked.add(number)
+            elif word[0] == "told":
+                generation, data = word[1:]
+                if generation == outcome.generations and not asked and (outcome.died or not deaf):
+                    send(number, "heard", generation, take(number, generation, data))
             else:
                 outcome.results[number] = word[2]
             if asked and parked >= set(live()):

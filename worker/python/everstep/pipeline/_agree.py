@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from everstep.pipeline._ledger import Line
 from everstep.pipeline._measure import Measured
 from everstep.pipeline._planner import Plan, PlanRefusedError, request
 
@@ -93,6 +94,7 @@ class Standing:
     holds: tuple[frozenset[int], ...]  # [rank]: layers at `version`, once those have taken it
     line: dict[str, Any] | None
     files: tuple[frozenset[int], ...] = ()  # [rank]: layers at `version` that it has as files; (): none are needed
+    told: tuple[Line, ...] = ()  # lines that the files came with
 
 
 def standing(statuses: Sequence[Status], layers: int) -> Standing:
@@ -149,6 +151,14 @@ def next_record(statuses: Sequence[Status], epoch: int, profile: str, microbatch
     assert refused is not None
     raise PlanRefusedError(f"Pipeline: no plan for {len(nodes)} ranks, {microbatches} microbatches and "
                            f"faults={faults}: {refused}")
+
+
+def told_plan(record: Record, statuses: Sequence[Status], microbatches: int, faults: int, horizon_ms: int) -> str:
+    """What the controller is told of a plan: the question that a change asks after it, with the nodes by rank, and
+    the plan itself."""
+    asked = request("", nodes=[record.ids[s.member] for s in statuses], microbatches=microbatches, faults=faults,
+                    most_nodes=record.most, before=record.plan, horizon_ms=horizon_ms).decode()
+    return f"everstep-told-plan 1\nchecksum = {record.plan.checksum:08x}\n{asked}{record.plan.text}"
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from everstep import _samples
+from everstep._attach import warn
 
 Write = Callable[[bytes], object]
 
@@ -46,6 +49,92 @@ class Ledger:
         self._write((json.dumps(values, separators=(",", ":")) + "\n").encode())
 
 
+Line = tuple[int, bool, str]  # step, whether a generation begins with it, the word that says so
+_MOST_IN_FILES = 4096
+
+
+class Told:
+    """Of a job with a controller: every rank keeps the lines that it cannot know to be durable there, rank 0 tells
+    them. When rank 0 is lost, whoever is rank 0 then tells what is missing. docs/internals/ledger.md.
+
+    A line here is a word of controller/core/ledger.h, beside the step that it is of."""
+
+    def __init__(self, tell: Callable[[bytes], int], acknowledged: Callable[[], int]) -> None:
+        """`tell(word)` gives its number, `acknowledged()` the newest number that is durable."""
+        self._tell = tell
+        self._acknowledged = acknowledged
+        self._lines: deque[Line] = deque()
+        self._numbers: deque[tuple[int, int]] = deque()  # number, step; of lines that this rank told as rank 0
+        self._durable = -1
+        self._telling = False
+
+    @property
+    def unknown(self) -> tuple[Line, ...]:
+        """What may not be durable yet, oldest first."""
+        return tuple(self._lines)
+
+    @property
+    def for_files(self) -> list[list[Any]]:
+        """The newest of it."""
+        return [list(line) for line in self.unknown[-_MOST_IN_FILES:]]
+
+    @property
+    def durable(self) -> int:
+        """Rank 0's: the newest step whose line is durable; -1: none that it knows of."""
+        newest = self._acknowledged()
+        while self._numbers and self._numbers[0][0] <= newest:
+            self._durable = self._numbers.popleft()[1]
+        return self._durable
+
+    def heard(self, step: int) -> None:
+        """Rank 0 knows the line of this step to be durable, and all before it."""
+        while self._lines and self._lines[0][0] <= step:
+            self._lines.popleft()
+
+    def pause(self) -> None:
+        """Its generation is over: nothing is told before begin()."""
+        self._telling = False
+
+    def begin(self, lines: Iterable[Line], rank: int, generation: int, step: int, microbatches: int,
+              pipelines: Sequence[tuple[int, int]], ranks: Sequence[Sequence[int]]) -> None:
+        """A generation goes on with `step`. `lines`: what the rank knew that knows most; of later steps they do not
+        count any more."""
+        kept = [line for line in lines if line[1] or line[0] < step]
+        rows = " ".join(f"{first}-{end}@{'.'.join(map(str, row))}" for (first, end), row in zip(pipelines, ranks))
+        self._lines = deque(kept)
+        self._numbers.clear()
+        self._durable = -1
+        self._telling = rank == 0
+        for step_of, begins, word in kept:
+            self._say(step_of, begins, word)
+        self._add(step, True, f"begin {step} {generation} {microbatches} {rows}")
+
+    def step(self, line: Mapping[str, Any]) -> None:
+        """A step that this rank has taken."""
+        bits = struct.unpack("<Q", struct.pack("<d", line["loss"]))[0]
+        by = line.get("by")
+        rest = "=" if by is None else " ".join(f"{first}-{end}@{generation}.{pipeline}" for
+                                               (first, end), (generation, pipeline) in zip(line["parts"], by))
+        step = line["step"]
+        self._add(step, False, f"step {step} {line['generation']} {line['samples']:x} {bits:x} {rest}")
+
+    def _add(self, step: int, begins: bool, word: str) -> None:
+        self._lines.append((step, begins, word))
+        self._say(step, begins, word)
+
+    def _say(self, step: int, begins: bool, word: str) -> None:
+        if not self._telling:
+            return
+        try:
+            number = self._tell(word.encode())
+        except (ValueError, BufferError) as error:
+            self._telling = False  # what is missing then is a gap that the ledger names
+            warn(f"the ledger of this job is not whole from step {step} on: {error}")
+            return
+        if not begins:
+            self._numbers.append((number, step))
+
+
 def to_directory(directory: str | os.PathLike[str]) -> Write:
     """Appends to DIRECTORY/ledger.jsonl, each line whole."""
     folder = Path(directory)
@@ -54,11 +143,19 @@ def to_directory(directory: str | os.PathLike[str]) -> Write:
     return lambda line: os.write(descriptor, line)
 
 
-def step_line(generation: int, step: int, parts: Sequence[tuple[int, int]], samples: int,
-              loss: float) -> dict[str, Any]:
-    """What is written of a step."""
-    return {"step": step, "generation": generation, "parts": [list(p) for p in parts], "samples": samples,
+def step_line(generation: int, step: int, parts: Iterable[Sequence[int]], samples: int, loss: float,
+              by: Sequence[tuple[int, int]] | None = None) -> dict[str, Any]:
+    """What is written of a step. `parts`: microbatches, by who did them; `by`: (generation, pipeline) of each part
+    where that is not the layout's."""
+    ranges: list[tuple[int, int]] = []
+    doers: list[tuple[int, int]] = []
+    for place, part in enumerate(parts):
+        pieces = runs([part])
+        ranges += pieces
+        doers += [by[place]] * len(pieces) if by is not None else []
+    line = {"step": step, "generation": generation, "parts": [list(r) for r in ranges], "samples": samples,
             "loss": loss}
+    return line if by is None else line | {"by": [list(d) for d in doers]}
 
 
 def runs(parts: Iterable[Sequence[int]]) -> list[tuple[int, int]]:

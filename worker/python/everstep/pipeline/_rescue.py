@@ -36,6 +36,7 @@ class Rescue:
     parts: Mapping[int, Parts] = field(default_factory=dict)  # layer -> what this rank has
     losses: Mapping[int, float] = field(default_factory=dict)  # of this rank, for the vote
     used: Mapping[int, int] = field(default_factory=dict)  # likewise, of samples
+    epoch: int = -1  # of the layout before
 
     @property
     def done(self) -> frozenset[int]:
@@ -52,7 +53,7 @@ NOTHING = Rescue()
 
 def whole_pipelines(statuses: Sequence[Status], step: int) -> dict[int, tuple[int, ...]]:
     """Pipeline -> ranks by stage, of those that are all there and have done their part of `step`."""
-    epoch = max((s.record.epoch for s in statuses if s.record is not None), default=-1)
+    epoch = _epoch(statuses)
     found: dict[int, dict[int, int]] = {}
     stages: dict[int, int] = {}
     for rank, status in enumerate(statuses):
@@ -62,6 +63,10 @@ def whole_pipelines(statuses: Sequence[Status], step: int) -> dict[int, tuple[in
             stages[done.pipeline] = done.stages
     return {p: tuple(by_stage[i] for i in range(stages[p])) for p, by_stage in sorted(found.items())
             if len(by_stage) == stages[p]}
+
+
+def _epoch(statuses: Sequence[Status]) -> int:
+    return max((s.record.epoch for s in statuses if s.record is not None), default=-1)
 
 
 def divide(layout: Layout, microbatches: int, done: frozenset[int]) -> list[list[int]]:
@@ -109,4 +114,4 @@ def take(statuses: Sequence[Status], step: int, layout: Layout, layers: Mapping[
     if not leaves:
         return NOTHING
     kept = own if any(rank in ranks for ranks in pipelines.values()) else NOTHING
-    return Rescue(step, leaves, owners, parts, kept.losses, kept.used)
+    return Rescue(step, leaves, owners, parts, kept.losses, kept.used, _epoch(statuses))

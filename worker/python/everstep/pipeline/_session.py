@@ -8,10 +8,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from everstep._attach import attach
+from everstep import _told
+from everstep._attach import attach, warn
 from everstep._library import Client
+from everstep.pipeline._ledger import Told
 from everstep.session import Session
 
+_TELL_PATIENCE, _LOOK = 10.0, 0.1  # seconds: for the controller's acknowledgements at the end
 _LEAST_PATIENCE, _MOST_PATIENCE = 0.1, 1.5  # seconds; the agent kills who has not parked after 5
 
 
@@ -41,6 +44,30 @@ class PipelineSession(Session):
             self._agent, _ = attach("Pipeline", commit_wait=0.0)
         if self._agent is not None:
             self._agent.report_step(step)
+
+    def told(self) -> Told | None:
+        """The ledger that this job's controller keeps; None: there is none."""
+        link = self._link
+        return None if link is None else Told(lambda word: link.tell(_told.LEDGER, word), lambda: link.acknowledged)
+
+    def tell(self, kind: int, text: str) -> None:
+        """Of what only the newest counts. One that is too large is not told."""
+        if self._link is None:
+            return
+        try:
+            self._link.tell(kind, text.encode())
+        except (ValueError, BufferError) as error:
+            what = "profile" if kind == _told.PROFILE else "plan"
+            warn(f"the controller is not told of this job's {what}: {error}")
+
+    def flush(self) -> None:
+        """Waits a while until the controller has all that was told. Leaves if the generation is over."""
+        until = time.monotonic() + _TELL_PATIENCE
+        while self._link is not None and (left := self._link.flush(_LOOK)):
+            self.check()
+            if time.monotonic() >= until:
+                return warn(f"the controller did not acknowledge {left} of this job's words within "
+                            f"{_TELL_PATIENCE:g} s; its ledger ends before the job")
 
     def leave_together(self) -> None:
         """Some rank was asked to leave when it voted, so this one is or will be."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from everstep import _samples
+from everstep import _samples, _told
 from everstep._attach import warn
 from everstep.pipeline import _agree, _keys, _ledger, _rescue
 from everstep.pipeline._agree import Complete, Layout, Record, Status
@@ -173,6 +173,8 @@ class Pipeline:
         self._stage: Stage | None = None
         self._totals: dict[int, torch.Tensor] = {}
         self._parts: list[Sequence[int]] = []  # microbatches, by who did them
+        self._by: list[tuple[int, int]] | None = None  # (generation, pipeline) of each; None: as the layout says
+        self._told: _ledger.Told | None = None  # the ledger that the controller keeps
         self._used: dict[int, int] = {}  # microbatch -> checksum of its samples
         self._complete: Complete | None = None
         self._kept: Rescue = NOTHING  # of this rank's own pipeline, once complete
@@ -244,6 +246,7 @@ class Pipeline:
             self._files.wait()
         if save is not None:
             self._export(save, session.rank, layout)
+        session.flush()
         return self._version
 
     def _export(self, path: str | os.PathLike[str], rank: int, layout: Layout) -> None:
@@ -267,13 +270,18 @@ class Pipeline:
     def _save(self, files: LayerFiles, rank: int, layout: Layout) -> None:
         """This rank's share of the layers, each by one of those that hold it."""
         mine = [i for i in layout.layers(rank) if layout.holder(i % len(layout.ranks), i) == rank]
-        files.save(self._version, {i: self._layers[i].pack(line=self._line) for i in mine})
+        words = [] if self._told is None else self._told.for_files
+        files.save(self._version, {i: self._layers[i].pack(line=self._line, words=words) for i in mine})
 
     def _switch(self, session: PipelineSession) -> None:
         """Agrees with the other ranks on the step to do next and on a plan, and takes the place in it."""
         began = time.perf_counter()
         rank = session.rank
         self._settings["the dataset's length"] = len(self._dataset)
+        if self._told is not None:
+            self._told.pause()
+        elif self._ledger is None:
+            self._told = session.told()
         if self._files is not None:
             self._files.wait()
         statuses = gather(Status(self._member, self._settings, {i: x.version for i, x in self._layers.items()},
@@ -291,7 +299,11 @@ class Pipeline:
         record, bears = _agree.next_record(statuses, session.generation, self.profile, self._microbatches,
                                            self._faults, self._horizon_ms, fresh, self._book.ask)
         planned = time.perf_counter() - asked
-        sums = gather(record.plan.checksum)
+        # Lines that may not be durable: whoever went on with this step has them all.
+        knows = next((r for r, holds in enumerate(now.holds) if holds), None)
+        mine = () if self._told is None or rank != knows else self._told.unknown
+        answers = gather((record.plan.checksum, mine))
+        sums = [checksum for checksum, _ in answers]
         if len(set(sums)) > 1:
             other = next(r for r, value in enumerate(sums) if value != sums[0])
             raise RuntimeError(f"Pipeline: the plan's checksum is {sums[0]:08x} on rank 0 and {sums[other]:08x} on "
@@ -311,7 +323,13 @@ class Pipeline:
         self._stage = self._make_stage(layout, rank)
         for layer in self._stage.layers:
             layer.gradient = Gradient(layer) if layer.parameters else None
+        if self._told is not None:
+            self._told.begin(now.told if knows is None else answers[knows][1], rank, session.generation,
+                             self._version, self._microbatches, layout.parts, layout.ranks)
         if rank == 0:
+            session.tell(_told.PROFILE, self.profile)
+            session.tell(_told.PLAN, _agree.told_plan(record, statuses, self._microbatches, self._faults,
+                                                          self._horizon_ms))
             if self._ledger is not None:
                 self._ledger.begin(session.generation, self._version, self._microbatches, layout.parts,
                                    layout.ranks, now.line)
@@ -334,12 +352,15 @@ class Pipeline:
             bad = self._files.damaged(now.version, now.files[rank])
             good = next(iter(now.files[rank] - set(bad)), None)
             bundle = None if good is None else self._files.read(now.version, good)
-            told = gather((bad, None if bundle is None else bundle.meta.get("line")))
-            if not any(each for each, _ in told):
-                return dataclasses.replace(now, line=next((line for _, line in told if line is not None), None))
+            meta: Mapping[str, Any] = {} if bundle is None else bundle.meta
+            told = gather((bad, meta.get("line"), meta.get("words") or []))
+            if not any(each for each, _, _ in told):
+                words = next((words for _, _, words in told if words), [])
+                return dataclasses.replace(now, line=next((line for _, line, _ in told if line is not None), None),
+                                           told=tuple((step, begins, word) for step, begins, word in words))
             statuses = [dataclasses.replace(s, files={
                 version: tuple(x for x in layers if version != now.version or x not in each)
-                for version, layers in s.files.items()}) for s, (each, _) in zip(statuses, told)]
+                for version, layers in s.files.items()}) for s, (each, _, _) in zip(statuses, told)]
 
     def _take_layers(self, now: _agree.Standing, layout: Layout, rank: int) -> tuple[int, int]:
         """Gives this rank the layers of its place, at the version that goes on."""
@@ -449,6 +470,8 @@ class Pipeline:
         if lost:
             raise lost[0]
         self._parts = [*rescue.leaves.values(), *work]
+        self._by = None if rescue is NOTHING else [*((rescue.epoch, p) for p in rescue.leaves),
+                                                   *((self._record.epoch, p) for p in range(len(work)))]
         order = sorted(exchanges, reverse=True)
         for index in order:
             exchanges[index].add_up()
@@ -458,7 +481,7 @@ class Pipeline:
         # All that anybody must know of all: each number comes from one rank, so their sum is exact.
         count = len(self._recipe.layers)
         many = self._microbatches
-        vote = torch.zeros(2 * many + count + 2, dtype=torch.float64)
+        vote = torch.zeros(2 * many + count + 3, dtype=torch.float64)
         for microbatch, loss in losses.items():
             vote[microbatch] = loss
         for microbatch, samples in used.items():
@@ -466,6 +489,8 @@ class Pipeline:
         for index, total in self._totals.items() if self._clip is not None else ():
             if layout.holder(0, index) == rank:
                 vote[2 * many + index] = self._squared_norm(index, total)
+        if self._told is not None and rank == 0:
+            vote[-3] = self._told.durable
         vote[-2] = float(session.asked)
         vote[-1] = float(stop is not None and stop())
         self._reduced = step
@@ -501,7 +526,7 @@ class Pipeline:
     def _commit(self, session: PipelineSession, vote: Sequence[float], line: dict[str, Any] | None) -> float:
         """Takes the step whose gradients are summed. Nothing here waits for another rank."""
         step, many = self._version, self._microbatches
-        norm = math.sqrt(sum(vote[2 * many:-2]))
+        norm = math.sqrt(sum(vote[2 * many:-3]))
         scale = 1.0 if self._clip is None else min(1.0, self._clip / (norm + 1e-6))
         assert self._stage is not None and self._layout is not None
         for layer in self._stage.layers:
@@ -515,9 +540,12 @@ class Pipeline:
         loss = sum(vote[:many]) / many
         if line is None:
             assert self._record is not None
-            line = _ledger.step_line(self._record.epoch, step, _ledger.runs(self._parts),
-                                     _ledger.samples_sum(map(int, vote[many:2 * many])), loss)
+            line = _ledger.step_line(self._record.epoch, step, self._parts,
+                                     _ledger.samples_sum(map(int, vote[many:2 * many])), loss, self._by)
             if session.rank == 0 and self._ledger is not None:
                 self._ledger.step(line)
         self._line = line
+        if self._told is not None:
+            self._told.heard(int(vote[-3]))
+            self._told.step(line)
         return loss
