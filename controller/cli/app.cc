@@ -16,6 +16,8 @@ VerbResult Dispatch(Context& context, const std::string& called_as) {
     case Verb::kJobShow: return RunJobShow(context);
     case Verb::kJobWait: return RunJobWait(context);
     case Verb::kJobCancel: return RunJobCancel(context);
+    case Verb::kJobLedger: return RunJobLedger(context);
+    case Verb::kJobPlan: return RunJobPlan(context);
     case Verb::kNodeList: return RunNodeList(context);
     case Verb::kNodeShow: return RunNodeShow(context);
     case Verb::kNodeDrain: return RunNodeDrain(context);

@@ -242,6 +242,20 @@ Result<v1::JobCheckpoints> AdminClient::GetCheckpoints(const std::string& job) {
       *impl_, options_, Kind::kRead, &v1::AdminService::Stub::GetCheckpoints, request);
 }
 
+Result<v1::JobLedger> AdminClient::GetLedger(const std::string& job) {
+  v1::GetLedgerRequest request;
+  request.set_job(job);
+  return Call<v1::GetLedgerRequest, v1::JobLedger>(*impl_, options_, Kind::kRead,
+                                                   &v1::AdminService::Stub::GetLedger, request);
+}
+
+Result<v1::JobTold> AdminClient::GetTold(const std::string& job) {
+  v1::GetToldRequest request;
+  request.set_job(job);
+  return Call<v1::GetToldRequest, v1::JobTold>(*impl_, options_, Kind::kRead,
+                                               &v1::AdminService::Stub::GetTold, request);
+}
+
 Result<v1::RollBackReply> AdminClient::RollBack(const v1::RollBackRequest& request) {
   return Call(*impl_, options_, Kind::kWrite, &v1::AdminService::Stub::RollBack, request);
 }

@@ -47,6 +47,8 @@ class AdminClient {
   Result<v1::CheckpointPlacement> GetPlacement(const v1::GetPlacementRequest& request);
   Result<v1::LossForecast> ForetellLoss(const v1::ForetellLossRequest& request);
   Result<v1::JobCheckpoints> GetCheckpoints(const std::string& job);
+  Result<v1::JobLedger> GetLedger(const std::string& job);
+  Result<v1::JobTold> GetTold(const std::string& job);
   Result<v1::RollBackReply> RollBack(const v1::RollBackRequest& request);
   Result<v1::ReportAnomalyReply> ReportAnomaly(const v1::ReportAnomalyRequest& request);
 

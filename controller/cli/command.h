@@ -21,6 +21,8 @@ enum class Verb : std::uint8_t {
   kJobShow,
   kJobWait,
   kJobCancel,
+  kJobLedger,
+  kJobPlan,
   kNodeList,
   kNodeShow,
   kNodeDrain,

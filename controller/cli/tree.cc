@@ -26,7 +26,7 @@ WordSpec Rank() {
 CommandSpec JobCommands() {
   return {
       .name = "job",
-      .summary = "Training jobs: list, show, wait, cancel",
+      .summary = "Training jobs: list, show, wait, cancel, ledger, plan",
       .children = {
           {.name = "list",
            .verb = Verb::kJobList,
@@ -73,7 +73,31 @@ CommandSpec JobCommands() {
                        {"wait", 0, "", "return when no process of it is left"},
                        {"forget", 0, "", "give up its record and what it has in memory, too"}},
            .examples = {{"everstep job cancel gpt --reason \"wrong data set\"", ""},
-                        {"everstep job cancel gpt --forget", "a failed one: frees its memory"}}}}};
+                        {"everstep job cancel gpt --forget", "a failed one: frees its memory"}}},
+          {.name = "ledger",
+           .verb = Verb::kJobLedger,
+           .summary = "Which microbatches of which steps went into the model, and by whom",
+           .description =
+               "Of a pipeline job: runs of steps that were divided in the same way, and what a "
+               "later generation took back. With --verify the controller's records are checked: 0, "
+               "each (step, microbatch) is in exactly once; 1, it is not, and what is wrong.",
+           .words = {Job()},
+           .options = {{"verify", 0, "", "prove or refute that each is in exactly once"}},
+           .examples = {{"everstep job ledger gpt", ""},
+                        {"everstep job ledger gpt --verify", "for scripts: by its exit code"}}},
+          {.name = "plan",
+           .verb = Verb::kJobPlan,
+           .summary = "What would become of a pipeline job's plan if nodes were lost or came",
+           .description =
+               "Asks the planner what the job's ranks would ask it after the change, from the "
+               "profile and the plan that they told: pipelines, who receives which layers, bytes, "
+               "the time of a step before and after. Nothing is changed. Without an option: the "
+               "plan there is.",
+           .words = {Job()},
+           .options = {{"lose", 0, "NODE[,NODE...]", "these nodes", "", {}, Names::kNodes},
+                       {"join", 0, "N", "so many new nodes", "0"}},
+           .examples = {{"everstep job plan gpt --lose n7,n12", ""},
+                        {"everstep job plan gpt --join 2 -o json", ""}}}}};
 }
 
 CommandSpec NodeCommands() {

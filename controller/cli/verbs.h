@@ -14,6 +14,8 @@ VerbResult RunJobList(Context& context);
 VerbResult RunJobShow(Context& context);
 VerbResult RunJobWait(Context& context);
 VerbResult RunJobCancel(Context& context);
+VerbResult RunJobLedger(Context& context);
+VerbResult RunJobPlan(Context& context);
 
 VerbResult RunNodeList(Context& context);
 VerbResult RunNodeShow(Context& context);
