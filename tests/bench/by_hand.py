@@ -120,8 +120,9 @@ class ByHand:
         return Block(time.perf_counter() - began, cpu, losses)
 
 
-def train(shape: Shape, rounds: int, steps: int, ledger: Path) -> Outcome:
-    """What one rank runs: everstep's first step, then `rounds` + 1 times `steps` by hand and as many by everstep."""
+def train(shape: Shape, rounds: int, steps: int, ledger: Path, seconds: float) -> Outcome:
+    """What one rank runs: everstep's first step, then `rounds` + 1 times `steps` by hand and as many by everstep; after
+    `seconds` no more than the block under way, but three at least."""
     outcome = Outcome()
     rank = int(os.environ["RANK"])
     pipeline = Pipeline(gpt.layers(shape.width, shape.blocks), loss=gpt.loss, optimizer=gpt.optimizer, dataset=gpt.Text(),
@@ -148,14 +149,17 @@ def train(shape: Shape, rounds: int, steps: int, ledger: Path) -> Outcome:
         dist.barrier()
         began[:] = [time.perf_counter(), time.process_time()]
 
-    pipeline.run((rounds + 1) * steps + 1, on_step=on_step)
+    until = time.monotonic() + seconds
+    pipeline.run((rounds + 1) * steps + 1, on_step=on_step,
+                 stop=lambda: rank == 0 and len(outcome.everstep) >= 3 and time.monotonic() > until)
     outcome.check = outcome.everstep.pop(0).losses, outcome.by_hand.pop(0).losses
     return outcome
 
 
-def compare(shape: Shape, rounds: int, steps: int, ledger: Path) -> list[Outcome]:
-    """By rank. Ends the program where the two do not train the same."""
-    outcomes: list[Outcome] = world(shape.ranks, lambda rank: train(shape, rounds, steps, ledger), seconds=600)
+def compare(shape: Shape, rounds: int, steps: int, ledger: Path, seconds: float) -> list[Outcome]:
+    """By rank; about `seconds` at most. Ends the program where the two do not train the same."""
+    outcomes: list[Outcome] = world(shape.ranks, lambda rank: train(shape, rounds, steps, ledger, seconds),
+                                    seconds=10 * seconds)
     last = [o for o in outcomes if o.place[1] == shape.stages - 1]
     for step, theirs in enumerate(outcomes[0].check[0]):
         ours = sum(o.check[1][step] for o in last) / len(last)

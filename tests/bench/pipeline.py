@@ -48,7 +48,7 @@ def throughput(results: Results, args: argparse.Namespace) -> None:
         case = f"throughput {pipelines} x {stages}"
         shape = by_hand.Shape(stages, pipelines, args.width, args.blocks)
         with tempfile.TemporaryDirectory(prefix="esb-") as folder:
-            outcomes = by_hand.compare(shape, args.rounds, args.steps, Path(folder))
+            outcomes = by_hand.compare(shape, args.rounds, args.steps, Path(folder), args.seconds)
         for row in by_hand.figures(outcomes, args.steps):
             print(f"{case}: " + "  ".join(f"{name} {value:.3f} s" for name, value in row.items()), flush=True)
             for system in ("by hand", "everstep"):
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="of recovery and join")
     parser.add_argument("--rounds", type=int, default=8, help="blocks of throughput")
     parser.add_argument("--steps", type=int, default=5, help="of a block")
+    parser.add_argument("--seconds", type=float, default=240.0, help="of a shape: then fewer blocks than --rounds")
     parser.add_argument("--shapes", default="1x2,2x2", help="of throughput: pipelines x stages")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--blocks", type=int, default=8)

@@ -261,6 +261,7 @@ class Gradient:
     _free: list[torch.Tensor] = field(default_factory=list)
     _rooms: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
     _now: torch.Tensor | None = None
+    _bound: bool = False  # the parameters' gradients are parts of the sum
 
     def begin(self, microbatches: int | None, rescued: Sequence[tuple[Node, torch.Tensor]] = ()) -> None:
         """A step; `microbatches`: how many make up the tree, None: no tree. `rescued`: parts that are there, which
@@ -268,6 +269,7 @@ class Gradient:
         if self.tree is not None:
             self._free += self.tree.nodes.values()
         self.tree = None if microbatches is None else Tree(microbatches, self._add)
+        self._bound = False
         if self.tree is None:
             self.sum = (self.layer.empty() if self.sum is None else self.sum).zero_()
         for node, flat in rescued:
@@ -286,6 +288,9 @@ class Gradient:
         """Before the backward pass of a microbatch."""
         if self.tree is None:
             self._now = self.sum
+            if self._bound:
+                return  # autograd adds to them in place
+            self._bound = True
         else:
             self._now = (self._free.pop() if self._free else self.layer.empty()).zero_()
         self.layer.bind(self._now)
