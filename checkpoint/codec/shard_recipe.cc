@@ -213,25 +213,34 @@ void ShardRecipe::AddTerm(const CutShard& shard, const Term& term) {
   std::sort(chunks.begin(), chunks.end());
 }
 
+const ShardRecipe::Term& ShardRecipe::TermOf(std::size_t source, std::uint32_t chunk) const {
+  EVERSTEP_CHECK(source < terms_.size());
+  const auto term = std::find_if(terms_[source].begin(), terms_[source].end(), [&](const Term& t) {
+    return chunk >= t.first && chunk - t.first < t.count;
+  });
+  EVERSTEP_CHECK(term != terms_[source].end());  // a chunk that was not asked for
+  return *term;
+}
+
+std::uint64_t ShardRecipe::PayloadChunk(std::size_t source, std::uint32_t chunk) const {
+  const Term& term = TermOf(source, chunk);
+  return term.to + chunk - term.first;
+}
+
 void ShardRecipe::Add(std::size_t source, std::uint32_t chunk, std::span<const std::byte> from,
                       std::byte* payload) const {
-  EVERSTEP_CHECK(source < terms_.size());
-  for (const Term& term : terms_[source]) {
-    if (chunk < term.first || chunk - term.first >= term.count) continue;
-    const std::uint64_t at = (term.to + chunk - term.first) * kChunkBytes;
-    EVERSTEP_CHECK(at < data_bytes_);
-    // What comes beyond a shard that is shorter than its parity is zeros, or the parity's table.
-    const auto piece = from.first(std::min<std::uint64_t>(from.size(), data_bytes_ - at));
-    if (code_) {
-      code_->Add(number_, term.index, piece, payload + at);
-    } else if (term.parity) {
-      words_[term.word].decoder.AddParity(words_[term.word].lost, term.index, piece, payload + at);
-    } else {
-      words_[term.word].decoder.AddShard(words_[term.word].lost, term.index, piece, payload + at);
-    }
-    return;
+  const Term& term = TermOf(source, chunk);
+  const std::uint64_t at = (term.to + chunk - term.first) * kChunkBytes;
+  EVERSTEP_CHECK(at < data_bytes_);
+  // What comes beyond a shard that is shorter than its parity is zeros, or the parity's table.
+  const auto piece = from.first(std::min<std::uint64_t>(from.size(), data_bytes_ - at));
+  if (code_) {
+    code_->Add(number_, term.index, piece, payload + at);
+  } else if (term.parity) {
+    words_[term.word].decoder.AddParity(words_[term.word].lost, term.index, piece, payload + at);
+  } else {
+    words_[term.word].decoder.AddShard(words_[term.word].lost, term.index, piece, payload + at);
   }
-  EVERSTEP_CHECK(false);  // a chunk that was not asked for
 }
 
 }  // namespace everstep::checkpoint

@@ -52,6 +52,8 @@ class ShardRecipe {
   // A lost shard: index into sources() of a parity whose table has it.
   std::size_t table_source() const { return table_source_; }
 
+  // The chunk of the payload that a chunk of a source, one of its `chunks`, is added to.
+  std::uint64_t PayloadChunk(std::size_t source, std::uint32_t chunk) const;
   // Adds a chunk of a source, one of its `chunks`, to the payload that is made, which was zeros in
   // the beginning. Once each, in any order; several at a time if they go to different chunks.
   void Add(std::size_t source, std::uint32_t chunk, std::span<const std::byte> from,
@@ -72,6 +74,7 @@ class ShardRecipe {
 
   static Result<ShardRecipe> OfParity(const ShardBuild& build);
   static Result<ShardRecipe> OfLost(const ShardBuild& build);
+  const Term& TermOf(std::size_t source, std::uint32_t chunk) const;
   std::size_t SourceOf(const CutShard& shard);  // made when it is not there
   void AddTerm(const CutShard& shard, const Term& term);
 

@@ -6,8 +6,8 @@
 #include <memory>
 #include <new>
 #include <optional>
+#include <utility>
 
-#include "checkpoint/transfer/slot_stream.h"
 #include "proto/base/crc32c.h"
 
 namespace everstep::checkpoint {
@@ -50,36 +50,82 @@ Outcome CheckNamed(const SlotName& name, const SlotFields& fields, std::uint32_t
                   name.fields.payload_bytes, name.crc_root)};
 }
 
-Outcome ReadChunks(Arena* arena, const SlotName& name, ChunkTaker* taker) {
+namespace {
+
+struct HeldSlot {
+  SlotView view;
+  std::vector<std::uint32_t> crcs;
+};
+Result<HeldSlot> FindNamed(const Arena& arena, const SlotName& name) {
   std::optional<SlotView> view;
   for (std::uint32_t i = 0; i < kSlots && !view; ++i) {
-    view = arena->Look(i);
-    if (view && !CheckNamed(name, view->fields, view->crc_root, arena->Name()).ok()) view.reset();
+    view = arena.Look(i);
+    if (view && !CheckNamed(name, view->fields, view->crc_root, arena.Name()).ok()) view.reset();
   }
   if (!view) {
     return Error{ErrorCode::kNotFound,
-                 fmt::format("{} does not hold {} (any more)", arena->Name(), name.Text())};
+                 fmt::format("{} does not hold {} (any more)", arena.Name(), name.Text())};
   }
-  const auto crcs = ReadChunkCrcs(*arena, *view);
+  auto crcs = ReadChunkCrcs(arena, *view);
   if (!crcs.ok()) return crcs.error();
   if (CrcRoot(view->fields, crcs.value().data()) != view->crc_root) {
     return Error{ErrorCode::kCorrupt,
-                 fmt::format("{}: {}: its header fails its checksum", arena->Name(), name.Text())};
+                 fmt::format("{}: {}: its header fails its checksum", arena.Name(), name.Text())};
   }
+  return HeldSlot{*view, std::move(crcs.value())};
+}
+
+// A conversation with a peer that holds the slot, up to its table.
+struct Picking {
+  PeerConversation talk;
+  ChunkTable table;
+};
+Result<Picking> BeginPick(const PeerTask& task, Op op, const SlotName& name) {
+  auto talk = Converse(task, {.op = op, .fields = name.fields, .crc_root = name.crc_root},
+                       DeadlineFor(task.limits, 0));
+  if (!talk.ok()) return talk.error();
+  const ResponseFrame& response = talk.value().response;
+  Connection& connection = talk.value().connection;
+  if (auto ok = CheckNamed(name, response.fields, response.crc_root,
+                           fmt::format("peer {}", connection.peer()));
+      !ok.ok()) {
+    return ok.error();
+  }
+  auto table = ReceiveTable(&connection, response.fields, name.crc_root);
+  if (!table.ok()) return table.error();
+  return Picking{std::move(talk.value()), std::move(table.value())};
+}
+
+Outcome SendWant(Connection* connection, std::size_t chunks,
+                 const std::vector<std::uint32_t>& wanted) {
+  const WantFrame want{.chunks = static_cast<std::uint32_t>(chunks),
+                       .wanted = static_cast<std::uint32_t>(wanted.size())};
+  Bitmap bits(BitmapBytes(chunks));
+  for (const std::uint32_t chunk : wanted) SetBit(&bits, chunk);
+  if (auto ok = connection->Send(&want, sizeof want, true); !ok.ok()) return ok;
+  return connection->Send(bits.data(), bits.size());
+}
+
+}  // namespace
+
+Outcome ReadChunks(Arena* arena, const SlotName& name, ChunkTaker* taker) {
+  const auto held = FindNamed(*arena, name);
+  if (!held.ok()) return held.error();
+  const SlotView& view = held.value().view;
   auto own = OneChunk();
   if (!own.ok()) return own.error();
-  for (const std::uint32_t chunk : taker->Lacks(view->fields)) {
-    const std::uint32_t bytes = view->chunk_size(chunk);
+  for (const std::uint32_t chunk : taker->Lacks(view.fields)) {
+    const std::uint32_t bytes = view.chunk_size(chunk);
     // Its trainer may write this slot: the bytes that are checked are those that are taken. Read,
     // as to map the slot for one pass costs more than the pass.
-    const std::uint64_t at = view->extent_offset + std::uint64_t{chunk} * kChunkBytes;
+    const std::uint64_t at = view.extent_offset + std::uint64_t{chunk} * kChunkBytes;
     if (pread(arena->fd(), own.value().get(), bytes, static_cast<off_t>(at)) !=
         static_cast<ssize_t>(bytes)) {
       return Error{ErrorCode::kInternal, fmt::format("{}: chunk {} of {} cannot be read",
                                                      arena->Name(), chunk, name.Text())};
     }
-    if (Crc32c(own.value().get(), bytes) != crcs.value()[chunk]) {
-      if (!arena->Current(*view)) {
+    if (Crc32c(own.value().get(), bytes) != held.value().crcs[chunk]) {
+      if (!arena->Current(view)) {
         return Error{ErrorCode::kStale, fmt::format("{}: {} was overwritten while it was read",
                                                     arena->Name(), name.Text())};
       }
@@ -92,31 +138,19 @@ Outcome ReadChunks(Arena* arena, const SlotName& name, ChunkTaker* taker) {
 }
 
 Outcome PickChunks(const PeerTask& task, const SlotName& name, ChunkTaker* taker) {
-  auto talk = Converse(task, {.op = Op::kPick, .fields = name.fields, .crc_root = name.crc_root},
-                       DeadlineFor(task.limits, 0));
-  if (!talk.ok()) return talk.error();
-  Connection& connection = talk.value().connection;
-  const SlotFields& fields = talk.value().response.fields;
-  if (auto ok = CheckNamed(name, fields, talk.value().response.crc_root,
-                           fmt::format("peer {}", connection.peer()));
-      !ok.ok()) {
-    return ok;
-  }
-  const auto table = ReceiveTable(&connection, fields, name.crc_root);
-  if (!table.ok()) return table.error();
+  auto picking = BeginPick(task, Op::kPick, name);
+  if (!picking.ok()) return picking.error();
+  Connection& connection = picking.value().talk.connection;
+  const SlotFields& fields = picking.value().talk.response.fields;
+  const std::vector<std::uint32_t>& crcs = picking.value().table.crcs;
   const std::vector<std::uint32_t> lacks = taker->Lacks(fields);
   connection.set_deadline(
       DeadlineFor(task.limits, std::uint64_t{kChunkBytes} * (lacks.size() + 1)));
-  const auto chunks = static_cast<std::uint32_t>(table.value().crcs.size());
-  const WantFrame want{.chunks = chunks, .wanted = static_cast<std::uint32_t>(lacks.size())};
-  Bitmap bits(BitmapBytes(chunks));
-  for (const std::uint32_t chunk : lacks) SetBit(&bits, chunk);
-  if (auto ok = connection.Send(&want, sizeof want, true); !ok.ok()) return ok;
-  if (auto ok = connection.Send(bits.data(), bits.size()); !ok.ok()) return ok;
+  if (auto ok = SendWant(&connection, crcs.size(), lacks); !ok.ok()) return ok;
   auto own = OneChunk();
   if (!own.ok()) return own.error();
   for (std::size_t next = 0;; ++next) {
-    const auto frame = ReceiveChunkFrame(&connection, fields, table.value().crcs);
+    const auto frame = ReceiveChunkFrame(&connection, fields, crcs);
     if (!frame.ok()) return frame.error();
     const bool over = frame.value().index == kEndOfChunks;
     if (over ? next < lacks.size() : next >= lacks.size() || frame.value().index != lacks[next]) {
@@ -131,6 +165,32 @@ Outcome PickChunks(const PeerTask& task, const SlotName& name, ChunkTaker* taker
       return GivenUp(connection.peer());
     }
   }
+}
+
+Result<Bitmap> FindSame(Arena* arena, const SlotName& name, const SlotName& older) {
+  const auto held = FindNamed(*arena, name);
+  if (!held.ok()) return held.error();
+  const SlotView& view = held.value().view;
+  const auto other = arena->Look(1 - view.slot);
+  if (!other || !IsHeld(ToHeld(*other), older.fields, older.crc_root)) return Bitmap{};
+  return SameChunks(arena, view, held.value().crcs, *other, SteadyTime::max());
+}
+
+Result<Bitmap> PickSame(const PeerTask& task, const SlotName& name, const SlotName& older) {
+  auto picking = BeginPick(task, Op::kPickChanged, name);
+  if (!picking.ok()) return picking.error();
+  Connection& connection = picking.value().talk.connection;
+  const ResponseFrame& response = picking.value().talk.response;
+  ChunkTable& table = picking.value().table;
+  if (auto ok = SendWant(&connection, table.crcs.size(), {}); !ok.ok()) return ok.error();
+  const auto end = ReceiveChunkFrame(&connection, response.fields, table.crcs);
+  if (!end.ok()) return end.error();
+  if (end.value().index != kEndOfChunks) {
+    return Error{ErrorCode::kInvalid, fmt::format("peer {}: sends chunk {} where none was wanted",
+                                                  connection.peer(), end.value().index)};
+  }
+  if (table.base != 0 || !IsHeld(response.held[0], older.fields, older.crc_root)) return Bitmap{};
+  return std::move(table.same);
 }
 
 }  // namespace everstep::checkpoint

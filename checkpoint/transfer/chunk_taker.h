@@ -8,6 +8,7 @@
 
 #include "checkpoint/store/arena.h"
 #include "checkpoint/transfer/peer_client.h"
+#include "checkpoint/transfer/slot_stream.h"
 
 namespace everstep::checkpoint {
 
@@ -39,6 +40,12 @@ Outcome ReadChunks(Arena* arena, const SlotName& name, ChunkTaker* taker);
 
 // From a peer: one connection, one attempt. Maps nothing.
 Outcome PickChunks(const PeerTask& task, const SlotName& name, ChunkTaker* taker);
+
+// Which chunks of the named slot lie in `older` as well, another content of that rank which the
+// same holder has: one bit each, compared there byte by byte. Empty: none, or it has `older` no
+// more.
+Result<Bitmap> FindSame(Arena* arena, const SlotName& name, const SlotName& older);
+Result<Bitmap> PickSame(const PeerTask& task, const SlotName& name, const SlotName& older);
 
 // The job's checkpoint directory as the data plane reads it. Thread-safe; blocks on the disk.
 class ShardFiles {

@@ -16,7 +16,7 @@
 //   ahead: Chunk, bytes ... Chunk{end} ->                      of a capture that is not finished
 //                                  <-         Ack{mac}
 //   fetch:                         <-         Table, CRCs; Chunk, bytes ...
-//   pick:                          <-         Table, CRCs
+//   pick:                          <-         Table, CRCs(, bits)
 //          Want, bits              ->                          the chunks that are wanted
 //                                  <-         Chunk, bytes ... Chunk{end}
 //
@@ -43,9 +43,10 @@ enum class Op : std::uint32_t {
   kFetchChecked = 5,  // once a chunk came damaged: was it the wire, or the source's memory?
   kFetchRelay = 6,    // as fetch, of what may be on its way to the source itself: it waits
   kAhead = 7,         // whole chunks of a capture under way; the push that follows says what counts
+  kPickChanged = 8,   // as pick; its table says what is the same in the other slot that is held
 };
 constexpr bool IsOp(Op op) {
-  return op >= Op::kPush && op <= Op::kAhead;
+  return op >= Op::kPush && op <= Op::kPickChanged;
 }
 
 // 0: go on. Others end the connection.
@@ -102,7 +103,7 @@ struct ResponseFrame {
   SlotFields fields;  // fetch: what comes
   std::uint32_t crc_root = 0;
   std::uint32_t reserved = 0;
-  HeldFrame held[kSlots];  // push
+  HeldFrame held[kSlots];  // push; pick of what changed: the first, beside what is picked from
   char message[152] = {};  // who, what, limit, when status is an error
   std::uint64_t mac = 0;
 };

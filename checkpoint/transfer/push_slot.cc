@@ -40,47 +40,22 @@ class ChunkQueue {
 };
 
 // The other slot of the sender, when the receiver has it too: its index there, and which chunks are
-// the same, compared byte by byte where the CRCs agree (32 bits alone would not do for ever).
+// the same.
 struct Base {
   std::uint32_t held = kNoBase;
   Bitmap same;
 };
 Base FindBase(Arena* arena, const SlotView& view, const std::vector<std::uint32_t>& crcs,
-              const ResponseFrame& response) {
+              const ResponseFrame& response, SteadyTime until) {
   const auto older = arena->Look(1 - view.slot);
   if (!older) return {};
-  const SlotFields& f = older->fields;
-  Base base;
   for (std::uint32_t i = 0; i < kSlots; ++i) {
-    const HeldFrame& held = response.held[i];
-    if (held.step == f.step && held.generation == f.generation &&
-        held.captured_ns == f.captured_ns && held.payload_bytes == f.payload_bytes &&
-        held.crc_root == older->crc_root) {
-      base.held = i;
-    }
+    if (!IsHeld(response.held[i], older->fields, older->crc_root)) continue;
+    Bitmap same = SameChunks(arena, view, crcs, *older, until);
+    if (same.empty()) return {};
+    return {i, std::move(same)};
   }
-  if (base.held == kNoBase) return {};
-  const auto older_crcs = ReadChunkCrcs(*arena, *older);
-  if (!older_crcs.ok()) return {};
-  std::uint64_t same = 0;
-  base.same.resize(BitmapBytes(crcs.size()));
-  const unsigned char* data = nullptr;
-  const unsigned char* older_data = nullptr;
-  for (std::uint64_t i = 0; i < crcs.size() && i < older->chunks(); ++i) {
-    const std::uint32_t size = view.chunk_size(i);
-    if (crcs[i] != older_crcs.value()[i] || size != older->chunk_size(i)) continue;
-    if (data == nullptr) {
-      data = arena->Payload(view);
-      older_data = arena->Payload(*older);
-      if (data == nullptr || older_data == nullptr) return {};
-    }
-    const std::uint64_t at = i * kChunkBytes;
-    if (std::memcmp(data + at, older_data + at, size) != 0) continue;
-    SetBit(&base.same, i);
-    ++same;
-  }
-  if (same == 0 || !arena->Current(*older)) return {};
-  return base;
+  return {};
 }
 
 class Pusher {
@@ -111,7 +86,8 @@ class Pusher {
 // Tells the table, hears which chunks the peer wants.
 Result<std::vector<std::uint32_t>> Pusher::Agree(PeerConversation* lead) {
   Connection& connection = lead->connection;
-  const Base base = FindBase(arena_, view_, crcs_, lead->response);
+  const Base base = FindBase(arena_, view_, crcs_, lead->response,
+                             std::chrono::steady_clock::now() + task_.limits.io_timeout / 2);
   if (auto ok = SendTable(&connection, crcs_, base.held, base.same); !ok.ok()) return ok.error();
   KillPoint("push.table_sent");
   WantFrame want;

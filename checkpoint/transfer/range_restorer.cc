@@ -7,15 +7,12 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
-#include <functional>
-#include <mutex>
-#include <optional>
-#include <system_error>
 #include <thread>
 #include <utility>
 
 #include "checkpoint/store/memory_limit.h"
 #include "checkpoint/store/slot_writer.h"
+#include "checkpoint/transfer/for_each.h"
 #include "checkpoint/transfer/held_arenas.h"
 #include "checkpoint/transfer/replica_store.h"
 #include "proto/base/crc32c.h"
@@ -151,38 +148,6 @@ Outcome CutReader::Read(const CutShard& shard, ChunkTaker* taker, ShardTier* tie
   return Error{peers.error().code, why};
 }
 
-// Runs task(i) for each i < count on a few threads, this one among them; the first error.
-Outcome ForEach(std::size_t count, const std::function<Outcome(std::size_t)>& task) {
-  std::atomic<std::size_t> next{0};
-  std::mutex mutex;
-  std::optional<Error> error;
-  const auto run = [&] {
-    for (std::size_t i; (i = next.fetch_add(1)) < count;) {
-      auto done = task(i);
-      if (done.ok()) continue;
-      std::lock_guard<std::mutex> lock(mutex);
-      if (!error) error = done.error();
-      next.store(count);
-    }
-  };
-  std::vector<std::thread> helpers;
-  helpers.reserve(kReaders);
-  for (std::size_t i = 1; i < std::min(kReaders, count); ++i) {
-    try {
-      helpers.emplace_back([&run] {
-        BlockSigpipe();
-        run();
-      });
-    } catch (const std::system_error&) {
-      break;  // no thread is free: it takes longer
-    }
-  }
-  run();
-  for (std::thread& t : helpers) t.join();
-  if (error) return *error;
-  return Done{};
-}
-
 class TableTaker final : public ChunkTaker {
  public:
   explicit TableTaker(const std::atomic<bool>* cancel) : cancel_(cancel) {}
@@ -301,7 +266,7 @@ Result<SlotView> BringCatalog(const RangeSources& sources, const LocalRank& loca
   const CutReader reader(sources, local);
   std::vector<TableTaker> tables(cut.shards.size(), TableTaker(&local.cancel));
   tiers->assign(cut.shards.size(), ShardTier::kPeer);
-  const auto read = ForEach(cut.shards.size(), [&](std::size_t i) {
+  const auto read = ForEach(cut.shards.size(), kReaders, [&](std::size_t i) {
     auto table = reader.Read(cut.shards[i], &tables[i], &(*tiers)[i]);
     KillPoint("ranges.table_read");
     return table;
@@ -379,7 +344,7 @@ Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local
   for (const auto& [from, to] : plan.gaps) std::memset(dest + from, 0, to - from);
   Target target(&writer, bytes);
   const CutReader reader(sources, local);
-  const auto brought = ForEach(plan.shards.size(), [&](std::size_t i) {
+  const auto brought = ForEach(plan.shards.size(), kReaders, [&](std::size_t i) {
     PieceTaker taker(plan.shards[i], &target, &local.cancel);
     ShardTier tier = ShardTier::kPeer;
     return reader.Read(cut.shards[static_cast<std::size_t>(plan.shards[i].rank)], &taker, &tier);

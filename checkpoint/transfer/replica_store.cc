@@ -48,10 +48,15 @@ Outcome SendRange(Connection* connection, Arena* arena, const SlotView& view,
   return SendEndOfChunks(connection);
 }
 
-// The table, and the chunks that the peer then asks for.
+// The table, with what is the same in `older` if that is given; and the chunks that the peer then
+// asks for.
 Outcome SendPicked(Connection* connection, Arena* arena, const SlotView& view,
-                   const std::vector<std::uint32_t>& crcs) {
-  if (auto ok = SendTable(connection, crcs); !ok.ok()) return ok;
+                   const std::vector<std::uint32_t>& crcs, const std::optional<SlotView>& older,
+                   std::chrono::milliseconds patience) {
+  const Bitmap same =
+      older ? SameChunks(arena, view, crcs, *older, std::chrono::steady_clock::now() + patience / 2)
+            : Bitmap{};
+  if (auto ok = SendTable(connection, crcs, 0, same); !ok.ok()) return ok;
   WantFrame want;
   if (auto ok = connection->Receive(&want, sizeof want); !ok.ok()) return ok;
   if (want.magic != kWantMagic || want.chunks != crcs.size()) {
@@ -132,7 +137,8 @@ void ReplicaStore::Serve(PeerSession* session) {
     case Op::kFetch:
     case Op::kFetchChecked:
     case Op::kFetchRelay:
-    case Op::kPick: return Fetch(session);
+    case Op::kPick:
+    case Op::kPickChanged: return Fetch(session);
   }
 }
 
@@ -427,11 +433,7 @@ Outcome ReplicaStore::Bring(PeerSession* session, Replica* replica, Arrival* arr
     const auto view = replica->arena.Look(i);
     if (!view || view->seq == replica->damaged[i]) continue;
     held_seq[i] = view->seq;
-    response.held[i] = {.generation = view->fields.generation,
-                        .step = view->fields.step,
-                        .captured_ns = view->fields.captured_ns,
-                        .payload_bytes = view->fields.payload_bytes,
-                        .crc_root = view->crc_root};
+    response.held[i] = ToHeld(*view);
   }
   if (auto ok = session->Respond(response); !ok.ok()) return ok;
   KillPoint("arrive.responded");
@@ -575,13 +577,18 @@ bool ReplicaStore::FetchWhole(PeerSession* session, bool* damaged) {
       }
       auto crcs = ReadChunkCrcs(*arena, *view);
       if (!crcs.ok() || CrcRoot(view->fields, crcs.value().data()) != view->crc_root) continue;
-      if (!session->Respond({.fields = view->fields, .crc_root = view->crc_root}).ok()) return true;
+      ResponseFrame response{.fields = view->fields, .crc_root = view->crc_root};
+      const auto older =
+          request.op == Op::kPickChanged ? arena->Look(1 - i) : std::optional<SlotView>();
+      if (older) response.held[0] = ToHeld(*older);
+      if (!session->Respond(response).ok()) return true;
       session->connection()->set_deadline(
           DeadlineFor(Limits(options_), view->fields.payload_bytes));
       KillPoint("serve.responded");
       const auto sent =
-          request.op == Op::kPick
-              ? SendPicked(session->connection(), arena, *view, crcs.value())
+          request.op == Op::kPick || request.op == Op::kPickChanged
+              ? SendPicked(session->connection(), arena, *view, crcs.value(), older,
+                           options_.io_timeout)
               : SendRange(session->connection(), arena, *view, crcs.value(), request.first_chunk,
                           request.end_chunk, request.op == Op::kFetchChecked);
       if (!sent.ok()) {

@@ -3,13 +3,16 @@
 #include <fmt/format.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <cstring>
 #include <thread>
 #include <vector>
 
 #include "checkpoint/core/parity_ranks.h"
+#include "checkpoint/transfer/for_each.h"
 #include "checkpoint/transfer/held_arenas.h"
+#include "checkpoint/transfer/parity_base.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
 
@@ -21,6 +24,7 @@ using std::chrono::milliseconds;
 constexpr int kGoneAfter = 5;     // answers of a source in a row that it has not got it
 constexpr int kCorruptAfter = 3;  // ... that it came damaged
 constexpr milliseconds kLook{20};
+constexpr std::size_t kReaders = 4;  // sources that one order reads at a time
 
 bool MakesParity(const ShardBuild& build) {
   return IsParity(build.shard.rank, build.shard.world_size);
@@ -35,16 +39,22 @@ std::string What(const ShardBuild& build) {
 // never added again.
 class Adder final : public ChunkTaker {
  public:
-  Adder(const ShardRecipe* recipe, std::size_t source, std::byte* payload, bool table,
-        Traffic* traffic, TrafficClass traffic_class, const std::atomic<bool>* cancel)
+  // `kept`: chunks of the payload that need nothing.
+  Adder(const ShardRecipe* recipe, std::size_t source, ShardSum* sum, const std::vector<bool>& kept,
+        bool table, Traffic* traffic, const std::array<const std::atomic<bool>*, 2>& cancels)
       : recipe_(recipe),
         source_(source),
-        payload_(payload),
+        sum_(sum),
         table_(table),
         traffic_(traffic),
-        class_(traffic_class),
-        cancel_(cancel),
-        added_(recipe->sources()[source].chunks.size()) {}
+        class_(recipe->makes_parity() ? TrafficClass::kCommit : TrafficClass::kRepair),
+        cancels_(cancels) {
+    const std::vector<std::uint32_t>& chunks = recipe->sources()[source].chunks;
+    added_.reserve(chunks.size());
+    for (const std::uint32_t chunk : chunks) {
+      added_.push_back(kept[recipe->PayloadChunk(source, chunk)]);
+    }
+  }
 
   std::vector<std::uint32_t> Lacks(const SlotFields& fields) override {
     fields_ = fields;
@@ -66,18 +76,18 @@ class Adder final : public ChunkTaker {
   }
 
   bool Take(std::uint32_t chunk, const unsigned char* data, std::uint32_t bytes) override {
-    if (!traffic_->Admit(class_, bytes, cancel_)) return false;
+    if (!traffic_->Admit(class_, bytes, cancels_[0])) return false;
     const std::vector<std::uint32_t>& chunks = recipe_->sources()[source_].chunks;
     const auto at = std::lower_bound(chunks.begin(), chunks.end(), chunk);
     if (at != chunks.end() && *at == chunk &&
         !added_[static_cast<std::size_t>(at - chunks.begin())]) {
-      recipe_->Add(source_, chunk, {reinterpret_cast<const std::byte*>(data), bytes}, payload_);
+      sum_->Add(source_, chunk, {reinterpret_cast<const std::byte*>(data), bytes});
       added_[static_cast<std::size_t>(at - chunks.begin())] = true;
       if (recipe_->makes_parity()) KillPoint("parity.chunk_added");
       if (!recipe_->makes_parity()) KillPoint("rebuild.chunk_added");
     }
     TakeTable(std::uint64_t{chunk} * kChunkBytes, data, bytes);
-    return !*cancel_;
+    return !*cancels_[0] && !*cancels_[1];
   }
 
   const SlotFields& fields() const { return fields_; }
@@ -95,21 +105,21 @@ class Adder final : public ChunkTaker {
 
   const ShardRecipe* recipe_;
   const std::size_t source_;
-  std::byte* payload_;
+  ShardSum* const sum_;
   const bool table_;  // wanted, too
   Traffic* traffic_;
   const TrafficClass class_;
-  const std::atomic<bool>* cancel_;
+  const std::array<const std::atomic<bool>*, 2> cancels_;
   std::vector<bool> added_;
   SlotFields fields_;
   std::vector<unsigned char> table_bytes_;
 };
 
-bool Pause(milliseconds pause, const std::atomic<bool>& cancel) {
-  for (milliseconds slept{0}; slept < pause && !cancel; slept += kLook) {
+bool Pause(milliseconds pause, const std::atomic<bool>& cancel, const std::atomic<bool>& stop) {
+  for (milliseconds slept{0}; slept < pause && !cancel && !stop; slept += kLook) {
     std::this_thread::sleep_for(kLook);
   }
-  return !cancel;
+  return !cancel && !stop;
 }
 
 }  // namespace
@@ -235,22 +245,24 @@ Result<SlotView> ShardMaker::Bring(Task* task) {
   }
 }
 
+PeerTask ShardMaker::Asking(const Task& task, const JobFacts& facts, const std::string& address,
+                            TrafficClass of) const {
+  return {
+      .address = address,
+      .job = task.job,
+      .key = facts.key,
+      .generation = task.generation,
+      .committed_generation = facts.committed_generation,
+      .committed_step = facts.committed_step,
+      .limits = {.connect_timeout = options_.connect_timeout, .io_timeout = options_.io_timeout},
+      .cancel = &task.cancel,
+      .traffic_class = of};
+}
+
 // One attempt to bring what lacks of a source.
 Outcome ShardMaker::Read(const Task& task, const JobFacts& facts, const SlotName& name,
                          const std::string& address, TrafficClass of, ChunkTaker* taker) {
-  if (address != task.own) {
-    return PickChunks(
-        {.address = address,
-         .job = task.job,
-         .key = facts.key,
-         .generation = task.generation,
-         .committed_generation = facts.committed_generation,
-         .committed_step = facts.committed_step,
-         .limits = {.connect_timeout = options_.connect_timeout, .io_timeout = options_.io_timeout},
-         .cancel = &task.cancel,
-         .traffic_class = of},
-        name, taker);
-  }
+  if (address != task.own) return PickChunks(Asking(task, facts, address, of), name, taker);
   Outcome read = Error{ErrorCode::kNotFound, "this node has no such arena (any more)"};
   SearchShard(host_, task.job, name.fields.rank, [&](const ArenaName&, Arena* arena) {
     auto done = ReadChunks(arena, name, taker);
@@ -261,60 +273,130 @@ Outcome ShardMaker::Read(const Task& task, const JobFacts& facts, const SlotName
   return read;
 }
 
-// Every source's part, one source after the other. *failed: one that is to be left out.
+// Chunks of the payload that are as in an older parity here: copied from it.
+std::vector<bool> ShardMaker::KeepUnchanged(const Task& task, const ShardRecipe& recipe,
+                                            SlotWriter* writer, ShardSum* sum) {
+  std::vector<bool> kept(ChunkCount(recipe.payload_bytes()));
+  const auto facts = jobs_->Find(task.job);
+  auto base = ParityBase::Find(host_, task.job, task.build, recipe);
+  if (!base || !facts) return kept;
+  std::vector<Bitmap> same(recipe.sources().size());
+  (void)ForEach(same.size(), kReaders, [&](std::size_t s) -> Outcome {
+    const SlotName name = NameOf(task, recipe.sources()[s].shard);
+    const SlotName older = base->Older(task.job, s);
+    const std::string& address = recipe.sources()[s].shard.holders.front().address;
+    if (address != task.own) {
+      auto picked = PickSame(Asking(task, *facts, address, TrafficClass::kCommit), name, older);
+      if (picked.ok()) same[s] = std::move(picked.value());  // else all of it is brought
+      return Done{};
+    }
+    SearchShard(host_, task.job, name.fields.rank, [&](const ArenaName&, Arena* arena) {
+      auto found = FindSame(arena, name, older);
+      if (found.ok()) same[s] = std::move(found.value());
+      return found.ok();
+    });
+    return Done{};
+  });
+  KillPoint("parity.compared");
+  std::uint64_t spared = 0;
+  for (const std::uint64_t chunk : base->Copy(recipe, same, writer)) {
+    kept[chunk] = true;
+    sum->Keep(chunk);
+  }
+  for (std::size_t s = 0; s < same.size(); ++s) {
+    for (const std::uint32_t chunk : recipe.sources()[s].chunks) {
+      if (!kept[recipe.PayloadChunk(s, chunk)]) continue;
+      spared += std::min<std::uint64_t>(
+          kChunkBytes, recipe.sources()[s].shard.bytes - std::uint64_t{chunk} * kChunkBytes);
+    }
+  }
+  traffic_->Spared(spared);
+  return kept;
+}
+
+SlotName ShardMaker::NameOf(const Task& task, const CutShard& shard) {
+  SlotName name{.job = task.job, .fields = {}, .crc_root = shard.crc_root};
+  name.fields.rank = shard.rank;
+  name.fields.generation = task.build.shard.generation;
+  name.fields.step = task.build.shard.step;
+  name.fields.payload_bytes = shard.bytes;
+  return name;
+}
+
+// A source's part, in as many attempts as it takes. *gone: it is to be left out.
+Outcome ShardMaker::BringSource(const Task& task, const ShardRecipe& recipe, std::size_t s,
+                                SteadyTime deadline, const std::atomic<bool>& stop,
+                                ChunkTaker* taker, bool* gone) {
+  const Error over{ErrorCode::kStale, "its generation is over, or a newer order came"};
+  const CutShard& shard = recipe.sources()[s].shard;
+  const SlotName name = NameOf(task, shard);
+  const TrafficClass of = recipe.makes_parity() ? TrafficClass::kCommit : TrafficClass::kRepair;
+  auto pause = options_.retry_first;
+  int lacked = 0, corrupt = 0;
+  for (std::size_t attempt = 0;; ++attempt) {
+    const auto facts = jobs_->Find(task.job);
+    if (task.cancel || stop || !facts || facts->generation > task.generation) return over;
+    const std::string& address = shard.holders[attempt % shard.holders.size()].address;
+    const Outcome read = Read(task, *facts, name, address, of, taker);
+    if (read.ok()) return read;
+    if (task.cancel || stop) return over;
+    const ErrorCode code = read.error().code;
+    lacked += code == ErrorCode::kNotFound || code == ErrorCode::kStale ? 1 : 0;
+    corrupt += code == ErrorCode::kCorrupt ? 1 : 0;
+    const bool late = std::chrono::steady_clock::now() + pause >= deadline;
+    if (lacked >= kGoneAfter || corrupt >= kCorruptAfter || late) {
+      *gone = !late;
+      return Error{code, fmt::format("rank {} at {}: {} (attempt {})", shard.rank, address,
+                                     read.error().message, attempt + 1)};
+    }
+    if (!Pause(pause, task.cancel, stop)) return over;
+    pause = std::min(pause * 2, options_.retry_last);
+  }
+}
+
+// Every source's part, several sources at a time. *failed: one that is to be left out.
 Result<ReplicaStore::Filled> ShardMaker::Fill(Task* task, const ShardRecipe& recipe,
                                               SlotWriter* writer, Rank* failed) {
-  const HeldShard& wanted = task->build.shard;
   auto* payload = reinterpret_cast<std::byte*>(writer->Chunk(0));
-  std::memset(payload, 0, recipe.payload_bytes());
   if (recipe.makes_parity()) KillPoint("parity.begun");
   if (!recipe.makes_parity()) KillPoint("rebuild.begun");
-  const TrafficClass of = recipe.makes_parity() ? TrafficClass::kCommit : TrafficClass::kRepair;
-  const Error over{ErrorCode::kStale, "its generation is over, or a newer order came"};
-  const auto deadline = std::chrono::steady_clock::now() + options_.restore_timeout +
-                        milliseconds(RestoreMillis(recipe.payload_bytes()));
-  std::vector<ParityMember> sources;
-  sources.reserve(recipe.sources().size());
+  const SteadyTime deadline = std::chrono::steady_clock::now() + options_.restore_timeout +
+                              milliseconds(RestoreMillis(recipe.payload_bytes()));
+  ShardSum sum(recipe, payload);
+  const std::vector<bool> kept = recipe.makes_parity()
+                                     ? KeepUnchanged(*task, recipe, writer, &sum)
+                                     : std::vector<bool>(ChunkCount(recipe.payload_bytes()));
+  std::vector<ParityMember> members(recipe.sources().size());
   std::vector<unsigned char> table;
-  for (std::size_t s = 0; s < recipe.sources().size(); ++s) {
-    const CutShard& shard = recipe.sources()[s].shard;
+  std::atomic<bool> stop{false};  // one failed: the others are not needed
+  std::mutex mutex;
+  std::optional<Error> why;
+  (void)ForEach(members.size(), kReaders, [&](std::size_t s) -> Outcome {
     const bool with_table = !recipe.makes_parity() && s == recipe.table_source();
-    SlotName name{.job = task->job, .fields = {}, .crc_root = shard.crc_root};
-    name.fields.rank = shard.rank;
-    name.fields.generation = wanted.generation;
-    name.fields.step = wanted.step;
-    name.fields.payload_bytes = shard.bytes;
-    Adder adder(&recipe, s, payload, with_table, traffic_, of, &task->cancel);
-    auto pause = options_.retry_first;
-    int gone = 0, corrupt = 0;
-    for (std::size_t attempt = 0;; ++attempt) {
-      const auto facts = jobs_->Find(task->job);
-      if (task->cancel || !facts || facts->generation > task->generation) return over;
-      const std::string& address = shard.holders[attempt % shard.holders.size()].address;
-      const Outcome read = Read(*task, *facts, name, address, of, &adder);
-      if (read.ok()) break;
-      if (task->cancel) return over;
-      const ErrorCode code = read.error().code;
-      gone += code == ErrorCode::kNotFound || code == ErrorCode::kStale ? 1 : 0;
-      corrupt += code == ErrorCode::kCorrupt ? 1 : 0;
-      const bool late = std::chrono::steady_clock::now() + pause >= deadline;
-      if (gone >= kGoneAfter || corrupt >= kCorruptAfter || late) {
-        if (!late) *failed = shard.rank;
-        return Error{code, fmt::format("rank {} at {}: {} (attempt {})", shard.rank, address,
-                                       read.error().message, attempt + 1)};
+    Adder adder(&recipe, s, &sum, kept, with_table, traffic_, {&task->cancel, &stop});
+    bool gone = false;
+    auto brought = BringSource(*task, recipe, s, deadline, stop, &adder, &gone);
+    if (!brought.ok()) {
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!why) {
+        why = brought.error();
+        if (gone) *failed = recipe.sources()[s].shard.rank;
       }
-      if (!Pause(pause, task->cancel)) return over;
-      pause = std::min(pause * 2, options_.retry_last);
+      stop = true;
+      return brought;
     }
-    sources.push_back({adder.fields(), shard.crc_root});
-    if (with_table) table = adder.table();
+    members[s] = {adder.fields(), recipe.sources()[s].shard.crc_root};
+    if (with_table) table = adder.table();  // no other source's
     if (recipe.makes_parity()) KillPoint("parity.source_added");
     if (!recipe.makes_parity()) KillPoint("rebuild.source_added");
-  }
-  auto fields = recipe.makes_parity() ? ParityFields(*task, recipe, sources, payload)
+    return brought;
+  });
+  if (why) return *why;
+  sum.Finish();
+  auto fields = recipe.makes_parity() ? ParityFields(*task, recipe, members, payload)
                                       : LostFields(*task, table);
   if (!fields.ok()) return fields.error();
-  auto sealed = Seal(fields.value(), wanted.crc_root, writer);
+  auto sealed = Seal(fields.value(), task->build.shard.crc_root, writer);
   if (recipe.makes_parity()) KillPoint("parity.sealed");
   if (!recipe.makes_parity()) KillPoint("rebuild.sealed");
   return sealed;

@@ -2,10 +2,11 @@
 // captured, or a shard that was lost with its nodes, out of what is left and parities. Either is
 // kept as a replica is (replica_store.h) and served to whoever restores.
 //
-//   order --> ShardRecipe: which chunks of whom --> read from their nodes, each checked as it comes
-//        --> added into a torn slot that began as zeros --> published, told as Copied
+//   order --> ShardRecipe: which chunks of whom --> ParityBase: which of them need not come
+//        --> read from their nodes, four at a time, each chunk checked as it comes
+//        --> ShardSum: added into a torn slot --> published, told as Copied
 //
-// One chunk of memory beside the slot, whatever the group's size. A source that fails is asked
+// Four chunks of memory beside the slot, whatever the group's size. A source that fails is asked
 // again; one that does not have it any more is left out, and the others make it if they suffice. An
 // order ends with its generation, with a newer one for the same shard, or when nothing is left to
 // make it of; the controller orders anew what it still needs. Thread-safe.
@@ -24,6 +25,7 @@
 #include "checkpoint/transfer/chunk_taker.h"
 #include "checkpoint/transfer/job_table.h"
 #include "checkpoint/transfer/replica_store.h"
+#include "checkpoint/transfer/shard_sum.h"
 #include "checkpoint/transfer/task_pool.h"
 #include "checkpoint/transfer/transfer_service.h"
 
@@ -69,6 +71,14 @@ class ShardMaker {
   Result<SlotView> Bring(Task* task);
   Result<ReplicaStore::Filled> Fill(Task* task, const ShardRecipe& recipe, SlotWriter* writer,
                                     Rank* failed);
+  PeerTask Asking(const Task& task, const JobFacts& facts, const std::string& address,
+                  TrafficClass of) const;
+  static SlotName NameOf(const Task& task, const CutShard& shard);
+  std::vector<bool> KeepUnchanged(const Task& task, const ShardRecipe& recipe, SlotWriter* writer,
+                                  ShardSum* sum);
+  Outcome BringSource(const Task& task, const ShardRecipe& recipe, std::size_t s,
+                      SteadyTime deadline, const std::atomic<bool>& stop, ChunkTaker* taker,
+                      bool* gone);
   Outcome Read(const Task& task, const JobFacts& facts, const SlotName& name,
                const std::string& address, TrafficClass of, ChunkTaker* taker);
   static Result<SlotFields> ParityFields(const Task& task, const ShardRecipe& recipe,

@@ -53,6 +53,45 @@ Result<std::vector<std::uint32_t>> ReadChunkCrcs(const Arena& arena, const SlotV
   return crcs;
 }
 
+Bitmap SameChunks(Arena* arena, const SlotView& view, const std::vector<std::uint32_t>& crcs,
+                  const SlotView& older, SteadyTime until) {
+  const auto older_crcs = ReadChunkCrcs(*arena, older);
+  if (!older_crcs.ok()) return {};
+  Bitmap same;
+  const unsigned char* data = nullptr;
+  const unsigned char* older_data = nullptr;
+  for (std::uint64_t i = 0; i < crcs.size() && i < older.chunks(); ++i) {
+    const std::uint32_t size = view.chunk_size(i);
+    if (crcs[i] != older_crcs.value()[i] || size != older.chunk_size(i)) continue;
+    if (data == nullptr) {
+      data = arena->Payload(view);
+      older_data = arena->Payload(older);
+      if (data == nullptr || older_data == nullptr) return {};
+    }
+    if (std::chrono::steady_clock::now() >= until) break;
+    const std::uint64_t at = i * kChunkBytes;
+    if (std::memcmp(data + at, older_data + at, size) != 0) continue;
+    if (same.empty()) same.resize(BitmapBytes(crcs.size()));
+    SetBit(&same, i);
+  }
+  if (!arena->Current(older) || !arena->Current(view)) return {};
+  return same;
+}
+
+HeldFrame ToHeld(const SlotView& view) {
+  return {.generation = view.fields.generation,
+          .step = view.fields.step,
+          .captured_ns = view.fields.captured_ns,
+          .payload_bytes = view.fields.payload_bytes,
+          .crc_root = view.crc_root};
+}
+
+bool IsHeld(const HeldFrame& held, const SlotFields& fields, std::uint32_t crc_root) {
+  return held.step == fields.step && held.generation == fields.generation &&
+         held.captured_ns == fields.captured_ns && held.payload_bytes == fields.payload_bytes &&
+         held.crc_root == crc_root;
+}
+
 Outcome SendTable(Connection* connection, const std::vector<std::uint32_t>& crcs,
                   std::uint32_t base, const Bitmap& same) {
   const TableFrame frame{.chunks = static_cast<std::uint32_t>(crcs.size()),

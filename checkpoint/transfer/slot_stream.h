@@ -27,6 +27,16 @@ inline void SetBit(Bitmap* bits, std::uint64_t i) {
 // A slot's chunk CRCs, read without mapping its memory. kStale: overwritten meanwhile.
 Result<std::vector<std::uint32_t>> ReadChunkCrcs(const Arena& arena, const SlotView& view);
 
+// Which chunks of `view`, whose CRCs are `crcs`, lie in `older` as well, another content of the
+// same arena: compared byte by byte where the CRCs agree (32 bits alone would not do for ever).
+// Empty: none, or one of the two was overwritten meanwhile. What is not compared by `until` counts
+// as changed: somebody waits. Maps the slots that it compares.
+Bitmap SameChunks(Arena* arena, const SlotView& view, const std::vector<std::uint32_t>& crcs,
+                  const SlotView& older, SteadyTime until);
+// How a peer is told of a slot, and whether what it was told of is this one.
+HeldFrame ToHeld(const SlotView& view);
+bool IsHeld(const HeldFrame& held, const SlotFields& fields, std::uint32_t crc_root);
+
 // `same` empty: no base.
 Outcome SendTable(Connection* connection, const std::vector<std::uint32_t>& crcs,
                   std::uint32_t base = kNoBase, const Bitmap& same = {});

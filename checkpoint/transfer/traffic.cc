@@ -122,6 +122,11 @@ void Traffic::Pushed(PeerOutcome outcome, double seconds, std::uint64_t unchange
   counts_.resumed_bytes += resumed_bytes;
 }
 
+void Traffic::Spared(std::uint64_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  counts_.unchanged_bytes += bytes;
+}
+
 void Traffic::Arrived(PeerOutcome outcome) {
   std::lock_guard<std::mutex> lock(mutex_);
   ++counts_.arrivals[static_cast<std::size_t>(outcome)];

@@ -41,8 +41,9 @@ PeerOutcome OutcomeOf(const Error& error);
 // Counts since the service started; seconds.
 struct TrafficReport {
   std::array<std::uint64_t, kTrafficClasses> sent_bytes{};
-  std::uint64_t unchanged_bytes = 0;  // not sent: the peer had them in an older slot
-  std::uint64_t resumed_bytes = 0;    // not sent again after a connection broke
+  // Not sent: the peer had them in an older slot, or what is made of them.
+  std::uint64_t unchanged_bytes = 0;
+  std::uint64_t resumed_bytes = 0;                      // not sent again after a connection broke
   std::array<std::uint64_t, kPeerOutcomes> pushes{};    // by PeerOutcome
   std::array<std::uint64_t, kPeerOutcomes> arrivals{};  // of peers' slots here, likewise
   double push_s = 0;                                    // of the pushes that were done, in all
@@ -90,6 +91,8 @@ class Traffic {
   void Pushed(PeerOutcome outcome, double seconds, std::uint64_t unchanged_bytes,
               std::uint64_t resumed_bytes);
   void Arrived(PeerOutcome outcome);
+  // Bytes that a parity made here needed no more: they are as they were in an older one.
+  void Spared(std::uint64_t bytes);
 
   TrafficReport Report() const;
 

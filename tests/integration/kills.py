@@ -152,7 +152,7 @@ DRILLS: list[Drill] = [
     # ... and grows again: of a newcomer's two ranks one takes the state from a peer, the other one from the first as it comes.
     *drills(AGENT, "restore.relay_opened serve.relay_responded serve.relay_chunk_sent", "crowd", "node", relay_chunk_sent=4),
     # A job that is kept by parity: who makes one, who is read, who orders; then a node died, and its shard is made anew out of what is left.
-    *drills(AGENT, "parity.ordered parity.begun parity.chunk_added parity.source_added parity.sealed parity.published parity.told "
+    *drills(AGENT, "parity.ordered parity.begun parity.compared parity.chunk_added parity.source_added parity.sealed parity.published parity.told "
                    "ranges.chunk_sent commit.reported commit.marked", "parity", chunk_added=6, source_added=2, chunk_sent=6, reported=4),
     *drills(CONTROLLER, "commit.report_taken commit.stored store.command_sent", "parity", report_taken=6, command_sent=6),
     *drills(AGENT, "rebuild.ordered rebuild.begun rebuild.chunk_added rebuild.source_added rebuild.sealed rebuild.published rebuild.told "

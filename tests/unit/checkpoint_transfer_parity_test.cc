@@ -2,6 +2,7 @@
 // them, bit for bit.
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <map>
 #include <memory>
 #include <optional>
@@ -34,6 +35,8 @@ class Group {
     }
     Capture(kStep, 0);
   }
+  // One byte of a rank's state becomes another.
+  void Change(std::size_t i, std::size_t at) { states_[i][at] ^= 0x40; }
   void Capture(Step step, std::uint32_t slot) {
     for (std::size_t i = 0; i < nodes_.size(); ++i) {
       const SlotView view =
@@ -197,6 +200,107 @@ TEST(TransferParity, WhatIsHereAlreadyIsSaidAgain) {
   EXPECT_EQ(Group::Made(&holder, parity, 4).step, kStep + 2);
   Arena arena = holder.Open(parity, true);
   EXPECT_EQ(arena.Look(0)->step() + arena.Look(1)->step(), kStep + kStep + 2);
+}
+
+// A chunk of a parity whose sources did not change is copied from the older parity here; none of
+// what it is the sum of is sent.
+TEST(TransferParity, UnchangedChunksAreNeitherSentNorAddedUpAgain) {
+  Group group({8u << 20, 8u << 20, (7u << 20) + 1, 100}, 2);
+  group.MakeParities();
+  for (const Codeword& word : group.words()) {
+    for (const Rank parity : word.parities) {
+      group.node(static_cast<std::size_t>(HolderOf(parity, kWorld)))
+          .service->MarkCommitted(kJob, 1, kStep);
+    }
+  }
+  const Codeword word = group.words()[0];
+  const auto changed = static_cast<std::size_t>(word.members[0]);
+  group.Change(changed, 100);  // of its first chunk, which is in the first row's piece
+  group.Capture(kStep + 1, 1);
+  for (std::size_t p = 0; p < word.parities.size(); ++p) {
+    const Rank parity = word.parities[p];
+    Node& holder = group.node(static_cast<std::size_t>(HolderOf(parity, kWorld)));
+    const TrafficReport before = holder.service->traffic()->Report();
+    holder.service->Make(kJob, 1, group.ParityOrder(word, p));
+    const HeldShard made = Group::Made(&holder, parity, 2);
+    const TrafficReport after = holder.service->traffic()->Report();
+    Node fresh;  // has no older one, and makes all of it
+    fresh.service->Begin(kJob, 1, "key");
+    fresh.service->Make(kJob, 1, group.ParityOrder(word, p));
+    EXPECT_EQ(Group::Made(&fresh, parity).crc_root, made.crc_root);
+    const TrafficReport whole = fresh.service->traffic()->Report();
+    const auto commit = static_cast<std::size_t>(TrafficClass::kCommit);
+    const std::uint64_t sent = after.sent_bytes[commit] - before.sent_bytes[commit];
+    EXPECT_GT(sent, 0U);
+    EXPECT_LE(sent, word.members.size() << 20) << "a chunk of each source at most";
+    EXPECT_EQ(after.unchanged_bytes - before.unchanged_bytes + sent, whole.sent_bytes[commit]);
+    EXPECT_EQ(whole.unchanged_bytes, 0U);
+  }
+}
+
+// The older parity rotted where the new one would take from it: that chunk is added up anew.
+TEST(TransferParity, ARottenChunkOfTheOlderParityIsNotTaken) {
+  Group group({4u << 20, 4u << 20, 4u << 20}, 1);
+  group.MakeParities();
+  const Codeword word = group.words()[0];
+  const Rank parity = word.parities[0];
+  Node& holder = group.node(static_cast<std::size_t>(HolderOf(parity, kWorld)));
+  holder.service->MarkCommitted(kJob, 1, kStep);
+  holder.Flip(parity, true, kStep, 17);
+  group.Capture(kStep + 1, 1);  // nothing changed
+  holder.service->Make(kJob, 1, group.ParityOrder(word, 0));
+  const HeldShard made = Group::Made(&holder, parity, 2);
+  Node fresh;
+  fresh.service->Begin(kJob, 1, "key");
+  fresh.service->Make(kJob, 1, group.ParityOrder(word, 0));
+  EXPECT_EQ(Group::Made(&fresh, parity).crc_root, made.crc_root);
+  Arena arena = holder.Open(parity, true);
+  EXPECT_TRUE(arena.Verify(*arena.Newest()).ok());
+}
+
+// A source that has the older step no more brings all of it, and the parity is the same.
+TEST(TransferParity, ASourceWithoutTheOlderStepBringsAll) {
+  Group group({4u << 20, 4u << 20, 4u << 20}, 1);
+  group.MakeParities();
+  const Codeword word = group.words()[0];
+  const Rank parity = word.parities[0];
+  Node& holder = group.node(static_cast<std::size_t>(HolderOf(parity, kWorld)));
+  holder.service->MarkCommitted(kJob, 1, kStep);
+  group.Capture(kStep + 1, 0);  // over the step that the older parity is of
+  const std::uint64_t before = holder.service->traffic()->Report().unchanged_bytes;
+  holder.service->Make(kJob, 1, group.ParityOrder(word, 0));
+  EXPECT_EQ(Group::Made(&holder, parity, 2).step, kStep + 1);
+  EXPECT_EQ(holder.service->traffic()->Report().unchanged_bytes, before);
+}
+
+// Each wire lets nothing back until both have been asked: one source after the other would wait for
+// ever, that is until the first is given up.
+TEST(TransferParity, SourcesAreReadSeveralAtATime) {
+  Group group({kSize, 3u << 20, (7u << 20) + 1}, 1);
+  const Codeword word = group.words()[0];
+  ASSERT_EQ(word.members.size(), 2U);
+  ShardBuild build = group.ParityOrder(word, 0);
+  std::atomic<int> asked{0};
+  std::atomic<bool> together{true};
+  const auto wait_for_both = [&](int, std::uint64_t offset, char*, std::size_t) {
+    if (offset > 0) return true;
+    ++asked;
+    if (!Becomes([&] { return asked >= 2; })) together = false;
+    return true;
+  };
+  const auto pass = [](int, std::uint64_t, char*, std::size_t) { return true; };
+  std::vector<std::unique_ptr<Proxy>> wires;
+  for (std::size_t i = 0; i < build.sources.size(); ++i) {
+    const auto at = static_cast<std::size_t>(word.members[i]);
+    wires.push_back(std::make_unique<Proxy>(group.node(at).service->port(), pass, wait_for_both));
+    build.sources[i].holders[0].address = wires.back()->address();
+  }
+  Node maker;
+  maker.service->Begin(kJob, 1, "key");
+  maker.service->Make(kJob, 1, build);
+  Group::Made(&maker, word.parities[0]);
+  EXPECT_TRUE(together);
+  EXPECT_EQ(wires[0]->connections + wires[1]->connections, 2);
 }
 
 // The wire changes a byte of every third connection's answer, and another breaks off.
