@@ -96,16 +96,6 @@ Result<Picking> BeginPick(const PeerTask& task, Op op, const SlotName& name) {
   return Picking{std::move(talk.value()), std::move(table.value())};
 }
 
-Outcome SendWant(Connection* connection, std::size_t chunks,
-                 const std::vector<std::uint32_t>& wanted) {
-  const WantFrame want{.chunks = static_cast<std::uint32_t>(chunks),
-                       .wanted = static_cast<std::uint32_t>(wanted.size())};
-  Bitmap bits(BitmapBytes(chunks));
-  for (const std::uint32_t chunk : wanted) SetBit(&bits, chunk);
-  if (auto ok = connection->Send(&want, sizeof want, true); !ok.ok()) return ok;
-  return connection->Send(bits.data(), bits.size());
-}
-
 }  // namespace
 
 Outcome ReadChunks(Arena* arena, const SlotName& name, ChunkTaker* taker) {
@@ -146,7 +136,9 @@ Outcome PickChunks(const PeerTask& task, const SlotName& name, ChunkTaker* taker
   const std::vector<std::uint32_t> lacks = taker->Lacks(fields);
   connection.set_deadline(
       DeadlineFor(task.limits, std::uint64_t{kChunkBytes} * (lacks.size() + 1)));
-  if (auto ok = SendWant(&connection, crcs.size(), lacks); !ok.ok()) return ok;
+  Bitmap bits(BitmapBytes(crcs.size()));
+  for (const std::uint32_t chunk : lacks) SetBit(&bits, chunk);
+  if (auto ok = SendWant(&connection, crcs.size(), bits); !ok.ok()) return ok;
   auto own = OneChunk();
   if (!own.ok()) return own.error();
   for (std::size_t next = 0;; ++next) {
@@ -182,7 +174,8 @@ Result<Bitmap> PickSame(const PeerTask& task, const SlotName& name, const SlotNa
   Connection& connection = picking.value().talk.connection;
   const ResponseFrame& response = picking.value().talk.response;
   ChunkTable& table = picking.value().table;
-  if (auto ok = SendWant(&connection, table.crcs.size(), {}); !ok.ok()) return ok.error();
+  const Bitmap none(BitmapBytes(table.crcs.size()));
+  if (auto ok = SendWant(&connection, table.crcs.size(), none); !ok.ok()) return ok.error();
   const auto end = ReceiveChunkFrame(&connection, response.fields, table.crcs);
   if (!end.ok()) return end.error();
   if (end.value().index != kEndOfChunks) {

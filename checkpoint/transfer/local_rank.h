@@ -7,6 +7,8 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -16,7 +18,7 @@
 
 namespace everstep::checkpoint {
 
-// What goes to one of the rank's peers. The service's mutex guards the flags; the rest is the one
+// What goes to one of the rank's peers. The rank's mutex guards the flags; the rest is the one
 // push task's that runs for the peer.
 struct PeerPush {
   std::string address;  // host:port; fixed from the start
@@ -65,8 +67,15 @@ struct LocalRank {
   std::vector<ShardTier> tiers;
   std::atomic<std::uint64_t> asked_seq{0};  // of the catalog; 0: nothing is asked
 
-  // The service's mutex guards the rest.
+  // Short. Whoever says something of this generation in the arena's header does it under the mutex,
+  // and only while nobody has given it up: the words are the next generation's then.
+  void GiveUp() {
+    std::lock_guard<std::mutex> lock(mutex);
+    cancel = true;
+  }
+  mutable std::mutex mutex;  // guards the rest
   int pushing[kSlots] = {};  // peers that the slot's content is on its way to
 };
+using LocalPtr = std::shared_ptr<LocalRank>;
 
 }  // namespace everstep::checkpoint

@@ -98,21 +98,10 @@ Result<std::vector<std::uint32_t>> Pusher::Agree(PeerConversation* lead) {
     auto refused = lead->FinishAck(task_.key, ack, sizeof want);
     if (!refused.ok()) return refused.error();
   }
-  Bitmap bits(BitmapBytes(crcs_.size()));
-  if (want.magic != kWantMagic || want.chunks != crcs_.size() || want.wanted > want.chunks ||
-      want.resumed > want.chunks) {
-    return Error{ErrorCode::kInvalid,
-                 fmt::format("peer {}: wants {} of {} chunks of a slot of {}", connection.peer(),
-                             want.wanted, want.chunks, crcs_.size())};
-  }
-  if (auto ok = connection.Receive(bits.data(), bits.size()); !ok.ok()) return ok.error();
+  auto chunks = ReceiveWanted(&connection, want, crcs_.size());
+  if (!chunks.ok()) return chunks;
   KillPoint("push.want_heard");
-  std::vector<std::uint32_t> chunks;
-  chunks.reserve(want.wanted);
-  for (std::uint32_t i = 0; i < crcs_.size(); ++i) {
-    if (BitOf(bits, i)) chunks.push_back(i);
-  }
-  const std::uint64_t spared = crcs_.size() - chunks.size();
+  const std::uint64_t spared = crcs_.size() - chunks.value().size();
   const std::uint64_t resumed = std::min<std::uint64_t>(want.resumed, spared);
   report_->resumed_bytes = resumed * kChunkBytes;
   report_->unchanged_bytes = (spared - resumed) * kChunkBytes;

@@ -59,16 +59,10 @@ Outcome SendPicked(Connection* connection, Arena* arena, const SlotView& view,
   if (auto ok = SendTable(connection, crcs, 0, same); !ok.ok()) return ok;
   WantFrame want;
   if (auto ok = connection->Receive(&want, sizeof want); !ok.ok()) return ok;
-  if (want.magic != kWantMagic || want.chunks != crcs.size()) {
-    return Error{ErrorCode::kInvalid,
-                 fmt::format("peer {}: wants some of {} chunks where there are {}",
-                             connection->peer(), want.chunks, crcs.size())};
-  }
-  Bitmap bits(BitmapBytes(crcs.size()));
-  if (auto ok = connection->Receive(bits.data(), bits.size()); !ok.ok()) return ok;
+  const auto wanted = ReceiveWanted(connection, want, crcs.size());
+  if (!wanted.ok()) return wanted.error();
   const unsigned char* data = MappingPays(*connection, true) ? arena->Payload(view) : nullptr;
-  for (std::uint64_t i = 0; i < crcs.size(); ++i) {
-    if (!BitOf(bits, i)) continue;
+  for (const std::uint32_t i : wanted.value()) {
     if (connection->Readable()) return Done{};  // it has left
     if (auto ok = SendChunk(connection, *arena, view, data, i, crcs[i]); !ok.ok()) return ok;
     KillPoint("ranges.chunk_sent");
@@ -446,12 +440,8 @@ Outcome ReplicaStore::Bring(PeerSession* session, Replica* replica, Arrival* arr
   KillPoint("arrive.unchanged_copied");
   const Bitmap lacking = arrival->Lacking();
   const std::uint64_t chunks = arrival->crcs().size();
-  const WantFrame want{.chunks = static_cast<std::uint32_t>(chunks),
-                       .wanted = static_cast<std::uint32_t>(chunks - arrival->verified()),
-                       .resumed = static_cast<std::uint32_t>(resumed)};
   arrival->Open();
-  auto done = connection->Send(&want, sizeof want, true);
-  if (done.ok()) done = connection->Send(lacking.data(), lacking.size());
+  auto done = SendWant(connection, chunks, lacking, resumed);
   KillPoint("arrive.want_sent");
   if (done.ok()) done = ReceiveInto(connection, arrival, chunk);
   arrival->Close(!done.ok());

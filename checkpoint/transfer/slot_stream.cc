@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <cstring>
 #include <memory>
@@ -129,6 +130,33 @@ Result<ChunkTable> ReceiveTable(Connection* connection, const SlotFields& fields
                              connection->peer(), fields.step, fields.rank, root, crc_root)};
   }
   return table;
+}
+
+Outcome SendWant(Connection* connection, std::uint64_t chunks, const Bitmap& wanted,
+                 std::uint64_t resumed) {
+  WantFrame want{.chunks = static_cast<std::uint32_t>(chunks),
+                 .resumed = static_cast<std::uint32_t>(resumed)};
+  for (const std::uint8_t bits : wanted) want.wanted += static_cast<unsigned>(std::popcount(bits));
+  if (auto ok = connection->Send(&want, sizeof want, true); !ok.ok()) return ok;
+  return connection->Send(wanted.data(), wanted.size());
+}
+
+Result<std::vector<std::uint32_t>> ReceiveWanted(Connection* connection, const WantFrame& want,
+                                                 std::uint64_t chunks) {
+  if (want.magic != kWantMagic || want.chunks != chunks || want.wanted > chunks ||
+      want.resumed > chunks) {
+    return Error{ErrorCode::kInvalid,
+                 fmt::format("peer {}: wants {} of {} chunks of a slot of {}", connection->peer(),
+                             want.wanted, want.chunks, chunks)};
+  }
+  Bitmap bits(BitmapBytes(chunks));
+  if (auto ok = connection->Receive(bits.data(), bits.size()); !ok.ok()) return ok.error();
+  std::vector<std::uint32_t> wanted;
+  wanted.reserve(want.wanted);
+  for (std::uint32_t i = 0; i < chunks; ++i) {
+    if (BitOf(bits, i)) wanted.push_back(i);
+  }
+  return wanted;
 }
 
 Outcome SendChunk(Connection* connection, const Arena& arena, const SlotView& view,

@@ -49,6 +49,15 @@ struct ChunkTable {
 Result<ChunkTable> ReceiveTable(Connection* connection, const SlotFields& fields,
                                 std::uint32_t crc_root);
 
+// Which chunks are wanted, after a table: one bit each. `resumed`: arrived on an earlier
+// connection.
+Outcome SendWant(Connection* connection, std::uint64_t chunks, const Bitmap& wanted,
+                 std::uint64_t resumed = 0);
+// What follows a Want: the wanted chunks, ascending. kInvalid: it is of another slot than one of so
+// many chunks.
+Result<std::vector<std::uint32_t>> ReceiveWanted(Connection* connection, const WantFrame& want,
+                                                 std::uint64_t chunks);
+
 // One chunk, as it lies in memory at that moment: a slot that is overwritten meanwhile arrives with
 // a wrong CRC and is refused there. `data`: the slot's mapped payload, copied into the socket;
 // null: the pages go there by themselves (sendfile).
