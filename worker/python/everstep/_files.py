@@ -14,6 +14,7 @@ import re
 import secrets
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from everstep._table import ALIGNMENT, Flattened
@@ -84,10 +85,9 @@ class FileTier:
         """By rank, the newest step that another number of ranks than this world's left whole; None: none after
         `after`."""
         found: dict[tuple[int, int], dict[int, Path]] = {}
-        for path in self.directory.iterdir():
-            match = _NAME.match(path.name)
-            if match and int(match[3]) != self.world_size and int(match[1]) > after:
-                found.setdefault((int(match[1]), int(match[3])), {})[int(match[2])] = path
+        for step, rank, world, path in self._named():
+            if world != self.world_size and step > after:
+                found.setdefault((step, world), {})[rank] = path
         for (_, world), files in sorted(found.items(), reverse=True):
             loaded = [self._read(files[rank]) for rank in range(world)] if len(files) == world else []
             whole = [file for file in loaded if file is not None]
@@ -107,9 +107,7 @@ class FileTier:
                     return loaded
         if not replicated:
             return None
-        every = sorted(((int(m[1]), path) for path in self.directory.iterdir() if (m := _NAME.match(path.name))),
-                       reverse=True)
-        for _, path in every:
+        for _, path in sorted(((step, path) for step, _, _, path in self._named()), reverse=True):
             loaded = self._read(path)
             if loaded is not None:
                 return loaded
@@ -118,11 +116,16 @@ class FileTier:
     def steps(self) -> dict[int, dict[int, Path]]:
         """Step -> rank -> file, of this number of ranks, whole or not."""
         found: dict[int, dict[int, Path]] = {}
-        for path in self.directory.iterdir():
-            match = _NAME.match(path.name)
-            if match and int(match[3]) == self.world_size:
-                found.setdefault(int(match[1]), {})[int(match[2])] = path
+        for step, rank, world, path in self._named():
+            if world == self.world_size:
+                found.setdefault(step, {})[rank] = path
         return found
+
+    def _named(self) -> Iterator[tuple[int, int, int, Path]]:
+        """Step, rank and number of ranks of each file, by its name; whole or not."""
+        for path in self.directory.iterdir():
+            if match := _NAME.match(path.name):
+                yield int(match[1]), int(match[2]), int(match[3]), path
 
     def read(self, step: int) -> LoadedFile | None:
         """This rank's file of a step. None: it is not there, or damaged."""
@@ -149,11 +152,7 @@ class FileTier:
         return LoadedFile(step, rank, mapped, bytes(mapped[table_at:]))
 
     def _prune(self, newest: int) -> None:
-        mine = []
-        for path in self.directory.iterdir():
-            match = _NAME.match(path.name)
-            if match and int(match[2]) == self.rank and int(match[1]) <= newest:
-                mine.append((int(match[1]), path))
+        mine = [(step, path) for step, rank, _, path in self._named() if rank == self.rank and step <= newest]
         for _, path in sorted(mine, reverse=True)[_KEEP:]:
             with contextlib.suppress(OSError):
                 path.unlink()
