@@ -151,9 +151,14 @@ Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payl
     arena->populated_[slot] = h.extent_offset;
   }
   if (missing > 0) {
-    if (auto ok = TakeMemory(*arena, h.extent_offset, h.extent_bytes); !ok.ok()) return ok;
+    // What is not payload nobody writes.
+    const bool later = touch == Touch::kByWrite && missing > h.extent_bytes / 2;
+    const std::uint64_t from = later ? payload_bytes / kPageBytes * kPageBytes : 0;
+    const auto taken = TakeMemory(*arena, h.extent_offset + from, h.extent_bytes - from);
+    if (!taken.ok()) return taken;
+    if (!later) missing = 0;
   }
-  arena->taken_[slot] = h.extent_offset;
+  if (missing == 0) arena->taken_[slot] = h.extent_offset;
   KillPoint("slot.memory_taken");
   return Done{};
 }
@@ -205,7 +210,33 @@ Result<SlotWriter> SlotWriter::Begin(Arena* arena, std::uint32_t slot, std::uint
   KillPoint("slot.torn");
   const std::uint64_t capacity = ExtentCapacity(h.extent_bytes);
   unsigned char* data = arena->mappings_[slot].data;
-  return SlotWriter(arena, slot, data, capacity, reinterpret_cast<std::uint32_t*>(data + capacity));
+  SlotWriter writer(arena, slot, data, capacity, reinterpret_cast<std::uint32_t*>(data + capacity));
+  writer.fresh_ = touch == Touch::kByWrite && arena->taken_[slot] != h.extent_offset;
+  return writer;
+}
+
+Outcome SlotWriter::Write(std::uint64_t offset, const void* from, std::uint64_t bytes) {
+  const std::uint64_t at = arena_->header()->slot[slot_].extent_offset + offset;
+  const auto* data = static_cast<const char*>(from);
+  for (std::uint64_t done = 0; done < bytes;) {
+    const ssize_t n =
+        pwrite(arena_->fd(), data + done, bytes - done, static_cast<off_t>(at + done));
+    if (n > 0) done += static_cast<std::uint64_t>(n);
+    if (n == 0) errno = ENOSPC;
+    if (n == 0 || (n < 0 && errno != EINTR)) return System(*arena_, "writing into a slot");
+  }
+  return Done{};
+}
+
+Outcome SlotWriter::TakeChunk(std::uint64_t chunk) {
+  const std::uint64_t at = chunk * kChunkBytes;
+  if (fresh_) {
+    const std::uint64_t offset = arena_->header()->slot[slot_].extent_offset;
+    const std::uint64_t bytes = std::min<std::uint64_t>(kChunkBytes, capacity_ - at);
+    if (auto ok = TakeMemory(*arena_, offset + at, bytes); !ok.ok()) return ok;
+  }
+  TouchChunk(chunk);
+  return Done{};
 }
 
 void SlotWriter::TouchChunk(std::uint64_t chunk) {

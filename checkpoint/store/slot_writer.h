@@ -15,7 +15,9 @@ namespace everstep::checkpoint {
 
 // The memory of a slot is all taken before a call returns. When it comes into this process's page
 // tables: then, too, or chunk by chunk (TouchChunk), each in the thread that is to fill it.
-enum class Touch : std::uint8_t { kNow, kByChunk };
+// kByWrite: what lacks is taken as it is filled, by Write, which does not clear it first; that
+// there is so much was looked at.
+enum class Touch : std::uint8_t { kNow, kByChunk, kByWrite };
 
 class SlotWriter {
  public:
@@ -61,6 +63,13 @@ class SlotWriter {
   unsigned char* Chunk(std::uint64_t chunk) { return data_ + chunk * kChunkBytes; }
   // Before it is filled, after Touch::kByChunk: one call in place of a fault for each page.
   void TouchChunk(std::uint64_t chunk);
+  // After Touch::kByWrite: the slot has memory to take still.
+  bool fresh() const { return fresh_; }
+  // Fills bytes of the payload; new pages that it fills whole cost half of what they cost by Chunk.
+  // Several threads may, each other bytes. kNoMemory: there is no more.
+  Outcome Write(std::uint64_t offset, const void* from, std::uint64_t bytes);
+  // The chunk's memory is there, and in this process's page tables: for stores by Chunk.
+  Outcome TakeChunk(std::uint64_t chunk);
   void SetChunkCrc(std::uint64_t chunk, std::uint32_t crc) { crcs_[chunk] = crc; }
   std::uint32_t ChunkCrc(std::uint64_t chunk) const { return crcs_[chunk]; }
   // kCorrupt when the chunk CRCs and `fields` do not give `crc_root`; the slot stays torn.
@@ -87,6 +96,7 @@ class SlotWriter {
   std::uint64_t offset_ = 0;
   std::uint32_t chunk_crc_ = 0;  // of the chunk that offset_ is in
   bool announced_ = false;
+  bool fresh_ = false;
 };
 
 }  // namespace everstep::checkpoint

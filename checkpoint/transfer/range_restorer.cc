@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstring>
+#include <mutex>
 #include <thread>
 #include <utility>
 
@@ -178,22 +179,84 @@ class TableTaker final : public ChunkTaker {
   std::string table_;
 };
 
-// The slot that is put together by several readers: each maps the memory that it is first to fill.
+// The slot that is put together by several readers, each other bytes; whoever brings the last ones
+// of a chunk takes its checksum.
 class Target {
  public:
+  // `bytes`: how many will be put in all, each once.
   Target(SlotWriter* writer, std::uint64_t bytes)
-      : writer_(writer), data_(writer->Chunk(0)), touched_(ChunkCount(bytes)) {}
-  void Put(std::uint64_t dest, const unsigned char* from, std::uint32_t bytes) {
-    for (std::uint64_t i = dest / kChunkBytes; i <= (dest + bytes - 1) / kChunkBytes; ++i) {
-      if (!touched_[i].exchange(true, std::memory_order_relaxed)) writer_->TouchChunk(i);
-    }
-    std::memcpy(data_ + dest, from, bytes);
+      : writer_(writer),
+        bytes_(bytes),
+        touched_(ChunkCount(bytes)),
+        left_(ChunkCount(bytes)),
+        crcs_(ChunkCount(bytes)) {
+    for (std::uint64_t i = 0; i < left_.size(); ++i) left_[i] = Size(i);
   }
 
+  // False: there is no memory for it, which why() says; nothing is put any more.
+  bool Put(std::uint64_t dest, const unsigned char* from, std::uint64_t bytes) {
+    if (bytes == 0) return true;
+    if (failed_) return false;
+    if (auto ok = Store(dest, from, bytes); !ok.ok()) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!failed_.exchange(true)) why_ = ok.error();
+      return false;
+    }
+    const std::uint64_t end = dest + bytes;
+    for (std::uint64_t i = dest / kChunkBytes; i <= (end - 1) / kChunkBytes; ++i) {
+      const std::uint64_t begin = i * kChunkBytes;
+      const auto here =
+          static_cast<std::uint32_t>(std::min(end, begin + Size(i)) - std::max(dest, begin));
+      if (left_[i].fetch_sub(here, std::memory_order_acq_rel) == here) Seal(i);
+    }
+    return true;
+  }
+  void Clear(std::uint64_t from, std::uint64_t to) {
+    static const unsigned char zeros[64u << 10] = {};
+    for (std::uint64_t n; from < to; from += n) {
+      n = std::min<std::uint64_t>(sizeof zeros, to - from);
+      if (!Put(from, zeros, n)) return;
+    }
+  }
+  bool failed() const { return failed_; }
+  // Every byte is there; why not, else.
+  Outcome Whole() const {
+    if (failed_) return why_;
+    if (std::all_of(left_.begin(), left_.end(), [](const auto& left) { return left == 0; })) {
+      return Done{};
+    }
+    return Error{ErrorCode::kInternal, "some bytes of the state were brought by nobody"};
+  }
+  const std::vector<std::uint32_t>& crcs() const { return crcs_; }  // REQUIRES Whole()
+
  private:
+  std::uint32_t Size(std::uint64_t chunk) const {
+    return static_cast<std::uint32_t>(
+        std::min<std::uint64_t>(kChunkBytes, bytes_ - chunk * kChunkBytes));
+  }
+  Outcome Store(std::uint64_t dest, const unsigned char* from, std::uint64_t bytes) {
+    if (writer_->fresh() && bytes >= kPageBytes) return writer_->Write(dest, from, bytes);
+    for (std::uint64_t i = dest / kChunkBytes; i <= (dest + bytes - 1) / kChunkBytes; ++i) {
+      if (touched_[i].exchange(true, std::memory_order_relaxed)) continue;
+      if (auto ok = writer_->TakeChunk(i); !ok.ok()) return ok;
+    }
+    std::memcpy(writer_->Chunk(0) + dest, from, bytes);
+    return Done{};
+  }
+  void Seal(std::uint64_t chunk) {
+    if (!touched_[chunk].exchange(true, std::memory_order_relaxed)) writer_->TouchChunk(chunk);
+    crcs_[chunk] = Crc32c(writer_->Chunk(chunk), Size(chunk));
+    writer_->SetChunkCrc(chunk, crcs_[chunk]);
+  }
+
   SlotWriter* const writer_;
-  unsigned char* const data_;
-  std::vector<std::atomic<bool>> touched_;
+  const std::uint64_t bytes_;
+  std::vector<std::atomic<bool>> touched_;        // by chunk: in this process's page tables
+  std::vector<std::atomic<std::uint32_t>> left_;  // bytes to come
+  std::vector<std::uint32_t> crcs_;
+  std::mutex mutex_;  // guards why_ until the readers have ended
+  std::atomic<bool> failed_{false};
+  Error why_;
 };
 
 class PieceTaker final : public ChunkTaker {
@@ -213,7 +276,7 @@ class PieceTaker final : public ChunkTaker {
     KillPoint("ranges.chunk_taken");
     const std::uint64_t begin = std::uint64_t{chunk} * kChunkBytes;
     for (const RangePiece& piece : PiecesOf(reads_, chunk, kChunkBytes)) {
-      target_->Put(piece.dest, data + (piece.source - begin), piece.bytes);
+      if (!target_->Put(piece.dest, data + (piece.source - begin), piece.bytes)) return false;
     }
     const auto at = std::lower_bound(reads_.chunks.begin(), reads_.chunks.end(), chunk);
     taken_[static_cast<std::size_t>(at - reads_.chunks.begin())] = 1;
@@ -337,34 +400,29 @@ Result<SlotView> BringRanges(const RangeSources& sources, const LocalRank& local
     return Error{ErrorCode::kInvalid, "the trainer's request for ranges: " + plan.error};
   }
   const std::uint64_t bytes = data_bytes + wants.table.size();
-  auto begun = SlotWriter::Begin(&arena, request.slot, bytes, Touch::kByChunk);
+  auto begun = SlotWriter::Begin(&arena, request.slot, bytes, Touch::kByWrite);
   if (!begun.ok()) return begun.error();
   SlotWriter& writer = begun.value();
-  unsigned char* const dest = writer.Chunk(0);
-  for (const auto& [from, to] : plan.gaps) std::memset(dest + from, 0, to - from);
   Target target(&writer, bytes);
+  for (const auto& [from, to] : plan.gaps) target.Clear(from, to);
+  target.Put(data_bytes, reinterpret_cast<const unsigned char*>(wants.table.data()),
+             wants.table.size());
   const CutReader reader(sources, local);
   const auto brought = ForEach(plan.shards.size(), kReaders, [&](std::size_t i) {
     PieceTaker taker(plan.shards[i], &target, &local.cancel);
     ShardTier tier = ShardTier::kPeer;
     return reader.Read(cut.shards[static_cast<std::size_t>(plan.shards[i].rank)], &taker, &tier);
   });
-  if (!brought.ok()) return brought.error();
-  std::copy(wants.table.begin(), wants.table.end(), dest + data_bytes);
+  if (!brought.ok() && !target.failed()) return brought.error();
+  if (auto ok = target.Whole(); !ok.ok()) return ok.error();
   SlotFields fields = FieldsOf(local, local.generation,
                                wants.head.flags & (kFlagReplicatedLayout | kFlagAssembled));
   fields.payload_bytes = bytes;
   fields.table_offset = data_bytes;
   fields.table_bytes = wants.table.size();
   fields.job_crc = Crc32c(local.job.data(), local.job.size());
-  std::vector<std::uint32_t> crcs(ChunkCount(bytes));
-  for (std::uint64_t i = 0; i < crcs.size(); ++i) {
-    if (local.cancel) return GivenUp(arena.Name());
-    const std::uint64_t at = i * kChunkBytes;
-    crcs[i] = Crc32c(dest + at, std::min<std::uint64_t>(kChunkBytes, bytes - at));
-    writer.SetChunkCrc(i, crcs[i]);
-  }
-  auto published = writer.Publish(fields, CrcRoot(fields, crcs.data()));
+  if (local.cancel) return GivenUp(arena.Name());
+  auto published = writer.Publish(fields, CrcRoot(fields, target.crcs().data()));
   KillPoint("ranges.published");
   return published;
 }

@@ -254,6 +254,41 @@ TEST(Arena, TouchByChunkTakesAllMemoryAtOnceAndMapsItChunkByChunk) {
   EXPECT_EQ(after.st_blocks, st.st_blocks) << "filling it took more memory than was reserved";
 }
 
+// Bytes come by Write where pages lack, by Chunk where TakeChunk was asked; a slot that has its
+// memory needs neither.
+TEST(Arena, TouchByWriteTakesMemoryAsItIsFilled) {
+  const std::size_t size = (3u << 20) + 50;
+  Arena source = MakeArena(size);
+  const SlotView sent = Write(&source, 0, 9, size);
+  const unsigned char* bytes = source.Payload(sent);
+  const auto blocks = [](const Arena& arena) {
+    struct stat st {};
+    EXPECT_EQ(fstat(arena.fd(), &st), 0);
+    return st.st_blocks * 512;
+  };
+  Arena sink = MakeArena(size);
+  for (const bool fresh : {true, false}) {
+    Arena here = Again(sink);
+    auto begun = SlotWriter::Begin(&here, 0, size, Touch::kByWrite);
+    ASSERT_TRUE(begun.ok()) << begun.error().message;
+    SlotWriter& writer = begun.value();
+    EXPECT_EQ(writer.fresh(), fresh);
+    if (fresh) {
+      EXPECT_LT(blocks(sink), 1 << 20) << "nothing was written yet";
+    }
+    ASSERT_TRUE(writer.Write(0, bytes, (1 << 20) + 77).ok());  // ends within a page
+    ASSERT_TRUE(writer.TakeChunk(1).ok());
+    std::memcpy(writer.Chunk(1) + 77, bytes + (1 << 20) + 77, (1 << 20) - 77);
+    ASSERT_TRUE(writer.Write(2 << 20, bytes + (2 << 20), size - (2 << 20)).ok());
+    for (std::uint64_t i = 0; i < sent.chunks(); ++i) {
+      writer.SetChunkCrc(i, source.ChunkCrcs(sent)[i]);
+    }
+    ASSERT_TRUE(writer.Publish(sent.fields, sent.crc_root).ok());
+    EXPECT_TRUE(here.Verify(*here.Look(0)).ok());
+    EXPECT_GE(blocks(sink), static_cast<off_t>(size)) << "bytes without memory";
+  }
+}
+
 TEST(Arena, AHoleInASlotIsFilledEvenWhenTheOtherSlotIsWhole) {
   Arena arena = MakeArena(4 << 20);
   for (std::uint32_t slot : {0u, 1u}) ASSERT_TRUE(SlotWriter::Reserve(&arena, slot, 4 << 20).ok());
