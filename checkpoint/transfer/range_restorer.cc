@@ -15,6 +15,7 @@
 #include "checkpoint/store/slot_writer.h"
 #include "checkpoint/transfer/for_each.h"
 #include "checkpoint/transfer/held_arenas.h"
+#include "checkpoint/transfer/peer_task.h"
 #include "checkpoint/transfer/replica_store.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
@@ -83,16 +84,8 @@ Outcome CutReader::FromPeers(const CutShard& shard, const SlotName& name, ChunkT
   }
   if (holders.empty()) return Error{ErrorCode::kNotFound, "in no peer's memory"};
   const std::size_t first = static_cast<std::size_t>(local_.rank + shard.rank) % holders.size();
-  PeerTask task{.address = {},
-                .job = local_.job,
-                .key = sources_.facts.key,
-                .generation = local_.generation,
-                .committed_generation = sources_.facts.committed_generation,
-                .committed_step = sources_.facts.committed_step,
-                .limits = {.connect_timeout = sources_.options.connect_timeout,
-                           .io_timeout = sources_.options.io_timeout},
-                .cancel = &local_.cancel,
-                .traffic_class = TrafficClass::kRepair};
+  PeerTask task = TaskFor(sources_.options, local_.job, sources_.facts, local_.generation,
+                          TrafficClass::kRepair, &local_.cancel);
   auto pause = sources_.options.retry_first;
   for (;;) {
     for (std::size_t i = 0; i < holders.size(); ++i) {

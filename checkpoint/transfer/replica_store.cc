@@ -12,6 +12,7 @@
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/memory_limit.h"
 #include "checkpoint/transfer/held_arenas.h"
+#include "checkpoint/transfer/peer_task.h"
 #include "checkpoint/transfer/slot_stream.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
@@ -68,10 +69,6 @@ Outcome SendPicked(Connection* connection, Arena* arena, const SlotView& view,
     KillPoint("ranges.chunk_sent");
   }
   return SendEndOfChunks(connection);
-}
-
-PeerLimits Limits(const TransferOptions& o) {
-  return {.connect_timeout = o.connect_timeout, .io_timeout = o.io_timeout};
 }
 
 }  // namespace
@@ -324,7 +321,7 @@ Outcome ReplicaStore::TakeAhead(PeerSession* session, const JobFacts& facts, Rep
   KillPoint("arrive.ahead_begun");
   if (auto ok = session->Respond({}); !ok.ok()) return ok;
   *answered = true;
-  session->connection()->set_deadline(DeadlineFor(Limits(options_), fields.payload_bytes));
+  session->connection()->set_deadline(DeadlineFor(LimitsOf(options_), fields.payload_bytes));
   if (auto ok = ReceiveAhead(session->connection(), arrival.get(), chunk); !ok.ok()) return ok;
   (void)session->Acknowledge(0);  // heard or not: the push asks for what lacks
   return Done{};
@@ -431,7 +428,7 @@ Outcome ReplicaStore::Bring(PeerSession* session, Replica* replica, Arrival* arr
   }
   if (auto ok = session->Respond(response); !ok.ok()) return ok;
   KillPoint("arrive.responded");
-  connection->set_deadline(DeadlineFor(Limits(options_), fields.payload_bytes));
+  connection->set_deadline(DeadlineFor(LimitsOf(options_), fields.payload_bytes));
   auto table = ReceiveTable(connection, fields, arrival->crc_root());
   if (!table.ok()) return table.error();
   arrival->SetTable(table.value().crcs);
@@ -507,7 +504,7 @@ void ReplicaStore::Join(PeerSession* session) {
   }
   KillPoint("arrive.stream_joined");
   std::uint64_t chunk = 0;
-  connection->set_deadline(DeadlineFor(Limits(options_), request.fields.payload_bytes));
+  connection->set_deadline(DeadlineFor(LimitsOf(options_), request.fields.payload_bytes));
   auto done = session->Respond({});
   if (done.ok()) done = ReceiveInto(connection, arrival.get(), &chunk);
   arrival->Leave(connection->fd());
@@ -532,8 +529,9 @@ void ReplicaStore::Fetch(PeerSession* session) {
     if (FetchWhole(session, &damaged)) return;
     if (request.op != Op::kFetchRelay || now >= until || session->connection()->Readable()) break;
     if (const auto relay = relays_->Await(wanted, std::min(now + kLookForWhole, until))) {
-      const auto sent = ServeRelay(
-          session, relay.get(), DeadlineFor(Limits(options_), relay->view().fields.payload_bytes));
+      const auto sent =
+          ServeRelay(session, relay.get(),
+                     DeadlineFor(LimitsOf(options_), relay->view().fields.payload_bytes));
       if (!sent.ok()) {
         listener_->OnTrouble(session->job(),
                              fmt::format("passing on step {} of rank {}: {}", request.fields.step,
@@ -573,7 +571,7 @@ bool ReplicaStore::FetchWhole(PeerSession* session, bool* damaged) {
       if (older) response.held[0] = ToHeld(*older);
       if (!session->Respond(response).ok()) return true;
       session->connection()->set_deadline(
-          DeadlineFor(Limits(options_), view->fields.payload_bytes));
+          DeadlineFor(LimitsOf(options_), view->fields.payload_bytes));
       KillPoint("serve.responded");
       const auto sent =
           request.op == Op::kPick || request.op == Op::kPickChanged

@@ -7,6 +7,7 @@
 #include <mutex>
 
 #include "checkpoint/store/mend.h"
+#include "checkpoint/transfer/peer_task.h"
 #include "proto/base/kill_point.h"
 
 namespace everstep::checkpoint {
@@ -138,18 +139,11 @@ std::optional<milliseconds> Replicator::Push(const LocalPtr& local, PeerPush* pe
     peer->sending = std::move(mapped.value());
   }
   const bool restored = view && view->fields.generation != local->generation;
-  const PeerTask task{
-      .address = peer->address,
-      .job = local->job,
-      .key = facts.key,
-      .generation = local->generation,
-      .committed_generation = facts.committed_generation,
-      .committed_step = facts.committed_step,
-      .limits = {.connect_timeout = options_.connect_timeout, .io_timeout = options_.io_timeout},
-      .cancel = &local->cancel,
-      .streams = options_.streams,
-      .traffic_class = restored ? TrafficClass::kRepair : TrafficClass::kCommit,
-      .traffic = traffic_};
+  PeerTask task = TaskFor(options_, local->job, facts, local->generation,
+                          restored ? TrafficClass::kRepair : TrafficClass::kCommit, &local->cancel);
+  task.address = peer->address;
+  task.streams = options_.streams;
+  task.traffic = traffic_;
   if (capture) {
     Follow(local, peer, task, *capture);
     return std::nullopt;

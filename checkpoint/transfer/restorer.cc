@@ -13,7 +13,7 @@
 #include "checkpoint/store/fence.h"
 #include "checkpoint/store/slot_writer.h"
 #include "checkpoint/transfer/held_arenas.h"
-#include "checkpoint/transfer/peer_client.h"
+#include "checkpoint/transfer/peer_task.h"
 #include "checkpoint/transfer/replica_store.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
@@ -102,8 +102,7 @@ class Sources {
                                                options.relay_timeout / 4 * behind + ready,
                                  .least_bytes_per_second = options.relay_bytes_per_second}});
     }
-    const PeerLimits holders{.connect_timeout = options.connect_timeout,
-                             .io_timeout = options.io_timeout};
+    const PeerLimits holders = LimitsOf(options);
     const auto add = [&](const std::string& address) {
       if (!address.empty() && address != own)
         all_.push_back({.address = address, .limits = holders});
@@ -229,16 +228,9 @@ Result<SlotView> BringRestore(const TransferOptions& options, ArenaHost* host,
                  fmt::format("step {} of rank {} is not in this node's memory{}{}", want.step,
                              want.shard_rank, why.empty() ? "" : ": ", why)};
   }
-  PeerTask task{.address = {},
-                .job = local.job,
-                .key = facts.key,
-                .generation = local.generation,
-                .committed_generation = facts.committed_generation,
-                .committed_step = facts.committed_step,
-                .limits = {},
-                .cancel = &local.cancel,
-                .streams = options.streams,
-                .traffic_class = TrafficClass::kRepair};
+  PeerTask task =
+      TaskFor(options, local.job, facts, local.generation, TrafficClass::kRepair, &local.cancel);
+  task.streams = options.streams;
   SlotFields wanted;
   wanted.step = want.step;
   wanted.rank = want.shard_rank;

@@ -13,6 +13,7 @@
 #include "checkpoint/transfer/for_each.h"
 #include "checkpoint/transfer/held_arenas.h"
 #include "checkpoint/transfer/parity_base.h"
+#include "checkpoint/transfer/peer_task.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
 
@@ -247,16 +248,9 @@ Result<SlotView> ShardMaker::Bring(Task* task) {
 
 PeerTask ShardMaker::Asking(const Task& task, const JobFacts& facts, const std::string& address,
                             TrafficClass of) const {
-  return {
-      .address = address,
-      .job = task.job,
-      .key = facts.key,
-      .generation = task.generation,
-      .committed_generation = facts.committed_generation,
-      .committed_step = facts.committed_step,
-      .limits = {.connect_timeout = options_.connect_timeout, .io_timeout = options_.io_timeout},
-      .cancel = &task.cancel,
-      .traffic_class = of};
+  PeerTask asking = TaskFor(options_, task.job, facts, task.generation, of, &task.cancel);
+  asking.address = address;
+  return asking;
 }
 
 // One attempt to bring what lacks of a source.

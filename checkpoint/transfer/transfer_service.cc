@@ -18,6 +18,7 @@
 #include "checkpoint/transfer/job_table.h"
 #include "checkpoint/transfer/local_rank.h"
 #include "checkpoint/transfer/peer_server.h"
+#include "checkpoint/transfer/peer_task.h"
 #include "checkpoint/transfer/replica_store.h"
 #include "checkpoint/transfer/replicator.h"
 #include "checkpoint/transfer/restores.h"
@@ -60,7 +61,7 @@ class Service final : public TransferService {
     auto server = PeerServer::Start({.bind_address = options_.bind_address,
                                      .port = options_.port,
                                      .max_connections = options_.max_connections,
-                                     .limits = Limits()},
+                                     .limits = LimitsOf(options_)},
                                     &replicas_);
     if (!server.ok()) return server.error();
     server_ = std::move(server.value());
@@ -100,9 +101,6 @@ class Service final : public TransferService {
 
   std::string OwnAddress() const {
     return fmt::format("{}:{}", options_.bind_address, server_->port());
-  }
-  PeerLimits Limits() const {
-    return {.connect_timeout = options_.connect_timeout, .io_timeout = options_.io_timeout};
   }
   Result<LocalPtr> OpenLocal(const Part& part, const WorkerPart& worker);
   void Watch();

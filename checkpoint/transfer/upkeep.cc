@@ -9,6 +9,7 @@
 #include "checkpoint/store/mend.h"
 #include "checkpoint/transfer/held_arenas.h"
 #include "checkpoint/transfer/mender.h"
+#include "checkpoint/transfer/peer_task.h"
 #include "proto/base/crc32c.h"
 #include "proto/base/kill_point.h"
 
@@ -110,17 +111,10 @@ void Upkeep::Mend(const JobId& job, const HeldShard& shard, const std::string& s
 void Upkeep::RunMend(const JobId& job, const HeldShard& shard, const std::string& source_address) {
   const auto facts = jobs_->Find(job);
   if (!facts) return;  // over, and its memory gone
-  const PeerTask task{
-      .address = source_address,
-      .job = job,
-      .key = facts->key,
-      .generation = facts->generation,
-      .committed_generation = facts->committed_generation,
-      .committed_step = facts->committed_step,
-      .limits = {.connect_timeout = options_.connect_timeout, .io_timeout = options_.io_timeout},
-      .cancel = &ending_,
-      .traffic_class = TrafficClass::kRepair,
-      .traffic = traffic_};
+  PeerTask task =
+      TaskFor(options_, job, *facts, facts->generation, TrafficClass::kRepair, &ending_);
+  task.address = source_address;
+  task.traffic = traffic_;
   // Wherever it lies: it goes by its name alone, so each of them may be what was found damaged.
   SearchShard(host_, job, shard.rank, [&](const ArenaName& name, Arena* arena) {
     if (name.replica == shard.replica) MendIn(task, arena, shard);
