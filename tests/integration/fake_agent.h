@@ -1,6 +1,6 @@
 // An agent that a test scripts: a real stream to a controller, beats by itself, keeps every
-// message, says what the test says. The obliging one (Obey) answers warm, prepare, activate and stop
-// as a healthy node does.
+// message, says what the test says. The obliging one (Obey) answers warm, prepare, activate and
+// stop as a healthy node does.
 #pragma once
 
 #include <grpcpp/grpcpp.h>

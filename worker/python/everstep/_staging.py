@@ -103,8 +103,7 @@ class Cuda:
 
     def __init__(self) -> None:
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._fresh = True  # no stream has waited yet since begin()
-        self._waited: set[torch.device] = set()
+        self._waited: set[torch.device] = set()  # their streams did, for the trainer's, since begin()
 
     def owns(self, tensor: torch.Tensor) -> bool:
         return tensor.is_cuda
