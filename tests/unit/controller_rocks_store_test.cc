@@ -494,7 +494,8 @@ TEST(RocksStore, NewerFormatIsRefusedWithTheVersionThatWroteIt) {
   Open(dir.db()).reset();
   {
     std::vector<rocksdb::ColumnFamilyDescriptor> families;
-    for (const char* name : {"default", "node", "job", "generation", "commit", "journal"}) {
+    for (const char* name : {"default", "node", "job", "generation", "commit", "journal", "ledger",
+                             "layout", "told"}) {
       families.emplace_back(name, rocksdb::ColumnFamilyOptions());
     }
     std::vector<rocksdb::ColumnFamilyHandle*> handles;

@@ -144,6 +144,7 @@ void Training::TellBegin(const Key& key, Group* group) {
     truth_->Count("branches gone on from that were left behind");
   }
   told.newest = group->state;
+  told.generation = key.second;
   told.whole = false;
   std::vector<std::string> words = words_[{key.first, group->state}];
   std::string begin = fmt::format("begin {} {} {}", group->step + 1, key.second, kMicrobatches);
@@ -160,7 +161,7 @@ void Training::TellStep(const Key& key, Group* group) {
   Tell(group, fmt::format("step {} {} {:x} {:x} =", group->step, key.second,
                           static_cast<std::uint32_t>(group->state), group->state));
   words_[{key.first, group->state}] = group->words;
-  told_[key.first].newest = group->state;
+  if (Told& told = told_[key.first]; told.generation == key.second) told.newest = group->state;
 }
 
 void Training::Tell(Group* group, std::string word) {

@@ -58,9 +58,10 @@ class Training {
   void Acknowledged(const JobId& job, const std::string& word);
   struct Told {
     std::pair<Generation, Step> acknowledged = {0, kNoStep};  // newest line, of its generation
-    Lineage newest = kFromNothing;                            // state of the newest group
-    bool torn = false;   // a group went on from a state that another had left behind
-    bool whole = false;  // its last group's rank 0 saw everything acknowledged
+    Generation generation = 0;      // newest that began; an older one may still train, cut off
+    Lineage newest = kFromNothing;  // state of that group
+    bool torn = false;              // a group went on from a state that another had left behind
+    bool whole = false;             // its last group's rank 0 saw everything acknowledged
   };
   const std::map<JobId, Told>& told() const { return told_; }
   // Asked when a group forms; the checkers' window.
