@@ -79,7 +79,9 @@ CaptureDecision DecideCapture(const CaptureFacts& f) {
     if (assembled && !s.committed && s.released && other.whole && other.committed) {
       return Write(base, true, "never_committed");
     }
-    if (!s.committed && !s.released && (assembled || (f.has_peer && !alone))) {
+    // Without a controller nothing of a sharded layout is committed: what is stays.
+    const bool kept_here = alone && f.replicated_layout;
+    if (!s.committed && !s.released && (assembled || (f.has_peer && !kept_here))) {
       return f.waited || alone ? Skip(base, "base_uncommitted") : WaitFor(base, "base_uncommitted");
     }
   }

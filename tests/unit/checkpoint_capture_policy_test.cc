@@ -114,6 +114,19 @@ TEST(CapturePolicy, TheBaseIsCommittedBeforeAnythingIsCaptured) {
   }
 }
 
+// Found by the simulator: a rank whose controller went away just then captured over the committed
+// step, and a keeper's death took another rank's base.
+TEST(CapturePolicy, WithoutAControllerAShardedLayoutKeepsWhatIsCommittedBesideItsBase) {
+  CaptureFacts f = At(9, Committed(7, 2), Captured(8, 2));
+  f.base = 1;
+  f.controller_away = true;
+  EXPECT_EQ(Decide(f), "skip base_uncommitted");
+  f.controller_away = f.agent_alive = false;
+  EXPECT_EQ(Decide(f), "skip base_uncommitted");
+  f.slots[1].committed = true;
+  EXPECT_EQ(Decide(f), "write 0");
+}
+
 TEST(CapturePolicy, WithoutAControllerAReplicatedLayoutGoesOnWhenItsPeerHasTheStep) {
   CaptureFacts f = At(2, Committed(0), Captured(1));
   f.controller_away = true;

@@ -344,7 +344,14 @@ void Checkers::CheckRestore(Timestamp now, const ClusterState& state,
     whole = AtHand(plan.job, commit, [&](const Truth::Holder& holder) {
       return holder.intact && Reachable(state, holder.node, holder.keeper);
     });
-    where = " its parities";
+    where += "; parities:";
+    for (const HeldShard& shard : commit.parities) {
+      for (const Truth::Holder& holder : env_.truth->Holders(plan.job, shard)) {
+        if (holder.intact && Reachable(state, holder.node, holder.keeper)) {
+          where += fmt::format(" {} on {}", shard.rank, holder.node);
+        }
+      }
+    }
     // Who makes them may die at it, again and again, until the time for it is over.
     if (whole && rebuild_timeouts_[plan.job] == plan.generation) {
       env_.truth->Count("rebuilds given up");
