@@ -143,10 +143,9 @@ Outcome Copier::Work() {
     while (bytes > 0) {
       if (give_up_) return Error{ErrorCode::kStale, "the capture was given up"};
       const std::uint64_t n = std::min(bytes, kLook);
-      auto ok = from == nullptr ? writer_->Adopt(n) : writer_->Append(from, n);
-      if (!ok.ok()) return ok;
+      if (auto ok = writer_->Append(from, n); !ok.ok()) return ok;
       KillPoint("capture.late_bytes");
-      if (from != nullptr) from += n;
+      from += n;
       bytes -= n;
     }
     return checkpoint::Done{};
