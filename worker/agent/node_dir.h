@@ -8,8 +8,8 @@
 
 namespace everstep::agent {
 
-// Holds the directory for one agent: agent.pid, locked. The lock ends with the process; one that was just
-// killed is waited for (kLockPatience).
+// Holds the directory for one agent: agent.pid, locked. The lock ends with the process; one that
+// was just killed is waited for (kLockPatience).
 class NodeDirLock {
  public:
   NodeDirLock() = default;

@@ -2,6 +2,7 @@
 
     form PREFIX RANK WORLD   forms the group, and a sub-group of all; all-reduces for ever: `formed SECONDS`, `trains WORLD`
     hold                     between two steps: `held`, and does nothing any more
+    stop                     SIGSTOP to itself, in the middle of a message of kind `large` or `message`
     leave                    by another thread than the one that is in the collective: `left SECONDS`, dropping the group;
                              or `stuck SECONDS`, and ends: gloo will not let go of it
     count                    between groups: `sockets N`
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -18,7 +20,9 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from everstep._collectives import Group, _sockets, lost_peer, release
+from everstep._collectives import Group, _moved, _sockets, lost_peer, release
+
+LARGE = 64 << 20  # bytes
 
 
 class StandIn(dist.ProcessGroup):
@@ -64,7 +68,7 @@ def train(kind: str, holds: threading.Event, leaves: threading.Event) -> None:
     """Ends by an exception only."""
     world, step = dist.get_world_size(), 0
     everybody = dist.new_group(timeout=timedelta(seconds=600)) if kind != "aborts" else None
-    large = torch.ones(1 << 24)
+    large = torch.ones(LARGE // 4)
     model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
     wrapped = torch.nn.parallel.DistributedDataParallel(model) if kind == "ddp" else None
     while True:
@@ -91,6 +95,16 @@ def train(kind: str, holds: threading.Event, leaves: threading.Event) -> None:
             tell("trains", world)
 
 
+def stop_in_a_message() -> None:
+    while True:
+        for descriptor, _ in _sockets():
+            moved = _moved(descriptor, None)
+            if moved and moved[1] > LARGE and LARGE // 4 < moved[1] % LARGE < LARGE // 2:
+                os.kill(os.getpid(), signal.SIGSTOP)
+                return
+        time.sleep(0)
+
+
 def main() -> None:
     store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), is_master=False, timeout=timedelta(seconds=60))
     group, todo = Group(), queue.Queue[list[str]]()
@@ -113,6 +127,8 @@ def main() -> None:
                 threading.Thread(target=leave, daemon=True).start()
             elif line.split() == ["hold"]:
                 holds.set()
+            elif line.split() == ["stop"]:
+                threading.Thread(target=stop_in_a_message, daemon=True).start()
             else:
                 todo.put(line.split())
 
