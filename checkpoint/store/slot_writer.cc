@@ -163,6 +163,20 @@ Outcome SlotWriter::Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payl
   return Done{};
 }
 
+std::span<unsigned char> SlotWriter::Mapped(const Arena& arena, std::uint32_t slot,
+                                            std::uint64_t payload_bytes, bool trimmed) {
+  const SlotHeader& h = arena.header()->slot[slot];
+  struct stat st {};
+  if (fstat(arena.fd(), &st) != 0 || !IsSane(h, static_cast<std::uint64_t>(st.st_size)) ||
+      ExtentCapacity(h.extent_bytes) < payload_bytes) {
+    return {};
+  }
+  if (trimmed && h.extent_bytes / 2 >= ExtentBytes(payload_bytes + Slack(payload_bytes))) return {};
+  const Arena::Mapping& m = arena.mappings_[slot];
+  if (m.data == nullptr || m.offset != h.extent_offset || m.bytes != h.extent_bytes) return {};
+  return {m.data, m.bytes};
+}
+
 void SlotWriter::Trim(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes) {
   SlotHeader& h = arena->header()->slot[slot];
   struct stat st {};
@@ -255,18 +269,29 @@ void SlotWriter::Withdraw() {
 }
 
 Outcome SlotWriter::Append(const void* data, std::uint64_t size) {
+  return size == 0 ? Outcome(Done{}) : Take(static_cast<const unsigned char*>(data), size);
+}
+
+Outcome SlotWriter::Adopt(std::uint64_t size) {
+  return Take(nullptr, size);
+}
+
+Outcome SlotWriter::Take(const unsigned char* from, std::uint64_t size) {
   if (size > capacity_ - offset_) {
     return Error{ErrorCode::kInvalid, fmt::format("{}: {} bytes at {} do not fit in a slot of {}",
                                                   arena_->Name(), size, offset_, capacity_)};
   }
-  const auto* from = static_cast<const unsigned char*>(data);
   while (size > 0) {
     const std::uint64_t chunk = offset_ / kChunkBytes;
     const std::uint64_t room = (chunk + 1) * kChunkBytes - offset_;
     const std::uint64_t n = std::min(room, size);
-    chunk_crc_ = Crc32cCopy(chunk_crc_, data_ + offset_, from, n);
+    if (from != nullptr) {
+      chunk_crc_ = Crc32cCopy(chunk_crc_, data_ + offset_, from, n);
+      from += n;
+    } else {
+      chunk_crc_ = Crc32cExtend(chunk_crc_, data_ + offset_, n);
+    }
     offset_ += n;
-    from += n;
     size -= n;
     crcs_[chunk] = chunk_crc_;
     KillPoint("slot.bytes_copied");

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "checkpoint/store/arena.h"
 
@@ -28,6 +29,11 @@ class SlotWriter {
   static Outcome Reserve(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes,
                          Touch touch = Touch::kNow);
 
+  // The mapping of a slot's extent in this process, if Begin for `payload_bytes` (after Trim, with
+  // `trimmed`) would leave it where it is; else empty.
+  static std::span<unsigned char> Mapped(const Arena& arena, std::uint32_t slot,
+                                         std::uint64_t payload_bytes, bool trimmed);
+
   // Tears the slot and gives it room for `payload_bytes`. `arena` must outlive the writer.
   static Result<SlotWriter> Begin(Arena* arena, std::uint32_t slot, std::uint64_t payload_bytes,
                                   Touch touch = Touch::kNow);
@@ -44,6 +50,8 @@ class SlotWriter {
   // --- in order ---
   // kInvalid when the bytes do not fit.
   Outcome Append(const void* data, std::uint64_t size);
+  // As Append of bytes that lie at their place already: Beginning(), a device's copies into it.
+  Outcome Adopt(std::uint64_t size);
   // Zero bytes up to a multiple of kTensorAlignment.
   Outcome Align();
   std::uint64_t offset() const { return offset_; }
@@ -69,11 +77,15 @@ class SlotWriter {
 
   std::uint32_t slot() const { return slot_; }
   std::uint64_t capacity() const { return capacity_; }
+  // Where the payload begins, mapped here. What is written there counts once it is adopted.
+  unsigned char* Beginning() const { return data_; }
 
  private:
   SlotWriter(Arena* arena, std::uint32_t slot, unsigned char* data, std::uint64_t capacity,
              std::uint32_t* crcs)
       : arena_(arena), slot_(slot), data_(data), capacity_(capacity), crcs_(crcs) {}
+  // Append, or with `from` null Adopt.
+  Outcome Take(const unsigned char* from, std::uint64_t size);
   SlotView Expose(const SlotFields& fields, std::uint32_t crc_root);
 
   Arena* arena_;

@@ -89,7 +89,7 @@ def python() -> str:
     out = ["# The everstep package", "",
            "Written by `docs/reference/generate.py` from the package's docstrings; a test keeps it equal.", "",
            inspect.cleandoc(ast.get_docstring(init) or ""), ""]
-    out += described("everstep", ("checkpointer.py", "_library.py", "session.py", "_samples.py"),
+    out += described("everstep", ("checkpointer.py", "_stats.py", "_library.py", "session.py", "_samples.py"),
                      ("Checkpointer", "Stats", "Session", "Share", "EverstepError", "StaleGenerationError"),
                      called=("Checkpointer", "Session"))
     out += described("everstep.pipeline", ("pipeline/engine.py", "pipeline/_planner.py"),

@@ -4,8 +4,8 @@
 //
 //   EVERSTEP_KILLS=1000 capture_kill_test      (100 by default; EVERSTEP_SEED chooses the instants)
 //
-// Twice: blocking captures, and overlapped ones, whose late tensors change as soon as the library
-// says that they may.
+// Thrice: blocking captures, overlapped ones, whose late tensors change as soon as the library says
+// that they may, and placed ones, which something else than the library copies into the slot.
 #include <fcntl.h>
 #include <gtest/gtest.h>
 #include <signal.h>
@@ -64,8 +64,10 @@ std::uint64_t PayloadBound() {
   return bytes;
 }
 
+enum class Mode { kBlocking, kOverlapped, kPlaced };
+
 // The trainer. Ends by SIGKILL, or by _exit with a code the test reports.
-[[noreturn]] void Train(const std::string& keeper, Generation generation, bool overlapped,
+[[noreturn]] void Train(const std::string& keeper, Generation generation, Mode mode,
                         Progress* progress) {
   everstep_options options{};
   options.size = sizeof options;
@@ -101,7 +103,19 @@ std::uint64_t PayloadBound() {
       continue;
     }
     std::string table = "step " + std::to_string(step);
-    if (overlapped) {
+    if (mode == Mode::kPlaced) {
+      everstep_piece placed[kTensors];
+      for (std::size_t i = 0; i < kTensors; ++i) placed[i] = {nullptr, pieces[i].bytes};
+      std::uint64_t offsets[kTensors];
+      void* to = nullptr;
+      must(everstep_capture_place(client, placed, kTensors, nullptr, offsets, &to));
+      for (std::size_t i = kTensors; i-- > 0;) {
+        std::memcpy(static_cast<char*>(to) + offsets[i], pieces[i].data, pieces[i].bytes);
+      }
+      const everstep_piece whole{nullptr, offsets[kTensors - 1] + pieces[kTensors - 1].bytes};
+      must(everstep_capture_write(client, &whole, 1, nullptr));
+      must(everstep_capture_commit(client, table.data(), table.size()));
+    } else if (mode == Mode::kOverlapped) {
       constexpr std::uint32_t kLate = 6;
       must(everstep_capture_start(client, pieces, kLate, pieces + kLate, kTensors - kLate,
                                   table.data(), table.size(), nullptr));
@@ -153,7 +167,7 @@ class Commits final : public checkpoint::Listener {
   return ::testing::AssertionSuccess();
 }
 
-class CaptureKill : public ::testing::TestWithParam<bool> {};
+class CaptureKill : public ::testing::TestWithParam<Mode> {};
 
 TEST_P(CaptureKill, LeavesTheStepBeforeOrTheStepItselfEveryTime) {
   const char* given =
@@ -253,8 +267,18 @@ TEST_P(CaptureKill, LeavesTheStepBeforeOrTheStepItselfEveryTime) {
   std::filesystem::remove_all(folder);
 }
 
-INSTANTIATE_TEST_SUITE_P(Modes, CaptureKill, ::testing::Bool(),
-                         [](const auto& mode) { return mode.param ? "overlapped" : "blocking"; });
+std::string NameOf(const ::testing::TestParamInfo<Mode>& mode) {
+  switch (mode.param) {
+    case Mode::kBlocking: return "blocking";
+    case Mode::kOverlapped: return "overlapped";
+    case Mode::kPlaced: return "placed";
+  }
+  return "unknown";
+}
+
+INSTANTIATE_TEST_SUITE_P(Modes, CaptureKill,
+                         ::testing::Values(Mode::kBlocking, Mode::kOverlapped, Mode::kPlaced),
+                         NameOf);
 
 }  // namespace
 }  // namespace everstep

@@ -235,6 +235,106 @@ TEST_F(ClientAbi, AnOverlappedCaptureHasTheBytesOfABlockingOne) {
   }
 }
 
+// A device brings some pieces by itself, into the slot or into an image of the caller's; checksums
+// are taken afterwards, in parts or by the thread. The slot is the one that plain writes give.
+TEST_F(ClientAbi, WhatADeviceBringsGivesTheSlotThatWritesGive) {
+  StartNode();
+  Activate(1);
+  everstep_client* c = nullptr;
+  ASSERT_EQ(Open(Options(), &c), EVERSTEP_OK) << Error(c);
+  auto slot = Sized<everstep_slot>();
+  ASSERT_EQ(everstep_restore(c, 1000, &slot), EVERSTEP_NONE);
+  void* data = nullptr;
+  std::uint64_t bytes = 0;
+  EXPECT_EQ(everstep_capture_mapped(c, 0, 3'100'000, 0, &data, &bytes), EVERSTEP_NONE);
+  ASSERT_EQ(everstep_reserve(c, 3'100'000), EVERSTEP_OK) << Error(c);
+  const std::size_t sizes[] = {3'000'001, 0, 100, 70'000, 5, 64, 1};
+  constexpr std::uint32_t kPieces = std::size(sizes);
+  std::vector<std::string> held;
+  for (const std::size_t n : sizes) held.emplace_back(n, static_cast<char>('a' + held.size()));
+  std::string expected;
+  std::uint64_t offsets[2][kPieces];
+  std::string image(3'100'000, '#');
+  for (std::int64_t step = 0; step < 9; ++step) {
+    everstep_piece pieces[kPieces];
+    for (std::size_t i = 0; i < kPieces; ++i) pieces[i] = {held[i].data(), held[i].size()};
+    ASSERT_EQ(everstep_capture_begin(c, step, 3'100'000, EVERSTEP_REPLICATED_LAYOUT), EVERSTEP_OK)
+        << Error(c);
+    if (step == 0) {
+      ASSERT_EQ(everstep_capture_write(c, pieces, kPieces, offsets[0]), EVERSTEP_OK);
+      ASSERT_EQ(everstep_capture_commit(c, "the table", 9), EVERSTEP_OK);
+    } else {
+      const bool imaged = step % 2 == 0;
+      const auto is_devices = [&](std::size_t i) {
+        return (i + static_cast<std::size_t>(step)) % 3 != 0;
+      };
+      for (std::size_t i = 0; i < kPieces; ++i) {
+        if (is_devices(i)) pieces[i].data = nullptr;
+      }
+      void* to = nullptr;
+      ASSERT_EQ(everstep_capture_place(c, pieces, kPieces, imaged ? image.data() : nullptr,
+                                       offsets[1], &to),
+                EVERSTEP_OK)
+          << Error(c);
+      EXPECT_TRUE(std::equal(offsets[0], offsets[0] + kPieces, offsets[1]));
+      ASSERT_EQ(to == image.data(), imaged);
+      if (!imaged) {
+        bool known = false;
+        for (std::uint32_t s = 0; s < 2; ++s) {
+          ASSERT_EQ(everstep_capture_mapped(c, s, 3'100'000, 0, &data, &bytes), EVERSTEP_OK);
+          EXPECT_GE(bytes, 3'100'000U);
+          known |= data == to;
+        }
+        EXPECT_TRUE(known) << "the slot is one of the two that a device was told of";
+      }
+      for (std::size_t i = 0; i < kPieces; ++i) {
+        if (!is_devices(i)) continue;
+        std::memcpy(static_cast<char*>(to) + offsets[1][i], held[i].data(), held[i].size());
+      }
+      const std::uint64_t total = offsets[1][kPieces - 1] + sizes[kPieces - 1];
+      const auto part = [&](std::uint64_t begin, std::uint64_t end) {
+        return everstep_piece{imaged ? image.data() + begin : nullptr, end - begin};
+      };
+      EXPECT_EQ(everstep_find(c, INT64_MAX, &slot), EVERSTEP_OK);
+      EXPECT_EQ(slot.step, step - 1) << "visible before its checksums were taken";
+      if (step % 4 < 2) {
+        const everstep_piece parts[] = {part(0, 1 << 20), part(1 << 20, 2'000'000),
+                                        part(2'000'000, total)};
+        ASSERT_EQ(everstep_capture_write(c, parts, 3, nullptr), EVERSTEP_OK) << Error(c);
+        ASSERT_EQ(everstep_capture_commit(c, "the table", 9), EVERSTEP_OK);
+      } else {
+        const everstep_piece whole = part(0, total);
+        ASSERT_EQ(everstep_capture_start(c, &whole, 1, nullptr, 0, "the table", 9, nullptr),
+                  EVERSTEP_OK)
+            << Error(c);
+        EXPECT_EQ(everstep_capture_place(c, pieces, kPieces, nullptr, nullptr, nullptr),
+                  EVERSTEP_EINVAL);
+        while (everstep_capture_wait(c, 100) == EVERSTEP_ETIMEDOUT) {
+        }
+        ASSERT_EQ(everstep_capture_publish(c), EVERSTEP_OK) << Error(c);
+      }
+    }
+    ASSERT_TRUE(UntilCopied(static_cast<int>(step) + 1));
+    ASSERT_EQ(everstep_find(c, step, &slot), EVERSTEP_OK) << Error(c);
+    ASSERT_EQ(slot.step, step);
+    const void* payload = nullptr;
+    ASSERT_EQ(everstep_payload(c, &slot, &payload), EVERSTEP_OK);
+    const std::string got(static_cast<const char*>(payload), slot.payload_bytes);
+    if (step == 0) expected = got;
+    EXPECT_TRUE(got == expected) << "step " << step;
+  }
+  EXPECT_EQ(everstep_capture_mapped(c, 0, 3'200'000, 0, &data, &bytes), EVERSTEP_NONE)
+      << "it would have to grow";
+  EXPECT_EQ(everstep_capture_mapped(c, 0, 1'000'000, EVERSTEP_SHARE, &data, &bytes), EVERSTEP_NONE)
+      << "it would be cut";
+  EXPECT_EQ(everstep_capture_mapped(c, 2, 1, 0, &data, &bytes), EVERSTEP_EINVAL);
+  const everstep_piece big{nullptr, 101};
+  EXPECT_EQ(everstep_capture_place(c, &big, 1, nullptr, nullptr, nullptr), EVERSTEP_EINVAL);
+  ASSERT_EQ(everstep_capture_begin(c, 9, 100, 0), EVERSTEP_OK) << Error(c);
+  EXPECT_EQ(everstep_capture_place(c, &big, 1, nullptr, nullptr, nullptr), EVERSTEP_EINVAL);
+  EXPECT_NE(Error(c).find("101 bytes at 0 do not fit in the 100"), std::string::npos) << Error(c);
+}
+
 TEST_F(ClientAbi, AnOverlappedCaptureCanBeGivenUpAtAnyMoment) {
   StartNode();
   Activate(1);

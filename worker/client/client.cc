@@ -565,11 +565,53 @@ int everstep_capture_write(everstep_client* c, const everstep_piece* pieces, uin
   for (std::uint32_t i = 0; i < count; ++i) {
     if (auto ok = c->writer->Align(); !ok.ok()) return Fail(c, ok.error());
     if (offsets != nullptr) offsets[i] = c->writer->offset();
-    if (auto ok = c->writer->Append(pieces[i].data, pieces[i].bytes); !ok.ok()) {
-      return Fail(c, ok.error());
-    }
+    auto ok = pieces[i].data == nullptr ? c->writer->Adopt(pieces[i].bytes)
+                                        : c->writer->Append(pieces[i].data, pieces[i].bytes);
+    if (!ok.ok()) return Fail(c, ok.error());
   }
   return EVERSTEP_OK;
+}
+
+int everstep_capture_place(everstep_client* c, const everstep_piece* pieces, uint32_t count,
+                           void* image, uint64_t* offsets, void** to) {
+  if (int code = Check(c); code != EVERSTEP_OK) return code;
+  if (!c->writer || c->copying || c->writer->offset() != 0) {
+    return Fail(c, EVERSTEP_EINVAL,
+                "everstep_capture_place is for the beginning of a capture, before any write");
+  }
+  auto* base = image != nullptr ? static_cast<unsigned char*>(image) : c->writer->Beginning();
+  std::uint64_t at = 0;
+  for (std::uint32_t i = 0; i < count; ++i) {
+    const std::uint64_t next = cp::RoundUp(at, cp::kTensorAlignment);
+    if (next > c->payload_bytes || pieces[i].bytes > c->payload_bytes - next) {
+      return Fail(c, EVERSTEP_EINVAL,
+                  fmt::format("{}: {} bytes at {} do not fit in the {} that everstep_capture_begin "
+                              "was told",
+                              c->arena.Name(), pieces[i].bytes, next, c->payload_bytes));
+    }
+    if (next > at) std::memset(base + at, 0, next - at);
+    if (offsets != nullptr) offsets[i] = next;
+    if (pieces[i].data != nullptr && pieces[i].bytes > 0) {
+      std::memcpy(base + next, pieces[i].data, pieces[i].bytes);
+    }
+    at = next + pieces[i].bytes;
+  }
+  if (to != nullptr) *to = base;
+  return EVERSTEP_OK;
+}
+
+int everstep_capture_mapped(everstep_client* c, uint32_t slot, uint64_t payload_bytes,
+                            uint32_t flags, void** data, uint64_t* bytes) {
+  if (int code = Check(c); code != EVERSTEP_OK) return code;
+  if (slot >= cp::kSlots || data == nullptr || bytes == nullptr) {
+    return Fail(c, EVERSTEP_EINVAL,
+                "everstep_capture_mapped: slot is 0 or 1; data, bytes are given");
+  }
+  const auto room =
+      cp::SlotWriter::Mapped(c->arena, slot, payload_bytes, (flags & EVERSTEP_SHARE) != 0);
+  *data = room.data();
+  *bytes = room.size();
+  return room.empty() ? EVERSTEP_NONE : EVERSTEP_OK;
 }
 
 int everstep_capture_commit(everstep_client* c, const void* table, uint64_t table_bytes) {

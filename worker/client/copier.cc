@@ -143,9 +143,10 @@ Outcome Copier::Work() {
     while (bytes > 0) {
       if (give_up_) return Error{ErrorCode::kStale, "the capture was given up"};
       const std::uint64_t n = std::min(bytes, kLook);
-      if (auto ok = writer_->Append(from, n); !ok.ok()) return ok;
+      auto ok = from == nullptr ? writer_->Adopt(n) : writer_->Append(from, n);
+      if (!ok.ok()) return ok;
       KillPoint("capture.late_bytes");
-      from += n;
+      if (from != nullptr) from += n;
       bytes -= n;
     }
     return checkpoint::Done{};

@@ -28,11 +28,11 @@ class Copier {
   Copier(const Copier&) = delete;
   Copier& operator=(const Copier&) = delete;
 
-  // Appends `late`, aligned, to `writer` from the thread, and behind it what `early` and `tail`
-  // hold now. Only `late`'s memory must stay as it is until Wait says so. `offsets` (may be null):
-  // where each piece of late and early will lie. kNoMemory: nothing is under way then. REQUIRES:
-  // nothing is under way; `writer` stays where it is and is not touched until Wait has answered
-  // true.
+  // Appends `late` (adopts pieces without data), aligned, to `writer` from the thread, and behind
+  // it what `early` and `tail` hold now. Only `late`'s memory must stay as it is until Wait says
+  // so. `offsets` (may be null): where each piece of late and early will lie. kNoMemory: nothing is
+  // under way then. REQUIRES: nothing is under way; `writer` stays where it is and is not touched
+  // until Wait has answered true.
   checkpoint::Outcome Copy(checkpoint::SlotWriter* writer, const everstep_piece* late,
                            std::uint32_t late_count, const everstep_piece* early,
                            std::uint32_t early_count, const void* tail, std::uint64_t tail_bytes,

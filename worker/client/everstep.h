@@ -15,7 +15,8 @@
  * of a large slot use some more, which end before the call does.
  *  7. Within one ABI version functions and trailing struct fields are only added.
  *
- * A capture: begin, write ..., commit. Or, overlapped with the next step's computation: begin,
+ * A capture: begin, write ..., commit (or, with bytes that a device brings: begin, place, write,
+ * commit). Or, overlapped with the next step's computation: begin,
  * start, and, before the late bytes change, wait and publish. From begin to commit or publish the
  * slot is torn; whoever dies in between leaves the other slot, which is whole. Both give the same
  * bytes. docs/internals/arena.md has the bytes.
@@ -176,16 +177,31 @@ uint32_t everstep_crc32c(uint32_t crc, const void* data, uint64_t bytes);
  * and padding included. May wait, bounded, for the commit of the step before. */
 int everstep_capture_begin(everstep_client* client, int64_t step, uint64_t payload_bytes,
                            uint32_t flags);
-/* Appends each piece at the next multiple of 64. offsets (may be NULL): where each came to lie. */
+/* Appends each piece at the next multiple of 64. offsets (may be NULL): where each came to lie. A
+ * piece without data lies there already (everstep_capture_place): its checksum alone is taken. */
 int everstep_capture_write(everstep_client* client, const everstep_piece* pieces, uint32_t count,
                            uint64_t* offsets);
+/* For bytes that a device copies out by itself; the first call after begin. Lays the pieces out as
+ * everstep_capture_write would, but counts none as written: copies those with data, sets what lies
+ * between to zero, and leaves the others to the caller, who fills them at *to + offsets[i]. *to is
+ * the slot's own memory, or with `image` that: memory of the caller's for as many bytes as begin
+ * was told. When all is filled: one piece of all the bytes to everstep_capture_write or _start,
+ * without data if they lie in the slot. */
+int everstep_capture_place(everstep_client* client, const everstep_piece* pieces, uint32_t count,
+                           void* image, uint64_t* offsets, void** to);
+/* Where slot 0 or 1 lies in this process, its spare room too, for who tells a device of that
+ * memory. EVERSTEP_NONE: it is not mapped, or capture_begin with these payload_bytes and flags may
+ * put it elsewhere: the device must let go of it before. */
+int everstep_capture_mapped(everstep_client* client, uint32_t slot, uint64_t payload_bytes,
+                            uint32_t flags, void** data, uint64_t* bytes);
 /* Appends the table, publishes the slot and rings the agent. */
 int everstep_capture_commit(everstep_client* client, const void* table, uint64_t table_bytes);
 
 /* In place of write and commit: the handle's thread appends the late pieces, then the early ones
- * and the table, each as everstep_capture_write would. Returns when the early pieces and the table
- * are copied aside; the memory of the late ones must stay as it is until everstep_capture_wait has
- * answered EVERSTEP_OK. offsets (may be NULL): of the late pieces, then of the early ones. */
+ * and the table, each as everstep_capture_write would (late ones without data, too). Returns when
+ * the early pieces and the table are copied aside; the memory of the late ones must stay as it is
+ * until everstep_capture_wait has answered EVERSTEP_OK. offsets (may be NULL): of the late pieces,
+ * then of the early ones. */
 int everstep_capture_start(everstep_client* client, const everstep_piece* late, uint32_t late_count,
                            const everstep_piece* early, uint32_t early_count, const void* table,
                            uint64_t table_bytes, uint64_t* offsets);

@@ -88,7 +88,7 @@ PieceArray = c.Array  # of _Piece
 
 
 def pieces(listed: list[tuple[int, int]], after: PieceArray[_Piece] | None = None) -> PieceArray[_Piece]:
-    """(address, bytes) pairs as the library takes them, behind those of `after`."""
+    """(address, bytes) pairs as the library takes them, behind those of `after`. Address 0: Client.place()."""
     ahead = 0 if after is None else len(after)
     array = (_Piece * (ahead + len(listed)))()
     if after is not None:
@@ -148,6 +148,10 @@ def _declare(lib: c.CDLL) -> None:
         "everstep_payload": [handle, c.POINTER(Slot), c.POINTER(c.c_void_p)],
         "everstep_capture_begin": [handle, c.c_int64, c.c_uint64, c.c_uint32],
         "everstep_capture_write": [handle, c.POINTER(_Piece), c.c_uint32, c.POINTER(c.c_uint64)],
+        "everstep_capture_place": [handle, c.POINTER(_Piece), c.c_uint32, c.c_void_p, c.POINTER(c.c_uint64),
+                                   c.POINTER(c.c_void_p)],
+        "everstep_capture_mapped": [handle, c.c_uint32, c.c_uint64, c.c_uint32, c.POINTER(c.c_void_p),
+                                    c.POINTER(c.c_uint64)],
         "everstep_capture_commit": [handle, c.c_char_p, c.c_uint64],
         "everstep_capture_start": [handle, c.POINTER(_Piece), c.c_uint32, c.POINTER(_Piece), c.c_uint32, c.c_char_p,
                                    c.c_uint64, c.POINTER(c.c_uint64)],
@@ -291,6 +295,23 @@ class Client:
         offsets = None if expected is None else (c.c_uint64 * len(array))()
         self._check(self._lib.everstep_capture_write(self._handle, array, len(array), offsets))
         self._laid(offsets, expected)
+
+    def place(self, array: PieceArray[_Piece], image: int | None = None, expected: list[int] | None = None) -> int:
+        """Lays pieces out in the slot, or at the address `image`, and copies those with an address; the others are
+        the caller's to fill. The address of the payload's beginning."""
+        offsets = None if expected is None else (c.c_uint64 * len(array))()
+        base = c.c_void_p()
+        self._check(self._lib.everstep_capture_place(self._handle, array, len(array), image, offsets, c.byref(base)))
+        self._laid(offsets, expected)
+        assert base.value is not None
+        return base.value
+
+    def mapped(self, slot: int, payload_bytes: int, flags: int) -> tuple[int, int] | None:
+        """Where a slot lies in this process, address and bytes, if begin() with these would leave it there."""
+        data, size = c.c_void_p(), c.c_uint64()
+        code = self._check(self._lib.everstep_capture_mapped(self._handle, slot, payload_bytes, flags, c.byref(data),
+                                                             c.byref(size)))
+        return (data.value, size.value) if code == OK and data.value is not None else None
 
     def _laid(self, offsets: c.Array[c.c_uint64] | None, expected: list[int] | None) -> None:
         if offsets is not None and list(offsets) != expected:

@@ -18,7 +18,7 @@ plan cannot watch (hooks on state_dict, sharded tensors) makes it one for a sing
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from operator import is_not
 from typing import Any
 
@@ -35,22 +35,26 @@ class Step:
     """What one capture writes."""
 
     def __init__(self, plan: Plan, early: PieceArray, expected: list[int], payload_bytes: int, table: bytes,
-                 keep: list[object]) -> None:
+                 keep: list[object], placed: PieceArray | None, staged: list[tuple[int, torch.Tensor]]) -> None:
         self.plan = plan
         self.early = early  # fixed and loose pieces
         self.expected = expected  # offsets of late and early pieces
         self.payload_bytes = payload_bytes  # without the table
         self.table = table
         self.keep = keep  # owns the memory of the loose pieces
+        self.placed = placed  # all pieces, when a device copies some of them itself
+        self.staged = staged  # (offset, source) of those among the loose ones
 
 
 class Plan:
     """The layout of one state. Holds its tensors' memory as long as it lives."""
 
     def __init__(self, state: Mapping[str, Any], with_rng: bool, never_late: frozenset[int] = frozenset(),
-                 share: tuple[int, int] | None = None, find_common: bool = False) -> None:
+                 share: tuple[int, int] | None = None, find_common: bool = False,
+                 owns: Callable[[torch.Tensor], bool] | None = None) -> None:
         """Lays `state` out. Tensors whose memory begins at an address of `never_late` are not late. `share`: the rank
-        and the world that capture a state in shares. `find_common`: `common` is asked for.
+        and the world that capture a state in shares. `find_common`: `common` is asked for. `owns`: tensors that their
+        device copies to the slot itself (_staging.py).
 
         Raises TypeError, with its path, for a part that cannot be kept.
         """
@@ -82,7 +86,8 @@ class Plan:
         self.common = [(path, tensor) for path, (tensor, _) in sorted(found.items())]  # what shares may divide
         parts = _parts(found, *share) if share is not None else {}
         self.shared = bool(parts)  # some tensor is kept in part, the rest of it by other ranks
-        encoder = Encoder(_late_addresses([t for _, t in self._targets]) - never_late, parts=parts)
+        self._owns = owns
+        encoder = Encoder(_late_addresses([t for _, t in self._targets]) - never_late, parts=parts, owns=owns)
         trees = [(name, None if tree is None else encoder.node(tree, name),
                   None if numbers is None else (target, numbers)) for name, target, tree, numbers in known]
         if encoder.sharded:
@@ -94,6 +99,8 @@ class Plan:
         for name, node, optimizer in trees:
             self._entries.append((name, None if node is None else _text(node), optimizer))
         self.late, self._fixed = pieces(late.pieces), pieces(fixed.pieces)
+        self.staged_late, self.staged_fixed = late.staged, fixed.staged
+        self._whole = pieces(fixed.pieces, after=self.late)
         self.late_bytes = late.end
         self._offsets = late.offsets + fixed.offsets
         self._end = fixed.end if fixed.offsets else late.end
@@ -169,7 +176,7 @@ class Plan:
         if not self.first:
             for copy, source in self._copies:
                 copy.copy_(source)
-        encoder = Encoder(known=self._known, start=self._end)
+        encoder = Encoder(known=self._known, start=self._end, owns=self._owns)
         texts = []
         for name, text, optimizer in self._entries:
             key = json.dumps(name)
@@ -185,9 +192,11 @@ class Plan:
             texts.append(f'["{RNG}",{_text(encoder.node(gather_rng(), RNG))}]')
         self.sharded |= encoder.sharded
         loose = encoder.rest
+        staged = loose.staged
+        placed = pieces(loose.pieces, after=self._whole) if staged or self.staged_late or self.staged_fixed else None
         table = f'{{"format":{FORMAT},"meta":{_text(meta)},"root":{{"d":[{",".join(texts)}]}}}}'
         return Step(self, pieces(loose.pieces, after=self._fixed), self._offsets + loose.offsets, loose.end,
-                    table.encode(), loose.keep)
+                    table.encode(), loose.keep, placed, staged)
 
     def versions(self) -> list[int]:
         """How often each late tensor was changed in place so far, as far as PyTorch knows."""

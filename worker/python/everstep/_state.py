@@ -9,7 +9,7 @@ import sys
 from array import array
 from collections.abc import Callable, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -21,6 +21,16 @@ _PART = 16 << 20  # bytes that one thread copies at a time
 _COPY_THREADS = 4  # more do not copy any faster
 
 Loader = Callable[[list[tuple[int, int, int]]], None]
+
+
+class Bringer(Protocol):
+    """Copies to tensors on a device, which the device does by itself."""
+
+    def owns(self, tensor: torch.Tensor) -> bool:
+        """It is on such a device."""
+
+    def bring(self, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Copies (to, from) and waits for it; answers those that it does not serve."""
 
 
 def unwrap(value: Any) -> Any:
@@ -43,13 +53,14 @@ def gather(state: Mapping[str, Any], with_rng: bool) -> dict[str, Any]:
     return out
 
 
-def apply(state: Mapping[str, Any], saved: dict[str, Any], load: Loader | None = None) -> None:
+def apply(state: Mapping[str, Any], saved: dict[str, Any], load: Loader | None = None,
+          bring: Bringer | None = None) -> None:
     """Puts `saved` into the user's objects. Tensors of `saved` may be views: they are copied.
 
     `load`: checks the memory behind `saved` and copies (address to, address from, bytes) out of it, in one pass;
     nothing of that memory is used before. Raises RuntimeError when names, shapes or dtypes differ, before anything
     is changed where it can tell. When `load` raises, tensors that it was to fill hold NaN (integers: 0), so that
-    nobody trains on them.
+    nobody trains on them. `bring`: asked first for tensors that lie on a device.
     """
     names = {k for k in saved if k != RNG}
     if names != set(state):
@@ -68,7 +79,7 @@ def apply(state: Mapping[str, Any], saved: dict[str, Any], load: Loader | None =
             pairs += [(own[key], saved[name][key]) for key in own if isinstance(own[key], torch.Tensor)]
         elif isinstance(target, torch.Tensor):
             pairs.append((target, saved[name]))
-    _copy_all(pairs, load)
+    _copy_all(pairs, load, bring)
     for name, value in state.items():
         if not isinstance(unwrap(value), torch.Tensor):
             _apply_one(state, name, unwrap(value), saved[name])
@@ -132,17 +143,19 @@ def _copy(target: torch.Tensor, saved: Any) -> None:
         _local(target).copy_(saved.local if isinstance(saved, ShardedLeaf) else saved)
 
 
-def _copy_all(pairs: list[tuple[torch.Tensor, Any]], load: Loader | None = None) -> None:
-    """_copy of each pair; plain ones as bytes, by `load` or, large ones, by several threads."""
+def _copy_all(pairs: list[tuple[torch.Tensor, Any]], load: Loader | None = None,
+              bring: Bringer | None = None) -> None:
+    """_copy of each pair: plain ones as bytes, by `load` or, large ones, by several threads."""
     plain: list[tuple[int, int, int]] = []
-    others: list[tuple[torch.Tensor, Any]] = []
+    others: list[tuple[torch.Tensor, torch.Tensor]] = []
     for target, saved in pairs:
         local, source = _local(target), saved.local if isinstance(saved, ShardedLeaf) else saved
-        if local.device.type == "cpu" and local.dtype == source.dtype and local.shape == source.shape \
+        on_host = local.device.type == "cpu" and not (bring is not None and bring.owns(local))
+        if on_host and local.dtype == source.dtype and local.shape == source.shape \
                 and local.is_contiguous() and source.is_contiguous() and not local.is_conj() and not local.is_neg():
             plain.append((local.data_ptr(), source.data_ptr(), local.numel() * local.element_size()))
         else:
-            others.append((target, saved))
+            others.append((local, source))
     if load is not None:
         # Each byte of the checkpoint goes to one place, and each place takes one: what is tied comes afterwards.
         once, plain = _apart([p for p in plain if p[2] > 0])
@@ -153,8 +166,9 @@ def _copy_all(pairs: list[tuple[torch.Tensor, Any]], load: Loader | None = None)
                 with torch.no_grad():
                     _local(target).fill_(math.nan if target.is_floating_point() or target.is_complex() else 0)
             raise
-    for target, saved in others:
-        _copy(target, saved)
+    with torch.no_grad():
+        for local, source in others if bring is None else bring.bring(others):
+            local.copy_(source)
     _copy_plain([(to + at, source + at, min(_PART, size - at)) for to, source, size in plain
                  for at in range(0, size, _PART)])
 
@@ -239,12 +253,12 @@ def _beside(parameter: torch.Tensor, value: Any) -> Any:
         if not isinstance(parameter, DTensor):
             raise RuntimeError("the checkpoint's optimizer is sharded, this one is not")
         shape = torch.Size(value.shape)
-        return DTensor.from_local(value.local.clone().to(parameter.device), parameter.device_mesh,
+        return DTensor.from_local(value.local.to(parameter.device, copy=True), parameter.device_mesh,
                                   parameter.placements, run_check=False, shape=shape,
                                   stride=torch.empty(shape, device="meta").stride())
     if isinstance(value, torch.Tensor):
         # 0-dimensional step counts stay on the CPU, as torch keeps them.
-        return value.clone() if value.dim() == 0 else value.clone().to(_local(parameter).device)
+        return value.clone() if value.dim() == 0 else value.to(_local(parameter).device, copy=True)
     return _owned(value)
 
 

@@ -58,6 +58,7 @@ class Zone:
         self.tensors: list[tuple[str, torch.Tensor]] = []  # (path, the tensor itself)
         self.copies: list[tuple[torch.Tensor, torch.Tensor]] = []  # (what a piece points at, made from)
         self.bodies: list[list[Any]] = []  # table entries whose [2] is an offset in this zone
+        self._staged: list[tuple[int, torch.Tensor]] = []  # number of a piece without an address, what it is of
 
     def add(self, address: int, size: int) -> int:
         """The offset at which `size` bytes will lie."""
@@ -66,6 +67,15 @@ class Zone:
         self.offsets.append(offset)
         self.end = offset + size
         return offset
+
+    def stage(self, source: torch.Tensor) -> None:
+        """The newest piece has no address: `source`, contiguous, is copied there by its device."""
+        self._staged.append((len(self.offsets) - 1, source))
+
+    @property
+    def staged(self) -> list[tuple[int, torch.Tensor]]:
+        """(offset, what a device copies there)."""
+        return [(self.offsets[i], source) for i, source in self._staged]
 
     def move(self, base: int) -> None:
         """Puts the zone at `base`, a multiple of ALIGNMENT. Once."""
@@ -80,11 +90,13 @@ class Encoder:
 
     Tensors whose memory begins at one of the addresses `late` come into a zone of their own. `known`: memory
     that already lies somewhere, by its key. `start`: where the other zone begins. `parts`: of the tensors at these
-    paths only this part is kept.
+    paths only this part is kept. `owns`: tensors whose device copies them to the slot by itself: their pieces have no
+    address.
     """
 
     def __init__(self, late: frozenset[int] = frozenset(), known: dict[tuple[Any, ...], int] | None = None,
-                 start: int = 0, parts: Mapping[str, Part] | None = None) -> None:
+                 start: int = 0, parts: Mapping[str, Part] | None = None,
+                 owns: Callable[[torch.Tensor], bool] | None = None) -> None:
         self.late, self.rest = Zone(), Zone()
         self.rest.end = start
         self.tensors: list[torch.Tensor] = []  # all that were met, pieces of their own or not
@@ -92,6 +104,7 @@ class Encoder:
         self._late_addresses = late
         self._known = {} if known is None else known
         self._parts = {} if parts is None else parts
+        self._owns = owns
         self._depth = 0
         self._seen: dict[tuple[Any, ...], tuple[Zone, int]] = {}
 
@@ -146,15 +159,19 @@ class Encoder:
         flat = source
         if flat.is_conj() or flat.is_neg():
             flat = flat.resolve_conj().resolve_neg()
-        if flat.device.type != "cpu":
+        staged = self._owns is not None and self._owns(local)
+        if flat.device.type != "cpu" and not staged:
             flat = flat.cpu()
         flat = flat.contiguous()
         dtype = str(flat.dtype).removeprefix("torch.")
         here = flat.data_ptr()
         key = (here, dtype, tuple(flat.shape))
         body: list[Any] = [dtype, list(flat.shape), 0]
-        zone = self._raw(body, here, flat.numel() * flat.element_size(), flat, address in self._late_addresses, key)
+        zone = self._raw(body, 0 if staged else here, flat.numel() * flat.element_size(), flat,
+                         address in self._late_addresses, key)
         if zone is not None:
+            if staged:
+                zone.stage(flat)
             zone.tensors.append((path, local))
             if here != source.data_ptr():
                 zone.copies.append((flat, source))

@@ -9,7 +9,6 @@ import threading
 import time
 import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Literal
@@ -25,36 +24,16 @@ from everstep._library import Client, EverstepError, Slot, StaleGenerationError,
 from everstep._overlap import Overlap
 from everstep._plan import Plan
 from everstep._reshard import FILE, Shard, assemble, is_divided, is_shared, read_catalog, reshard
-from everstep._state import RNG, Loader, apply, apply_rng, derive_rng, gather, is_stateful, unwrap
+from everstep._sizes import guess_bytes
+from everstep._staging import Staging, StagingError, choose
+from everstep._state import RNG, Loader, apply, apply_rng, derive_rng, gather
+from everstep._stats import Stats
 from everstep._table import ALIGNMENT, Decoder, Encoder
 
 _log = logging.getLogger("everstep")
-_TABLE_ROOM = 64 << 10  # first guess of a table's size, for the memory taken ahead
 _OVERLAP_BYTES = 1 << 20  # late bytes under which copying at once is quicker than waking a thread
 _DECIDE_STEPS = 32  # between two looks at the interval
 _AGREE_SECONDS = 60.0  # for rank 0's choice of it
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a Checkpointer did since it was made."""
-
-    tier: str  # "memory", "files" or "off"
-    captured: int
-    skipped: int  # steps not captured, since the one before was still on its way
-    replaced: int  # captured steps that were never committed and gave way to newer ones
-    waited_seconds: float  # in step(), for commits
-    copy_seconds: float  # from a slot's tearing to its publication
-    block_seconds: float  # in step(), and in optimizer.step() for what was not yet copied, all together
-    committed_step: int  # newest that the agent reported as held by enough nodes; -1: none
-    last_skip: str  # why the newest skip was one
-    mode: str = "blocking"  # or "overlapped": how the next capture will be done
-    every: int = 1  # steps from one capture to the next
-    why: str = ""  # every="auto": what the interval was chosen from
-    spoiled: int = 0  # overlapped captures given up, since parameters were changed outside of optimizer.step()
-    layouts: int = 0  # times that the state was laid out anew, the first time included
-    bytes: int = 0  # of this rank's newest capture, tensors and table
-    shares: bool = False  # captures are this rank's share of a state that is the same on every rank
 
 
 class _Parts:
@@ -63,6 +42,7 @@ class _Parts:
     def __init__(self) -> None:
         self.client: Client | None = None
         self.overlap: Overlap | None = None
+        self.staging: Staging | None = None
         self.reserving: threading.Thread | None = None
 
     def close(self) -> None:
@@ -72,6 +52,9 @@ class _Parts:
         if self.overlap is not None:
             self.overlap.close()
             self.overlap = None
+        if self.staging is not None:
+            self.staging.close()
+            self.staging = None
         if self.client is not None:
             self.client.close()
             self.client = None
@@ -92,7 +75,7 @@ class Checkpointer:
             for what is not yet copied. Whoever changes parameters elsewhere calls wait() before; a capture
             during which they were changed nevertheless is given up, counted and named. "auto": overlapped
             while the state has an optimizer of PyTorch's kind and no capture was spoiled, else blocking. All
-            keep the same bytes.
+            keep the same bytes. Tensors on a CUDA device are copied by the device, beside training's stream.
         every: captures each `every`-th call of step(); "auto": the interval that loses least time, from the
             measured stall, step time and interruptions, looked at every 32 steps, rank 0's for all.
         replicated: every rank's state is the same but for random streams (data parallel), so any rank's copy
@@ -151,11 +134,17 @@ class Checkpointer:
         self._layouts = 0
         self._spoilers: dict[int, int] = {}  # address of a late tensor -> captures that its change spoiled
         self._spoiled = 0
+        self._staged = False  # some tensor lies on a device that copies by itself
+        self._failed = 0
         self._closed = False
         self._assembled = False  # what restore() found was put together for this rank alone
         self._files = FileTier(directory, self._rank, self._world) if directory is not None else None
         self._parts = _Parts()
         self._parts.client = self._attach(commit_wait)
+        if self._parts.client is not None:
+            device, may_register = choose()
+            if device is not None:
+                self._parts.staging = Staging(self._parts.client, device, may_register)
         self._finalizer = weakref.finalize(self, self._parts.close)  # also when the script ends without close()
 
     @property
@@ -198,7 +187,7 @@ class Checkpointer:
         began = time.monotonic()
         found = self._newest(at_load=True)
         if found is None:
-            size = self._guess_bytes()
+            size = guess_bytes(self._state)
             divided = self._share is not None or (self._sameness is not None and size >= LEAST_BYTES)
             self._reserve_ahead(size // self._world if divided else size)
             return 0
@@ -230,6 +219,8 @@ class Checkpointer:
         self.wait()
         if self._client is not None:
             began = time.monotonic()
+            if self._parts.staging is not None:
+                self._parts.staging.release()  # the agent may have made the slots anew
             self._reshard(self._client, began)
             slot = self._client.restore(max(0.0, self._restore_timeout - (time.monotonic() - began)), at_load)
             self._assembled = slot is not None and bool(slot.flags & _library.ASSEMBLED)
@@ -297,7 +288,7 @@ class Checkpointer:
 
     def _load(self, decoder: Decoder, captured_by: int, began: float, load: Loader | None) -> None:
         saved = self._saved(decoder)
-        apply(self._state, saved, load)
+        apply(self._state, saved, load, self._parts.staging)
         if self._rng and RNG in saved:
             if decoder.meta.get("streams_of", captured_by) == self._rank:
                 apply_rng(saved[RNG])
@@ -350,9 +341,15 @@ class Checkpointer:
             for _, address in changed:
                 self._spoilers[address] = self._spoilers.get(address, 0) + 1
             self._plan = None
+        for captured, failure in overlap.take_failed():
+            self._fail(captured, failure)
         error = overlap.take_error()
         if error is not None:
             raise error
+
+    def _fail(self, captured: int, failure: StagingError) -> None:
+        self._failed += 1
+        warn(f"step {captured} is not kept, the one before is: {failure}")
 
     def _stood(self) -> float:
         overlap = self._parts.overlap
@@ -420,19 +417,42 @@ class Checkpointer:
         if isinstance(self._replicated, bool):
             replicated = self._replicated
         flags = _library.SHARE if plan.shared else _library.REPLICATED_LAYOUT if replicated else 0
-        if not client.begin(n, step.payload_bytes + 2 * ALIGNMENT + len(step.table), flags):
+        size = step.payload_bytes + 2 * ALIGNMENT + len(step.table)
+        staging = self._parts.staging if step.placed is not None else None
+        try:
+            if staging is not None:
+                staging.prepare(size, flags, reserve=plan.first)
+            if not client.begin(n, size, flags):
+                return False
+        except StagingError as error:
+            self._fail(n, error)
             return False
         self._bytes = step.payload_bytes + len(step.table)
+        overlaps = self._overlaps(plan) and not at_once
         try:
-            if self._overlaps(plan) and not at_once:
-                if self._parts.overlap is None:
-                    self._parts.overlap = Overlap(client)
+            if overlaps and self._parts.overlap is None:
+                self._parts.overlap = Overlap(client)
+            self._staged = staging is not None
+            if staging is not None:
+                transfer = staging.send(step, size, flags, overlaps)
+                if overlaps:
+                    assert self._parts.overlap is not None
+                    self._parts.overlap.start_staged(n, step, transfer)
+                    return True
+                transfer.write()
+                client.commit(step.table)
+            elif overlaps:
+                assert self._parts.overlap is not None
                 self._parts.overlap.start(n, step)
             else:
                 late = len(plan.late)
                 client.write(plan.late, step.expected[:late] if plan.first else None)
                 client.write(step.early, step.expected[late:] if plan.first else None)
                 client.commit(step.table)
+        except StagingError as error:
+            client.abort()
+            self._fail(n, error)
+            return False
         except BaseException:
             client.abort()
             raise
@@ -440,8 +460,11 @@ class Checkpointer:
 
     def _lay_out(self) -> None:
         self._plan = None  # gives the old one's tensors back first
+        if self._parts.staging is not None:
+            self._parts.staging.forget()
         self._plan = Plan(self._state, self._rng, frozenset(a for a, n in self._spoilers.items() if n > 1),
-                          self._share, find_common=self._sameness is not None)
+                          self._share, find_common=self._sameness is not None,
+                          owns=None if self._parts.staging is None else self._parts.staging.device.owns)
         self._layouts += 1
 
     def _compare(self, n: int, sameness: Sameness) -> dict[str, object]:
@@ -461,20 +484,6 @@ class Checkpointer:
             self._lay_out()
         return {"alike": False} if sameness.same is False else {}
 
-    def _guess_bytes(self) -> int:
-        """How much a slot will hold once the optimizer has state; a guess."""
-        size = _TABLE_ROOM
-        for value in map(unwrap, self._state.values()):
-            if isinstance(value, torch.nn.Module):
-                size += sum(_local_bytes(t) for t in value.state_dict().values() if isinstance(t, torch.Tensor))
-            elif isinstance(value, torch.optim.Optimizer):
-                for group in value.param_groups:
-                    moments = 2 if "betas" in group else 1 if group.get("momentum") else 0
-                    size += moments * sum(_local_bytes(p) for p in group["params"] if p.requires_grad)
-            elif not is_stateful(value):
-                size += _plain_bytes(value)
-        return size + size // 64
-
     def _reserve_ahead(self, size: int) -> None:
         """Takes the arena's memory while the script prepares its next step."""
         client = self._client
@@ -493,7 +502,9 @@ class Checkpointer:
         plan = self._plan
         mode = "overlapped" if self._client is not None and plan is not None and self._overlaps(plan) else "blocking"
         more: dict[str, Any] = {"mode": mode, "every": self._every, "why": self._why, "spoiled": self._spoiled,
-                "layouts": self._layouts, "bytes": self._bytes, "shares": plan is not None and plan.shared}
+                "layouts": self._layouts, "bytes": self._bytes, "shares": plan is not None and plan.shared,
+                "staging": self._parts.staging.kind if self._parts.staging is not None and self._staged else "host",
+                "failed": self._failed}
         if self._client is None:
             return Stats(self.tier, self._captured, 0, 0, 0.0, self._copy_seconds, self._block_seconds, -1, "",
                          **more)
@@ -522,21 +533,6 @@ class Checkpointer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         self.close()
-
-
-def _local_bytes(tensor: torch.Tensor) -> int:
-    local = tensor.to_local() if hasattr(tensor, "to_local") and hasattr(tensor, "placements") else tensor
-    return int(local.numel() * local.element_size())
-
-
-def _plain_bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return _local_bytes(value)
-    if isinstance(value, Mapping):
-        return sum(map(_plain_bytes, value.values()))
-    if isinstance(value, (list, tuple)):
-        return sum(map(_plain_bytes, value))
-    return int(getattr(value, "nbytes", 0))
 
 
 def _from_rank_0(key: str, rank: int, value: int) -> int:
