@@ -1,6 +1,7 @@
 """everstep.Pipeline under `everstep run`: nodes go and come, survivors' processes stay, and every step is taken once.
 
     6 nodes --SIGSTOP of a worker--> 6 --SIGKILL of one--> 5 --two new--> 7 --SIGKILL of two--> 5 --one drains--> 4
+    6 nodes --SIGKILL of two, in different pipelines--> 4 --of a whole pipeline--> 2 --two new, controller killed--> 4
 
 With deterministic=True the losses and weights are then the bits of one rank that was never disturbed.
 """
@@ -159,11 +160,49 @@ def test_losses_joins_and_a_drain_in_one_process_life(work: Path) -> None:
         job.end()
     finally:
         job.nodes.stop()
+    check(job, 5)
+
+
+def test_two_pipelines_lose_one_each_then_one_is_lost_whole_then_the_controller_dies_in_a_switch(work: Path) -> None:
+    job = Job(work, 6, "2:6", DETERMINISTIC="1")
+    try:
+        six = job.at(6)
+        where = {job.worker(run, six): run for run in job.nodes.runs}
+        first = job.worker(job.nodes.runs[0], six)
+        front, back = job.pipelines(six)[:2]
+        # The beginning of one and the end of the other: between them every layer is left.
+        ends = (front[-1], back[0]) if first == front[0] else (front[0], back[-1])
+        assert len(front) > 1 and len(back) > 1 and first not in ends
+        job.lose(*[where.pop(pid) for pid in ends])
+        four = job.at(4)
+        assert set(four.values()) == set(where)
+        mine, other = sorted(job.pipelines(four), key=lambda pids: first not in pids)
+        assert first in mine and len(other) > 1
+        job.lose(*[where.pop(pid) for pid in other])
+        two = job.at(2)
+        assert set(two.values()) == set(where)
+        controller = job.nodes.runs[0].pid_of("controller")
+        (job.lines / "kill.new").write_text(str(controller))
+        (job.lines / "kill.new").rename(job.lines / "kill")
+        new = job.join("n6", "n7")
+        four = job.at(4)
+        assert (job.lines / "killed").exists() and job.nodes.runs[0].pid_of("controller") not in (0, controller)
+        where |= {job.worker(run, four): run for run in new}
+        assert set(four.values()) == set(where)
+        job.end()
+    finally:
+        job.nodes.stop()
+    check(job, 4)
+
+
+def check(job: Job, generations: int) -> None:
+    """Each step was taken once, with the losses and weights of one rank that nothing happened to."""
+    work = job.work
     disturbed = losses(job.lines)
     ledger = (job.lines / "ledger.jsonl").read_text().splitlines()
     verdict = _ledger.verify(ledger, lambda step: _ledger.expected(step, samples=SAMPLES, batch=BATCH, seed=SEED,
                                                                    microbatches=MICROBATCHES))
-    assert verdict.ok and verdict.steps == len(disturbed) and verdict.generations >= 5, verdict
+    assert verdict.ok and verdict.steps == len(disturbed) and verdict.generations >= generations, verdict
     plain = Run(work, "--standalone", "--nproc-per-node", 1, SCRIPT, name="p",
                 env=job.environment | {"LINES": str(work / "plain"), "STEPS": str(len(disturbed)), "MEMORY": "0", "FAULTS": "0", "PAUSE": "0"})
     try:

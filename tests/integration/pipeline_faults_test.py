@@ -64,6 +64,7 @@ def after(owner: Any, name: str, calls: int, when: Callable[[], bool]) -> None:
 
 Point = Callable[[Callable[[], bool]], None]
 POINTS: dict[str, Point] = {
+    "the samples": lambda when: before(engine.Pipeline, "_data", 1, when),
     "the first forward pass": lambda when: before(_schedule.Stage, "_go_forward", 1, when),
     "after the first forward pass": lambda when: after(_schedule.Stage, "_go_forward", 1, when),
     "the second forward pass": lambda when: before(_schedule.Stage, "_go_forward", 2, when),
@@ -83,6 +84,8 @@ POINTS: dict[str, Point] = {
     "after the vote": lambda when: after(dist, "all_reduce", 1, when),
     "the first optimizer": lambda when: before(_layer.Layer, "apply", 1, when),
     "after the first optimizer": lambda when: after(_layer.Layer, "apply", 1, when),
+    "between two optimizers": lambda when: before(_layer.Layer, "apply", 2, when),
+    "the commit": lambda when: before(engine.Pipeline, "_commit", 1, when),
     "after the step": lambda when: after(engine.Pipeline, "_commit", 1, when),
 }
 SWITCH: dict[str, Point] = {  # while the generation after a loss begins: a second loss

@@ -1,20 +1,24 @@
 """A GPT of ten small layers as everstep.Pipeline: $LINES/PID.jsonl has a line for each start and step.
 
 Trains until $LINES/end is there, or STEPS steps; then $LINES/PID.pt has the layers that this process holds. MEMORY is what
-the profile says of a node, in MiB.
+the profile says of a node, in MiB. While ranks switch, each process whose id is in $LINES/kill is killed, once.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import signal
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import everstep
 import torch
+from everstep.pipeline import engine
 from torch import nn
 
 LINES, STEPS, PAUSE = Path(os.environ["LINES"]), int(os.environ.get("STEPS", "100000")), float(os.environ["PAUSE"])
@@ -78,8 +82,17 @@ def profile(memory_mib: int) -> str:
 
 MODEL = [Embedding, *[Block] * (LAYERS - 2), Head]
 
+def fetch(*args: Any, **options: Any) -> Any:
+    with contextlib.suppress(OSError):  # nobody is to be killed, or another rank was here first
+        (LINES / "kill").rename(LINES / "killed")
+        for pid in (LINES / "killed").read_text().split():
+            os.kill(int(pid), signal.SIGKILL)
+    return fetch_layers(*args, **options)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    fetch_layers, engine.fetch = engine.fetch, fetch
     lines = (LINES / f"{os.getpid()}.jsonl").open("a", buffering=1)
 
     def on_step(report: everstep.pipeline.Report) -> None:
