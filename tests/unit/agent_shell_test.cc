@@ -160,25 +160,42 @@ TEST(NodeDir, TheAddressIsTheOneThatReachesTheController) {
 
 TEST(DialBackoff, AtOnceThenDoublingUpToTheLimit) {
   DialBackoff backoff({.first = Milliseconds(50), .max = Seconds(2)}, 7);
-  EXPECT_EQ(backoff.Next(), Duration{});
+  EXPECT_EQ(backoff.Next(1).wait, Duration{});
   Duration last = {};
-  for (int i = 0; i < 20; ++i) {
-    last = backoff.Next();
+  for (int i = 0; i < 2000; ++i) {
+    const DialBackoff::Dial dial = backoff.Next(1);
+    EXPECT_EQ(dial.index, 0u);
+    last = dial.wait;
     EXPECT_GT(last, Duration{});
     EXPECT_LE(last, Seconds(2));
   }
   EXPECT_GE(last, Milliseconds(900));
   backoff.Succeeded();
-  EXPECT_EQ(backoff.Next(), Duration{});
+  EXPECT_EQ(backoff.Next(1).wait, Duration{});
 }
 
-// failures() is what picks the next of several addresses.
-TEST(DialBackoff, ALongOutageStillTriesEveryAddress) {
-  DialBackoff backoff({.first = Milliseconds(50), .max = Seconds(1)}, 7);
-  for (int i = 0; i < 2000; ++i) backoff.Next();
-  const std::uint32_t before = backoff.failures();
-  EXPECT_LE(backoff.Next(), Seconds(1));
-  EXPECT_EQ(backoff.failures(), before + 1);
+// Eight launchers of a job are eight addresses; a controller that starts again at the first one
+// waits two seconds for its nodes.
+TEST(DialBackoff, TheOneThatStoodComesEveryRoundAndTheOthersInTurn) {
+  DialBackoff backoff({}, 7);
+  std::vector<std::size_t> dialled;
+  for (int i = 0; i < 12; ++i) {
+    const DialBackoff::Dial dial = backoff.Next(8);
+    dialled.push_back(dial.index);
+    EXPECT_EQ(dial.wait > Duration{}, i > 0 && dial.index == 0) << i;
+    EXPECT_LE(dial.wait, Milliseconds(500));
+    EXPECT_EQ(dial.patience, dial.index == 0 ? Seconds(10) : Milliseconds(300 * (1 + i / 4)));
+  }
+  EXPECT_EQ(dialled, (std::vector<std::size_t>{0, 1, 2, 3, 0, 4, 5, 6, 0, 7, 1, 2}));
+  backoff.Succeeded();
+  EXPECT_EQ(backoff.Next(8).index, 0u);
+  for (int i = 0; i < 2000; ++i) EXPECT_LE(backoff.Next(8).patience, Seconds(10));
+}
+
+TEST(DialBackoff, TwoAddressesTakeTurns) {
+  DialBackoff backoff({}, 7);
+  for (std::size_t i = 0; i < 9; ++i) EXPECT_EQ(backoff.Next(2).index, i % 2);
+  EXPECT_EQ(backoff.Next(1).index, 0u) << "fewer than before";
 }
 
 TEST(ParseAddresses, NamesWhatIsNoAddress) {

@@ -19,14 +19,23 @@ bool IsHostPort(const std::string& s) {
 
 }  // namespace
 
-Duration DialBackoff::Next() {
-  if (failures_ == 0) {
-    ++failures_;
-    return Duration{};
+DialBackoff::Dial DialBackoff::Next(std::size_t addresses) {
+  const std::size_t others = addresses - 1;
+  if (begun_ && left_ > 0 && others > 0) {
+    --left_;
+    const std::size_t index = 1 + next_other_++ % others;
+    return {{}, index, std::min(options_.patience_max, options_.patience * (round_ + 1))};
   }
-  const std::uint32_t doublings = std::min(failures_ - 1, 20u);
-  ++failures_;
-  const Duration whole = std::min(options_.max, options_.first * (std::int64_t{1} << doublings));
+  const Duration wait = begun_ ? Wait() : Duration{};
+  round_ = begun_ ? round_ + 1 : 0;
+  begun_ = true;
+  left_ = std::min(options_.others, others);
+  return {wait, 0, options_.patience_max};
+}
+
+Duration DialBackoff::Wait() {
+  const Duration whole =
+      std::min(options_.max, options_.first * (std::int64_t{1} << std::min(round_, 20u)));
   // xorshift64: half of the wait is drawn, so that no two agents keep step.
   state_ ^= state_ << 13;
   state_ ^= state_ >> 7;

@@ -21,7 +21,6 @@ namespace everstep::agent {
 namespace {
 namespace v1 = everstep::v1;
 
-constexpr Duration kRegisterTimeout = Seconds(10);
 constexpr Duration kLookForSuccessor = Milliseconds(50);  // while no controller answers
 constexpr Duration kIdleWakeup = Seconds(5);
 // A node without a keeper runs nothing; its controller must not go on thinking that it does.
@@ -216,13 +215,16 @@ void Engine::CheckTimers(Timestamp now) {
   }
   if (register_by_ && *register_by_ <= now) {
     register_by_.reset();
-    session_->Close(fmt::format("no registration within {} ms", ToMilliseconds(kRegisterTimeout)));
+    session_->Close(
+        fmt::format("no registration within {} ms", ToMilliseconds(next_dial_.patience)));
   }
   // A successor's address is worth a dial at once, however long the old one's waits have become.
   if (dial_at_ && look_at_ <= now) {
     look_at_ = now + kLookForSuccessor;
     if (ReadControllers(options_.node_dir) != dialled_) {
       backoff_.Succeeded();
+      stood_.clear();
+      next_dial_ = {};
       dial_at_ = now;
     }
   }
@@ -288,10 +290,15 @@ void Engine::Dial() {
     dial_at_ = clock_->Now() + Seconds(1);
     return;
   }
-  const std::string& address = controllers[backoff_.failures() % controllers.size()];
-  stream_ = session_->Dial(address);
+  if (const auto stood = std::find(controllers.begin(), controllers.end(), stood_);
+      stood != controllers.end()) {
+    std::rotate(controllers.begin(), stood, stood + 1);
+  }
+  addresses_ = controllers.size();
+  dialling_ = controllers[next_dial_.index % addresses_];
+  stream_ = session_->Dial(dialling_);
   stream_open_ = true;
-  register_by_ = clock_->Now() + kRegisterTimeout;
+  register_by_ = clock_->Now() + next_dial_.patience;
   Feed(SessionOpened{});
 }
 
@@ -316,6 +323,7 @@ void Engine::OnMessage(std::uint64_t stream, const v1::ControllerMessage& messag
   Feed(std::move(*event));
   if (!before && core_.registered()) {
     backoff_.Succeeded();
+    stood_ = dialling_;
     register_by_.reset();
     last_loss_.clear();
     LogInfo("registered", {{"node", options_.node},
@@ -338,7 +346,8 @@ void Engine::OnStreamLost(std::uint64_t stream, const std::string& why) {
     last_loss_ = why;
   }
   Feed(SessionLost{why});
-  dial_at_ = clock_->Now() + backoff_.Next();
+  next_dial_ = backoff_.Next(addresses_);
+  dial_at_ = clock_->Now() + next_dial_.wait;
   look_at_ = clock_->Now();
 }
 

@@ -182,7 +182,10 @@ class Engine final : private checkpoint::Listener {
 
   // the session
   DialBackoff backoff_;
-  std::uint64_t stream_ = 0;  // of the newest dial
+  DialBackoff::Dial next_dial_;   // or the one that is under way
+  std::size_t addresses_ = 1;     // at the last dial
+  std::string dialling_, stood_;  // that dial's address; the one that last had a registration
+  std::uint64_t stream_ = 0;      // of the newest dial
   bool stream_open_ = false;
   std::optional<Timestamp> dial_at_;
   Timestamp look_at_;                     // while dial_at_ is set: next look for other addresses
