@@ -184,7 +184,25 @@ bool Controller::Impl::Stepped(const JobStateView& job) {
          (!commits.empty() && commits.front().generation == job.record.generation);
 }
 
+// Every restart would find the same input. But where the job got on before this node came, it is
+// the node that has another script, other data or another release: the job goes on without it.
+void Controller::Impl::InputRefused(JobStateView* job, const WorkerExited& e) {
+  Runtime& run = runtime_[e.job];
+  const std::string subject = fmt::format("rank {} on {}", e.rank, e.node);
+  AddFault(job, Reason::kInputRefused, subject, e.exit.refused);
+  job->record.faults.back().occurred = e.exit.occurred;
+  if (run.joined.contains(e.node) && run.joined.size() < job->plan.nodes.size()) {
+    Exclude(job, e.node);
+    Prepare(job, Reason::kInputRefused, fmt::format("node {}: {}", e.node, e.exit.refused), true);
+    return;
+  }
+  job->record.failures = {job->workers.at(e.rank).worker};
+  Finish(job, JobState::kFailed, Reason::kInputRefused,
+         fmt::format("{} refused its input: {}", subject, e.exit.refused), 1);
+}
+
 void Controller::Impl::WorkerFailed(JobStateView* job, const WorkerExited& e) {
+  if (!e.exit.refused.empty()) return InputRefused(job, e);
   const std::int32_t code = e.exit.code;
   const bool own = !e.exit.oom_killed && (code > 0 || OwnSignal(code));
   const Reason reason = e.exit.oom_killed ? Reason::kWorkerOutOfMemory

@@ -64,7 +64,16 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
     if (worker.worker.running) run.pids[worker.node].insert(worker.worker.pid);
   }
   job->workers.clear();
-  for (const NodeId& node : nodes) job->newcomers.erase(node);
+  for (const NodeId& node : nodes) {
+    job->newcomers.erase(node);
+    if (run.formed && std::none_of(old.begin(), old.end(),
+                                   [&node](const NodePlan& n) { return n.node == node; })) {
+      run.joined.insert(node);
+    }
+  }
+  std::erase_if(run.joined, [&nodes](const NodeId& node) {
+    return std::find(nodes.begin(), nodes.end(), node) == nodes.end();
+  });
   job->waiting_for.clear();
   dirty_jobs_.insert(id);
   if (nodes.size() < job->record.spec.min_nodes) {
@@ -76,6 +85,7 @@ void Controller::Impl::Prepare(JobStateView* job, Reason reason, const std::stri
     run.waiting_since = now_;
     run.formed = false;
     run.pids.clear();
+    run.joined.clear();
     for (Fault& fault : job->record.faults) {
       if (fault.recovered.ns == 0) fault.action = "wait for nodes";
     }

@@ -35,9 +35,10 @@ class Controller::Impl {
   // What the core remembers of a job beside its public state; rebuilt after a recovery.
   struct Runtime {
     Timestamp waiting_since;
-    Timestamp last_call;  // first generation forms then; ns == 0: not enough nodes yet
-    Timestamp grow_at;    // joined capacity is used then; ns == 0: none
-    bool formed = false;  // a generation came to run since the job last waited for nodes
+    Timestamp last_call;      // first generation forms then; ns == 0: not enough nodes yet
+    Timestamp grow_at;        // joined capacity is used then; ns == 0: none
+    bool formed = false;      // a generation came to run since the job last waited for nodes
+    std::set<NodeId> joined;  // members that came to a formed job, until it makes a step with them
     Timestamp running_since;
     everstep::Step step_at_start = kNoStep;
     bool ran = false;  // the newest generation reached RUNNING
@@ -130,6 +131,7 @@ class Controller::Impl {
   void On(const WorkerExited& e);
   void On(const WorkerStalled& e);
   void WorkerFailed(JobStateView* job, const WorkerExited& e);
+  void InputRefused(JobStateView* job, const WorkerExited& e);
   // A local rank made a step of the newest generation: its process group had formed.
   bool Stepped(const JobStateView& job);
   void TellLingerers(JobStateView* job);  // at linger_at

@@ -63,7 +63,8 @@ constexpr std::array<const char*, static_cast<std::size_t>(Reason::kCount)> kRea
     "target_overwritten",
     "rebuilt_from_parity",
     "rebuild_timeout",
-    "ledger_refuted"};
+    "ledger_refuted",
+    "input_refused"};
 static_assert(kReasons.back() != nullptr, "every reason has a name");
 
 }  // namespace

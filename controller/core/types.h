@@ -81,6 +81,7 @@ enum class Reason : std::uint8_t {
   kRebuiltFromParity,  // shards whose every copy was lost are made anew out of parities
   kRebuildTimeout,     // ... which took too long: an older step is taken
   kLedgerRefuted,      // what a job told does not show each (step, microbatch) to be in once
+  kInputRefused,       // a worker refused what it was given, and said why: no restart helps
   kCount
 };
 const char* ReasonName(Reason reason);  // "worker_killed"

@@ -161,6 +161,8 @@ constexpr std::array kMeanings = {
     "lost shards were not made anew out of parities in time: an older step is taken",
     "what a job's workers told does not show each (step, microbatch) to be in the model exactly "
     "once",
+    "a worker refused its input and said why (a batch that does not divide, ranks with other "
+    "settings): the job ends, or goes on without the newcomer that refused",
 };
 static_assert(kMeanings.size() == static_cast<std::size_t>(Reason::kCount),
               "every reason has a meaning");

@@ -133,6 +133,8 @@ void FillCause(const WorkerOnNode& w, const JobStateView& job, v1::RootCause* to
   to->set_error_json(w.exit.error_json);
   if (std::string said = MessageOf(w.exit.error_json); !said.empty()) {
     to->set_message(std::move(said));
+  } else if (!w.exit.refused.empty()) {
+    to->set_message(w.exit.refused);
   } else if (w.exit.oom_killed) {
     to->set_message("killed by the kernel: out of memory");
   } else if (w.exit.code < 0) {

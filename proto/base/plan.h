@@ -29,6 +29,7 @@ struct ExitInfo {
   std::string error_file;
   Timestamp error_time;  // from the error file; ns == 0: none
   Duration ran = {};
+  std::string refused;  // why the worker refused its input: no restart helps; empty: it did not
   friend bool operator==(const ExitInfo&, const ExitInfo&) = default;
 };
 

@@ -74,6 +74,7 @@ void ToProto(const ExitInfo& from, v1::ExitInfo* to) {
   to->set_error_file(from.error_file);
   to->set_error_time_ns(from.error_time.ns);
   to->set_ran_ms(ToMilliseconds(from.ran));
+  to->set_refused(from.refused.substr(0, kMaxRefusal));
 }
 
 ExitInfo FromProto(const v1::ExitInfo& from) {
@@ -84,7 +85,8 @@ ExitInfo FromProto(const v1::ExitInfo& from) {
           .error_json = from.error_json().substr(0, kMaxErrorJson),
           .error_file = from.error_file(),
           .error_time = {from.error_time_ns()},
-          .ran = Milliseconds(from.ran_ms())};
+          .ran = Milliseconds(from.ran_ms()),
+          .refused = from.refused().substr(0, kMaxRefusal)};
 }
 
 void ToProto(const WorkerOnNode& from, v1::WorkerOnNode* to) {

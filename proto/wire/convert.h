@@ -11,6 +11,7 @@ namespace everstep::wire {
 
 // Of an exit's error_json; what is longer is cut, both ways.
 inline constexpr std::size_t kMaxErrorJson = 64u << 10;
+inline constexpr std::size_t kMaxRefusal = 4u << 10;
 
 // False: it holds no Command; *to is then not to be used.
 bool ToProto(const CommandSpec& from, v1::Command* to);

@@ -246,6 +246,7 @@ void Cluster::Exit(const Words& c) {
                                              : std::atoi(c.Get("code", "0").c_str());
   e.exit.oom_killed = c.Has("oom");
   e.exit.by_everstep = c.Has("by_everstep");
+  e.exit.refused = c.Get("refused");
   e.exit.ran = Milliseconds(1000);
   e.exit.occurred = now_;
   if (Node* n = FindNode(node); n != nullptr && n->jobs.count(job) > 0) {

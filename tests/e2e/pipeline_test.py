@@ -216,6 +216,35 @@ def check(job: Job, generations: int) -> None:
         assert torch.equal(value, survived[name]), name
 
 
+def test_a_batch_that_does_not_divide_is_refused_once(work: Path) -> None:
+    """Not in --max-restarts generations that all say the same."""
+    environment = {"LINES": str(work / "lines"), "OMP_NUM_THREADS": "1", "PAUSE": "0", "MICROBATCH": "7"}
+    run = Run(work, "--standalone", "--max-restarts", 10, "--nproc-per-node", 3, SCRIPT, env=environment)
+    try:
+        assert run.wait(60) == 1, run.told()
+        run.assert_nothing_left()
+    finally:
+        run.stop()
+    assert "input_refused" in run.stderr() and "a batch of 24 does not divide into microbatches of 7" in run.stderr(), run.told()
+    assert sorted(folder.name for folder in run.state.rglob("attempt_*")) == ["attempt_0"]
+
+
+def test_a_newcomer_with_other_settings_is_refused_and_the_others_train_on(work: Path) -> None:
+    job = Job(work, 2, "2:3", MEMORY="0", FAULTS="0")
+    try:
+        two = job.at(2)
+        job.environment["FAULTS"] = "1"
+        (other,) = job.join("n3")
+        again = job.at(2)
+        assert set(again.values()) == set(two.values()), job.nodes.told()
+        assert "faults is 0 on rank 0 and 1 on rank 2" in other.told()
+        job.gone.append(other)
+        other.stop()
+        job.end()
+    finally:
+        job.nodes.stop()
+
+
 def test_the_example_loses_ranks_again_and_again_and_the_others_stay(work: Path) -> None:
     """More often in a row than a job may be lost without getting on: it does get on, and the controller is told."""
     run = Run(work, "--standalone", "--nproc-per-node", 4, EXAMPLE, env={"STEPS": "100", "OMP_NUM_THREADS": "1"})

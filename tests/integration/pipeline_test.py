@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from everstep.pipeline import Pipeline, _ledger
+from everstep.pipeline import Pipeline, _agree, _ledger
 from torch import nn
 from worlds import RankError, world
 
@@ -258,6 +258,15 @@ def test_what_cannot_work_is_refused_by_name_on_every_rank(options: dict[str, An
 def test_ranks_with_other_settings_are_refused() -> None:
     with pytest.raises(RankError, match="seed is 0 on rank 0 and 1 on rank 1"):
         world(2, lambda rank: train(rank, 1, seed=rank))
+
+
+def test_of_ranks_with_other_settings_the_newcomers_refuse() -> None:
+    """Those that have trained leave the generation instead."""
+    trained, other = (_agree.Status(str(seed), {"seed": seed}, layers) for seed, layers in ((0, {0: 3}), (1, {})))
+    for rank, error in ((0, ValueError), (1, _agree.NewcomersDifferError), (2, _agree.NewcomersDifferError)):
+        with pytest.raises(ValueError, match="seed is 0 on rank 1 and 1 on rank 0") as raised:
+            _agree.check_settings([other, trained, trained], rank)
+        assert type(raised.value) is error
 
 
 def test_a_measured_model_is_planned_trains_and_is_saved_whole(tmp_path: Path) -> None:

@@ -100,6 +100,13 @@ TEST(ErrorFile, OnlyWhatAFailedWorkerWrote) {
   FillError(d / "error.json", &exit);
   EXPECT_EQ(exit.error_time.ns, 12'000'000'000);
   EXPECT_EQ(exit.error_file, d / "error.json");
+  EXPECT_TRUE(exit.refused.empty());
+  std::ofstream(d / "refused.txt")
+      << "Pipeline: a batch of 7\ndoes not divide \xff" << std::string(9000, 'x');
+  FillError(d / "error.json", &exit);
+  EXPECT_EQ(exit.refused.substr(0, 40), "Pipeline: a batch of 7 does not divide ?");
+  EXPECT_EQ(exit.refused.size(), kMaxRefusal);
+  fs::remove(d / "refused.txt");
   ExitInfo silent;
   silent.code = 1;
   FillError(d / "absent", &silent);

@@ -635,6 +635,30 @@ TEST_F(ControllerNewcomers, ANodeThatDrainsStaysUntilItsSuccessorIsReady) {
   EXPECT_EQ(Job().plan.reason, Reason::kNodeDrained);
 }
 
+TEST_F(ControllerNewcomers, ARefusalEndsTheJobOnceUnlessItIsANewcomers) {
+  Beat("n1", 5);
+  Join("n3");
+  Warm("n3");
+  Pass(options_.grow_delay);
+  RunAll();
+  WorkerExited e{.node = "n3", .incarnation = Inc("n3"), .job = "j", .generation = G(), .rank = 2};
+  e.exit.code = 1;
+  e.exit.refused = "Pipeline: seed is 0 on rank 0 and 1 on rank 2";
+  Do(e);
+  EXPECT_EQ(Members(), (Names{"n1", "n2"})) << "its two others trained before it came";
+  EXPECT_EQ(Job().plan.reason, Reason::kInputRefused);
+  RunAll();
+  e.node = "n2";
+  e.incarnation = Inc("n2");
+  e.generation = G();
+  e.rank = 1;
+  Do(e);
+  EXPECT_EQ(Job().record.state, JobState::kStopping);
+  EXPECT_EQ(Job().record.end_reason, Reason::kInputRefused);
+  EXPECT_NE(Job().record.end_message.find("seed is 0"), std::string::npos);
+  EXPECT_EQ(Job().record.restarts, 0u);
+}
+
 TEST_F(ControllerNewcomers, NothingIsKnownOfAnEarlierJobsForkServers) {
   Do(CancelJob{.request = 1, .job = "j", .reason = "enough"});
   for (const NodeId node : {"n1", "n2"}) Do(Stopped{node, Inc(node), "j", G()});

@@ -33,6 +33,16 @@ void FillError(const std::string& fallback, ExitInfo* exit) {
   if (exit->code == 0) return;
   if (exit->error_file.empty()) exit->error_file = fallback;
   if (exit->error_file.empty()) return;
+  const std::string folder = exit->error_file.substr(0, exit->error_file.rfind('/') + 1);
+  if (std::ifstream refusal(folder + kRefusalFile, std::ios::binary); refusal) {
+    std::string text(kMaxRefusal, '\0');
+    refusal.read(text.data(), static_cast<std::streamsize>(text.size()));
+    text.resize(static_cast<std::size_t>(refusal.gcount()));
+    for (char& c : text) {  // one line of ASCII, whatever is in it: it goes into messages
+      if (c < ' ' || c > '~') c = c == '\n' ? ' ' : '?';
+    }
+    exit->refused = std::move(text);
+  }
   std::ifstream file(exit->error_file, std::ios::binary);
   if (!file) {
     exit->error_file.clear();  // the worker wrote none

@@ -1,7 +1,7 @@
 """A GPT of ten small layers as everstep.Pipeline: $LINES/PID.jsonl has a line for each start and step.
 
 Trains until $LINES/end is there, or STEPS steps; then $LINES/PID.pt has the layers that this process holds. MEMORY is what
-the profile says of a node, in MiB. While ranks switch, each process whose id is in $LINES/kill is killed, once.
+the profile says of a node, in MiB, MICROBATCH the samples of one. While ranks switch, each process whose id is in $LINES/kill is killed, once.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ if __name__ == "__main__":
     pipeline = everstep.Pipeline(
         MODEL, loss=loss, optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10)),
-        dataset=Text(), batch=24, microbatch=2, clip=1.0, seed=11, deterministic=os.environ.get("DETERMINISTIC") == "1",
+        dataset=Text(), batch=24, microbatch=int(os.environ.get("MICROBATCH", "2")), clip=1.0, seed=11, deterministic=os.environ.get("DETERMINISTIC") == "1",
         tied=[("0.words.weight", "9.words.weight")], profile=profile(int(os.environ.get("MEMORY", "10"))),
         faults=int(os.environ.get("FAULTS", "1")),
         ledger=None if os.environ.get("TOLD") == "1" else LINES)

@@ -508,6 +508,7 @@ void SimNode::Die(const JobId& job, ProcessKey key, std::int32_t pid, std::int32
   worker.pid = pid;
   worker.running = false;
   worker.exit.code = code;
+  if (code == kRefuses) worker.exit.refused = "a batch of 7 does not divide";
   worker.exit.by_everstep = by_everstep;
   worker.exit.occurred = now;
   worker.exit.ran = now - process->started;

@@ -64,7 +64,8 @@ class SimNode {
   void CrashKeeper();
   void PauseKeeper(Timestamp until) { keeper_paused_until_ = until; }  // SIGSTOP
   void Signal(std::int32_t local_rank, std::int32_t code);  // the worker ends with this code
-  void StopWorker(std::int32_t local_rank);                 // SIGSTOP
+  static constexpr std::int32_t kRefuses = 78;  // ... and says that it refuses its input
+  void StopWorker(std::int32_t local_rank);     // SIGSTOP
   void MakeUnkillable(std::int32_t local_rank, Timestamp until);
   void FailForksUntil(Timestamp until) { forks_fail_until_ = until; }
   void FailStoresUntil(Timestamp until) { stores_fail_until_ = until; }

@@ -53,6 +53,7 @@ constexpr Kind kKinds[] = {
     // Of fork servers; drawn apart, likewise.
     {"imports_hang", 0, 12000, Target::kNode},  // one that starts meanwhile is never ready
     {"imports_fail", 0, 4000, Target::kNode},   // ... cannot be had
+    {"worker_refuse", 0, 0, Target::kRank},     // refuses its input, and ends; drawn apart, too
 };
 constexpr const char* kFileFaults[] = {"files_fail", "files_damage", "rollback_far", "all_keepers"};
 constexpr const char* kImportFaults[] = {"imports_hang", "imports_fail"};
@@ -215,6 +216,14 @@ std::vector<Fault> DrawFaults(const WorldOptions& o) {
     fault.kind = kImportFaults[imports.Below(std::size(kImportFaults))];
     fault.lasts = Milliseconds(imports.Between(500, fault.kind == "imports_hang" ? 12000 : 4000));
     fault.target = fmt::format("n{}", imports.Between(1, o.nodes));
+    faults.push_back(std::move(fault));
+  }
+  Random refusal(o.seed ^ 0x2EF05ULL);
+  if (refusal.Chance(60)) {
+    Fault fault;
+    fault.at = Milliseconds(refusal.Between(500, ToMilliseconds(o.fault_phase)));
+    fault.kind = "worker_refuse";
+    fault.target = fmt::format("n{}/{}", refusal.Between(1, o.nodes), refusal.Below(2));
     faults.push_back(std::move(fault));
   }
   std::stable_sort(faults.begin(), faults.end(),

@@ -196,6 +196,8 @@ void World::Apply(const Fault& fault) {
     node->Signal(rank, -9);
   } else if (kind == "worker_exit") {
     node->Signal(rank, 1);
+  } else if (kind == "worker_refuse") {
+    node->Signal(rank, SimNode::kRefuses);
   } else if (kind == "worker_abort") {
     node->Signal(rank, -6);
   } else if (kind == "worker_stop") {
@@ -407,6 +409,14 @@ void World::CheckJobEnd(const SimJob& sim_job, const controller::JobStateView& j
       if (!cancelled_.contains(id)) wrong("nobody cancelled it");
       return;
     case JobState::kFailed: {
+      if (record.end_reason == Reason::kInputRefused) {
+        const bool refused = std::any_of(faults_.begin(), faults_.end(), [](const Fault& fault) {
+          return fault.kind == "worker_refuse";
+        });
+        if (!refused) wrong("nobody refused anything");
+        if (record.exit_code != 1) wrong(fmt::format("exit code {}", record.exit_code));
+        return;
+      }
       if (!sim_job.tight) return wrong("its budgets are far from spent");
       std::int32_t code = 1;
       bool spent = false;

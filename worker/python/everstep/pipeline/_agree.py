@@ -75,14 +75,24 @@ def new_member() -> str:
     return uuid.uuid4().hex
 
 
-def check_settings(statuses: Sequence[Status]) -> None:
-    """Raises ValueError when ranks were started with different ones."""
-    for name, value in statuses[0].settings.items():
-        for rank, status in enumerate(statuses):
-            other = status.settings.get(name)
-            if other != value:
-                raise ValueError(f"Pipeline: {name} is {value!r} on rank 0 and {other!r} on rank {rank}; every rank "
-                                 "must run the same script on the same data")
+class NewcomersDifferError(ValueError):
+    """Ranks that joined have other settings than those that train; it is they who refuse."""
+
+
+def check_settings(statuses: Sequence[Status], rank: int) -> None:
+    """Raises ValueError when ranks were started with different ones; where some of them have trained, on those that
+    agree with these it is a NewcomersDifferError."""
+    first = next((r for r, s in enumerate(statuses) if any(s.layers.values())), None)
+    model = first or 0
+    for name, value in statuses[model].settings.items():
+        for other, status in enumerate(statuses):
+            theirs = status.settings.get(name)
+            if theirs == value:
+                continue
+            text = (f"Pipeline: {name} is {value!r} on rank {model} and {theirs!r} on rank {other}; every rank must "
+                    "run the same script on the same data")
+            same = statuses[rank].settings == statuses[model].settings
+            raise NewcomersDifferError(text) if first is not None and same else ValueError(text)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from everstep import _samples, _told
 from everstep._attach import warn
+from everstep._refusal import refusals
 from everstep.pipeline import _agree, _keys, _ledger, _rescue
 from everstep.pipeline._agree import Complete, Layout, Record, Status
 from everstep.pipeline._book import Book, Job
@@ -33,6 +34,7 @@ from everstep.pipeline._layer import (
     untie,
 )
 from everstep.pipeline._measure import Measured, check_profile, collate, measure
+from everstep.pipeline._planner import PlanRefusedError
 from everstep.pipeline._rescue import NOTHING, Rescue
 from everstep.pipeline._schedule import Stage, tensors
 from everstep.pipeline._session import PipelineSession, alone
@@ -102,6 +104,7 @@ class Pipeline:
     torchrun, and alone; only `everstep run` survives losses. Backend gloo. Not thread-safe.
     """
 
+    @refusals("Pipeline: ")
     def __init__(self, layers: Sequence[LayerLike], *, loss: Callable[[Any, Any], torch.Tensor],
                  optimizer: OptimizerFactory, dataset: Any, batch: int, microbatch: int,
                  scheduler: SchedulerFactory | None = None, faults: int = 1, clip: float | None = None, seed: int = 0,
@@ -273,6 +276,7 @@ class Pipeline:
         words = [] if self._told is None else self._told.for_files
         files.save(self._version, {i: self._layers[i].pack(line=self._line, words=words) for i in mine})
 
+    @refusals("Pipeline: ", but=(PlanRefusedError, _agree.NewcomersDifferError))  # more nodes may come; they refuse
     def _switch(self, session: PipelineSession) -> None:
         """Agrees with the other ranks on the step to do next and on a plan, and takes the place in it."""
         began = time.perf_counter()
@@ -287,7 +291,11 @@ class Pipeline:
         statuses = gather(Status(self._member, self._settings, {i: x.version for i, x in self._layers.items()},
                                  self._reduced, self._vote, self._complete, self._line, self._record,
                                  self._measured, {} if self._files is None else self._files.have()))
-        _agree.check_settings(statuses)
+        try:
+            _agree.check_settings(statuses, rank)
+        except _agree.NewcomersDifferError:
+            session.leave_together()  # they end, and the next generation is without them
+            raise
         now = self._standing(statuses, rank)
         if now.vote is not None and self._reduced == now.vote[0] and self._version == now.vote[0]:
             self._commit(session, now.vote[1], now.line)
