@@ -2,9 +2,12 @@
 
 #include <cerrno>
 #include <chrono>
+#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
+#include <functional>
+#include <mutex>
 #include <thread>
 #include <utility>
 
@@ -16,7 +19,8 @@
 namespace everstep::controller {
 namespace {
 
-constexpr std::size_t kThreads = 2;  // a scraper and a health check
+constexpr std::size_t kThreads = 2;       // a scraper and a health check
+constexpr std::size_t kMostWaiting = 16;  // accepted connections that no thread serves yet
 constexpr std::size_t kMaxRequestBytes = 64 << 10;
 constexpr int kTimeoutSeconds = 5;
 
@@ -36,6 +40,35 @@ bool Split(const std::string& listen, std::string* host, int* port) {
   *port = static_cast<int>(number);
   return true;
 }
+
+// httplib's threads, behind a queue with an end: when it is full nothing more is accepted, and who
+// comes waits in the kernel's short queue or is refused there. A connection is through after a few
+// time-outs at most, so that the wait ends.
+class BoundedPool final : public httplib::TaskQueue {
+ public:
+  void enqueue(std::function<void()> serve) override {
+    {
+      std::unique_lock<std::mutex> lock(mutex_);
+      served_.wait(lock, [this] { return waiting_ < kMostWaiting; });
+      ++waiting_;
+    }
+    pool_.enqueue([this, serve = std::move(serve)] {
+      {
+        std::lock_guard<std::mutex> lock(mutex_);
+        --waiting_;
+      }
+      served_.notify_one();
+      serve();
+    });
+  }
+  void shutdown() override { pool_.shutdown(); }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable served_;
+  std::size_t waiting_ = 0;
+  httplib::ThreadPool pool_{kThreads};
+};
 
 }  // namespace
 
@@ -62,7 +95,7 @@ std::unique_ptr<HttpServer> HttpServer::Start(const std::string& listen, HttpSou
   }
   std::unique_ptr<HttpServer> http(new HttpServer());
   httplib::Server& server = http->impl_->server;
-  server.new_task_queue = [] { return new httplib::ThreadPool(kThreads); };
+  server.new_task_queue = [] { return new BoundedPool; };
   server.set_payload_max_length(kMaxRequestBytes);
   server.set_read_timeout(kTimeoutSeconds);
   server.set_write_timeout(kTimeoutSeconds);

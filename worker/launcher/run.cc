@@ -218,6 +218,9 @@ class Runner {
         console_.Say(fmt::format("waiting for the controller at {}", address));
         said = true;
       }
+      std::vector<pollfd> polled = {{signals_.descriptor(), POLLIN, 0}};
+      brought_->AddTo(&polled);
+      ::poll(polled.data(), polled.size(), static_cast<int>(kLogPoll.count()));
       if (signals_.Take()) return Fail("stopped by a signal before the job was found");
       if (std::string wrong = brought_->Tend(); !wrong.empty()) return Fail(wrong);
     }
