@@ -178,8 +178,9 @@ class Cluster:
         if kind == "controller":
             files = [self.state / "controller/pid"]
         elif kind == "worker":
-            newest = [e for e in ledger.read(self.ledger, time.time() - 10) if e.rank == int(which)]
-            return [newest[-1].pid] if newest else []
+            newest = ledger.read(self.ledger, time.time() - 10)
+            generation = max((e.generation for e in newest), default=0)  # in an earlier one it may have been another rank
+            return [e.pid for e in newest if e.generation == generation and e.rank == int(which)][-1:]
         else:
             node = self.state / "nodes" / which
             files = [node / "agent.pid"] if kind == "agent" else [node / "keeper.pid"] if kind == "keeper" else [node / "agent.pid", node / "keeper.pid"]

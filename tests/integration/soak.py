@@ -47,8 +47,11 @@ def one_fault(cluster: Cluster, job: Job, draw: random.Random, number: int, limi
     faults = job.faults + (CUTS if isinstance(cluster, PartedCluster) else [])
     verb, kind, _ = draw.choices(faults, weights=[f[2] for f in faults])[0]
     which = str(draw.randrange(cluster.world)) if kind.startswith("worker") else draw.choice(cluster.node_names())
-    job.before(cluster, kind, which)
     pids = cluster.pids(kind.partition(" ")[0], which)
+    if kind.startswith("worker") and not pids:  # fewer train now
+        which = "0"
+        pids = cluster.pids("worker", which)
+    job.before(cluster, kind, which, pids)
     pause = draw.uniform(0.2, 6.0)
     label = f"{verb} {kind}" + ("" if kind == "controller" else f" {which}") + (f" for {pause:.1f} s" if verb in ("stop", "cut") else "")
     began = time.time()

@@ -33,7 +33,7 @@ class Job:
     def start(self, cluster: Cluster) -> None:
         raise NotImplementedError
 
-    def before(self, cluster: Cluster, kind: str, which: str) -> None:
+    def before(self, cluster: Cluster, kind: str, which: str, pids: list[int]) -> None:
         """A fault is about to happen."""
 
     def after(self, cluster: Cluster, verb: str, kind: str, began: float) -> None:
@@ -117,7 +117,7 @@ class PipelineJob(Job):
             self.reference = subprocess.Popen([sys.executable, str(self.script)], env=env, stdin=subprocess.DEVNULL, stdout=log,
                                               stderr=subprocess.STDOUT, start_new_session=True)
 
-    def before(self, cluster: Cluster, kind: str, which: str) -> None:
+    def before(self, cluster: Cluster, kind: str, which: str, pids: list[int]) -> None:
         self.which = which
         newest = ledger.read(cluster.ledger, time.time() - 10)
         generation = max((e.generation for e in newest), default=0)
@@ -125,7 +125,7 @@ class PipelineJob(Job):
         shown = (cluster.job() or {}).get("ranks", [])
         on = {int(r["rank"]) for r in shown if r["node"] == which}
         if kind == "worker":
-            hit = {pid for pid, rank in self.stood.items() if rank == int(which)}
+            hit = set(pids)
         elif kind == "controller":
             hit = set()
         else:
