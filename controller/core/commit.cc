@@ -343,6 +343,7 @@ void Controller::Impl::Progress(JobStateView* job, everstep::Step step) {
   if (step > job->record.best_step) {
     const bool first = job->record.best_step <= run.step_at_start;
     job->record.best_step = step;
+    for (const NodeId& node : run.joined) run.excluded.erase(node);
     run.joined.clear();
     if (first) {  // not each step: the store is for what recovery needs
       job->record.no_progress = 0;

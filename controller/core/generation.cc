@@ -181,7 +181,9 @@ void Controller::Impl::On(const Prepared& e) {
   }
   run.surveyed.insert(e.node);
   if (!e.refused) {  // one that leaves and cannot says so, and holds the switch up no longer
-    run.excluded.erase(e.node);
+    // A newcomer may prepare, and refuse its input all the same: its first step shows that it does
+    // not.
+    if (IsMember(*job, e.node) && !run.joined.contains(e.node)) run.excluded.erase(e.node);
     job->holdings[e.node] = e.holds;
   }
   run.store_ports[e.node] = e.store_port;

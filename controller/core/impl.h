@@ -54,7 +54,8 @@ class Controller::Impl {
       Duration retry = {};
       bool over = false;  // `until` has passed and the job was considered anew
     };
-    std::map<NodeId, Exclusion> excluded;  // refused; forgotten when they prepare or register anew
+    std::map<NodeId, Exclusion>
+        excluded;  // refused; forgotten when they take part or register anew
     struct Copies {
       Timestamp since;
       std::map<Rank, std::map<NodeId, HeldShard>> by_rank;  // parities behind the ranks
