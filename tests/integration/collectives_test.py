@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from datetime import timedelta
@@ -139,6 +140,27 @@ def test_many_changes_leave_no_descriptor_behind(store: dist.TCPStore) -> None:
             members[0].ask("count")
             left += members[0].hear("sockets")
     assert len(set(left)) == 1, left
+
+
+def test_who_left_a_group_that_never_formed_forms_one_with_a_newcomer(
+        store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "RANK": 0, "WORLD_SIZE": 2,
+                        "TORCHELASTIC_USE_AGENT_STORE": "True"}.items():
+        monkeypatch.setenv(name, str(value))
+    group = Group()
+    timer = threading.Timer(1.0, lambda: group.leave(store=True))
+    timer.start()
+    with pytest.raises(RuntimeError):
+        group.form("gloo", store_port=store.port, timeout=timedelta(seconds=60))  # the other one never comes
+    timer.join()
+    group.drop()
+    with ranks(store, 1, "plain") as (newcomer,):
+        newcomer.ask("form", "two", 1, 2)
+        mine = dist.TCPStore("127.0.0.1", store.port, is_master=False, timeout=timedelta(seconds=20))
+        group.form("gloo", store_port=store.port, store=dist.PrefixStore("two", mine), rank=0, world_size=2,
+                   timeout=timedelta(seconds=20))
+        newcomer.hear("formed")
+        group.drop()
 
 
 def test_what_is_no_group_is_left_alone() -> None:

@@ -156,6 +156,9 @@ class Group:
                 dist.distributed_c10d._abort_process_group()
             elif dist.is_initialized():
                 dist.destroy_process_group()
+            # One that was left while it formed counts all the same, and its number is part of the names under which
+            # ranks meet: a rank that starts anew would wait for the others under another name.
+            dist.distributed_c10d._world.group_count = 0
         sys.excepthook = self._hook  # init_process_group put one in front, which names the old rank
         _forget_layouts()
         self._before = None
