@@ -163,6 +163,15 @@ def test_losses_joins_and_a_drain_in_one_process_life(work: Path) -> None:
     check(job, 5)
 
 
+def stayed(job: Job, where: dict[int, Run], ranks: dict[int, int]) -> dict[int, Run]:
+    """Survivors are the same processes, but for those that said that gloo kept them in a message that was cut off."""
+    now = {job.worker(run, ranks): run for run in where.values()}
+    told = sum(file.read_text(errors="replace").count("this worker is started anew")
+               for run in job.nodes.runs for file in run.state.rglob("stderr.log"))
+    assert len(set(where) - set(now)) <= told, job.nodes.told()
+    return now
+
+
 def test_two_pipelines_lose_one_each_then_one_is_lost_whole_then_the_controller_dies_in_a_switch(work: Path) -> None:
     job = Job(work, 6, "2:6", DETERMINISTIC="1")
     try:
@@ -175,20 +184,21 @@ def test_two_pipelines_lose_one_each_then_one_is_lost_whole_then_the_controller_
         assert len(front) > 1 and len(back) > 1 and first not in ends
         job.lose(*[where.pop(pid) for pid in ends])
         four = job.at(4)
-        assert set(four.values()) == set(where)
+        where = stayed(job, where, four)
+        first = job.worker(job.nodes.runs[0], four)
         mine, other = sorted(job.pipelines(four), key=lambda pids: first not in pids)
         assert first in mine and len(other) > 1
         job.lose(*[where.pop(pid) for pid in other])
         two = job.at(2)
-        assert set(two.values()) == set(where)
+        where = stayed(job, where, two)
         controller = job.nodes.runs[0].pid_of("controller")
         (job.lines / "kill.new").write_text(str(controller))
         (job.lines / "kill.new").rename(job.lines / "kill")
         new = job.join("n6", "n7")
         four = job.at(4)
         assert (job.lines / "killed").exists() and job.nodes.runs[0].pid_of("controller") not in (0, controller)
-        where |= {job.worker(run, four): run for run in new}
-        assert set(four.values()) == set(where)
+        where = stayed(job, where, four)
+        assert len(where) == 2 and all(job.worker(run, four) for run in new)
         job.end()
     finally:
         job.nodes.stop()
