@@ -180,7 +180,7 @@ def test_two_pipelines_lose_one_each_then_one_is_lost_whole_then_the_controller_
         first = job.worker(job.nodes.runs[0], six)
         front, back = job.pipelines(six)[:2]
         # The beginning of one and the end of the other: between them every layer is left.
-        ends = (front[-1], back[0]) if first == front[0] else (front[0], back[-1])
+        ends = (front[-1], back[0]) if first in (front[0], back[-1]) else (front[0], back[-1])
         assert len(front) > 1 and len(back) > 1 and first not in ends
         job.lose(*[where.pop(pid) for pid in ends])
         four = job.at(4)
