@@ -10,9 +10,11 @@ The link is a pipe to this process in place of the keeper's socket; all else of 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import multiprocessing as mp
 import os
 import queue
+import signal
 import threading
 import time
 import traceback
@@ -101,8 +103,9 @@ def environment(rank: int, world: int, port: int, generation: int) -> dict[str, 
             "TORCHELASTIC_RESTART_COUNT": str(generation)}
 
 
-def _child(rank: int, first: dict[str, str], work: Callable[[int], Any], pipe: Connection) -> None:
-    os.environ |= first
+def _child(number: int, work: Callable[[int], Any], pipe: Connection) -> None:
+    faulthandler.register(signal.SIGUSR1)
+    os.environ |= pipe.recv()
     torch.set_num_threads(1)
 
     def opened(session: Session) -> None:
@@ -110,7 +113,7 @@ def _child(rank: int, first: dict[str, str], work: Callable[[int], Any], pipe: C
 
     Session._open = opened  # type: ignore[method-assign]
     try:
-        answer: tuple[Any, ...] = ("answer", True, work(rank))
+        answer: tuple[Any, ...] = ("answer", True, work(number))
     except BaseException:
         answer = ("answer", False, traceback.format_exc())
     pipe.send(answer)
@@ -132,23 +135,33 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
     after the first death only. Raises AssertionError with the text of what a survivor raised, or when they do not
     end."""
     context = mp.get_context("fork")
-    stores = [dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))]
+    stores: list[dist.TCPStore] = []
     outcome, deadline = Outcome(), time.monotonic() + seconds
+    waiting: dict[int, Connection] = {}
     pipes: dict[int, Connection] = {}
     processes: dict[int, Any] = {}
     heard: dict[tuple[int, int], int] = {}
 
-    def start(number: int, first: dict[str, str]) -> None:
+    def start(number: int) -> None:
         ours, theirs = context.Pipe()
-        process = context.Process(target=_child, args=(number, first, work, theirs), daemon=True)
+        process = context.Process(target=_child, args=(number, work, theirs), daemon=True)
         process.start()
         theirs.close()
-        pipes[number], processes[number] = ours, process  # type: ignore[assignment]
+        waiting[number], processes[number] = ours, process  # type: ignore[assignment]
+
+    def begin(number: int, first: dict[str, str]) -> None:
+        pipes[number] = waiting.pop(number)
+        pipes[number].send(first)
 
     def hear(numbers: list[int]) -> tuple[int, tuple[Any, ...] | None]:
         """The next word of one of them; None: it died."""
         ready = wait([pipes[n] for n in numbers], max(0.0, deadline - time.monotonic()))
-        assert ready, f"{numbers} said nothing within {seconds} s"
+        if not ready:
+            for process in processes.values():  # each writes where its threads are
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(1)
+            raise AssertionError(f"{numbers} said nothing within {seconds} s; they said on stderr where they are")
         number = next(n for n in numbers if pipes[n] is ready[0])
         try:
             word = pipes[number].recv()
@@ -177,8 +190,12 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
         return [n for n in sorted(pipes) if n not in outcome.died]
 
     try:
+        for number in range(size + joins):  # all before a store is made: what its threads hold stays held in a fork
+            start(number)
+        stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False,
+                                    timeout=timedelta(seconds=60)))
         for rank in range(size):
-            start(rank, environment(rank, size, stores[0].port, 1))
+            begin(rank, environment(rank, size, stores[0].port, 1))
         parked: set[int] = set()
         asked = 0.0
         while len(outcome.results) < len(live()):
@@ -201,14 +218,14 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
                 outcome.pauses.append(time.monotonic() - asked)
                 outcome.generations += 1
                 stores.append(dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False))
-                ranks = live() + [max(processes) + 1 + i for i in range(joins)]
+                ranks = live() + sorted(waiting)
                 for rank, n in enumerate(ranks):
                     values = environment(rank, len(ranks), stores[-1].port, outcome.generations)
                     if n in pipes:
                         send(n, "resume", outcome.generations, "", "", values)
                     else:
-                        start(n, values)
-                parked, asked, joins = set(), 0.0, 0
+                        begin(n, values)
+                parked, asked = set(), 0.0
         for number in live():
             send(number, "end")
         return outcome
