@@ -33,6 +33,7 @@ struct Options {
   Duration refused_retry = Seconds(10);  // a node that refused a generation is asked again after;
   Duration max_refused_retry = Seconds(600);  // doubled each time, up to this
   Duration grow_delay = Milliseconds(500);    // joins within this window are one switch
+  Duration grow_settle = Seconds(1);          // a generation that just began forms its group first
   // A running job waits this long for a newcomer's fork server before it takes it in as it is.
   Duration warm_patience = Seconds(30);
   Duration commit_patience = Seconds(60);  // a step short of copies for this long is given up

@@ -24,7 +24,7 @@ import everstep
 import pytest
 import torch
 import torch.distributed as dist
-from everstep._collectives import Group, lost_peer
+from everstep._collectives import Group, hosted_store, lost_peer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).parent / "scripts/collectives.py"
@@ -160,6 +160,28 @@ def test_who_left_a_group_that_never_formed_forms_one_with_a_newcomer(
         group.form("gloo", store_port=store.port, store=dist.PrefixStore("two", mine), rank=0, world_size=2,
                    timeout=timedelta(seconds=20))
         newcomer.hear("formed")
+        group.drop()
+
+
+@pytest.mark.parametrize("listens", [False, True])
+def test_who_looks_for_a_store_that_is_gone_leaves(listens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`listens`: its host was killed while others still hold the port, and nobody answers there."""
+    with socket.socket() as gone:
+        gone.bind(("127.0.0.1", 0))
+        if listens:
+            gone.listen()
+        port = gone.getsockname()[1]
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+        group, over = Group(), threading.Event()
+        timer = threading.Timer(0.5, over.set)
+        timer.start()
+        began = time.monotonic()
+        with pytest.raises(RuntimeError):
+            group.form("gloo", store_port=port, rank=1, world_size=2,
+                       connect=lambda: hosted_store(timedelta(seconds=60), over.is_set))
+        assert over.is_set() and time.monotonic() - began < 20
+        timer.join()
         group.drop()
 
 

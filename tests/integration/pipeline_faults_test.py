@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from everstep.pipeline import _exchange, _layer, _ledger, _schedule, _switch, engine
+from everstep.pipeline import _exchange, _holdings, _layer, _ledger, _schedule, _switch, engine
 from pipeline_test import SAMPLES, profile, train, weights
 from survivors import survive
 from worlds import world
@@ -93,10 +93,10 @@ SWITCH: dict[str, Point] = {  # while the generation after a loss begins: a seco
     "after what all told": lambda when: after(_switch.dist, "all_gather_object", 1, when),
     "the plan": lambda when: before(engine._agree, "next_record", 1, when),
     "the plan's checksum": lambda when: after(_switch.dist, "all_gather_object", 2, when),
-    "who lacks what": lambda when: before(engine, "fetch", 1, when),
+    "who lacks what": lambda when: before(_holdings, "fetch", 1, when),
     "what is sent": lambda when: before(_layer.Layer, "pack", 1, when),
     "what has come": lambda when: before(_layer.Layer, "unpack", 1, when),
-    "the end of the switch": lambda when: after(engine, "fetch", 1, when),
+    "the end of the switch": lambda when: after(_holdings, "fetch", 1, when),
     "the ledger's beginning": lambda when: after(_ledger.Ledger, "begin", 1, when),
 }
 SHORT = {"within a backward pass": 0, "after a gradient's first message": 3, "after the sum of a slice": 1,
@@ -106,9 +106,9 @@ PASSED_BY = {("the samples", 1), ("between two optimizers", 0)}  # a middle stag
 ALL = [int(rank) for rank in os.environ.get("EVERSTEP_ALL_POINTS", "")]
 
 
-@functools.lru_cache(maxsize=1)
-def undisturbed() -> tuple[list[float], dict[str, torch.Tensor]]:
-    results = world(1, lambda rank: train(rank, STEPS, deterministic=True, profile=profile(1), tied=TIED))
+@functools.lru_cache(maxsize=4)
+def undisturbed(steps: int = STEPS, clip: float | None = None) -> tuple[list[float], dict[str, torch.Tensor]]:
+    results = world(1, lambda rank: train(rank, steps, deterministic=True, profile=profile(1), tied=TIED, clip=clip))
     return results[0]["losses"], weights(results)
 
 
@@ -136,16 +136,17 @@ def job(folder: Path, dying: dict[int, Callable[[engine.Pipeline], None]],
 
         _schedule.Stage._go_forward = go_forward  # type: ignore[method-assign]
         taken: dict[int, float] = {}
-        result = train(rank, STEPS, on_step=lambda report: taken.__setitem__(report.step, report.loss),
-                       **{"ledger": folder, "deterministic": True, "faults": 1, "profile": profile(2),
+        result = train(rank, on_step=lambda report: taken.__setitem__(report.step, report.loss),
+                       **{"steps": STEPS, "ledger": folder, "deterministic": True, "faults": 1, "profile": profile(2),
                           "tied": TIED} | options)
         return result | {"taken": taken, "did": did}
 
     return work
 
 
-def check(folder: Path, outcome: Any, same: Callable[[Any, Any], bool] = torch.equal) -> _ledger.Verdict:
-    losses, expected = undisturbed()
+def check(folder: Path, outcome: Any, same: Callable[[Any, Any], bool] = torch.equal, steps: int = STEPS,
+          clip: float | None = None) -> _ledger.Verdict:
+    losses, expected = undisturbed(steps, clip)
     taken: dict[int, float] = {}
     for result in outcome.results.values():
         for step, loss in result["taken"].items():
@@ -156,7 +157,7 @@ def check(folder: Path, outcome: Any, same: Callable[[Any, Any], bool] = torch.e
     assert all(same(value, expected[name]) for name, value in got.items())
     verdict = _ledger.verify((folder / "ledger.jsonl").read_text().splitlines(),
                              lambda step: _ledger.expected(step, samples=SAMPLES, batch=24, microbatches=6))
-    assert verdict.ok and verdict.steps == STEPS, verdict
+    assert verdict.ok and verdict.steps == steps, verdict
     return verdict
 
 
@@ -288,3 +289,4 @@ def test_a_job_that_is_started_again_goes_on_from_its_files(tmp_path: Path) -> N
     assert first[0]["losses"] + second[0]["losses"] == losses
     got = weights(second)
     assert all(torch.equal(got[name], value) for name, value in expected.items())
+

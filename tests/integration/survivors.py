@@ -97,6 +97,11 @@ class PipeLink:
                 os._exit(0)  # an interpreter that ends beside gloo's threads is aborted now and then
 
 
+def join(session: Session) -> None:
+    """Asks for the newcomers, from any rank."""
+    session._link._send("join")  # type: ignore[union-attr]
+
+
 def environment(rank: int, world: int, port: int, generation: int) -> dict[str, str]:
     return {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "EVERSTEP_GENERATION": str(generation), "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -131,7 +136,7 @@ class Outcome:
 
 def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: float = 120.0,
             deaf: bool = False) -> Outcome:
-    """`joins`: newcomers that begin with the first new generation after a death. `deaf`: what ranks tell is heard
+    """`joins`: newcomers that begin with the first new generation, after a death or join(session). `deaf`: what ranks tell is heard
     after the first death only. Raises AssertionError with the text of what a survivor raised, or when they do not
     end."""
     context = mp.get_context("fork")
@@ -200,9 +205,10 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
         asked = 0.0
         while len(outcome.results) < len(live()):
             number, word = hear([n for n in live() if n not in outcome.results])
-            if word is None:
-                outcome.died.append(number)
-                parked.discard(number)
+            if word is None or word[0] == "join":
+                if word is None:
+                    outcome.died.append(number)
+                    parked.discard(number)
                 asked = asked or time.monotonic()
                 for n in live():
                     send(n, "park")

@@ -18,7 +18,7 @@ from typing import Any
 
 import everstep
 import torch
-from everstep.pipeline import engine
+from everstep.pipeline import _holdings
 from torch import nn
 
 LINES, STEPS, PAUSE = Path(os.environ["LINES"]), int(os.environ.get("STEPS", "100000")), float(os.environ["PAUSE"])
@@ -92,7 +92,7 @@ def fetch(*args: Any, **options: Any) -> Any:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    fetch_layers, engine.fetch = engine.fetch, fetch
+    fetch_layers, _holdings.fetch = _holdings.fetch, fetch
     lines = (LINES / f"{os.getpid()}.jsonl").open("a", buffering=1)
 
     def on_step(report: everstep.pipeline.Report) -> None:

@@ -22,8 +22,9 @@ lost rank; what was under way to or from that rank itself may stay stuck, and st
     group.form("gloo", ..., world_size=3)
 
 Left alone are what listens (shutting gloo's listener ends the process) and the rendezvous store's connection, so that
-the same store may serve again; `form` that is under way is left by leave(store=True), which ends that one, too. A
-connection that the script itself opens while a group stands is taken for one of the group's.
+the same store may serve again; `form` that is under way is left by leave(store=True), which ends that one, too. While
+it still looks for its store, whose host may be gone with the generation, hosted_store() lets it go. A connection that
+the script itself opens while a group stands is taken for one of the group's.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,7 @@ _REALTIME = 256  # FUTEX_CLOCK_REALTIME
 _NO_TIMEOUT = "0x0"
 _LONG = 20.0  # seconds: no wait of a loop's own is given as long, and no group's timeout is as short
 _DROP_PATIENCE = 0.1  # seconds
+_ATTEMPT = timedelta(seconds=1)  # to connect to a store
 
 
 class Group:
@@ -82,11 +85,13 @@ class Group:
         """leave() has begun since the group began to form; nothing is aborted before this is true."""
         return self._leaving != 0.0
 
-    def form(self, backend: str, *, store_port: int, **options: Any) -> None:
+    def form(self, backend: str, *, store_port: int, connect: Callable[[], Any] | None = None,
+             **options: Any) -> None:
         """torch.distributed.init_process_group(backend, **options). REQUIRES: no group stands.
 
-        `store_port`: of the rendezvous store, by which its connections are told from gloo's. Raises what PyTorch
-        does, also when leave(store=True) ended it; drop() before the next attempt.
+        `store_port`: of the rendezvous store, by which its connections are told from gloo's. `connect`: gives a client
+        of it; None: `options` have one, or init_process_group looks for it. Raises what PyTorch does, also when
+        leave(store=True) ended it; drop() before the next attempt.
         """
         import torch.distributed as dist
 
@@ -97,6 +102,8 @@ class Group:
         if "nccl" in backend:  # else its watchdog ends the process when it sees the loss
             os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
         self._before = _sockets()
+        if connect is not None:
+            options["store"] = dist.PrefixStore("default_pg", connect())  # as without one
         dist.init_process_group(backend, **options)
 
     def leave(self, patience: float = 0.0, store: bool = False) -> bool:
@@ -162,6 +169,24 @@ class Group:
         sys.excepthook = self._hook  # init_process_group put one in front, which names the old rank
         _forget_layouts()
         self._before = None
+
+
+def hosted_store(timeout: timedelta, over: Callable[[], bool]) -> Any:
+    """A client of the store that the environment names and a launcher hosts; init_process_group's own looks for one
+    that is gone until `timeout`, and nothing ends that. `over()` does here, within a second: then, and after
+    `timeout`, raises what PyTorch does."""
+    import torch.distributed as dist
+
+    until = time.monotonic() + timeout.total_seconds()
+    while True:
+        try:
+            store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                                  int(os.environ["WORLD_SIZE"]), is_master=False, timeout=min(timeout, _ATTEMPT))
+            store.set_timeout(timeout)
+            return store
+        except RuntimeError:
+            if over() or time.monotonic() >= until:
+                raise
 
 
 def _aborts(backend: str) -> bool:

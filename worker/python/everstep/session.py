@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from everstep import _samples
 from everstep._attach import number, warn
-from everstep._collectives import Group, lost_peer, release
+from everstep._collectives import Group, hosted_store, lost_peer, release
 from everstep._library import EverstepError, StaleGenerationError
 from everstep._samples import Share
 from everstep._session_link import Link, Resume
@@ -196,9 +196,14 @@ class Session:
             os._exit(_STARTED_ANEW)
 
     def _form(self) -> None:
+        link = self._link
+        options: dict[str, Any] = {}
+        if link is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            options = {"connect": lambda: hosted_store(self._timeout, lambda: link.asked), "rank": self.rank,
+                       "world_size": self.world_size}
         self._forming = True
         try:
-            self._group.form(self._backend, store_port=number("MASTER_PORT", 0), timeout=self._timeout)
+            self._group.form(self._backend, store_port=number("MASTER_PORT", 0), timeout=self._timeout, **options)
         finally:
             self._forming = False
         self.check()

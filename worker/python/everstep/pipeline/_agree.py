@@ -64,6 +64,7 @@ class Status:
     record: Record | None = None
     measured: Measured | None = None
     files: Mapping[int, tuple[int, ...]] = field(default_factory=dict)  # version -> layers that it can read
+    usual: float = 0.0  # seconds of a step, by what it saw; 0: nothing
 
 
 def _next_id(ids: Mapping[str, int]) -> int:
@@ -136,11 +137,16 @@ def standing(statuses: Sequence[Status], layers: int) -> Standing:
                        "a larger faults= keeps more copies, directory= keeps files")
 
 
+def newest_record(statuses: Sequence[Status]) -> Record | None:
+    """The plan before; None: there was none."""
+    return max((s.record for s in statuses if s.record is not None), key=lambda r: r.epoch, default=None)
+
+
 def next_record(statuses: Sequence[Status], epoch: int, profile: str, microbatches: int, faults: int,
                 horizon_ms: int, fresh: bool, ask: Callable[[bytes, int], Plan]) -> tuple[Record, int]:
     """The plan for these ranks and how many faults it bears: fewer than asked when there are too few ranks, but not
     for a job that starts. `ask`: a request's text and its faults -> the planner's answer. Raises PlanRefusedError."""
-    old = max((s.record for s in statuses if s.record is not None), key=lambda r: r.epoch, default=None)
+    old = newest_record(statuses)
     ids = dict(old.ids) if old is not None else {}
     for status in statuses:
         if status.member not in ids:
@@ -187,16 +193,18 @@ class Layout:
     cuts: tuple[tuple[int, ...], ...]  # [pipeline]
     parts: tuple[tuple[int, int], ...]  # [pipeline]: first microbatch, and the one after the last
 
-    def place(self, rank: int) -> Place:
-        """Every rank has one."""
+    def place(self, rank: int) -> Place | None:
+        """None: the plan was made before this rank came."""
         for pipeline, ranks in enumerate(self.ranks):
             if rank in ranks:
                 return Place(pipeline, ranks.index(rank))
-        raise ValueError(f"rank {rank} has no place")
+        return None
 
     def layers(self, rank: int) -> range:
         """That it computes."""
         at = self.place(rank)
+        if at is None:
+            return range(0)
         return range(self.cuts[at.pipeline][at.stage], self.cuts[at.pipeline][at.stage + 1])
 
     def holder(self, pipeline: int, layer: int) -> int:
@@ -206,12 +214,20 @@ class Layout:
 
 
 def layout_of(record: Record, statuses: Sequence[Status]) -> Layout:
-    """Raises ValueError when the plan names nodes that are not there."""
-    rank_of = {record.ids[s.member]: rank for rank, s in enumerate(statuses)}
-    rows = record.plan.rows
-    seated = [n for row in rows for n in row.nodes]
-    if sorted(seated) != sorted(rank_of):
-        raise ValueError(f"a plan for nodes {sorted(seated)}, and there are {sorted(rank_of)}")
+    """Raises ValueError when the plan names other nodes than those that are there."""
+    layout = layout_before(record.plan, record.ids, statuses)
+    if layout is None or any(layout.place(rank) is None for rank in range(len(statuses))):
+        seated = sorted(n for row in record.plan.rows for n in row.nodes)
+        raise ValueError(f"a plan for nodes {seated}, and there are {sorted(record.ids[s.member] for s in statuses)}")
+    return layout
+
+
+def layout_before(plan: Plan, ids: Mapping[str, int], statuses: Sequence[Status]) -> Layout | None:
+    """A plan that need not know all of these ranks. None: it names some that are not there."""
+    rank_of = {ids[s.member]: rank for rank, s in enumerate(statuses)}
+    rows = plan.rows
+    if any(n not in rank_of for row in rows for n in row.nodes):
+        return None
     return Layout(tuple(tuple(rank_of[n] for n in row.nodes) for row in rows), tuple(row.cuts for row in rows),
                   tuple((row.first, row.end) for row in rows))
 

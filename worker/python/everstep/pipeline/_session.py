@@ -76,9 +76,13 @@ class PipelineSession(Session):
         self.check()
 
     @property
+    def usual(self) -> float:
+        """Seconds of a step, the median of the newest; 0: there was none."""
+        return sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
+
+    @property
     def _patience(self) -> float:
-        usual = sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
-        return min(_MOST_PATIENCE, max(_LEAST_PATIENCE, 2 * usual))
+        return min(_MOST_PATIENCE, max(_LEAST_PATIENCE, 2 * self.usual))
 
     def _leave(self) -> None:
         """By the link's thread, again and again until this process has parked."""

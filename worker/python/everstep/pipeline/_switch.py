@@ -66,42 +66,61 @@ def fetch(wanted: Sequence[int], offers: Mapping[int, Sequence[int]], sizes: Seq
     return moved
 
 
+def send(bundle: Bundle, target: int, tag: int) -> list[tuple[Any, torch.Tensor]]:
+    """A layer's state sets off, under three tags; whoever waits for what is returned knows that it is gone."""
+    head = torch.tensor([len(bundle.table), bundle.payload.numel(), bundle.checksum], dtype=torch.int64)
+    table = torch.frombuffer(bytearray(bundle.table), dtype=torch.uint8)
+    return [(dist.isend(piece, target, tag=tag + i), piece)
+            for i, piece in enumerate((head, table, bundle.payload)) if piece.numel()]
+
+
+class Arrival:
+    """A layer's state on its way to this rank."""
+
+    def __init__(self, source: int, tag: int) -> None:
+        self._source, self._tag = source, tag
+        self._head = torch.empty(3, dtype=torch.int64)
+        self._table = self._payload = self._head
+        self._checksum = 0
+        self._waits: list[Any] = [dist.irecv(self._head, source, tag=tag)]
+
+    def open(self) -> None:
+        """Waits until the source has begun, and makes room for it."""
+        self._waits.pop().wait()
+        table_bytes, payload_bytes, self._checksum = self._head.tolist()
+        self._table, self._payload = (torch.empty(n, dtype=torch.uint8) for n in (table_bytes, payload_bytes))
+        self._waits = [dist.irecv(piece, self._source, tag=self._tag + i)
+                       for i, piece in ((1, self._table), (2, self._payload)) if piece.numel()]
+
+    def take(self) -> tuple[Bundle, bool]:
+        """Waits for all of it; whether the bytes are the source's."""
+        for wait in self._waits:
+            wait.wait()
+        bundle = Bundle(self._table.numpy().tobytes(), self._payload)
+        return bundle, bundle.checksum == self._checksum
+
+
 def _round(plan: Sequence[Move], rank: int, pack: Callable[[int], Bundle],
            install: Callable[[int, Bundle], None]) -> tuple[list[Move], int]:
     packed: dict[int, Bundle] = {}
     works: list[tuple[Any, torch.Tensor]] = []
-    heads: list[tuple[Move, Any, torch.Tensor]] = []
+    coming: list[tuple[Move, Arrival]] = []
     for number, move in enumerate(plan):
         tag = TAG_STATE + 3 * number
         if move.source == rank and move.layer not in packed:
             packed[move.layer] = pack(move.layer)
         if move.source == rank and move.target != rank:
-            given = packed[move.layer]
-            head = torch.tensor([len(given.table), given.payload.numel(), given.checksum], dtype=torch.int64)
-            table = torch.frombuffer(bytearray(given.table), dtype=torch.uint8)
-            works += [(dist.isend(piece, move.target, tag=tag + i), piece)
-                      for i, piece in enumerate((head, table, given.payload)) if piece.numel()]
+            works += send(packed[move.layer], move.target, tag)
         elif move.target == rank and move.source != rank:
-            head = torch.empty(3, dtype=torch.int64)
-            heads.append((move, dist.irecv(head, move.source, tag=tag), head))
-    came: list[tuple[Move, list[Any], Bundle, torch.Tensor, int]] = []
-    numbers = {move: number for number, move in enumerate(plan)}
-    for move, arrival, head in heads:
-        arrival.wait()
-        table_bytes, payload_bytes, checksum = head.tolist()
-        table, payload = (torch.empty(n, dtype=torch.uint8) for n in (table_bytes, payload_bytes))
-        tag = TAG_STATE + 3 * numbers[move]
-        waits: list[Any] = [dist.irecv(piece, move.source, tag=tag + i)
-                            for i, piece in ((1, table), (2, payload)) if piece.numel()]
-        came.append((move, waits, Bundle(b"", payload), table, checksum))
+            coming.append((move, Arrival(move.source, tag)))
+    for _, arrival in coming:
+        arrival.open()
     failed: list[Move] = []
     size = 0
-    for move, waits, bundle, table, checksum in came:
-        for wait in waits:
-            wait.wait()
-        bundle.table = table.numpy().tobytes()
+    for move, arrival in coming:
+        bundle, whole = arrival.take()
         size += bundle.payload.numel()
-        if bundle.checksum == checksum:
+        if whole:
             install(move.layer, bundle)
         else:
             failed.append(move)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import gc
 import logging
 import math
@@ -10,7 +9,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,8 +21,9 @@ from everstep.pipeline import _agree, _keys, _ledger, _rescue
 from everstep.pipeline._agree import Complete, Layout, Record, Status
 from everstep.pipeline._book import Book, Job
 from everstep.pipeline._exchange import Exchange, sum_ties
+from everstep.pipeline._fill import Fill, waves
+from everstep.pipeline._holdings import Holdings
 from everstep.pipeline._layer import (
-    Bundle,
     Gradient,
     Layer,
     LayerLike,
@@ -38,7 +37,7 @@ from everstep.pipeline._planner import PlanRefusedError
 from everstep.pipeline._rescue import NOTHING, Rescue
 from everstep.pipeline._schedule import Stage, tensors
 from everstep.pipeline._session import PipelineSession, alone
-from everstep.pipeline._switch import fetch, from_rank_0, gather
+from everstep.pipeline._switch import Moved, from_rank_0, gather
 from everstep.pipeline._tier import LayerFiles
 from everstep.pipeline._tree import Node, nodes_of
 
@@ -164,7 +163,8 @@ class Pipeline:
             "the list of tied parameters": tuple(tie.members for tie in ties),
         }
         self._member = _agree.new_member()
-        self._layers: dict[int, Layer] = {}
+        self._holdings = Holdings(self._recipe, self._files)
+        self._layers = self._holdings.layers
         self._version = 0
         self._reduced: int | None = None
         self._vote: tuple[int, Sequence[float]] | None = None
@@ -172,6 +172,7 @@ class Pipeline:
         self._record: Record | None = None
         self._measured: Measured | None = None
         self._layout: Layout | None = None
+        self._fill: Fill | None = None  # while ranks get layers for a plan that does not train yet
         self._book = Book()
         self._stage: Stage | None = None
         self._totals: dict[int, torch.Tensor] = {}
@@ -228,10 +229,10 @@ class Pipeline:
     def _generation(self, session: PipelineSession, steps: int, on_step: Callable[[Report], object] | None,
                     stop: Callable[[], bool] | None, save: str | os.PathLike[str] | None) -> int:
         self._switch(session)
-        layout = self._layout
-        assert layout is not None
         session.training = True
         while self._version < steps:
+            layout = self._layout
+            assert layout is not None
             began = time.perf_counter()
             loss, leave, ended = self._take_step(session, layout, stop)
             seconds = time.perf_counter() - began
@@ -245,30 +246,15 @@ class Pipeline:
                 break
             if leave:
                 session.leave_together()
+            if self._fill is not None and self._fill.over:
+                self._adopt(session, self._fill)
+        assert self._layout is not None
         if self._files is not None:
             self._files.wait()
         if save is not None:
-            self._export(save, session.rank, layout)
+            self._holdings.export(save, session.rank, self._layout, self._sizes)
         session.flush()
         return self._version
-
-    def _export(self, path: str | os.PathLike[str], rank: int, layout: Layout) -> None:
-        """Collective: the whole model's weights into a file of rank 0's."""
-        assert self._measured is not None
-        count = len(self._recipe.layers)
-        whole: dict[int, dict[str, torch.Tensor]] = {
-            i: dict(x.module.state_dict()) for i, x in self._layers.items()} if rank == 0 else {}
-
-        def install(index: int, bundle: Bundle) -> None:
-            whole[index] = bundle.root()["module"]
-
-        fetch([i for i in range(count) if i not in whole] if rank == 0 else [],
-              {i: [layout.holder(p, i) for p in range(len(layout.ranks))] for i in range(count)},
-              self._measured.state_bytes, lambda index: self._layers[index].pack(), install)
-        if rank == 0:
-            part = Path(f"{os.fspath(path)}.part")
-            torch.save({f"{i}.{name}": value for i in range(count) for name, value in whole[i].items()}, part)
-            part.replace(path)
 
     def _save(self, files: LayerFiles, rank: int, layout: Layout) -> None:
         """This rank's share of the layers, each by one of those that hold it."""
@@ -290,16 +276,16 @@ class Pipeline:
             self._files.wait()
         statuses = gather(Status(self._member, self._settings, {i: x.version for i, x in self._layers.items()},
                                  self._reduced, self._vote, self._complete, self._line, self._record,
-                                 self._measured, {} if self._files is None else self._files.have()))
+                                 self._measured, {} if self._files is None else self._files.have(), session.usual))
         try:
             _agree.check_settings(statuses, rank)
         except _agree.NewcomersDifferError:
             session.leave_together()  # they end, and the next generation is without them
             raise
-        now = self._standing(statuses, rank)
+        now = self._holdings.standing(statuses, rank)
         if now.vote is not None and self._reduced == now.vote[0] and self._version == now.vote[0]:
             self._commit(session, now.vote[1], now.line)
-        self._reduced = None
+        self._reduced = self._fill = None
         measured = next((s.measured for s in statuses if s.measured is not None), None)
         self._measured = measured or from_rank_0(self._measure)
         fresh = now.version == 0 and not any(now.holds)
@@ -320,17 +306,12 @@ class Pipeline:
             warn(f"{len(statuses)} ranks hold {bears + 1} copies of each layer, not {self._faults + 1}: {bears} may "
                  "be lost at once")
         layout = _agree.layout_of(record, statuses)
-        moved = self._take_layers(now, layout, rank)
-        for index in [i for i in self._layers if i not in layout.layers(rank)]:
-            del self._layers[index]
-        held = {i: self._layers[i] for i in layout.layers(rank)}
-        self._rescue = _rescue.take(statuses, now.version, layout, held, rank, self._kept, self._leaves)
+        fill = self._fill_for(statuses, now, record, layout, rank)
+        moved = self._take_place(now, layout if fill is None else fill.before, rank)
+        self._rescue = _rescue.take(statuses, now.version, layout, self._layers, rank, self._kept, self._leaves)
         self._complete, self._kept = None, NOTHING
         self._version = now.version
-        self._record, self._layout = record, layout
-        self._stage = self._make_stage(layout, rank)
-        for layer in self._stage.layers:
-            layer.gradient = Gradient(layer) if layer.parameters else None
+        self._record, self._fill = record, fill
         if self._told is not None:
             self._told.begin(now.told if knows is None else answers[knows][1], rank, session.generation,
                              self._version, self._microbatches, layout.parts, layout.ranks)
@@ -343,73 +324,53 @@ class Pipeline:
                                    layout.ranks, now.line)
             _log.info("everstep: generation %d goes on with step %d on %d ranks; %d layers (%d bytes) moved, "
                       "switched in %.0f ms (planned in %.2f ms, %s), %d of %d microbatches are done\n%s",
-                      session.generation, self._version, session.world_size, moved[0], moved[1],
+                      session.generation, self._version, session.world_size, moved.layers, moved.bytes,
                       (time.perf_counter() - began) * 1e3, planned * 1e3, self._book.how,
                       len(self._rescue.done), self._microbatches, record.plan.picture)
+            if fill is not None:
+                _log.info("everstep: generation %d trains by the plan before for %d steps, while layers go to their "
+                          "places in this one", session.generation, fill.left)
         self._line = now.line
         self._book.open(Job(self.profile, record.plan, [record.ids[s.member] for s in statuses], record.next_id,
                             record.most, self._microbatches, self._faults, self._horizon_ms))
 
-    def _standing(self, statuses: list[Status], rank: int) -> _agree.Standing:
-        """Collective where files are needed: without the steps of which some layer cannot be read."""
-        while True:
-            now = _agree.standing(statuses, len(self._recipe.layers))
-            if not now.files:
-                return now
-            assert self._files is not None
-            bad = self._files.damaged(now.version, now.files[rank])
-            good = next(iter(now.files[rank] - set(bad)), None)
-            bundle = None if good is None else self._files.read(now.version, good)
-            meta: Mapping[str, Any] = {} if bundle is None else bundle.meta
-            told = gather((bad, meta.get("line"), meta.get("words") or []))
-            if not any(each for each, _, _ in told):
-                words = next((words for _, _, words in told if words), [])
-                return dataclasses.replace(now, line=next((line for _, line, _ in told if line is not None), None),
-                                           told=tuple((step, begins, word) for step, begins, word in words))
-            statuses = [dataclasses.replace(s, files={
-                version: tuple(x for x in layers if version != now.version or x not in each)
-                for version, layers in s.files.items()}) for s, (each, _, _) in zip(statuses, told)]
+    def _fill_for(self, statuses: Sequence[Status], now: _agree.Standing, record: Record, after: Layout,
+                  rank: int) -> Fill | None:
+        """How layers get to their places while the plan before trains on; None: at once, since it cannot (a rank of
+        it is gone, or something of a step is rescued) or since that takes next to no time."""
+        old = _agree.newest_record(statuses)
+        before = None if old is None else _agree.layout_before(old.plan, record.ids, statuses)
+        if old is None or before is None or now.files or _rescue.whole_pipelines(statuses, now.version):
+            return None
+        if any(i not in now.holds[r] for r in range(len(statuses)) for i in before.layers(r)):
+            return None
+        sizes = self._sizes
+        wanted = [(r, i) for r in range(len(statuses)) for i in after.layers(r) if i not in now.holds[r]]
+        offers = {i: [before.holder(p, i) for p in range(len(before.ranks))] for i in range(len(sizes))}
+        each = waves(_agree.moves(wanted, offers, frozenset(), sizes), sizes, max(s.usual for s in statuses),
+                     self._link[1] * 1e9)
+        return Fill(each, old.epoch, before, after, rank, self._recipe.build) if each else None
 
-    def _take_layers(self, now: _agree.Standing, layout: Layout, rank: int) -> tuple[int, int]:
-        """Gives this rank the layers of its place, at the version that goes on."""
-        assert self._measured is not None
-        count = len(self._recipe.layers)
-        offers = {index: [r for r, holds in enumerate(now.holds) if index in holds] for index in range(count)}
-        for index in range(count):
-            offers[index] = offers[index] or [r for r, files in enumerate(now.files) if index in files]
-        mine = layout.layers(rank)
-        held = now.holds[rank]
-        new = [index for index in range(count) if not offers[index]]
-        if new and now.version:
-            raise RuntimeError(f"Pipeline: layer {new[0]} of step {now.version} is nowhere")
-        made: dict[int, Layer] = {}
-        for index in new:  # nobody ever trained it: the first holder's is the one
-            whole = isinstance(self._recipe.layers[index], torch.nn.Module)
-            source = 0 if whole else min(layout.holder(p, index) for p in range(len(layout.ranks)))
-            offers[index] = [source]
-            if rank == source or index in mine:
-                made[index] = self._recipe.build(index)
-        sums = gather({index: layer.pack().checksum for index, layer in made.items()}) if new else [{}]
-        same = {index for index in made if sums[rank][index] == sums[offers[index][0]][index]}
-        self._layers |= {index: made[index] for index in same if index in mine}
-        wanted = [index for index in mine if index not in held and index not in same]
+    def _take_place(self, now: _agree.Standing, layout: Layout, rank: int) -> Moved:
+        """Collective: from now on this rank computes what `layout` says, with layers that others give it."""
+        moved = self._holdings.take(now, layout, rank, self._sizes)
+        self._layout = layout
+        self._stage = self._make_stage(layout, rank)
+        for layer in self._layers.values():
+            layer.gradient = Gradient(layer) if layer.parameters else None
+        return moved
 
-        def pack(index: int) -> Bundle:
-            if index in made or index in held:
-                return (made if index in made else self._layers)[index].pack()
-            bundle = None if self._files is None else self._files.read(now.version, index)
-            if bundle is None:
-                raise RuntimeError(f"Pipeline: the file of layer {index} of step {now.version} was there just now, "
-                                   "and is gone")
-            return bundle
-
-        def install(index: int, bundle: Bundle) -> None:
-            layer = self._recipe.build(index)
-            layer.unpack(bundle, now.version)
-            self._layers[index] = layer
-
-        moved = fetch(wanted, offers, self._measured.state_bytes, pack, install)
-        return moved.layers, moved.bytes
+    def _adopt(self, session: PipelineSession, fill: Fill) -> None:
+        """Collective: the plan that layers were sent ahead for takes effect."""
+        began = time.perf_counter()
+        holds = gather([i for i, layer in self._layers.items() if layer.version == self._version])
+        now = _agree.Standing(self._version, None, tuple(map(frozenset, holds)), None)
+        moved = self._take_place(now, fill.after, session.rank)
+        self._fill = None
+        if session.rank == 0:
+            _log.info("everstep: the plan of generation %d takes effect with step %d; %d layers (%d bytes) came "
+                      "damaged and moved again, switched in %.0f ms", session.generation, self._version,
+                      moved.layers, moved.bytes, (time.perf_counter() - began) * 1e3)
 
     def _measure(self) -> Measured:
         given, target = self._data(0, 0)
@@ -421,9 +382,17 @@ class Pipeline:
             check_profile(self._given_profile, measured)
         return measured
 
-    def _make_stage(self, layout: Layout, rank: int) -> Stage:
+    @property
+    def _sizes(self) -> Sequence[int]:
+        """Bytes of each layer's state."""
+        assert self._measured is not None
+        return self._measured.state_bytes
+
+    def _make_stage(self, layout: Layout, rank: int) -> Stage | None:
         assert self._measured is not None
         at, mine = layout.place(rank), layout.layers(rank)
+        if at is None:
+            return None
         ranks, specs = layout.ranks[at.pipeline], self._measured.specs
         first, last = at.stage == 0, at.stage == len(ranks) - 1
         return Stage([self._layers[i] for i in mine], at.stage, len(ranks),
@@ -443,14 +412,16 @@ class Pipeline:
     def _take_step(self, session: PipelineSession, layout: Layout,
                    stop: Callable[[], bool] | None) -> tuple[float, bool, bool]:
         """The loss, whether the generation is over, whether some rank wants to stop."""
-        stage, rank, step = self._stage, session.rank, self._version
-        assert stage is not None and self._record is not None
+        stage, rank, step, fill = self._stage, session.rank, self._version, self._fill
+        assert self._record is not None
         rescue, self._rescue = self._rescue, NOTHING
         self._reduced, self._complete, self._kept = None, None, NOTHING
         self._used.clear()
+        if fill is not None:
+            fill.begin(lambda index: self._layers[index].pack())
         at = layout.place(rank)
         work = _rescue.divide(layout, self._microbatches, rescue.done)
-        gradients = {x.index: x.gradient for x in stage.layers if x.gradient is not None}
+        gradients = {} if stage is None else {x.index: x.gradient for x in stage.layers if x.gradient is not None}
         exchanges = {i: Exchange(g, rank, self._holders(layout, i, work, rescue), self._leaves)
                      for i, g in gradients.items()}
         for index, gradient in gradients.items():
@@ -466,26 +437,35 @@ class Pipeline:
                 except RuntimeError as error:
                     lost.append(error)
 
-        losses = stage.run(step, work[at.pipeline], gradients, done)
+        losses: dict[int, float] = {}
+        used: dict[int, int] = dict(rescue.used)
+        if stage is not None and at is not None:
+            losses = stage.run(step, work[at.pipeline], gradients, done)
+            used |= self._used if at.stage == 0 else {}
         for index in list(waiting):  # no microbatch was left for this pipeline
             done(gradients[index].layer)
         losses |= rescue.losses
-        used = dict(rescue.used) | (self._used if at.stage == 0 else {})
-        if rescue is NOTHING and len(layout.ranks) > 1:
+        if stage is not None and at is not None and rescue is NOTHING and fill is None and len(layout.ranks) > 1:
             self._complete = Complete(step, self._record.epoch, at.pipeline, at.stage, stage.stages,
                                       tuple(work[at.pipeline]), (stage.layers[0].index, stage.layers[-1].index + 1))
             self._kept = Rescue(step, parts={i: g.parts() for i, g in gradients.items()}, losses=losses, used=used)
         if lost:
             raise lost[0]
+        epoch = self._record.epoch if fill is None else fill.epoch
         self._parts = [*rescue.leaves.values(), *work]
-        self._by = None if rescue is NOTHING else [*((rescue.epoch, p) for p in rescue.leaves),
-                                                   *((self._record.epoch, p) for p in range(len(work)))]
+        self._by = None if rescue is NOTHING and fill is None else [
+            *((rescue.epoch, p) for p in rescue.leaves), *((epoch, p) for p in range(len(work)))]
         order = sorted(exchanges, reverse=True)
         for index in order:
             exchanges[index].add_up()
         self._totals = {index: exchanges[index].finish() for index in order}
-        sum_ties(self._recipe.ties, {x.index: x for x in stage.layers}, self._totals, rank,
-                 lambda layer: layout.holder(at.pipeline, layer))
+        if at is not None:
+            pipeline = at.pipeline
+            sum_ties(self._recipe.ties, {i: self._layers[i] for i in layout.layers(rank)}, self._totals, rank,
+                     lambda layer: layout.holder(pipeline, layer))
+        if fill is not None:
+            self._layers.update(fill.arrive(step))
+            self._totals |= fill.follow(self._totals)
         # All that anybody must know of all: each number comes from one rank, so their sum is exact.
         count = len(self._recipe.layers)
         many = self._microbatches
@@ -536,8 +516,8 @@ class Pipeline:
         step, many = self._version, self._microbatches
         norm = math.sqrt(sum(vote[2 * many:-3]))
         scale = 1.0 if self._clip is None else min(1.0, self._clip / (norm + 1e-6))
-        assert self._stage is not None and self._layout is not None
-        for layer in self._stage.layers:
+        for layer in [*(() if self._stage is None else self._stage.layers),
+                      *(() if self._fill is None else self._fill.followed)]:
             total = self._totals.get(layer.index)
             if total is not None and scale != 1.0:
                 total.mul_(scale)
