@@ -89,9 +89,9 @@ class Group:
              **options: Any) -> None:
         """torch.distributed.init_process_group(backend, **options). REQUIRES: no group stands.
 
-        `store_port`: of the rendezvous store, by which its connections are told from gloo's. `connect`: gives a client
-        of it; None: `options` have one, or init_process_group looks for it. Raises what PyTorch does, also when
-        leave(store=True) ended it; drop() before the next attempt.
+        `store_port`: of the rendezvous store, by which its connections are told from gloo's. `connect`: gives a
+        client of it; None: `options` have one, or init_process_group looks for it. Raises what PyTorch does, also
+        when leave(store=True) ended it; drop() before the next attempt.
         """
         import torch.distributed as dist
 
