@@ -204,8 +204,8 @@ void Controller::Impl::WatchNewcomers(JobStateView* job) {
   }
   // One switch for all of them, but the first that came waits no longer for the others than for
   // itself. Two switches in a row have ranks leave a group in the middle of its forming.
-  run.grow_at = std::max({now_, first + options_.grow_delay,
-                          run.running_since + options_.grow_settle});
+  run.grow_at =
+      std::max({now_, first + options_.grow_delay, run.running_since + options_.grow_settle});
   if (overdue.ns == 0) return;
   const Timestamp patience = first + options_.warm_patience;
   run.grow_at = std::max(run.grow_at, patience > now_ ? patience : overdue);

@@ -14,6 +14,8 @@ more; level 2: a DDP loop in everstep.Session, level 3: everstep.Pipeline with p
   without_step   of it, what was not that step's own duration on that rank: the redone microbatches taken off
   planned        of it, rank 0 and its planner (level 3)
   join           a fifth node joins, its interpreter cold: longest time from step to step on who was there before, over the median before
+Cases of a join with large layers (--cases fill, level 3, --fill-shape, four microbatches a step): `beside steps`, as the engine moves
+them over a link of 1.25 GB/s; `at once`: told that its link takes no time, so that all wait while they move.
 
 Cases of the decision alone (--cases decision): what each rank computes between the others' words and the plan's checksum, for N
 ranks of which one is lost, in one process: everstep with the plans that were made beforehand, `anew` without. `book`: seconds in
@@ -61,13 +63,13 @@ def throughput(results: Results, args: argparse.Namespace) -> None:
 class Job:
     """Nodes of one rank each, and the steps that they mark."""
 
-    def __init__(self, work: Path, level: int, nodes: int, pause: float) -> None:
+    def __init__(self, work: Path, level: int, nodes: int, env: dict[str, str]) -> None:
         self.work = work
         (work / "marks").mkdir()
         port = free_port()
         self.args = ["--max-restarts", "10", "--nnodes", "2:5", "--nproc-per-node", "1", "--rdzv-backend", "c10d",
                      "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", f"bench{port}"]
-        self.env = {"LEVEL": str(level), "PAUSE": str(pause)}
+        self.env = {"LEVEL": str(level)} | env
         self.nodes: list[Node] = []
         for i in range(nodes):
             self.start()
@@ -121,7 +123,7 @@ class Job:
 
 def loss(level: int, case: str, pause: float, limit: float) -> dict[str, float | None]:
     with tempfile.TemporaryDirectory(prefix="esb-", dir="/tmp") as folder:
-        job = Job(Path(folder), level, 4, pause)
+        job = Job(Path(folder), level, 4, {"PAUSE": str(pause)})
         try:
             before = job.at(4, 10, limit)
             victim = job.nodes[-1]  # the first one has the controller
@@ -148,9 +150,9 @@ def loss(level: int, case: str, pause: float, limit: float) -> dict[str, float |
             job.stop()
 
 
-def join(level: int, pause: float, limit: float) -> dict[str, float | None]:
+def join(level: int, env: dict[str, str], limit: float) -> dict[str, float | None]:
     with tempfile.TemporaryDirectory(prefix="esb-", dir="/tmp") as folder:
-        job = Job(Path(folder), level, 4, pause)
+        job = Job(Path(folder), level, 4, env)
         try:
             before = job.at(4, 10, limit)
             began = time.time()
@@ -217,13 +219,14 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.02)
     parser.add_argument("--limit", type=float, default=120.0, help="seconds after which a run counts as never recovered")
     parser.add_argument("--levels", default="2,3")
+    parser.add_argument("--fill-shape", default="1024x6", help="width x blocks; a layer's state has 192 width^2 bytes")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--markdown", action="store_true")
     args = parser.parse_args()
     results = Results("pipeline")
     cases = args.cases.split(",")
-    if unknown := set(cases) - {"throughput", "recovery", "join", "decision"}:
-        sys.exit(f"error: no case {min(unknown)}: throughput, recovery, join, decision")
+    if unknown := set(cases) - {"throughput", "recovery", "join", "fill", "decision"}:
+        sys.exit(f"error: no case {min(unknown)}: throughput, recovery, join, fill, decision")
     if "throughput" in cases:
         throughput(results, args)
     if "decision" in cases:
@@ -233,11 +236,15 @@ def main() -> None:
         drills += [(case, lambda level, case=case: loss(level, case, args.pause, args.limit))  # type: ignore[misc]
                    for case in ("rank_sigkill", "node_sigkill")]
     if "join" in cases:
-        drills.append(("join", lambda level: join(level, args.pause, args.limit)))
+        drills.append(("join", lambda level: join(level, {"PAUSE": str(args.pause)}, args.limit)))
+    if "fill" in cases:
+        env = {"SHAPE": args.fill_shape, "BATCH": "8", "PAUSE": "0"}
+        drills += [(f"fill, {how}", lambda _, link=link: join(3, env | {"LINK": link}, args.limit))  # type: ignore[misc]
+                   for how, link in (("at once", "1e6"), ("beside steps", "1.25"))]
     goals = {"without_step": f"0.25; {TORCHFT}", "longest / step": "1.5"}
-    for name, drill in drills:
-        for i in range(args.runs):
-            for level in map(int, args.levels.split(",")):
+    for i in range(args.runs):
+        for name, drill in drills:
+            for level in [3] if name.startswith("fill") else map(int, args.levels.split(",")):
                 out = drill(level)
                 print(f"{name} level {level} {i + 1}/{args.runs}: " + "  ".join(
                     f"{metric} {'never' if value is None else f'{value:.3f}'}" for metric, value in out.items()), flush=True)

@@ -468,7 +468,7 @@ TEST_F(ControllerTest, ElasticJobGrowsAfterTheDelay) {
   Join("n2");
   Warm("n2");
   EXPECT_EQ(G(), 1u);
-  Advance(options_.grow_delay);
+  Advance(options_.grow_settle);
   Do(Tick{});
   EXPECT_EQ(G(), 2u);
   EXPECT_EQ(Job().plan.nodes.size(), 2u);
@@ -516,8 +516,24 @@ TEST_F(ControllerNewcomers, OneThatIsNeverReadyIsTakenAsItIsAfterItsPatience) {
 TEST_F(ControllerNewcomers, OneWithoutAForkServerIsTakenAtOnce) {
   Join("n3");
   Warm("n3", false);
-  Pass(options_.grow_delay);
+  Pass(options_.grow_settle);
   EXPECT_EQ(Members(), (Names{"n1", "n2", "n3"}));
+}
+
+// Its ranks form their group, and one that is left in the middle of that is the harder to leave.
+TEST_F(ControllerNewcomers, AGenerationThatJustBeganIsNotLeftForOneThatIsReady) {
+  Join("n3");
+  Warm("n3");
+  Pass(options_.grow_delay + options_.grow_settle);
+  ASSERT_EQ(G(), 2u);
+  Join("n4");
+  Warm("n4");  // ready while generation 2 is prepared
+  Pass(options_.grow_delay);
+  RunAll();
+  Pass(options_.grow_settle - Milliseconds(1));
+  EXPECT_EQ(G(), 2u);
+  Pass(Milliseconds(1));
+  EXPECT_EQ(Members(), (Names{"n1", "n2", "n3", "n4"}));
 }
 
 TEST_F(ControllerNewcomers, TwoThatImportAreOneSwitchAndALateOneIsTheNext) {
@@ -542,7 +558,7 @@ TEST_F(ControllerNewcomers, TheFirstWaitsForTheOthersNoLongerThanForItself) {
   EXPECT_EQ(Members(), (Names{"n1", "n2", "n3"}));
   RunAll();
   EXPECT_TRUE(Warming("n4"));
-  Pass(Milliseconds(400));
+  Pass(options_.grow_settle);
   EXPECT_EQ(Members(), (Names{"n1", "n2", "n3", "n4"})) << "its patience ran on over the switch";
 }
 
@@ -555,7 +571,7 @@ TEST_F(ControllerNewcomers, ALossUsesThoseThatAreReadyAndLeavesOutTheOthers) {
   RunAll();
   EXPECT_TRUE(Warming("n4"));
   Warm("n4");
-  Pass(options_.grow_delay);
+  Pass(options_.grow_settle);
   EXPECT_EQ(Members(), (Names{"n1", "n3", "n4"}));
 }
 
@@ -639,7 +655,7 @@ TEST_F(ControllerNewcomers, ARefusalEndsTheJobOnceUnlessItIsANewcomers) {
   Beat("n1", 5);
   Join("n3");
   Warm("n3");
-  Pass(options_.grow_delay);
+  Pass(options_.grow_settle);
   RunAll();
   WorkerExited e{.node = "n3", .incarnation = Inc("n3"), .job = "j", .generation = G(), .rank = 2};
   e.exit.code = 1;

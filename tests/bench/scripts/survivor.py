@@ -1,5 +1,5 @@
 """The GPT of gpt.py in processes that outlive their peers: LEVEL=2 is a DDP loop in everstep.Session, LEVEL=3 an
-everstep.Pipeline. $MARKS/PID.jsonl has a line for each optimizer step. A microbatch's loss takes PAUSE seconds more, as on
+everstep.Pipeline (over a link of LINK 10^9 bytes a second). SHAPE: width x blocks. $MARKS/PID.jsonl has a line for each optimizer step. A microbatch's loss takes PAUSE seconds more, as on
 a slower device, so that steps last and leave the processors to the others.
 """
 
@@ -21,7 +21,9 @@ import torch
 from torch import nn
 
 PAUSE = float(os.environ["PAUSE"])
-WIDTH, BLOCKS, BATCH, MICROBATCH = 32, 8, 24, 2
+WIDTH, BLOCKS = (int(n) for n in os.environ.get("SHAPE", "32x8").split("x"))
+LINK = 20.0, float(os.environ.get("LINK", "1.25"))
+BATCH, MICROBATCH = int(os.environ.get("BATCH", "24")), 2
 end = Path(os.environ["MARKS"]) / "end"
 marks = (Path(os.environ["MARKS"]) / f"{os.getpid()}.jsonl").open("a", buffering=1)
 
@@ -80,5 +82,5 @@ if __name__ == "__main__":
         everstep.Session(loop).run()
     else:
         everstep.Pipeline(gpt.layers(WIDTH, BLOCKS), loss=loss, optimizer=gpt.optimizer, dataset=gpt.Text(), batch=BATCH,
-                          microbatch=MICROBATCH, profile=gpt.profile(WIDTH, BLOCKS, 2)).run(1_000_000, stop=end.exists, on_step=told)
+                          microbatch=MICROBATCH, link=LINK, profile=gpt.profile(WIDTH, BLOCKS, 2)).run(1_000_000, stop=end.exists, on_step=told)
     os._exit(0)  # an interpreter that ends beside gloo's threads is aborted now and then
