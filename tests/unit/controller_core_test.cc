@@ -469,6 +469,8 @@ TEST_F(ControllerTest, ElasticJobGrowsAfterTheDelay) {
   Warm("n2");
   EXPECT_EQ(G(), 1u);
   Advance(options_.grow_settle);
+  Beat("n1");
+  Beat("n2");
   Do(Tick{});
   EXPECT_EQ(G(), 2u);
   EXPECT_EQ(Job().plan.nodes.size(), 2u);
