@@ -105,7 +105,7 @@ if __name__ == "__main__":
         scheduler=lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 10)),
         dataset=Text(), batch=24, microbatch=int(os.environ.get("MICROBATCH", "2")), clip=1.0, seed=11, deterministic=os.environ.get("DETERMINISTIC") == "1",
         tied=[("0.words.weight", "9.words.weight")], profile=profile(int(os.environ.get("MEMORY", "10"))),
-        faults=int(os.environ.get("FAULTS", "1")),
+        faults=int(os.environ.get("FAULTS", "1")), link=(20.0, float(os.environ.get("LINK", "1.25"))),
         ledger=None if os.environ.get("TOLD") == "1" else LINES)
     pipeline.run(STEPS, on_step=on_step, stop=(LINES / "end").exists)
     torch.save({i: m.state_dict() for i, m in pipeline.layers.items()}, LINES / f"{os.getpid()}.pt")

@@ -57,7 +57,7 @@ _REALTIME = 256  # FUTEX_CLOCK_REALTIME
 _NO_TIMEOUT = "0x0"
 _LONG = 20.0  # seconds: no wait of a loop's own is given as long, and no group's timeout is as short
 _DROP_PATIENCE = 0.1  # seconds
-_ATTEMPT = timedelta(seconds=1)  # to connect to a store
+_ATTEMPTS = 0.25, 2.0  # seconds, of the first and the longest attempt to connect to a store
 
 
 class Group:
@@ -172,21 +172,23 @@ class Group:
 
 
 def hosted_store(timeout: timedelta, over: Callable[[], bool]) -> Any:
-    """A client of the store that the environment names and a launcher hosts; init_process_group's own looks for one
-    that is gone until `timeout`, and nothing ends that. `over()` does here, within a second: then, and after
-    `timeout`, raises what PyTorch does."""
+    """A client of the store that the environment names and a launcher hosts. init_process_group's own looks for one
+    that is gone until `timeout`, and nothing ends that; `over()` does here, within two seconds, a quarter at first.
+    Then, and after `timeout`, raises what PyTorch does."""
     import torch.distributed as dist
 
+    attempt, longest = _ATTEMPTS
     until = time.monotonic() + timeout.total_seconds()
     while True:
         try:
             store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
-                                  int(os.environ["WORLD_SIZE"]), is_master=False, timeout=min(timeout, _ATTEMPT))
+                                  int(os.environ["WORLD_SIZE"]), is_master=False, timeout=timedelta(seconds=attempt))
             store.set_timeout(timeout)
             return store
         except RuntimeError:
             if over() or time.monotonic() >= until:
                 raise
+            attempt = min(longest, 2 * attempt)
 
 
 def _aborts(backend: str) -> bool:
