@@ -173,15 +173,23 @@ def test_who_looks_for_a_store_that_is_gone_leaves(listens: bool, monkeypatch: p
         port = gone.getsockname()[1]
         for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2}.items():
             monkeypatch.setenv(name, str(value))
-        group, over = Group(), threading.Event()
-        timer = threading.Timer(0.5, over.set)
-        timer.start()
+        group, over, left = Group(), threading.Event(), threading.Event()
+
+        def leave() -> None:  # what a Session's link does
+            time.sleep(0.5)
+            over.set()
+            while not left.wait(0.05):
+                group.leave(store=True)
+
+        leaver = threading.Thread(target=leave, daemon=True)
+        leaver.start()
         began = time.monotonic()
         with pytest.raises(RuntimeError):
             group.form("gloo", store_port=port, rank=1, world_size=2,
                        connect=lambda: hosted_store(timedelta(seconds=60), over.is_set))
         assert over.is_set() and time.monotonic() - began < 20
-        timer.join()
+        left.set()
+        leaver.join()
         group.drop()
 
 

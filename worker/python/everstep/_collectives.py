@@ -174,7 +174,8 @@ class Group:
 def hosted_store(timeout: timedelta, over: Callable[[], bool]) -> Any:
     """A client of the store that the environment names and a launcher hosts. init_process_group's own looks for one
     that is gone until `timeout`, and nothing ends that; `over()` does here, within two seconds, a quarter at first.
-    Then, and after `timeout`, raises what PyTorch does."""
+    Then, and after `timeout`, raises what PyTorch does. A host that takes the connection and does not answer is for
+    leave(store=True) to end."""
     import torch.distributed as dist
 
     attempt, longest = _ATTEMPTS
