@@ -2,7 +2,8 @@
 
 The CRC is that of the step's loss, which deterministic=True makes a function of the step alone, whatever happened. The
 ledger of microbatches is $LEDGER/steps/ledger.jsonl. $FILES: a directory for layers, every 10 steps. Ends when $STOP_FILE is
-there. A microbatch takes $PAUSE seconds more; MEMORY is what the profile says of a node, in MiB.
+there. A microbatch takes $PAUSE seconds more; MEMORY is what the profile says of a node, in MiB. On a link as slow as this
+one a step has time for one layer: newcomers are filled while the others train, and faults fall into that.
 """
 
 from __future__ import annotations
@@ -41,6 +42,6 @@ if __name__ == "__main__":
         dataset=model.Text(), batch=24, microbatch=2, clip=1.0, seed=11, deterministic=True,
         tied=[("0.words.weight", "9.words.weight")], profile=model.profile(int(os.environ.get("MEMORY", "10"))),
         faults=int(os.environ.get("FAULTS", "1")), ledger=LEDGER / "steps",
-        directory=os.environ.get("FILES"), every=10,
+        directory=os.environ.get("FILES"), every=10, link=(20.0, 1e-5),
     ).run(1_000_000, on_step=on_step, stop=Path(os.environ["STOP_FILE"]).exists)
     os._exit(0)  # an interpreter that ends beside gloo's threads is aborted now and then
