@@ -257,6 +257,27 @@ def test_the_other_pipeline_does_not_do_its_microbatches_again(tmp_path: Path, d
     check(tmp_path, outcome, torch.equal if deterministic else lambda a, b: torch.allclose(a, b, rtol=1e-4, atol=1e-5))
 
 
+def test_without_deterministic_a_disturbed_run_is_one_of_the_undisturbed_ones(tmp_path: Path) -> None:
+    """The test: runs that lost nobody differ from layout to layout by the order of sums. At each step, how far the
+    disturbed run lies from the farthest of these, over all steps no more than three times how far they lie from each
+    other."""
+    steps = 16
+
+    def run(size: int, least: int) -> torch.Tensor:
+        results = world(size, lambda rank: train(rank, steps, profile=profile(least), tied=TIED))
+        return torch.tensor(results[0]["losses"], dtype=torch.float64)
+
+    undisturbed_runs = torch.stack([run(*layout) for layout in ((1, 1), (2, 2), (3, 2), (4, 1), (5, 2), (6, 1))])
+    arms = {4: in_step(POINTS["the first backward pass"])}
+    outcome = survive(5, job(tmp_path, arms, deterministic=False, steps=steps))
+    assert outcome.died == [4]
+    disturbed = torch.tensor([outcome.results[0]["taken"][step] for step in range(steps)], dtype=torch.float64)
+    apart = (undisturbed_runs[:, None] - undisturbed_runs[None]).abs().amax((0, 1))
+    away = (undisturbed_runs - disturbed).abs().amax(0)
+    assert 0 < float(apart.sum()) < 1e-3 * float(disturbed.sum())  # they do differ, and next to nothing
+    assert float(away.sum()) <= 3 * float(apart.sum()), (away, apart)
+
+
 def test_more_losses_than_copies_go_back_to_the_newest_whole_step_in_files(tmp_path: Path) -> None:
     """Ranks 0 and 3, which hold the first layer of both pipelines, die when three steps are taken. The file of that layer
     after three steps is damaged, so all go on from two."""
