@@ -86,9 +86,10 @@ class Node:
     def opened(self, rank: int = 0, generation: int = 1) -> None:
         self.told(rank, generation, "open")
 
-    def park(self, generation: int, park_ms: int = 30_000, grace_ms: int = 100) -> None:
+    def park(self, generation: int, park_ms: int = 30_000, grace_ms: int = 100, planned: int = 0) -> None:
         self.keeper.events.clear()
-        self.keeper.call(KILL, {1: "job", 2: generation, 3: -1, 4: signal.SIGTERM, 5: grace_ms, 7: 1, 8: park_ms})
+        self.keeper.call(KILL, {1: "job", 2: generation, 3: -1, 4: signal.SIGTERM, 5: grace_ms, 7: 1, 8: park_ms,
+                                9: planned})
 
     def parked(self, rank: int, generation: int) -> int:
         """Its process id, once the keeper says that it is parked."""
@@ -122,6 +123,17 @@ def test_a_parked_worker_goes_on_with_another_rank_in_the_same_process(node: Nod
     assert node.spawn(4, 1) == (pid, True)
     os.kill(pid, signal.SIGKILL)
     assert node.keeper.wait_exit("job", 1, 4) == -signal.SIGKILL
+
+
+def test_where_nobody_is_lost_a_worker_may_end_its_step_until_somebody_is(node: Node) -> None:
+    pid, _ = node.spawn(1, how="ends")
+    node.opened()
+    node.park(1, park_ms=30_000, planned=1)
+    assert node.told(0, 1, "may") == ["30.0"]
+    node.park(1, park_ms=40_000, planned=1)  # it has less than that already
+    assert not any(11 in event for event in node.keeper.events)
+    node.park(2, park_ms=5_000)
+    assert node.parked(0, 1) == pid
 
 
 def test_who_does_not_park_is_killed_and_a_new_process_takes_its_place(node: Node) -> None:

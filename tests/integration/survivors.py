@@ -42,6 +42,7 @@ class PipeLink:
         self._writing = threading.Lock()
         self._teller = Teller(lambda generation, words: self._send("told", generation, words))
         self._teller.begin(int(os.environ["EVERSTEP_GENERATION"]))
+        self.boundary = 0.0
         self._asked, self._parked = threading.Event(), threading.Event()
         self._resumed: queue.SimpleQueue[Resume] = queue.SimpleQueue()
         threading.Thread(target=self._listen, daemon=True).start()

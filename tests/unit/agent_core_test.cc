@@ -60,8 +60,8 @@ class Node {
     Do(WorkerParked{"j", 1, 0, 10});
     Do(WorkerParked{"j", 1, 1, 11});
   }
-  void Prepares(Generation g, bool host = false, bool park = false) {
-    Do(Prepare{Next(), "j", g, {"cmd"}, host, Milliseconds(1000), "", {}, park});
+  void Prepares(Generation g, bool host = false, bool park = false, bool planned = false) {
+    Do(Prepare{Next(), "j", g, {"cmd"}, host, Milliseconds(1000), "", {}, park, planned});
   }
   void Activates(Generation g, int workers = 2) {
     Activate a;
@@ -244,6 +244,30 @@ TEST(AgentCore, PreparedMeansThatEachOldWorkerIsParkedOrDead) {
   n.Do(WorkerParked{"j", 1, 1, 99});
   EXPECT_EQ(n.Find<Survey>(), nullptr) << "that is not the process which is awaited";
   n.Exits(1, 1, 11, -9);
+  EXPECT_NE(n.Find<Survey>(), nullptr);
+}
+
+TEST(AgentCore, WhereNobodyIsLostWorkersMayEndTheirStepAndThoseThatLeaveEndAfterIt) {
+  Node n;
+  n.Boot();
+  n.Run(1);
+  n.Prepares(2, /*host=*/false, /*park=*/false, /*planned=*/true);
+  ASSERT_NE(n.Find<KillWorkers>(), nullptr);
+  EXPECT_TRUE(n.Find<KillWorkers>()->planned);
+  EXPECT_EQ(n.Find<KillWorkers>()->park, CoreOptions{}.boundary_limit);
+  n.Do(WorkerParked{"j", 1, 0, 10});
+  ASSERT_NE(n.Find<KillWorkers>(), nullptr);
+  EXPECT_EQ(n.Find<KillWorkers>()->park, Duration{});
+  EXPECT_EQ(n.Find<KillWorkers>()->grace, Milliseconds(1000));
+  n.Exits(1, 0, 10, -15);
+  EXPECT_EQ(n.Find<Survey>(), nullptr) << "rank 1 lives";
+  // Somebody is lost meanwhile: rank 1 has no time any more, and stays.
+  n.Prepares(3, /*host=*/false, /*park=*/true);
+  ASSERT_NE(n.Find<KillWorkers>(), nullptr);
+  EXPECT_FALSE(n.Find<KillWorkers>()->planned);
+  EXPECT_EQ(n.Find<KillWorkers>()->park, CoreOptions{}.park_limit);
+  n.Do(WorkerParked{"j", 1, 1, 11});
+  EXPECT_EQ(n.Find<KillWorkers>(), nullptr);
   EXPECT_NE(n.Find<Survey>(), nullptr);
 }
 

@@ -104,7 +104,7 @@ std::optional<Event> FromWire(const v1::ControllerMessage& m, std::string* error
                      p.generation(), wire::FromProto(p.command()),
                      p.host_store(), Grace(p.command(), p.failed()),
                      p.data_key(),   CutsOf(p.given_up()),
-                     p.park()};
+                     p.park(),       !p.failed()};
     }
     case v1::ControllerMessage::kActivate: {
       Activate e = ActivateFromWire(m.activate());

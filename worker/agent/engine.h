@@ -107,9 +107,9 @@ class Engine final : private checkpoint::Listener {
   void ResumeCheckpoints(const Adopted& adopted);
   void Ask(everstep::v1::KeeperRequest request,
            std::function<void(everstep::v1::KeeperReply)> done);
-  // `park` 0: nobody is parked.
+  // `park` 0: nobody is parked; `planned`: after their step.
   void AskKill(const JobId& job, Generation generation, Rank rank, int signal, Duration grace,
-               bool stores, Duration park = {});
+               bool stores, Duration park = {}, bool planned = false);
 
   // --- engine_effects.cc: one method for each effect ---
   void Carry(const Effect& effect);

@@ -283,7 +283,7 @@ void Engine::Spawn(const JobId& job, Generation generation, std::vector<WorkerSp
 
 void Engine::On(const KillWorkers& e) {
   AskKill(e.job, e.generation, -1, e.grace > Duration{} ? SIGTERM : SIGKILL, e.grace, e.stores,
-          e.park);
+          e.park, e.planned);
 }
 
 // A drill is a real fault: the signal does not go through the keeper, which would take the death

@@ -304,7 +304,7 @@ void Engine::Ask(v1::KeeperRequest request, std::function<void(v1::KeeperReply)>
 }
 
 void Engine::AskKill(const JobId& job, Generation generation, Rank rank, int signal, Duration grace,
-                     bool stores, Duration park) {
+                     bool stores, Duration park, bool planned) {
   v1::KeeperRequest request;
   v1::KeeperKill* kill = request.mutable_kill();
   kill->set_job(job);
@@ -315,6 +315,7 @@ void Engine::AskKill(const JobId& job, Generation generation, Rank rank, int sig
   kill->set_stores(stores);
   kill->set_park(park > Duration{});
   kill->set_park_ms(static_cast<std::uint32_t>(ToMilliseconds(park)));
+  kill->set_planned(planned);
   Ask(std::move(request), nullptr);
 }
 

@@ -316,7 +316,7 @@ void Workers::Kill(const v1::KeeperKill& request, const Done& done) {
   for (auto& [key, worker] : workers_) {
     if (key.job != request.job() || key.generation > request.generation()) continue;
     if (worker->phase == Phase::kExited) continue;
-    if (request.park() && Park(key, worker.get(), request.park_ms() * kMs, grace_ns)) continue;
+    if (request.park() && Park(key, worker.get(), request)) continue;
     Ask(worker.get(), signal, grace_ns);
     ++killed;
   }

@@ -133,7 +133,7 @@ class Workers {
   void LookAgain();
   void DropWaiting();
   void Ask(Worker* worker, int signal, std::int64_t grace_ns);
-  bool Park(const WorkerKey& key, Worker* worker, std::int64_t limit_ns, std::int64_t grace_ns);
+  bool Park(const WorkerKey& key, Worker* worker, const everstep::v1::KeeperKill& request);
   void TellParked(const WorkerKey& key, const Worker& worker);
   bool Resume(const everstep::v1::KeeperSpawn& request, const Done& done);
   void Take(Worker* worker, const everstep::v1::KeeperSpawn& request);

@@ -19,6 +19,7 @@ namespace {
 
 namespace v1 = everstep::v1;
 
+constexpr std::int64_t kMs = 1'000'000;
 // Of a worker that is parked, for the next generation: the controller may be away.
 constexpr std::int64_t kParkedLimitNs = 600'000'000'000;
 
@@ -67,18 +68,19 @@ int Workers::OpenSession(const WorkerKey& key, pid_t pid, std::uint64_t token, S
 }
 
 // False: it is none that parks, and is to be killed.
-bool Workers::Park(const WorkerKey& key, Worker* worker, std::int64_t limit_ns,
-                   std::int64_t grace_ns) {
+bool Workers::Park(const WorkerKey& key, Worker* worker, const v1::KeeperKill& request) {
   if (worker->phase != Phase::kRunning || worker->session == 0 || worker->by_request) return false;
   if (worker->stopped_ns != 0) return false;  // it would hear of nothing
   if (worker->parked) {
     TellParked(key, *worker);
     return true;
   }
-  if (worker->park_at_ns != 0) return true;  // it is asked already
-  worker->park_at_ns = MonotonicNanos() + limit_ns;
-  worker->park_grace_ns = grace_ns;
-  worker->send(Word(SessionWordKind::kPark, key.generation, {}));
+  const std::int64_t at = MonotonicNanos() + request.park_ms() * kMs;
+  if (worker->park_at_ns != 0 && worker->park_at_ns <= at) return true;  // it is asked already
+  worker->park_at_ns = at;
+  worker->park_grace_ns = request.grace_ms() * kMs;
+  worker->send(Word(SessionWordKind::kPark, key.generation,
+                    request.planned() ? std::to_string(request.park_ms()) : std::string()));
   return true;
 }
 

@@ -3,6 +3,7 @@
     parked.py           parks at once
     parked.py deaf      opens its session and never parks
     parked.py leaves    closes its session when it is asked to park
+    parked.py ends      parks once it may not end its step any more
     parked.py tells     tells its controller three words before that, and one when it is resumed
 """
 
@@ -36,6 +37,10 @@ def main() -> None:
         threading.Thread(target=flush, args=(link,), daemon=True).start()
     while True:
         asked.wait()
+        if how == "ends":
+            tell("may", link.boundary)
+            while link.boundary:
+                time.sleep(0.01)
         if how == "leaves":
             link.close()
         if how in ("deaf", "leaves"):

@@ -30,10 +30,11 @@ struct CoreOptions {
   Duration reap_slack = Seconds(10);  // after the grace: a worker that SIGKILL did not end by then
                                       // sits in the kernel, and this node refuses the generation
   Duration park_limit = Seconds(5);   // for what computes between two collectives; then SIGKILL
-  Duration store_timeout = Seconds(25);  // a store host must listen within
-  Duration start_timeout = Seconds(60);  // the keeper must fork the workers within
-  std::size_t max_jobs = 64;             // on one node
-  std::size_t max_unsaid = 4096;         // reports kept while a registration is under way
+  Duration boundary_limit = Seconds(15);  // to end the step first, where nobody is lost; likewise
+  Duration store_timeout = Seconds(25);   // a store host must listen within
+  Duration start_timeout = Seconds(60);   // the keeper must fork the workers within
+  std::size_t max_jobs = 64;              // on one node
+  std::size_t max_unsaid = 4096;          // reports kept while a registration is under way
 };
 
 class AgentCore {

@@ -53,9 +53,14 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
   }
   RetireWorkers(job);
   if (!e.park) RetireParked(job);
+  // On a node that leaves a worker that can park does so at the end of its step, and then ends.
+  Duration limit = {};
+  if (e.park || e.planned) limit = e.planned ? options_.boundary_limit : options_.park_limit;
+  job->end_parked.reset();
+  if (!e.park && e.planned) job->end_parked = e.grace;
   if (!job->old_workers.empty() || job->generation > 0) {
-    out->push_back(KillWorkers{e.job, e.generation - 1, e.grace, /*stores=*/true,
-                               e.park ? options_.park_limit : Duration{}});
+    out->push_back(
+        KillWorkers{e.job, e.generation - 1, e.grace, /*stores=*/true, limit, e.planned});
   }
   job->phase = JobView::Phase::kDraining;
   job->generation = e.generation;
@@ -67,9 +72,8 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
   job->trouble.clear();
   job->survey_done = false;
   job->forget = false;
-  job->deadline =
-      now + std::max(e.grace + options_.reap_slack + (e.park ? options_.park_limit : Duration{}),
-                     e.host_store ? options_.store_timeout : Duration{});
+  job->deadline = now + std::max(e.grace + options_.reap_slack + limit,
+                                 e.host_store ? options_.store_timeout : Duration{});
   out->push_back(RememberPrepared{e.job, e.generation, e.command, e.data_key});
   if (e.host_store) out->push_back(StartStore{e.job, e.generation, e.command});
   Advance(e.job, out);

@@ -103,14 +103,15 @@ struct StartWorkers {
   Activate activate;
 };
 // Every process of generations up to `generation`: SIGTERM, `grace`, SIGKILL. -> WorkerExited each.
-// With `park` (0: nobody) those that can are parked within that time instead, else killed.
-// -> WorkerParked.
+// With `park` (0: nobody) those that can are parked within that time instead, else killed;
+// `planned`: they may end their step before. -> WorkerParked.
 struct KillWorkers {
   JobId job;
   Generation generation = 0;
   Duration grace = {};
   bool stores = false;  // store hosts of those generations too
   Duration park = {};
+  bool planned = false;
 };
 // The worker is told that its words up to `sequence` are durable.
 struct TellWorker {

@@ -53,7 +53,8 @@ struct Prepare {
   Duration grace = {};   // SIGTERM to SIGKILL
   std::string data_key;  // authenticates this job's checkpoint sessions
   std::vector<Cut> given_up = {};
-  bool park = false;  // this node stays: workers that can park live on
+  bool park = false;     // this node stays: workers that can park live on
+  bool planned = false;  // nobody is lost: those that can park end their step first
 };
 struct Activate {
   Header header;

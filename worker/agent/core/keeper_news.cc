@@ -140,6 +140,10 @@ void AgentCore::On(Timestamp, const WorkerParked& e, Effects* out) {
         return old.first == e.generation && old.second.rank == e.rank && old.second.pid == e.pid;
       });
   if (it == job->old_workers.end()) return;
+  if (job->end_parked) {
+    out->push_back(KillWorkers{e.job, e.generation, *job->end_parked});
+    return;
+  }
   job->parked.push_back(*it);
   job->old_workers.erase(it);
   Advance(e.job, out);

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import select
 import socket
 import struct
 import threading
@@ -38,7 +39,8 @@ class Resume:
 
 class Link:
     """The worker's end. parked() and wait_resume() are the training thread's; on_park is called by a thread of the
-    link's, again and again until parked()."""
+    link's, again and again until parked(). `boundary`: seconds within which the worker may end its step before it
+    parks, since nobody is lost; 0: it must not, its peers wait."""
 
     def __init__(self, keeper: str, job: str, rank: int, generation: int, on_park: Callable[[], object],
                  timeout: float = 5.0) -> None:
@@ -46,6 +48,7 @@ class Link:
         EverstepError (the keeper refuses, and says why)."""
         self._on_park = on_park
         self._generation = generation
+        self.boundary = 0.0
         self._asked = threading.Event()  # to park
         self._parked = threading.Event()
         self._resumed: queue.SimpleQueue[Resume | None] = queue.SimpleQueue()
@@ -113,16 +116,18 @@ class Link:
     def _listen(self) -> None:
         try:
             while True:
+                if self._asked.is_set() and not self._parked.is_set():
+                    # Again and again: it may have been between two collectives, or about to form its group.
+                    self._on_park()
+                    if not select.select([self._socket], [], [], _AGAIN)[0]:
+                        continue
                 magic, kind, generation, size, _ = WORD.unpack(self._exactly(WORD.size))
                 if magic != MAGIC or size > _MOST:
                     break
                 texts = self._exactly(size)
                 if kind == PARK:
+                    self.boundary = int(texts or b"0") / 1e3
                     self._asked.set()
-                    self._on_park()
-                    # It may have been between two collectives, or about to form its group.
-                    while not self._parked.wait(_AGAIN):
-                        self._on_park()
                 elif kind == TOLD_ACK:
                     self._teller.heard(generation, int.from_bytes(texts, "little"))
                 elif kind == RESUME:

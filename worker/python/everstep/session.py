@@ -21,8 +21,9 @@ from everstep._session_link import Link, Resume
 from everstep.checkpointer import Checkpointer
 
 T = TypeVar("T")
-# Seconds: a loop whose bytes move gets to the end of its step by itself; gloo has told everyone whom it will tell.
-_PATIENCE, _STUCK = 2.0, 0.15
+# Seconds: a loop whose bytes move gets to the end of its step by itself; gloo has told everyone whom it will tell;
+# of the time that a worker has before it is killed, what leaving and parking may take.
+_PATIENCE, _STUCK, _RESERVE = 2.0, 0.15, 3.5
 _BACKENDS = ("gloo", "nccl", "cpu:gloo,cuda:nccl")
 _STARTED_ANEW = 75  # exit code of a worker that cannot live on (EX_TEMPFAIL)
 _IDENTITY = frozenset(("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE",
@@ -85,6 +86,9 @@ class Session:
         self._checkpoint: Checkpointer | None = None
         self._resumed = 0
         self._stuck_since = 0.0
+        self._asked_at: float | None = None
+        self._stepped_at: float | None = None
+        self._seconds: list[float] = []  # of the newest steps
 
     @property
     def rank(self) -> int:
@@ -150,6 +154,10 @@ class Session:
             if self._group.leaving:
                 raise _LeaveError(f"the generation is over, and what the device did of step {n} may be cut off")
         captured = self._checkpoint.step(n) if self._checkpoint is not None else False
+        now = time.monotonic()
+        if self._stepped_at is not None:
+            self._took(now - self._stepped_at)
+        self._stepped_at = now
         self.check()
         return captured
 
@@ -172,6 +180,14 @@ class Session:
         """What restore() made; None before."""
         return self._checkpoint
 
+    @property
+    def usual(self) -> float:
+        """Seconds of a step, the median of the newest; 0: there was none."""
+        return sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
+
+    def _took(self, seconds: float) -> None:
+        self._seconds = [*self._seconds[-8:], seconds]
+
     def _open(self) -> None:
         keeper, job = os.environ.get("EVERSTEP_KEEPER"), os.environ.get("EVERSTEP_JOB")
         if not keeper or not job:
@@ -185,6 +201,19 @@ class Session:
 
     def _leave(self) -> None:
         """Lets the training thread out of what it is in. By the link's thread, again and again until it is."""
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        if now - self._asked_at >= self._patience:
+            self._end_connections()
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that a step under way has to end by itself: some steps' time where nobody is lost."""
+        boundary = 0.0 if self._link is None else self._link.boundary
+        return max(0.0, min(boundary - _RESERVE, 2 * self.usual))
+
+    def _end_connections(self) -> None:
         if not self._group.leave(_PATIENCE, store=self._forming) or not self._group.stuck():
             self._stuck_since = 0.0
         elif self._stuck_since == 0.0:
@@ -238,6 +267,7 @@ class Session:
 
     def _become(self, resume: Resume) -> None:
         """Environment and log files of the new generation."""
+        self._asked_at = self._stepped_at = None
         for name in [name for name in os.environ if name in _IDENTITY or name.startswith("TORCHELASTIC_")]:
             if name not in resume.environment:
                 del os.environ[name]

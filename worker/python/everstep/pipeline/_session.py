@@ -26,8 +26,6 @@ class PipelineSession(Session):
         """`generation`: trains until it returns the steps taken, or is left."""
         super().__init__(lambda _: generation(self))
         self.training = False  # it has its place; else it leaves at once
-        self._asked_at: float | None = None
-        self._seconds: list[float] = []
         self._agent: Client | None = None  # attached while a generation lasts, to tell of steps
         self._attached = False
 
@@ -38,7 +36,7 @@ class PipelineSession(Session):
 
     def took(self, step: int, seconds: float) -> None:
         """A step: the node's agent is told, so that the controller sees progress."""
-        self._seconds = [*self._seconds[-8:], seconds]
+        self._took(seconds)
         if not self._attached:
             self._attached = True
             self._agent, _ = attach("Pipeline", commit_wait=0.0)
@@ -76,21 +74,10 @@ class PipelineSession(Session):
         self.check()
 
     @property
-    def usual(self) -> float:
-        """Seconds of a step, the median of the newest; 0: there was none."""
-        return sorted(self._seconds)[len(self._seconds) // 2] if self._seconds else 0.0
-
-    @property
     def _patience(self) -> float:
-        return min(_MOST_PATIENCE, max(_LEAST_PATIENCE, 2 * self.usual))
-
-    def _leave(self) -> None:
-        """By the link's thread, again and again until this process has parked."""
-        now = time.monotonic()
-        if self._asked_at is None:
-            self._asked_at = now
-        if not self.training or now - self._asked_at >= self._patience:
-            super()._leave()
+        if not self.training:
+            return 0.0
+        return max(super()._patience, min(_MOST_PATIENCE, max(_LEAST_PATIENCE, 2 * self.usual)))
 
     def _close_checkpoint(self) -> None:
         super()._close_checkpoint()
@@ -99,7 +86,7 @@ class PipelineSession(Session):
             agent.close()
 
     def _become(self, resume: Any) -> None:
-        self._asked_at, self.training = None, False
+        self.training = False
         super()._become(resume)
 
 
