@@ -32,6 +32,7 @@ from everstep._told import HEADER, LEDGER, Teller
 from everstep.session import Session
 
 AGAIN = 0.05  # seconds between two calls of on_park, as the real link has it
+BOUNDARY = 15.0  # seconds to end a step where nobody is lost, as agents give them
 
 
 class PipeLink:
@@ -81,12 +82,14 @@ class PipeLink:
 
     def _listen(self) -> None:
         while True:
+            if self._asked.is_set() and not self._parked.is_set():
+                self._on_park()
+                if not self._pipe.poll(AGAIN):
+                    continue
             word, *rest = self._pipe.recv()
             if word == "park":
+                self.boundary = rest[0]
                 self._asked.set()
-                self._on_park()
-                while not self._parked.wait(AGAIN):
-                    self._on_park()
             elif word == "heard":
                 self._teller.heard(*rest)
             elif word == "resume":
@@ -203,7 +206,7 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
         for rank in range(size):
             begin(rank, environment(rank, size, stores[0].port, 1))
         parked: set[int] = set()
-        asked = 0.0
+        asked, lost = 0.0, 0  # deaths before this generation
         while len(outcome.results) < len(live()):
             number, word = hear([n for n in live() if n not in outcome.results])
             if word is None or word[0] == "join":
@@ -212,7 +215,7 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
                     parked.discard(number)
                 asked = asked or time.monotonic()
                 for n in live():
-                    send(n, "park")
+                    send(n, "park", 0.0 if outcome.died[lost:] else BOUNDARY)
             elif word[0] == "parked":
                 parked.add(number)
             elif word[0] == "told":
@@ -232,7 +235,7 @@ def survive(size: int, work: Callable[[int], Any], *, joins: int = 0, seconds: f
                         send(n, "resume", outcome.generations, "", "", values)
                     else:
                         begin(n, values)
-                parked, asked = set(), 0.0
+                parked, asked, lost = set(), 0.0, len(outcome.died)
         for number in live():
             send(number, "end")
         return outcome
