@@ -66,7 +66,8 @@ class Session:
 
     `@everstep.resilient` before the function, and calling it, is the same. Needs `everstep run`; anywhere else
     `train` runs once, as in any script. A worker that does not come out of its function within five seconds of being
-    asked (it computes, or waits for something else) is killed and started anew, as every worker is without a Session.
+    asked (it computes, or waits for something else) is killed and started anew, as every worker is without a Session;
+    where nobody is lost, a node joins or drains, it has fifteen, so that a step may end first.
     TCP connections that the script opens while a process group stands are ended with those of the group. Not
     thread-safe.
     """
