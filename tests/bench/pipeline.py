@@ -15,7 +15,7 @@ more; level 2: a DDP loop in everstep.Session, level 3: everstep.Pipeline with p
   planned        of it, rank 0 and its planner (level 3)
   join           a fifth node joins, its interpreter cold: longest time from step to step on who was there before, over the median before
 Cases of a join with large layers (--cases fill, level 3, --fill-shape, four microbatches a step): `beside steps`, as the engine moves
-them over a link of 1.25 GB/s; `at once`: told that its link takes no time, so that all wait while they move.
+them where it is told of a link of 0.2 GB/s; `at once`: of one that takes no time, so that all wait while they move.
 
 Cases of the decision alone (--cases decision): what each rank computes between the others' words and the plan's checksum, for N
 ranks of which one is lost, in one process: everstep with the plans that were made beforehand, `anew` without. `book`: seconds in
@@ -240,7 +240,7 @@ def main() -> None:
     if "fill" in cases:
         env = {"SHAPE": args.fill_shape, "BATCH": "8", "PAUSE": "0"}
         drills += [(f"fill, {how}", lambda _, link=link: join(3, env | {"LINK": link}, args.limit))  # type: ignore[misc]
-                   for how, link in (("at once", "1e6"), ("beside steps", "1.25"))]
+                   for how, link in (("at once", "1e6"), ("beside steps", "0.2"))]
     goals = {"without_step": f"0.25; {TORCHFT}", "longest / step": "1.5"}
     for i in range(args.runs):
         for name, drill in drills:

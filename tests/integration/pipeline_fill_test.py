@@ -97,8 +97,8 @@ def test_a_rank_dies_meanwhile(tmp_path: Path, point: str, rank: int) -> None:
 def test_waves_are_what_a_step_has_time_for() -> None:
     moves = [_agree.Move(layer, source, 9) for layer, source in ((0, 0), (1, 1), (2, 0), (3, 1))]
     sizes = [40, 40, 10, 300]
-    assert _fill.waves(moves, sizes, 1.0, 2000.0) == []  # a fifth of a step
-    assert _fill.waves(moves, sizes, 0.0, 2000.0) == [[m] for m in moves]
+    assert _fill.waves(moves, sizes, 1.0, 4000.0) == []  # a tenth of a step
+    assert _fill.waves(moves, sizes, 0.0, 4000.0) == [[m] for m in moves]
     assert [[m.layer for m in wave] for wave in _fill.waves(moves, sizes, 1.0, 180.0)] == [[0, 1, 2], [3]]
     assert _fill.waves([], sizes, 1.0, 1.0) == []
     one_source = [_agree.Move(0, 0, 8), _agree.Move(1, 0, 9)]  # it sends 80 in all

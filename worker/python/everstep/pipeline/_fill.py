@@ -26,7 +26,7 @@ from everstep.pipeline._layer import Bundle, Layer
 from everstep.pipeline._switch import Arrival, send
 
 TAG_FILL, TAG_FOLLOW = 8 << 24, 9 << 24
-_AT_ONCE = 0.25  # of a step: what takes no longer moves between two steps
+_AT_ONCE = 0.1  # of a step: what takes no longer moves between two steps
 _BESIDE = 0.5  # of a step: so long a wave may take
 
 
