@@ -307,10 +307,11 @@ void Controller::Impl::LeaveNodes() {
       const JobState s = job.record.state;
       const bool runs =
           s == JobState::kRunning || s == JobState::kActivating || s == JobState::kPreparing;
-      // Too few nodes without it: the job waits, its state safe, rather than die with the node.
+      // Too few nodes without it: the job waits, its state safe, rather than die with the node. Its
+      // time is nearly over: as short a grace as after a loss.
       if (runs && IsMember(job, id)) {
         Prepare(&job, Reason::kNotice, fmt::format("node {}: {}", id, node.record.drain_reason),
-                false);
+                true);
       }
     }
   }
