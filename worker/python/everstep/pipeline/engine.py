@@ -90,7 +90,8 @@ class Pipeline:
         profile: text of a profile (docs/reference/profile.md) in place of measuring layers.
         autocast: layers and loss run under torch.autocast of this dtype (torch.bfloat16).
         memory: bytes of a node; 0: not limited.
-        link: between nodes: (microseconds, 10^9 bytes a second).
+        link: between nodes: (microseconds, 10^9 bytes a second); also how much of a newcomer's layers goes beside a
+            step.
         horizon: expected seconds to the next loss or join: a faster plan must pay for its move within that time.
         directory: for files of layers, which a job goes on from when more ranks were lost than there are copies, or
             all of them; it also begins with the newest whole step that lies there.
