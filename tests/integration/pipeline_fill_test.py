@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 from everstep.pipeline import _agree, _fill, _layer, _switch, engine
-from pipeline_faults_test import ALL, AT, after, before, check, job
-from survivors import join, survive
+from pipeline_faults_test import ALL, AT, after, before, check, drill
+from survivors import join
 
 SLOW = (20.0, 1e-6)
 STEPS = 12
@@ -43,7 +43,7 @@ def lines(folder: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(("size", "count", "clip"), [(4, 1, None), (4, 2, 0.5)])
 def test_they_are_filled_while_the_plan_before_trains(tmp_path: Path, size: int, count: int,
                                                       clip: float | None) -> None:
-    outcome = survive(size, job(tmp_path, {0: joins}, link=SLOW, steps=STEPS, clip=clip), joins=count)
+    outcome = drill(tmp_path, size, {0: joins}, link=SLOW, steps=STEPS, clip=clip, joins=count)
     assert outcome.died == [] and outcome.generations == 2
     assert check(tmp_path, outcome, steps=STEPS, clip=clip).taken_back == 0
     said = [line for line in lines(tmp_path) if "step" in line and line["generation"] == 2]
@@ -63,7 +63,7 @@ def test_what_came_damaged_moves_again_in_the_end(tmp_path: Path) -> None:
 
         _fill.Arrival.take = take  # type: ignore[method-assign]
 
-    outcome = survive(4, job(tmp_path, {0: joins, 4: damages}, link=SLOW, steps=STEPS), joins=1)
+    outcome = drill(tmp_path, 4, {0: joins, 4: damages}, link=SLOW, steps=STEPS, joins=1)
     check(tmp_path, outcome, steps=STEPS)
 
 
@@ -89,7 +89,7 @@ def test_a_rank_dies_meanwhile(tmp_path: Path, point: str, rank: int) -> None:
         FILLING[point](lambda: os.environ["EVERSTEP_GENERATION"] == "2")
 
     arms: dict[int, Arm] = {0: joins, rank: dies}
-    outcome = survive(4, job(tmp_path, arms, link=SLOW, steps=STEPS), joins=1)
+    outcome = drill(tmp_path, 4, arms, link=SLOW, steps=STEPS, joins=1)
     assert outcome.died == [rank] and outcome.generations == 3
     check(tmp_path, outcome, steps=STEPS)
 
