@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from everstep.pipeline import _exchange, _holdings, _layer, _ledger, _schedule, _switch, engine
 from pipeline_test import SAMPLES, profile, train, weights
-from survivors import KeptError, Outcome, survive
+from survivors import STARTED_ANEW, KeptError, Outcome, survive
 from worlds import world
 
 STEPS, AT = 5, 2
@@ -291,6 +291,26 @@ def test_without_deterministic_a_disturbed_run_is_one_of_the_undisturbed_ones(tm
     away = (undisturbed_runs - disturbed).abs().amax(0)
     assert 0 < float(apart.sum()) < 1e-3 * float(disturbed.sum())  # they do differ, and next to nothing
     assert float(away.sum()) <= 3 * float(apart.sum()), (away, apart)
+
+
+def test_a_drill_whose_survivor_gloo_kept_is_done_again(tmp_path: Path) -> None:
+    again, folder = tmp_path / "again", tmp_path / "job"
+    folder.mkdir()
+
+    def kept(pipeline: engine.Pipeline) -> None:
+        whole = pipeline._take_step
+
+        def take_step(*args: Any) -> Any:
+            if pipeline.step == AT and not again.exists():
+                again.touch()
+                os._exit(STARTED_ANEW)
+            return whole(*args)
+
+        pipeline._take_step = take_step  # type: ignore[method-assign]
+
+    outcome = drill(folder, 5, {4: in_step(POINTS["the first backward pass"]), 2: kept})
+    assert again.exists() and outcome.died == [4]
+    check(folder, outcome)
 
 
 def test_more_losses_than_copies_go_back_to_the_newest_whole_step_in_files(tmp_path: Path) -> None:
