@@ -161,9 +161,8 @@ inline std::vector<std::filesystem::path> RealProfiles() {
   std::vector<fs::path> found;
   const char* traces = std::getenv("EVERSTEP_TRACES");  // NOLINT(concurrency-mt-unsafe)
   std::error_code error;
-  for (const fs::path& root :
-       {fs::path(traces == nullptr ? "" : traces),
-        fs::path(EVERSTEP_SOURCE_DIR) / "../shared/traces", fs::path("/work/shared/traces")}) {
+  for (const fs::path& root : {fs::path(traces == nullptr ? "" : traces),
+                               fs::path(EVERSTEP_SOURCE_DIR) / "../shared/traces"}) {
     for (const auto& entry : fs::directory_iterator(root / "profiles", error)) {
       if (entry.path().extension() == ".csv") found.push_back(entry.path());
     }

@@ -18,9 +18,8 @@ inline std::filesystem::path Recordings() {
   namespace fs = std::filesystem;
   const char* traces = std::getenv("EVERSTEP_TRACES");  // NOLINT(concurrency-mt-unsafe)
   std::error_code error;
-  for (const fs::path& root :
-       {fs::path(traces == nullptr ? "" : traces),
-        fs::path(EVERSTEP_SOURCE_DIR) / "../shared/traces", fs::path("/work/shared/traces")}) {
+  for (const fs::path& root : {fs::path(traces == nullptr ? "" : traces),
+                               fs::path(EVERSTEP_SOURCE_DIR) / "../shared/traces"}) {
     if (fs::is_directory(root / "oobleck", error) && fs::is_directory(root / "norm", error)) {
       return root;
     }
