@@ -148,15 +148,12 @@ def job(folder: Path, dying: dict[int, Callable[[engine.Pipeline], None]],
 def drill(folder: Path, size: int, dying: dict[int, Callable[[engine.Pipeline], None]], *, joins: int = 0,
           deaf: bool = False, **options: Any) -> Outcome:
     """survive() of such a job, again where gloo kept a survivor."""
-    for left in (2, 1, 0):
-        try:
+    for _ in range(2):
+        with contextlib.suppress(KeptError):
             return survive(size, job(folder, dying, **options), joins=joins, deaf=deaf)
-        except KeptError:
-            if left == 0:
-                raise
-            shutil.rmtree(folder)
-            folder.mkdir()
-    raise AssertionError
+        shutil.rmtree(folder)
+        folder.mkdir()
+    return survive(size, job(folder, dying, **options), joins=joins, deaf=deaf)
 
 
 def check(folder: Path, outcome: Any, same: Callable[[Any, Any], bool] = torch.equal, steps: int = STEPS,

@@ -39,9 +39,8 @@ static_assert(sizeof(AttachReply) == 256);
 // SessionRequest, answered by an AttachReply without descriptors. From then on:
 //
 //   keeper:  SessionWord kPark                      leave the collective, end the capture, detach
-//            ... milliseconds, in decimal           nobody is lost: the step may end first, if it
-//            does
-//                                                   within them. May come again, for less time
+//            ... milliseconds, in decimal           nobody is lost: in them the step may end
+//                                                   first. May come again, with less time
 //   worker:  SessionWord kParked                    it holds nothing of that generation any more
 //   keeper:  SessionWord kResume, then `bytes` of   the stdout and stderr files, then NAME=VALUE of
 //            NUL-terminated texts                   the environment of the new generation

@@ -53,11 +53,12 @@ void AgentCore::On(Timestamp now, const Prepare& e, Effects* out) {
   }
   RetireWorkers(job);
   if (!e.park) RetireParked(job);
+  const Duration limit = e.planned ? options_.boundary_limit
+                         : e.park  ? options_.park_limit
+                                   : Duration{};
   // On a node that leaves a worker that can park does so at the end of its step, and then ends.
-  Duration limit = {};
-  if (e.park || e.planned) limit = e.planned ? options_.boundary_limit : options_.park_limit;
   job->end_parked.reset();
-  if (!e.park && e.planned) job->end_parked = e.grace;
+  if (e.planned && !e.park) job->end_parked = e.grace;
   if (!job->old_workers.empty() || job->generation > 0) {
     out->push_back(
         KillWorkers{e.job, e.generation - 1, e.grace, /*stores=*/true, limit, e.planned});

@@ -35,8 +35,8 @@ struct JobView {
   std::vector<std::pair<Generation, WorkerOnNode>> old_workers;
   // Of generations that are over; each waits for the Activate that resumes it.
   std::vector<std::pair<Generation, WorkerOnNode>> parked;
-  std::optional<Duration>
-      end_parked;  // this node leaves: who has parked is to end within this grace
+  // This node leaves: who has parked is to end, within this grace.
+  std::optional<Duration> end_parked;
   bool host_store = false;
   std::uint32_t store_port = 0;
   bool fork_server_asked = false;
