@@ -114,12 +114,14 @@ class Link:
         self._socket.close()
 
     def _listen(self) -> None:
+        words = select.poll()  # not select(), which refuses descriptors from 1024 on
         try:
+            words.register(self._socket, select.POLLIN)
             while True:
                 if self._asked.is_set() and not self._parked.is_set():
                     # Again and again: it may have been between two collectives, or about to form its group.
                     self._on_park()
-                    if not select.select([self._socket], [], [], _AGAIN)[0]:
+                    if not words.poll(_AGAIN * 1e3):
                         continue
                 magic, kind, generation, size, _ = WORD.unpack(self._exactly(WORD.size))
                 if magic != MAGIC or size > _MOST:

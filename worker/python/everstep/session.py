@@ -211,7 +211,7 @@ class Session:
     @property
     def _patience(self) -> float:
         """Seconds that a step under way has to end by itself: some steps' time where nobody is lost."""
-        boundary = 0.0 if self._link is None else self._link.boundary
+        boundary = 0.0 if self._link is None or self._forming else self._link.boundary
         return max(0.0, min(boundary - _RESERVE, 2 * self.usual))
 
     def _end_connections(self) -> None:
